@@ -1,0 +1,150 @@
+"""Structural similarity to a fixed reference image, and the DSSIM that budgets are stated in.
+
+DSSIM = (1 - SSIM) / 2: single scale, 11 x 11 Gaussian window of sigma 1.5, K1 0.01, K2 0.03, windows
+wholly inside the image, mean over places and channels, as in Fawkes (Shan et al. 2020, and the
+authors' code, which applies `tf.image.ssim`). SSIM is of Wang, Bovik, Sheikh, Simoncelli: "Image
+Quality Assessment: From Error Visibility to Structural Similarity", IEEE TIP 2004.
+
+`dm_pix.ssim` has the same values (the tests compare both values and gradients). This module exists
+because DSSIM is evaluated at every step of a cloak: the reference's moments are computed once, the
+window filter is a few small matrix products, and the gradient is written out (three filters instead
+of five, forward and backward), which together is several times faster.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+WINDOW = 11
+_SIGMA = 1.5
+_C1, _C2 = 0.01**2, 0.03**2
+# Outputs per matrix product of the window filter: wide enough for the processor, narrow enough that
+# the banded matrix is not mostly zeros.
+_BLOCK = 54
+
+
+class SsimReference(NamedTuple):
+    """The fixed image of a comparison: its planes `[C, H, W]` and its windows' first two moments."""
+
+    planes: jax.Array
+    mean: jax.Array
+    square: jax.Array
+
+
+def ssim_reference(image: jax.Array) -> SsimReference:
+    """Prepares `[H, W, C]`, float in [0, 1], sides of at least 11, for `ssim_map`."""
+    chex.assert_rank(image, 3)
+    chex.assert_axis_dimension_gteq(image, 0, WINDOW)
+    chex.assert_axis_dimension_gteq(image, 1, WINDOW)
+    planes = image.transpose(2, 0, 1)
+    return SsimReference(planes, _filter(planes), _filter(planes**2))
+
+
+def ssim_map(image: jax.Array, reference: SsimReference) -> jax.Array:
+    """SSIM of an image with the reference at every window, averaged over channels.
+
+    Args:
+        image: `[H, W, C]` float in [0, 1], of the reference's shape. Gradients flow to it alone.
+        reference: `ssim_reference` of the other image.
+
+    Returns:
+        `[H - 10, W - 10]`, at most 1; entry (i, j) is the window of rows i..i+10, columns j..j+10.
+    """
+    planes = image.transpose(2, 0, 1)
+    chex.assert_equal_shape([planes, reference.planes])
+    return jnp.mean(_ssim(planes, reference), axis=0).T
+
+
+def dssim(image: jax.Array, other: jax.Array) -> jax.Array:
+    """Structural dissimilarity (1 - SSIM) / 2 of two images `[H, W, C]` in [0, 1]; 0 if equal."""
+    return (1.0 - jnp.mean(ssim_map(image, ssim_reference(other)))) / 2.0
+
+
+def box_dssim(similarity: jax.Array, box: jax.Array) -> jax.Array:
+    """DSSIM over a rectangle, from the SSIM map of the whole image.
+
+    Args:
+        similarity: `[H - 10, W - 10]` (`ssim_map`).
+        box: `[4]` int (y0, x0, y1, x1), at least 11 pixels a side; only windows wholly inside count.
+
+    Returns:
+        Scalar, equal to `dssim` of the two cropped images.
+    """
+    rows, columns = (
+        (jnp.arange(size) >= box[axis]) & (jnp.arange(size) <= box[axis + 2] - WINDOW)
+        for axis, size in enumerate(similarity.shape)
+    )
+    mask = rows[:, None] & columns[None, :]
+    mean = jnp.sum(jnp.where(mask, similarity, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+    return (1.0 - mean) / 2.0
+
+
+@jax.custom_vjp
+def _ssim(planes: jax.Array, reference: SsimReference) -> jax.Array:
+    """SSIM map `[C, W - 10, H - 10]` (transposed, as the filter leaves it) of planes `[C, H, W]`."""
+    return _ssim_forward(planes, reference)[0]
+
+
+def _ssim_forward(planes, reference):
+    """Wang et al. 2004, equation 13, and its derivatives with respect to the windows' moments."""
+    mean, square, product = _filter(jnp.stack([planes, planes**2, planes * reference.planes]))
+    luminance = 2 * mean * reference.mean + _C1
+    structure = 2 * (product - mean * reference.mean) + _C2
+    inverse_squares = 1 / (mean**2 + reference.mean**2 + _C1)
+    inverse_variances = 1 / (square - mean**2 + reference.square - reference.mean**2 + _C2)
+    inverse = inverse_squares * inverse_variances
+    similarity = luminance * structure * inverse
+    by_mean = 2 * reference.mean * (structure - luminance) * inverse
+    by_mean -= 2 * mean * similarity * (inverse_squares - inverse_variances)
+    by_square = -similarity * inverse_variances
+    by_product = 2 * luminance * inverse
+    return similarity, (planes, reference, jnp.stack([by_mean, by_square, by_product]))
+
+
+def _ssim_backward(residuals, cotangent):
+    planes, reference, by_moment = residuals
+    mean, square, product = _filter_adjoint(by_moment * cotangent)
+    return mean + 2 * planes * square + reference.planes * product, None
+
+
+_ssim.defvjp(_ssim_forward, _ssim_backward)
+
+
+def _filter(planes: jax.Array) -> jax.Array:
+    """Gaussian window sums of `[..., H, W]`, transposed: `[..., W - 10, H - 10]`."""
+    return _filter_last(jnp.swapaxes(_filter_last(planes), -1, -2))
+
+
+def _filter_adjoint(sums: jax.Array) -> jax.Array:
+    """The transpose of `_filter`: `[..., W - 10, H - 10]` to `[..., H, W]`; the window is symmetric."""
+    margin = WINDOW - 1
+
+    def spread(values):
+        pads = [(0, 0)] * (values.ndim - 1) + [(margin, margin)]
+        return _filter_last(jnp.pad(values, pads))
+
+    return spread(jnp.swapaxes(spread(sums), -1, -2))
+
+
+def _filter_last(values: jax.Array) -> jax.Array:
+    """Window sums along the last axis, `[..., N]` to `[..., N - 10]`, in blocks."""
+    num_out = values.shape[-1] - WINDOW + 1
+    blocks = []
+    for start in range(0, num_out, _BLOCK):
+        size = min(_BLOCK, num_out - start)
+        blocks.append(values[..., start : start + size + WINDOW - 1] @ _window_matrix(size))
+    return jnp.concatenate(blocks, axis=-1)
+
+
+def _window_matrix(num_out: int) -> np.ndarray:
+    """`[num_out + 10, num_out]`: column i holds the normalised window at rows i..i+10."""
+    offsets = np.arange(WINDOW) - WINDOW // 2
+    weights = np.exp(-0.5 * (offsets / _SIGMA) ** 2)
+    weights /= weights.sum()
+    matrix = np.zeros((num_out + WINDOW - 1, num_out), np.float32)
+    for shift, weight in enumerate(weights):
+        np.fill_diagonal(matrix[shift:], weight)
+    return matrix

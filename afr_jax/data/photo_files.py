@@ -1,0 +1,216 @@
+"""Photo files in folders: finding them, naming outputs, writing without ever leaving half a file.
+
+What is in the files is the matter of photos.py. Host code: no JAX here.
+"""
+
+import dataclasses
+import errno
+import os
+import pathlib
+import secrets
+import stat
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+
+_JUNK_NAMES = ("thumbs.db", "desktop.ini")
+
+
+@dataclasses.dataclass(frozen=True)
+class PhotoInput:
+    """A file to read.
+
+    Attributes:
+        path: Absolute path of the file.
+        relative: Path below the folder it was found in; the name of a file given by itself.
+        problem: Why it must not be read, or None.
+    """
+
+    path: pathlib.Path
+    relative: pathlib.PurePosixPath
+    problem: str | None = None
+
+
+def list_photos(
+    paths: Sequence[str | os.PathLike[str]], *, exclude: Sequence[str | os.PathLike[str]] = ()
+) -> list[PhotoInput]:
+    """Lists the files among and below the given paths, photos or not.
+
+    Left out below folders: hidden files and folders, the files that Windows puts beside photos,
+    special files and linked folders. A link to a file is listed, with a problem if it is broken or
+    leads out of the folder. A file that is reached twice is listed once, where it comes first. A
+    folder that cannot be read is listed itself, with that problem.
+
+    Args:
+        paths: Files and folders; folders are searched with all folders below them.
+        exclude: Files to leave out, and folders to leave out where they lie strictly inside one of
+            the given folders. Paths that do not exist are allowed.
+
+    Returns:
+        The files, in the order of `paths`, within a folder sorted by relative path.
+
+    Raises:
+        FileNotFoundError: If one of `paths` does not exist.
+    """
+    excluded = {pathlib.Path(path).resolve() for path in exclude}
+    found: dict[pathlib.Path, PhotoInput] = {}
+    for path in map(pathlib.Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        if path.is_dir():
+            pairs = _files_below(path.resolve(), excluded)
+        else:
+            target = path.resolve()
+            path = path.parent.resolve() / path.name
+            item = PhotoInput(path, pathlib.PurePosixPath(path.name))
+            pairs = iter([] if target in excluded else [(target, item)])
+        for target, item in sorted(pairs, key=lambda pair: pair[1].relative.as_posix()):
+            found.setdefault(target, item)
+    return list(found.values())
+
+
+def output_paths(
+    inputs: Sequence[PhotoInput],
+    output_dir: str | os.PathLike[str],
+    *,
+    suffix: str = "_cloaked.png",
+    taken: Mapping[str, str] | None = None,
+) -> list[pathlib.Path]:
+    """Names one output per input: `<output_dir>/<relative folder>/<stem><suffix>`.
+
+    No two names are equal, also where case or the Unicode form of accents does not count, and none
+    is that of an input. If the name is in use, the next choices are `<stem>_<extension><suffix>`,
+    `<stem>_<extension>_2<suffix>`, `.._3` and so on.
+
+    Args:
+        inputs: Files from `list_photos`; earlier ones choose first.
+        output_dir: Folder of the outputs.
+        suffix: End of the names.
+        taken: Output of an earlier run by input, str(input.path) to its path. Its inputs keep their
+            name, the others avoid it.
+
+    Returns:
+        The paths, one per input.
+    """
+    taken = taken or {}
+    used = {_folded(path) for path in (*taken.values(), *(item.path for item in inputs))}
+    outputs = []
+    for item in inputs:
+        if str(item.path) in taken:
+            outputs.append(pathlib.Path(taken[str(item.path)]))
+            continue
+        folder = pathlib.Path(output_dir, *item.relative.parent.parts)
+        names = (f"{name}{suffix}" for name in _stems(item.relative))
+        output = next(folder / name for name in names if _folded(folder / name) not in used)
+        used.add(_folded(output))
+        outputs.append(output)
+    return outputs
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = False) -> None:
+    """Writes a file so that its name never stands for a part of the data.
+
+    The data goes to a hidden file `.*.partial` in the same folder, which takes the final name once
+    it is on the disk, and is removed on any error. Missing folders are created.
+
+    Args:
+        path: Path of the file.
+        data: Its content.
+        overwrite: Whether an existing file is replaced.
+
+    Raises:
+        FileExistsError: If `path` exists and `overwrite` is False, even if it came up meanwhile.
+        OSError: If the file cannot be written, such as when the disk is full.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # It would be taken for an existing output.
+        raise NotADirectoryError(
+            errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)
+        ) from error
+    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(partial, path)
+        else:
+            _publish_new(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _publish_new(partial: pathlib.Path, path: pathlib.Path) -> None:
+    """Gives the file its final name unless that exists."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except (OSError, NotImplementedError):
+        # No hard links here (FAT, some network drives): an empty file claims the name for a moment.
+        path.open("xb").close()
+        try:
+            os.replace(partial, path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def _files_below(
+    root: pathlib.Path, excluded: set[pathlib.Path]
+) -> Iterator[tuple[pathlib.Path, PhotoInput]]:
+    """Yields every file below a resolved folder with its target, which tells duplicates."""
+    excluded = {path for path in excluded if root in path.parents}
+    unreadable: list[OSError] = []
+    for folder, folder_names, file_names in os.walk(root, onerror=unreadable.append):
+        here = pathlib.Path(folder)
+        folder_names[:] = [
+            name
+            for name in folder_names
+            if not name.startswith(".") and here / name not in excluded
+        ]
+        for name in file_names:
+            if name.startswith(".") or name.casefold() in _JUNK_NAMES:
+                continue
+            path = here / name
+            target, problem = _target_of(path, root)
+            if target is not None and excluded.isdisjoint((path, target, *target.parents)):
+                yield target, PhotoInput(path, _relative(path, root), problem)
+    for error in unreadable:
+        path = pathlib.Path(error.filename)
+        yield path, PhotoInput(path, _relative(path, root), "the folder cannot be read")
+
+
+def _target_of(path: pathlib.Path, root: pathlib.Path) -> tuple[pathlib.Path | None, str | None]:
+    """Returns the file that a path stands for, None for special files, and a problem, if any."""
+    try:
+        target = path.resolve(strict=True)
+        if not stat.S_ISREG(target.stat().st_mode):
+            return None, None
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle, up to Python 3.12.
+        return path, "a symbolic link that leads nowhere" if path.is_symlink() else None
+    if root not in target.parents:
+        return path, "a symbolic link that leads out of the folder"
+    return target, None
+
+
+def _relative(path: pathlib.Path, root: pathlib.Path) -> pathlib.PurePosixPath:
+    return pathlib.PurePosixPath(path.relative_to(root).as_posix())
+
+
+def _stems(relative: pathlib.PurePosixPath) -> Iterator[str]:
+    yield relative.stem
+    stem = f"{relative.stem}_{relative.suffix[1:]}" if relative.suffix[1:] else relative.stem
+    if stem != relative.stem:
+        yield stem
+    number = 2
+    while True:
+        yield f"{stem}_{number}"
+        number += 1
+
+
+def _folded(path: str | os.PathLike[str]) -> str:
+    """Returns a key that is equal for paths which some file systems take for the same."""
+    return unicodedata.normalize("NFC", os.path.abspath(path)).casefold()

@@ -1,0 +1,348 @@
+"""Photo files to arrays and back: decoding to upright RGB, encoding to PNG.
+
+A decoded photo is uint8 in 0..255, layout [H, W, 3], RGB, upright; alpha, grey mode and colour
+profile travel beside it, so that what is written back differs from the source in its pixels only.
+Pixels of wide-gamut photos are not converted: they stay in the space their profile describes.
+
+Finding photos, naming outputs and writing files is in photo_files.py; conversion to float images in
+[0, 1] is done by the callers. Host code: no JAX here, never called from a traced function.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import pathlib
+import re
+import stat
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    ImageCms,
+    ImageFile,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+MAX_PIXELS = 100_000_000
+_MAX_FILE_BYTES = 1 << 30  # 100 megapixels of 16-bit RGBA are 0.8 GB
+_HEADER_BYTES = 32
+
+_SIGNATURES = (
+    ("JPEG", rb"\xff\xd8\xff"),
+    ("PNG", rb"\x89PNG\r\n\x1a\n"),
+    ("WebP", rb"RIFF.{4}WEBP"),
+    ("TIFF", rb"II[*+]\0|MM\0[*+]"),
+    ("HEIC", rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)"),
+    ("GIF", rb"GIF8[79]a"),
+    ("BMP", rb"BM"),
+)
+# Pillow's readers are constructed directly: Image.open would read formats that are not meant (EPS
+# runs Ghostscript), and judges sizes by the process-wide Image.MAX_IMAGE_PIXELS. The JPEG reader
+# takes the first frame of an MPO file, as wanted.
+_READERS: dict[str, type[ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WebP": WebPImagePlugin.WebPImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+}
+
+# What keep_metadata keeps. Not in the list: tags that describe the source file's layout, and blocks
+# that can hold a preview of the source (maker note, Photoshop resources; the thumbnail directory).
+_EXIF_TAGS = (
+    *(0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x013C, 0x8298),  # description .. copyright
+    *(0x011A, 0x011B, 0x0128),  # resolution
+    *(0x4746, 0x4749, 0x9C9B, 0x9C9C, 0x9C9D, 0x9C9E, 0x9C9F),  # rating, Windows title .. subject
+)
+_EXIF_DROPPED = {0x927C, 0xA005, 0xA002, 0xA003}  # maker note, interoperability, width, height
+
+_warnings_lock = threading.Lock()
+
+
+class PhotoError(Exception):
+    """A file that cannot be taken as a photo; the message is a short reason without the path."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Photo:
+    """A decoded photo.
+
+    Attributes:
+        pixels: RGB, upright, uint8 [H, W, 3].
+        alpha: Opacity, uint8 [H, W], 255 is opaque; None if the file has none.
+        grey: Whether the file was greyscale; the three channels are then equal.
+        icc_profile: Profile of `pixels` to write back; None stands for sRGB.
+        exif: EXIF block without orientation, thumbnail and maker note, for `keep_metadata`.
+    """
+
+    pixels: np.ndarray
+    alpha: np.ndarray | None = None
+    grey: bool = False
+    icc_profile: bytes | None = None
+    exif: bytes | None = None
+
+
+def read_photo(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Photo:
+    """Reads a photo file; see `decode_photo`.
+
+    Raises:
+        PhotoError: If the file cannot be read, or is not a photo that can be decoded.
+    """
+    return decode_photo(read_photo_bytes(path), max_pixels=max_pixels)
+
+
+def read_photo_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Reads the bytes of a photo file, once it looks like one.
+
+    Only the first bytes of other files are read, however large they are.
+
+    Raises:
+        PhotoError: If the file cannot be read, or its first bytes are of no supported format.
+    """
+    try:
+        # Only regular files are opened: a named pipe would wait for its writer for ever.
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise PhotoError("it is a folder, not a file")
+        if not stat.S_ISREG(mode):
+            raise PhotoError("it is not a regular file")
+        with pathlib.Path(path).open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+            _format_of(header)
+            if os.fstat(file.fileno()).st_size > _MAX_FILE_BYTES:
+                raise PhotoError(f"the file is larger than {_MAX_FILE_BYTES >> 20} MiB")
+            return header + file.read()
+    except FileNotFoundError as error:
+        raise PhotoError("the file does not exist") from error
+    except PermissionError as error:
+        raise PhotoError("no permission to read the file") from error
+    except (OSError, ValueError, MemoryError) as error:  # ValueError: a null character in the path
+        raise PhotoError("the file cannot be read") from error
+
+
+def decode_photo(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
+    """Decodes the bytes of a JPEG, PNG, WebP, BMP, TIFF, HEIC or still GIF file.
+
+    16-bit grey is scaled by 1 / 257 and rounded; 16-bit colour keeps its high bytes (Pillow has no
+    other way). Grey without a fixed range (32-bit integers, floats) is scaled by the smallest of
+    the usual ranges that holds the brightest pixel; see `_WIDE_RANGES`. CMYK goes to sRGB, through
+    the embedded profile if there is one. Of several photos in an MPO or HEIC file the main one is
+    taken.
+
+    Args:
+        data: Content of the file.
+        max_pixels: Largest width times height, judged by the header before decoding. Pillow
+            refuses WebP and TIFF files above twice its Image.MAX_IMAGE_PIXELS in any case.
+
+    Returns:
+        The photo, with at least one pixel.
+
+    Raises:
+        PhotoError: If the content is no supported still image, is damaged or too large.
+    """
+    file_format = _format_of(data[:_HEADER_BYTES])
+    reader = _reader(file_format)
+    too_large = f"the image has more than {max_pixels / 1e6:g} megapixels"
+    try:
+        with _warnings_ignored():
+            image = reader(io.BytesIO(data))
+            num_frames = 1 if file_format == "HEIC" else getattr(image, "n_frames", 1)
+        if image.width * image.height > max_pixels:
+            raise PhotoError(too_large)
+        if num_frames > 1:
+            if file_format == "TIFF":
+                raise PhotoError(f"a document of {num_frames} pages, not a single photo")
+            raise PhotoError(f"an animated image of {num_frames} frames, not a single photo")
+        return _decode(image, file_format, data)
+    except PhotoError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise PhotoError(too_large) from error
+    except MemoryError as error:
+        raise PhotoError("not enough memory to decode the image") from error
+    except Exception as error:
+        # Readers meet damaged content with any of a dozen types, from OSError to ZeroDivisionError.
+        raise PhotoError(f"the {file_format} file is damaged or incomplete") from error
+
+
+def encode_png(photo: Photo, pixels: np.ndarray, *, keep_metadata: bool = False) -> bytes:
+    """Encodes new pixels as PNG, with alpha, grey mode and colour profile of the photo.
+
+    Args:
+        photo: What was decoded.
+        pixels: What replaces `photo.pixels`: uint8, of its shape [H, W, 3]. For a grey photo the
+            ITU-R 601 luma is written, which is any of the channels where they are equal.
+        keep_metadata: Whether `photo.exif` is written: camera, date, and place, too. Comments and
+            XMP are never written.
+
+    Returns:
+        The content of a PNG file.
+
+    Raises:
+        ValueError: If `pixels` does not have the shape of `photo.pixels` or is not uint8.
+    """
+    if pixels.dtype != np.uint8 or pixels.shape != photo.pixels.shape:
+        raise ValueError(
+            f"pixels must be uint8 {photo.pixels.shape}, got {pixels.dtype} {pixels.shape}"
+        )
+    image = Image.fromarray(pixels)
+    if photo.grey:
+        image = image.convert("L")
+    if photo.alpha is not None:
+        image.putalpha(Image.fromarray(photo.alpha))
+    buffer = io.BytesIO()
+    exif = photo.exif if keep_metadata else None
+    image.save(buffer, "PNG", icc_profile=photo.icc_profile, exif=exif)
+    return buffer.getvalue()
+
+
+def _format_of(header: bytes) -> str:
+    """Names the format of a file by its first bytes; PhotoError if it is none of ours."""
+    if not header:
+        raise PhotoError("the file is empty")
+    for file_format, signature in _SIGNATURES:
+        if re.match(signature, header, re.DOTALL):
+            return file_format
+    raise PhotoError("not a photo in a supported format (JPEG, PNG, WebP, BMP, TIFF, HEIC)")
+
+
+def _reader(file_format: str) -> Callable[[io.BytesIO], ImageFile.ImageFile]:
+    if file_format != "HEIC":
+        return _READERS[file_format]
+    try:
+        import pillow_heif  # Optional: a compiled codec that not every platform has.
+    except ImportError as error:
+        raise PhotoError("HEIC photos need the Python package pillow-heif") from error
+    return pillow_heif.HeifImageFile
+
+
+@contextlib.contextmanager
+def _warnings_ignored() -> Iterator[None]:
+    """Ignores warnings about odd headers and large sizes, which are decided upon here.
+
+    The filters belong to the process, hence one thread at a time.
+    """
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _decode(image: ImageFile.ImageFile, file_format: str, data: bytes) -> Photo:
+    # TIFF alone warns while it decodes; threads may decode the pixels of the others in parallel.
+    with _warnings_ignored() if file_format == "TIFF" else contextlib.nullcontext():
+        image.load()
+    icc_profile = image.info.get("icc_profile")
+    _repair_transparent_colour(image, file_format, data)
+    with _warnings_ignored():
+        exif = _make_upright(image)
+    if image.mode in _WIDE_RANGES:
+        pixels, alpha = _from_wide_grey(image)
+        grey = True
+    else:
+        # Pillow gives 16-bit grey with alpha (PNG colour type 4) as RGBA of equal channels.
+        grey = image.mode in ("1", "L", "LA", "La") or (file_format == "PNG" and data[25] == 4)
+        pixels, alpha = _from_eight_bits(image, icc_profile)
+        if image.mode in ("CMYK", "LAB"):
+            icc_profile = None  # The pixels are sRGB now.
+    # Bytes 16 to 20 of a profile name the space of the pixels; 36 to 40 are its signature.
+    fits = icc_profile and (icc_profile[16:20], icc_profile[36:40]) == (
+        b"GRAY" if grey else b"RGB ",
+        b"acsp",
+    )
+    return Photo(pixels, alpha, grey, icc_profile if fits else None, exif)
+
+
+def _make_upright(image: Image.Image) -> bytes | None:
+    """Applies the EXIF orientation to the image in place and returns what else EXIF says, if any.
+
+    A damaged block is dropped, since the pixels are fine without it.
+    """
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+        source = image.getexif()
+        kept = Image.Exif()
+        for tag in _EXIF_TAGS:
+            if tag in source:
+                kept[tag] = source[tag]
+        for directory in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            fields = source.get_ifd(directory).items()
+            if fields := {tag: value for tag, value in fields if tag not in _EXIF_DROPPED}:
+                kept[directory] = fields
+        return kept.tobytes() if len(kept) else None
+    except Exception:
+        return None
+
+
+def _repair_transparent_colour(image: Image.Image, file_format: str, data: bytes) -> None:
+    """Brings PNG's transparent colour, in units of the file, to the 8 bits that pixels now have."""
+    colour = image.info.get("transparency")
+    if file_format != "PNG" or colour is None:
+        return
+    depth = data[24]
+    if image.mode == "L":
+        image.info["transparency"] = colour * 255 // (2**depth - 1)
+    elif image.mode == "RGB" and depth == 16:
+        image.info["transparency"] = tuple(level >> 8 for level in colour)
+
+
+# Brightest value of white, by mode; the first one that holds the brightest pixel counts.
+_WIDE_RANGES = {
+    "I;16": (65535,),
+    "I;16L": (65535,),
+    "I;16B": (65535,),
+    "I;16N": (65535,),
+    "I": (255, 65535, 2**31 - 1),
+    "F": (1.0, 255.0, 65535.0),
+}
+
+
+def _from_wide_grey(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+    levels = np.asarray(image)
+    alpha = None
+    if "transparency" in image.info:
+        alpha = np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8)
+    ranges = _WIDE_RANGES[image.mode]
+    if getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE) == (12,):
+        ranges = (4095,)
+    values = np.nan_to_num(levels.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    white = next((end for end in ranges if values.max() <= end), ranges[-1])
+    grey = np.floor(np.clip(values / white, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2), alpha
+
+
+def _from_eight_bits(
+    image: Image.Image, icc_profile: bytes | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    if image.mode == "CMYK":
+        image = _cmyk_to_srgb(image, icc_profile)
+    elif image.mode == "La":
+        image = image.convert("LA")
+    if not image.has_transparency_data:
+        return np.array(image if image.mode == "RGB" else image.convert("RGB")), None
+    rgba = np.asarray(image.convert("RGBA"))
+    return rgba[:, :, :3].copy(), rgba[:, :, 3].copy()
+
+
+def _cmyk_to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
+    if icc_profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
+            target = ImageCms.createProfile("sRGB")
+            converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+            if converted is not None:
+                return converted
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            pass  # A damaged profile, or one for another space: as if there were none.
+    return image.convert("RGB")

@@ -1,0 +1,250 @@
+"""P-Net, R-Net and O-Net of MTCNN in Flax, and the reader of their weights.
+
+Zhang, Zhang, Li, Qiao: "Joint Face Detection and Alignment Using Multitask Cascaded Convolutional
+Networks", IEEE Signal Processing Letters 2016. The weights are those of the `mtcnn` wheel (MIT
+licence), which go back to the authors' Caffe models. The cascade around the networks is in
+`afr_jax.recognition.detect`.
+
+All networks take RGB scaled by (x - 127.5) / 128 from 0..255 (`normalise`).
+"""
+
+import importlib.util
+import io
+import pathlib
+import pickle
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import lz4.frame
+import numpy as np
+
+from afr_jax.models import layers
+
+# Stands in for minus infinity below every activation: finite, so that masked places cannot turn
+# into NaN.
+_LOW = -1e6
+
+
+class PNet(nn.Module):
+    """Proposal network: a 12 x 12 face classifier slid over an image with stride 2."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Face probability and box regression at every cell.
+
+        Args:
+            images: `[B, H, W, 3]` normalised, zero-padded behind their true size.
+            sizes: `[B, 2]` int, true rows and columns.
+
+        Returns:
+            Probabilities `[B, h, w]` and regressions `[B, h, w, 4]` (x0, y0, x1, y1 in cells of 11
+            px), with h = ceil((H - 2) / 2) - 4; cells past `map_size(sizes)` are meaningless.
+        """
+        x = layers.PReLU(name="prelu_1")(_conv(10, 3, "conv_1")(images))
+        # Padding must not win the last pooling window of an image of odd size.
+        rows = jnp.arange(x.shape[1]) < sizes[:, :1] - 2
+        columns = jnp.arange(x.shape[2]) < sizes[:, 1:] - 2
+        x = jnp.where((rows[:, :, None] & columns[:, None, :])[..., None], x, _LOW)
+        x = layers.max_pool(layers.pad_for_pool(x, 2, 2, _LOW), 2, 2)
+        x = layers.PReLU(name="prelu_2")(_conv(16, 3, "conv_2")(x))
+        x = layers.PReLU(name="prelu_3")(_conv(32, 3, "conv_3")(x))
+        boxes = _conv(4, 1, "boxes")(x)
+        logits = _conv(2, 1, "face")(x)
+        return nn.sigmoid(logits[..., 1] - logits[..., 0]), boxes
+
+
+class RNet(nn.Module):
+    """Refinement network on 24 x 24 crops."""
+
+    @nn.compact
+    def __call__(self, crops: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Face probability `[B]` and box regression `[B, 4]` of normalised crops `[B, 24, 24,
+        3]`.
+        """
+        x = layers.PReLU(name="prelu_1")(_conv(28, 3, "conv_1")(crops))
+        x = layers.max_pool(layers.pad_for_pool(x, 3, 2, _LOW), 3, 2)
+        x = layers.PReLU(name="prelu_2")(_conv(48, 3, "conv_2")(x))
+        x = layers.max_pool(x, 3, 2)
+        x = layers.PReLU(name="prelu_3")(_conv(64, 2, "conv_3")(x))
+        x = layers.PReLU(name="prelu_4")(nn.Dense(128, name="dense")(_flatten(x)))
+        logits = nn.Dense(2, name="face")(x)
+        return nn.sigmoid(logits[:, 1] - logits[:, 0]), nn.Dense(4, name="boxes")(x)
+
+
+class ONet(nn.Module):
+    """Output network on 48 x 48 crops."""
+
+    @nn.compact
+    def __call__(self, crops: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Face probability `[B]`, box regression `[B, 4]`, landmarks `[B, 10]` of crops `[B, 48,
+        48, 3]`.
+
+        The landmarks are five x then five y, as shares of the crop's side.
+        """
+        x = layers.PReLU(name="prelu_1")(_conv(32, 3, "conv_1")(crops))
+        x = layers.max_pool(layers.pad_for_pool(x, 3, 2, _LOW), 3, 2)
+        x = layers.PReLU(name="prelu_2")(_conv(64, 3, "conv_2")(x))
+        x = layers.max_pool(x, 3, 2)
+        x = layers.PReLU(name="prelu_3")(_conv(64, 3, "conv_3")(x))
+        x = layers.max_pool(layers.pad_for_pool(x, 2, 2, _LOW), 2, 2)
+        x = layers.PReLU(name="prelu_4")(_conv(128, 2, "conv_4")(x))
+        x = layers.PReLU(name="prelu_5")(nn.Dense(256, name="dense")(_flatten(x)))
+        logits = nn.Dense(2, name="face")(x)
+        landmarks = nn.Dense(10, name="landmarks")(x)
+        return nn.sigmoid(logits[:, 1] - logits[:, 0]), nn.Dense(4, name="boxes")(x), landmarks
+
+
+# Parameter leaves of each network in the order of the weight file (Keras order: kernel, bias; one
+# slope a PReLU).
+_FILES = {
+    "pnet": (
+        PNet(),
+        ("conv_1", "prelu_1", "conv_2", "prelu_2", "conv_3", "prelu_3", "boxes", "face"),
+        (
+            jax.ShapeDtypeStruct((1, 24, 24, 3), jnp.float32),
+            jax.ShapeDtypeStruct((1, 2), jnp.int32),
+        ),
+    ),
+    "rnet": (
+        RNet(),
+        ("conv_1", "prelu_1", "conv_2", "prelu_2", "conv_3", "prelu_3", "dense", "prelu_4")
+        + ("boxes", "face"),
+        (jax.ShapeDtypeStruct((1, 24, 24, 3), jnp.float32),),
+    ),
+    "onet": (
+        ONet(),
+        ("conv_1", "prelu_1", "conv_2", "prelu_2", "conv_3", "prelu_3", "conv_4", "prelu_4")
+        + ("dense", "prelu_5", "boxes", "landmarks", "face"),
+        (jax.ShapeDtypeStruct((1, 48, 48, 3), jnp.float32),),
+    ),
+}
+
+
+def normalise(pixels: jax.Array) -> jax.Array:
+    """The networks' input range from RGB in [0, 255]."""
+    return (pixels - 127.5) / 128.0
+
+
+def map_size(size: jax.Array | int) -> jax.Array | int:
+    """Number of P-Net cells along an axis of `size` pixels (12 px field, stride 2)."""
+    return -((2 - size) // 2) - 4
+
+
+def find_weights() -> pathlib.Path:
+    """Folder of the weight files inside the installed `mtcnn` wheel (which is not imported: it
+    needs TensorFlow).
+
+    Raises:
+        FileNotFoundError: the package or its files are missing; the message says how to get them.
+    """
+    spec = importlib.util.find_spec("mtcnn")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = pathlib.Path(folder) / "assets" / "weights"
+        if all((path / f"{name}.lz4").is_file() for name in _FILES):
+            return path
+    raise FileNotFoundError(
+        "the MTCNN weights were not found: install them with 'pip install mtcnn==1.0.0'"
+    )
+
+
+def read_weights(folder: pathlib.Path | str) -> dict:
+    """Reads `pnet.lz4`, `rnet.lz4` and `onet.lz4` into the variables of the three networks.
+
+    Args:
+        folder: where the files are.
+
+    Returns:
+        `{"pnet": {"params": ...}, "rnet": ..., "onet": ...}`, float32.
+
+    Raises:
+        ValueError: a file is damaged, holds anything but plain arrays, or the arrays do not fit the
+        network.
+    """
+    variables = {}
+    for name, (module, order, example) in _FILES.items():
+        path = pathlib.Path(folder) / f"{name}.lz4"
+        arrays = _read_joblib_arrays(path)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
+        leaves = [
+            (layer, leaf)
+            for layer in order
+            for leaf in (("slope",) if layer.startswith("prelu") else ("kernel", "bias"))
+        ]
+        expected = [shapes[layer][leaf].shape for layer, leaf in leaves]
+        # Keras stores the shared slopes of a convolution's PReLU as [1, 1, C].
+        found = [a.shape[2:] if a.ndim == 3 and a.shape[:2] == (1, 1) else a.shape for a in arrays]
+        if found != expected:
+            raise ValueError(f"{path}: arrays {found} do not fit {name}, expected {expected}")
+        params: dict = {}
+        for (layer, leaf), shape, array in zip(leaves, expected, arrays, strict=True):
+            params.setdefault(layer, {})[leaf] = np.asarray(array, np.float32).reshape(shape)
+        variables[name] = {"params": params}
+    return variables
+
+
+def _conv(channels: int, kernel: int, name: str) -> nn.Conv:
+    return nn.Conv(channels, (kernel, kernel), padding="VALID", name=name)
+
+
+def _flatten(x: jax.Array) -> jax.Array:
+    """`[B, H, W, C]` to `[B, W * H * C]`: the dense layers stem from column-major Caffe weights."""
+    return x.transpose(0, 2, 1, 3).reshape(x.shape[0], -1)
+
+
+class _ArrayRecord:
+    """What a joblib dump says of one array; the array's bytes follow the record in the file."""
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if getattr(self, "subclass", None) is not np.ndarray:
+            raise ValueError("only plain arrays are read")
+        dtype = np.dtype(self.dtype)
+        if dtype.hasobject:
+            raise ValueError("object arrays are not read")
+        if getattr(self, "numpy_array_alignment_bytes", None) is not None:
+            self.stream.read(self.stream.read(1)[0])
+        count = int(np.prod(self.shape, dtype=np.int64))
+        data = self.stream.read(count * dtype.itemsize)
+        self.array = np.frombuffer(data, dtype, count).reshape(self.shape, order=self.order)
+
+
+class _Stream:
+    """A reader without `peek`, so that the unpickler consumes no byte beyond its own records."""
+
+    def __init__(self, data: bytes):
+        stream = io.BytesIO(data)
+        self.read, self.readline, self.readinto = stream.read, stream.readline, stream.readinto
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits the three names that a joblib dump of plain arrays needs, and no other: nothing
+    foreign can run.
+    """
+
+    def __init__(self, stream: _Stream):
+        super().__init__(stream)
+        self._record = type("_BoundArrayRecord", (_ArrayRecord,), {"stream": stream})
+
+    def find_class(self, module: str, name: str) -> type:
+        allowed = {
+            ("joblib.numpy_pickle", "NumpyArrayWrapper"): self._record,
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+        }
+        if (module, name) not in allowed:
+            raise ValueError(
+                f"the file refers to {module}.{name}, which a weight file does not need"
+            )
+        return allowed[module, name]
+
+
+def _read_joblib_arrays(path: pathlib.Path) -> list[np.ndarray]:
+    """The arrays of an lz4-compressed joblib dump of a list of plain arrays."""
+    try:
+        records = _ArrayUnpickler(_Stream(lz4.frame.decompress(path.read_bytes()))).load()
+        return [record.array for record in records]
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # Any damage of the file surfaces as one clear error.
+        raise ValueError(f"{path} is not a readable MTCNN weight file: {error}") from error

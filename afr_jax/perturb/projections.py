@@ -1,0 +1,23 @@
+"""Projections onto the sets that perturbations must stay in.
+
+All take and return a perturbation of ONE image; values are in [0, 1] units (8 grey levels = 8 /
+255).
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def linf_box(delta: jax.Array, limit: jax.Array | float) -> jax.Array:
+    """Clips to [-limit, limit]; `limit` is a number or broadcasts against delta (one per pixel)."""
+    return jnp.clip(delta, -limit, limit)
+
+
+def image_box(delta: jax.Array, image: jax.Array) -> jax.Array:
+    """Clips so that image + delta lies in [0, 1]; image and delta have one shape."""
+    return jnp.clip(delta, -image, 1.0 - image)
+
+
+def grey(delta: jax.Array) -> jax.Array:
+    """The nearest perturbation `[H, W, C]` that is equal in all channels: their mean."""
+    return jnp.broadcast_to(jnp.mean(delta, axis=-1, keepdims=True), delta.shape)

@@ -1,0 +1,181 @@
+"""Stage 2b of face recognition: from landmarks to the extractor's chip.
+
+A similarity transform takes five landmarks to an extractor's template; the photo is resampled along
+it. The warp is antialiased and differentiable, so gradients flow from the chip to the photo's own
+pixels.
+
+Coordinates are (y, x) in pixels, 0 at the centre of the first pixel. A transform is `[2, 3]`: chip
+point (y, x, 1) to photo point (y, x).
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from afr_jax.core import images
+
+
+class Canvas(NamedTuple):
+    """A piece of a photo on an array of a bucket's size, float32 in [0, 1].
+
+    Canvas pixel (i, j) is the average of the `factor` x `factor` photo pixels from `origin` +
+    factor * (i, j) on. The piece fills the first `size` rows and columns; what lies outside it, or
+    outside the photo, is black.
+    """
+
+    image: np.ndarray
+    origin: tuple[int, int]
+    factor: int
+    size: tuple[int, int]
+
+
+def cut_canvas(
+    pixels: np.ndarray, bounds: np.ndarray, *, factor: int, ladder: tuple[int, ...]
+) -> Canvas:
+    """Cuts a rectangle out of a photo.
+
+    Args:
+        pixels: `[H, W, 3]` uint8.
+        bounds: `[4]` (y0, x0, y1, x1), float; rounded outwards and clipped to the photo.
+        factor: photo pixels per canvas pixel.
+        ladder: sides of canvases (`images.bucket_size`).
+
+    Returns:
+        The canvas, square.
+    """
+    low, high = integer_bounds(bounds, pixels.shape[:2])
+    piece = pixels[low[0] : high[0], low[1] : high[1]].astype(np.float32) / 255.0
+    size = -(-piece.shape[0] // factor), -(-piece.shape[1] // factor)
+    if factor > 1:
+        extra = [(0, n * factor - m) for n, m in zip(size, piece.shape[:2], strict=True)]
+        piece = np.pad(piece, extra + [(0, 0)], mode="edge")
+        piece = piece.reshape(size[0], factor, size[1], factor, 3).mean(axis=(1, 3))
+    side = images.bucket_size(max(size), ladder)
+    return Canvas(images.pad_to(piece, (side, side)), (int(low[0]), int(low[1])), factor, size)
+
+
+def integer_bounds(bounds: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """First and one-past-last row and column of a rectangle, rounded outwards, within a photo of
+    `shape`.
+    """
+    limit = np.array(shape[:2])
+    low = np.clip(np.floor(np.asarray(bounds)[:2]).astype(int), 0, limit - 1)
+    high = np.clip(np.ceil(np.asarray(bounds)[2:]).astype(int), low + 1, limit)
+    return low, high
+
+
+def canvas_transform(transform: np.ndarray, canvas: Canvas) -> np.ndarray:
+    """The transform `[2, 3]` from chip to canvas, of one from chip to photo."""
+    centre = np.asarray(canvas.origin) + (canvas.factor - 1) / 2
+    moved = np.array(transform, np.float64)
+    moved[:, 2] -= centre
+    return moved / canvas.factor
+
+
+def similarity_transform(landmarks: np.ndarray, template: np.ndarray) -> np.ndarray:
+    """The transform from chip to photo whose inverse takes the landmarks nearest to the template.
+
+    Rotation, uniform scale and shift with the least squared error in the chip (Umeyama 1991, for
+    two dimensions and without reflection: one complex division).
+
+    Args:
+        landmarks: `[5, 2]` (y, x) in the photo.
+        template: `[5, 2]` (y, x) in the chip.
+
+    Returns:
+        `[2, 3]` float64.
+
+    Raises:
+        ValueError: the landmarks coincide or are not finite.
+    """
+    source = np.asarray(landmarks, np.float64) @ [1j, 1.0]
+    target = np.asarray(template, np.float64) @ [1j, 1.0]
+    centred = source - source.mean()
+    spread = np.sum(np.abs(centred) ** 2)
+    factor = np.sum(np.conj(centred) * (target - target.mean())) / spread if spread > 0 else 0.0
+    if not np.isfinite(factor) or abs(factor) < 1e-9:
+        raise ValueError("the landmarks do not span a face")
+    inverse = 1.0 / factor
+    shift = source.mean() - inverse * target.mean()
+    return np.array(
+        [
+            [inverse.real, inverse.imag, shift.imag],
+            [-inverse.imag, inverse.real, shift.real],
+        ]
+    )
+
+
+def transform_scale(transform: np.ndarray) -> float:
+    """Photo pixels per chip pixel."""
+    return float(np.hypot(transform[0, 0], transform[0, 1]))
+
+
+def chip_bounds(transform: np.ndarray, size: int) -> np.ndarray:
+    """The rectangle `[4]` (y0, x0, y1, x1), float, that the chip of a side `size` covers in the
+    photo.
+    """
+    edge = size - 0.5
+    corners = np.array([[-0.5, -0.5, 1], [-0.5, edge, 1], [edge, -0.5, 1], [edge, edge, 1]])
+    points = corners @ np.asarray(transform).T + 0.5
+    return np.concatenate([points.min(axis=0), points.max(axis=0)])
+
+
+def pool_factor(scale: float) -> int:
+    """By how much to box-average a photo before sampling it at `scale` pixels per chip pixel.
+
+    Bilinear sampling of the averaged photo then steps by at most 1.25 of its pixels, so little
+    aliases, and by no less than 0.6 (above a factor of 1), so little blurs.
+    """
+    return max(1, int(np.ceil(scale - 0.25)))
+
+
+def warp(image: jax.Array, transform: jax.Array, *, size: int, pool: int = 1) -> jax.Array:
+    """Resamples an image to a chip: box average over `pool` pixels, then bilinear; black outside.
+
+    Args:
+        image: `[H, W, C]` float.
+        transform: `[2, 3]`, chip to image.
+        size: side of the chip.
+        pool: factor of the box average, `pool_factor` of the transform's scale.
+
+    Returns:
+        `[size, size, C]`.
+    """
+    chex.assert_rank(image, 3)
+    chex.assert_shape(transform, (2, 3))
+    height, width, channels = image.shape
+    if pool > 1:
+        rows, columns = -(-height // pool), -(-width // pool)
+        padded = jnp.pad(
+            image, ((0, rows * pool - height), (0, columns * pool - width), (0, 0)), mode="edge"
+        )
+        image = padded.reshape(rows, pool, columns, pool, channels).mean(axis=(1, 3))
+    steps = jnp.arange(size, dtype=jnp.float32)
+    y, x = (
+        row[0] * steps[:, None] + row[1] * steps[None, :] + row[2]
+        for row in transform.astype(jnp.float32)
+    )
+    return _bilinear(image, (y - (pool - 1) / 2) / pool, (x - (pool - 1) / 2) / pool)
+
+
+def _bilinear(image: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+    """Samples `[H, W, C]` at points `[R, S]`; beyond the outermost pixel centres it fades to zero
+    within a pixel.
+    """
+    height, width, channels = image.shape
+    low_y, low_x = jnp.floor(y), jnp.floor(x)
+    flat = image.reshape(height * width, channels)
+    total = 0.0
+    for step_y in (0, 1):
+        for step_x in (0, 1):
+            at_y, at_x = low_y + step_y, low_x + step_x
+            weight = (1 - jnp.abs(y - at_y)) * (1 - jnp.abs(x - at_x))
+            inside = (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width)
+            at_y = jnp.clip(at_y, 0, height - 1).astype(jnp.int32)
+            at_x = jnp.clip(at_x, 0, width - 1).astype(jnp.int32)
+            taken = jnp.take(flat, at_y * width + at_x, axis=0, mode="clip")
+            total = total + taken * jnp.where(inside, weight, 0.0)[..., None]
+    return total

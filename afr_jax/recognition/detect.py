@@ -1,0 +1,332 @@
+"""Stage 2a of face recognition: MTCNN, from a photo to face boxes, confidences and five landmarks.
+
+The cascade follows the PyPI `mtcnn` 1.0 package (same levels, thresholds and suppression), so that
+its results agree face by face; unlike it, photos are padded to few bucket shapes, so a folder of
+many sizes shares its compiled programs, and every stage runs on a fixed number of candidates (the
+next step of a ladder) instead of a shape of its own.
+
+Boxes are `[y0, x0, y1, x1]` in pixels, landmarks `[5, 2]` as (y, x): eye, eye, nose, mouth corner,
+mouth corner, the person's right (the picture's left) first.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from afr_jax.core import images
+from afr_jax.models import mtcnn
+
+# Photo sides are padded to these; beyond the last, to its multiples.
+_SIDE_LADDER = (160, 256, 384, 512, 640, 800, 1024, 1280, 1536, 2048)
+# Candidate counts are padded to these, before the first suppression and after it.
+_PROPOSAL_LADDER = (256, 1024, 4096)
+_COUNT_LADDER = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_CELL, _STRIDE = 12, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectorOptions:
+    """Settings of the cascade; the defaults are those of the PyPI package.
+
+    Attributes:
+        min_face_px: side of the smallest face looked for, >= 12.
+        scale_factor: ratio between pyramid levels, in (0, 1).
+        thresholds: least face probability of P-, R- and O-Net.
+        overlaps: largest overlap of two survivors: within a level, across levels, after R-Net,
+            after O-Net.
+    """
+
+    min_face_px: float = 20.0
+    scale_factor: float = 0.709
+    thresholds: tuple[float, float, float] = (0.6, 0.7, 0.8)
+    overlaps: tuple[float, float, float, float] = (0.5, 0.7, 0.7, 0.7)
+
+    def __post_init__(self):
+        if not self.min_face_px >= _CELL:
+            raise ValueError(f"min_face_px is {self.min_face_px}, must be at least {_CELL}")
+        if not 0.0 < self.scale_factor < 1.0:
+            raise ValueError(f"scale_factor is {self.scale_factor}, must lie in (0, 1)")
+        for name, count in (("thresholds", 3), ("overlaps", 4)):
+            values = getattr(self, name)
+            if len(values) != count or not all(0.0 <= value <= 1.0 for value in values):
+                raise ValueError(f"{name} is {values}, must be {count} numbers in [0, 1]")
+
+
+class Faces(NamedTuple):
+    """The N faces of one photo, most confident first, as host arrays.
+
+    boxes `[N, 4]` (y0, x0, y1, x1) within the photo, confidences `[N]`, landmarks `[N, 5, 2]` (y,
+    x); float32.
+    """
+
+    boxes: np.ndarray
+    confidences: np.ndarray
+    landmarks: np.ndarray
+
+
+class _Candidates(NamedTuple):
+    """A fixed number of boxes `[K, 4]` with scores `[K]` in falling order; `[K]` bool says which
+    are real.
+    """
+
+    boxes: jax.Array
+    scores: jax.Array
+    mask: jax.Array
+
+
+def pyramid_scales(height: int, width: int, options: DetectorOptions) -> tuple[float, ...]:
+    """Scales of the image pyramid, finest first (Zhang et al. 2016, section II-A, as in the
+    authors' release).
+
+    The first level maps the smallest face to 12 px; each next one is smaller by `scale_factor`, as
+    long as the photo's shorter side keeps 12 px.
+    """
+    first = _CELL / options.min_face_px
+    scales = []
+    while int(min(height, width) * first * options.scale_factor ** len(scales)) >= _CELL:
+        scales.append(first * options.scale_factor ** len(scales))
+    return tuple(scales)
+
+
+def level_sizes(height: int, width: int, scales: tuple[float, ...]) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of every level: the scaled photo, rounded down as the PyPI package does."""
+    return tuple((int(height * scale), int(width * scale)) for scale in scales)
+
+
+def detect_faces(
+    variables: dict, pixels: np.ndarray, *, options: DetectorOptions = DetectorOptions()
+) -> Faces:
+    """Finds the faces of one photo.
+
+    Args:
+        variables: of the three networks (`mtcnn.read_weights`).
+        pixels: `[H, W, 3]` uint8 RGB.
+        options: settings of the cascade.
+
+    Returns:
+        The faces; empty arrays where there is none.
+    """
+    chex.assert_rank(pixels, 3)
+    chex.assert_type(pixels, np.uint8)
+    height, width = pixels.shape[:2]
+    scales = pyramid_scales(height, width, options)
+    if not scales:
+        return _no_faces()
+    bucket = tuple(images.bucket_size(side, _SIDE_LADDER) for side in (height, width))
+    size = jnp.array([height, width], jnp.int32)
+    canvas = jnp.asarray(images.pad_to(pixels, bucket))
+    bucket_scales = pyramid_scales(*bucket, options)
+    # Levels that only the bucket is large enough for have size 0 and propose nothing.
+    sizes = level_sizes(height, width, scales) + ((0, 0),) * (len(bucket_scales) - len(scales))
+    image, maps = _propose(
+        variables["pnet"], canvas, size, jnp.array(sizes, jnp.int32), bucket_scales, options
+    )
+    if not (num := int(maps.count)):
+        return _no_faces()
+    num = images.bucket_size(num, _PROPOSAL_LADDER)
+    candidates, count = _select_proposals(maps, num, options)
+    # Each stage runs on the smallest shape of the ladder that holds the survivors of the last one:
+    # three small counts # travel to the host for a photo, and no stage wastes its time on empty
+    # candidates.
+    candidates = _shrink(candidates, int(count))
+    crops = _crops(image, size, candidates.boxes, 24)
+    candidates, count = _refine(variables["rnet"], crops, candidates, options)
+    if not int(count):
+        return _no_faces()
+    candidates = _shrink(candidates, int(count))
+    crops = _crops(image, size, candidates.boxes, 48)
+    candidates, landmarks = jax.device_get(
+        _output(variables["onet"], crops, size, candidates, options)
+    )
+    kept = candidates.mask
+    return Faces(candidates.boxes[kept], candidates.scores[kept], landmarks[kept])
+
+
+def select_faces(faces: Faces, index: np.ndarray) -> Faces:
+    """The faces at an index or mask."""
+    return Faces(*(field[index] for field in faces))
+
+
+def overlap(boxes: jax.Array, others: jax.Array, *, of_smaller: bool = False) -> jax.Array:
+    """Intersection over union of every pair of boxes (or over the smaller area).
+
+    Args:
+        boxes: `[N, 4]` (y0, x0, y1, x1).
+        others: `[M, 4]`.
+        of_smaller: divide by the smaller of the two areas instead of the union.
+
+    Returns:
+        `[N, M]` in [0, 1]; 0 where both areas vanish. Also takes and returns NumPy arrays.
+    """
+    xp = np if isinstance(boxes, np.ndarray) else jnp
+    low = xp.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = xp.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    shared = xp.prod(xp.maximum(high - low, 0.0), axis=-1)
+    area, other_area = (xp.prod(b[:, 2:] - b[:, :2], axis=-1) for b in (boxes, others))
+    if of_smaller:
+        whole = xp.minimum(area[:, None], other_area[None, :])
+    else:
+        whole = area[:, None] + other_area[None, :] - shared
+    return xp.where(whole > 0, shared / xp.where(whole > 0, whole, 1.0), 0.0)
+
+
+class _Maps(NamedTuple):
+    """P-Net's output over all levels: scores `[P]` (0 outside), boxes `[P, 4]`, level `[P]`, count
+    above threshold.
+    """
+
+    scores: jax.Array
+    boxes: jax.Array
+    levels: jax.Array
+    count: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("scales", "options"))
+def _propose(params, canvas, size, sizes, scales, options):
+    """Normalised float image `[H, W, 3]` and P-Net's proposals on all levels."""
+    height, width, _ = canvas.shape
+    image = mtcnn.normalise(canvas.astype(jnp.float32))
+    shapes = level_sizes(height, width, scales)
+    scores, boxes, levels = [], [], []
+    for index, (shape, scale) in enumerate(zip(shapes, scales, strict=True)):
+        level = images.resize_area(image, shape, in_size=size, out_size=sizes[index])
+        score, box = _level_proposals(params, level, sizes[index], scale)
+        scores.append(score)
+        boxes.append(box)
+        levels.append(jnp.full(score.shape, index, jnp.int32))
+    scores = jnp.concatenate(scores)
+    count = jnp.sum(scores > options.thresholds[0])
+    return image, _Maps(scores, jnp.concatenate(boxes), jnp.concatenate(levels), count)
+
+
+def _level_proposals(params, level, size, scale):
+    """Scores `[P]` and boxes `[P, 4]` (photo pixels) of all cells of one level `[h, w, 3]`."""
+    scores, regression = mtcnn.PNet().apply(params, level[None], size[None])
+    scores, regression = scores[0], regression[0]
+    rows, columns = scores.shape
+    cells = jnp.stack(jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij"), -1)
+    inside = jnp.all(cells < mtcnn.map_size(size), axis=-1)
+    # A cell covers [2 i + 1, 2 i + 12]; the regression is (x0, y0, x1, y1) in units of that side.
+    low, high = cells * _STRIDE + 1.0, cells * _STRIDE + float(_CELL)
+    side = _CELL - 1.0
+    corners = jnp.concatenate([low, high], -1) + regression[..., jnp.array([1, 0, 3, 2])] * side
+    return jnp.where(inside, scores, 0.0).ravel(), (corners / scale).reshape(-1, 4)
+
+
+@functools.partial(jax.jit, static_argnames=("num", "options"))
+def _select_proposals(maps, num, options):
+    """The best `num` proposals after suppression within and across levels, made square; and how
+    many are real.
+    """
+    num = min(num, maps.scores.size)
+    scores, index = jax.lax.top_k(maps.scores, num)
+    boxes, levels = maps.boxes[index], maps.levels[index]
+    mask = scores > options.thresholds[0]
+    in_level = _suppress(_Candidates(boxes, scores, mask), options.overlaps[0], groups=levels)
+    kept = _suppress(in_level, options.overlaps[1])
+    return _sorted(kept._replace(boxes=_square(kept.boxes))), jnp.sum(kept.mask)
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _refine(params, crops, candidates, options):
+    """R-Net: scores and moves the candidates, suppresses, makes them square; and how many are
+    left.
+    """
+    scores, regression = mtcnn.RNet().apply(params, crops)
+    mask = candidates.mask & (scores > options.thresholds[1])
+    moved = _sorted(_Candidates(_move(candidates.boxes, regression), scores, mask))
+    kept = _suppress(moved, options.overlaps[2])
+    return _sorted(kept._replace(boxes=_square(kept.boxes))), jnp.sum(kept.mask)
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _output(params, crops, size, candidates, options):
+    """O-Net: final candidates and their landmarks `[K, 5, 2]`."""
+    scores, regression, points = mtcnn.ONet().apply(params, crops)
+    mask = candidates.mask & (scores > options.thresholds[2])
+    low = candidates.boxes[:, None, :2]
+    sides = candidates.boxes[:, None, 2:] - low + 1
+    landmarks = points.reshape(-1, 2, 5).transpose(0, 2, 1)[..., ::-1] * sides + low - 1
+    moved = _Candidates(_move(candidates.boxes, regression), scores, mask)
+    order = _order(moved)
+    kept = _suppress(_take(moved, order), options.overlaps[3], of_smaller=True)
+    limit = jnp.concatenate([size, size]) - 1.0
+    return kept._replace(boxes=jnp.clip(kept.boxes, 0.0, limit)), landmarks[order]
+
+
+def _suppress(candidates, limit, *, groups=None, of_smaller=False):
+    """Drops every candidate that overlaps a better one by more than `limit` (in its own group,
+    where given).
+
+    As in the PyPI package, a candidate that is itself dropped still suppresses: one product of
+    masks, no sequence. Candidates come in falling order of their scores.
+    """
+    index = jnp.arange(candidates.scores.size)
+
+    def beaten(block):
+        boxes, own, group = block
+        hit = overlap(boxes[None], candidates.boxes, of_smaller=of_smaller)[0] > limit
+        hit &= candidates.mask & (index < own)
+        return jnp.any(hit if groups is None else hit & (groups == group))
+
+    blocks = (candidates.boxes, index, index if groups is None else groups)
+    lost = jax.lax.map(beaten, blocks, batch_size=min(256, index.size))
+    return candidates._replace(mask=candidates.mask & ~lost)
+
+
+def _order(candidates):
+    """Real candidates first, by falling score."""
+    return jnp.argsort(jnp.where(candidates.mask, -candidates.scores, jnp.inf), stable=True)
+
+
+def _take(candidates, index):
+    return _Candidates(*(field[index] for field in candidates))
+
+
+def _sorted(candidates):
+    return _take(candidates, _order(candidates))
+
+
+def _shrink(candidates, count):
+    """The first candidates, as many as the step of the ladder that holds the `count` real ones (in
+    front).
+    """
+    num = images.bucket_size(max(count, 1), _COUNT_LADDER)
+    return _Candidates(*(field[:num] for field in candidates))
+
+
+def _square(boxes):
+    """Boxes widened to squares about their centres."""
+    low, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    side = jnp.max(sides, axis=1, keepdims=True)
+    low = low + (sides - side) / 2
+    return jnp.concatenate([low, low + side], axis=1)
+
+
+def _move(boxes, regression):
+    """Adds a network's regression (x0, y0, x1, y1, in box sides plus one pixel) to boxes."""
+    sides = boxes[:, 2:] - boxes[:, :2] + 1
+    return boxes + regression[:, jnp.array([1, 0, 3, 2])] * jnp.tile(sides, (1, 2))
+
+
+@functools.partial(jax.jit, static_argnames="side")
+def _crops(image, size, boxes, side):
+    """Bilinear crops `[K, side, side, 3]`, sampled as TensorFlow's `crop_and_resize` does, grey (0)
+    outside.
+    """
+    steps = jnp.arange(side, dtype=jnp.float32) / (side - 1)
+    shrink = (size - 1.0) / size
+    low, high = boxes[:, :2] * shrink, boxes[:, 2:] * shrink
+    grid = low[:, :, None] + (high - low)[:, :, None] * steps
+    return images.bilinear_crops(image, grid[:, 0], grid[:, 1], size)
+
+
+def _no_faces() -> Faces:
+    return Faces(
+        np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2), np.float32)
+    )

@@ -1,0 +1,53 @@
+"""The setting of all tests: 4 CPU devices, strict shapes, parsed flags, shared research data."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+from absl import flags
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_SHARED = pathlib.Path(os.environ.get("AFR_SHARED") or _ROOT.parent / "shared")
+
+# Subprocesses of tests inherit these two; the settings below reach only this process.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "xla"))
+
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+flags.FLAGS.mark_as_parsed()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow and not config.getoption("--slow"):
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    if not _has_shared_data():
+        for item in items:
+            if item.get_closest_marker("shared"):
+                item.add_marker(pytest.mark.skip(reason=_no_shared_data()))
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder of the shared research data; skips the test where there is none."""
+    if not _has_shared_data():
+        pytest.skip(_no_shared_data())
+    return _SHARED
+
+
+def _has_shared_data() -> bool:
+    return (_SHARED / "data").is_dir() and (_SHARED / "weights").is_dir()
+
+
+def _no_shared_data() -> str:
+    return f"no shared research data (data/ and weights/) in {_SHARED}; set AFR_SHARED"

@@ -1,0 +1,157 @@
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from afr_jax.core import parallel
+
+
+def _perturb_one(key, params, image):
+    """A few noisy gradient steps on one image: keys, parameters, several outputs, a loop."""
+
+    def loss_fn(delta, step_key):
+        noise = 0.1 * jax.random.normal(step_key, delta.shape)
+        return jnp.sum(jnp.tanh((image + delta + noise).reshape(-1) @ params["w"]) ** 2)
+
+    def step(delta, index):
+        loss, gradient = jax.value_and_grad(loss_fn)(delta, jax.random.fold_in(key, index))
+        return jnp.clip(delta - 0.1 * jnp.sign(gradient), -0.3, 0.3), loss
+
+    delta, losses = jax.lax.scan(step, jnp.zeros_like(image), jnp.arange(3))
+    return {"delta": delta, "losses": losses, "mean": image.mean()}
+
+
+def _inputs(count):
+    keys = jax.random.split(jax.random.key(0), count)
+    params = {"w": jax.random.normal(jax.random.key(1), (4 * 4 * 3, 5))}
+    images = np.random.default_rng(0).uniform(size=(count, 4, 4, 3)).astype(np.float32)
+    return keys, params, images
+
+
+_IN_AXES = (0, None, 0)
+
+
+def test_mesh_has_one_auto_axis_over_all_devices():
+    mesh = parallel.make_mesh()
+    assert mesh.shape == {"data": 4}
+    assert mesh.axis_types == (jax.sharding.AxisType.Auto,)
+    assert parallel.make_mesh(devices=jax.devices()[:2]).shape == {"data": 2}
+
+
+def test_shard_batch_splits_rows_and_replicate_copies():
+    mesh = parallel.make_mesh()
+    images = np.arange(24.0, dtype=np.float32).reshape(8, 3)
+    sharded = parallel.shard_batch({"image": images}, mesh)["image"]
+    assert [shard.data.shape for shard in sharded.addressable_shards] == [(2, 3)] * 4
+    np.testing.assert_array_equal(sharded, images)
+    copied = parallel.replicate(images, mesh)
+    assert [shard.data.shape for shard in copied.addressable_shards] == [(8, 3)] * 4
+    assert parallel.local_rows({"image": sharded})["image"] is sharded
+
+
+@pytest.mark.parametrize("count, multiple, expected", [(5, 4, 8), (8, 4, 8), (1, 4, 4), (3, 1, 3)])
+def test_pad_batch_repeats_the_last_row(count, multiple, expected):
+    tree = {"image": np.arange(count * 2.0).reshape(count, 2), "label": jnp.arange(count)}
+    padded, mask = parallel.pad_batch(tree, multiple)
+    assert isinstance(padded["image"], np.ndarray)
+    assert mask.dtype == bool and mask.shape == (expected,) and mask.sum() == count
+    for name, leaf in tree.items():
+        np.testing.assert_array_equal(padded[name][mask], leaf)
+        for row in padded[name][count:]:
+            np.testing.assert_array_equal(row, leaf[-1])
+
+
+def test_pad_batch_takes_typed_keys():
+    keys = jax.random.split(jax.random.key(0), 3)
+    padded, _ = parallel.pad_batch(keys, 4)
+    np.testing.assert_array_equal(jax.random.key_data(padded[3]), jax.random.key_data(keys[2]))
+
+
+@pytest.mark.parametrize(
+    "tree, multiple, error",
+    [
+        ({"a": np.zeros((0, 2))}, 4, ValueError),
+        ({"a": np.zeros((2, 2))}, 0, ValueError),
+        ({}, 4, ValueError),
+        ({"a": np.zeros((2, 2)), "b": np.zeros((3, 2))}, 4, AssertionError),
+    ],
+)
+def test_pad_batch_rejects_what_is_no_batch(tree, multiple, error):
+    with pytest.raises(error):
+        parallel.pad_batch(tree, multiple)
+
+
+@pytest.mark.parametrize("count", [8, 5, 1])
+@pytest.mark.parametrize("backend", ["jit", "pmap"])
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_every_backend_and_device_count_gives_the_vmapped_result(backend, num_devices, count):
+    inputs = _inputs(count)
+    expected = jax.jit(jax.vmap(_perturb_one, in_axes=_IN_AXES))(*inputs)
+    mesh = parallel.make_mesh(devices=jax.devices()[:num_devices])
+    run = parallel.data_parallel(_perturb_one, mesh, in_axes=_IN_AXES, backend=backend)
+    result = run(*inputs)
+    chex.assert_trees_all_equal_shapes_and_dtypes(result, expected)
+    # XLA may sum in another order where a device has another number of rows.
+    chex.assert_trees_all_close(result, expected, atol=1e-6)
+
+
+def test_jit_and_pmap_agree_bit_for_bit_on_the_same_devices():
+    inputs = _inputs(8)
+    mesh = parallel.make_mesh()
+    results = [
+        parallel.data_parallel(_perturb_one, mesh, in_axes=_IN_AXES, backend=backend)(*inputs)
+        for backend in ("jit", "pmap")
+    ]
+    chex.assert_trees_all_equal(*results)
+
+
+def test_jit_result_stays_split_over_the_devices():
+    mesh = parallel.make_mesh()
+    run = parallel.data_parallel(_perturb_one, mesh, in_axes=_IN_AXES)
+    delta = run(*_inputs(8))["delta"]
+    assert delta.sharding.is_equivalent_to(parallel.batch_sharding(mesh), delta.ndim)
+
+
+def test_batch_result_equals_the_single_result():
+    keys, params, images = _inputs(6)
+    run = parallel.data_parallel(_perturb_one, parallel.make_mesh(), in_axes=_IN_AXES)
+    row = jax.tree.map(lambda leaf: leaf[3], run(keys, params, images))
+    chex.assert_trees_all_close(row, _perturb_one(keys[3], params, images[3]), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["jit", "pmap"])
+def test_second_call_does_not_recompile(backend):
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(_perturb_one, n=1)
+    run = parallel.data_parallel(counted, parallel.make_mesh(), in_axes=_IN_AXES, backend=backend)
+    keys, params, images = _inputs(8)
+    run(keys, params, images)
+    run(keys, jax.tree.map(lambda leaf: 2 * leaf, params), 1 - images)
+    run(keys[:7], params, images[:7])
+
+
+def test_plain_jit_over_a_sharded_batch_reduces_shared_gradients():
+    mesh = parallel.make_mesh()
+    images = np.random.default_rng(0).uniform(size=(8, 6)).astype(np.float32)
+    patch = jnp.linspace(0.0, 1.0, 6)
+    gradient_fn = jax.jit(
+        jax.grad(lambda patch, images: jnp.mean(jnp.sum((images * patch[None]) ** 2, -1)))
+    )
+    sharded = gradient_fn(parallel.replicate(patch, mesh), parallel.shard_batch(images, mesh))
+    expected = 2 * np.asarray(patch, np.float64) * np.mean(images.astype(np.float64) ** 2, 0)
+    np.testing.assert_allclose(sharded, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("in_axes", [(), (None,), (0, 1)])
+def test_in_axes_are_checked(in_axes):
+    with pytest.raises(ValueError, match="in_axes"):
+        parallel.data_parallel(lambda image: image, parallel.make_mesh(), in_axes=in_axes)
+
+
+def test_number_of_arguments_is_checked():
+    run = parallel.data_parallel(partial(_perturb_one), parallel.make_mesh(), in_axes=_IN_AXES)
+    with pytest.raises(TypeError, match="got 1 arguments"):
+        run(np.zeros((4, 2)))
