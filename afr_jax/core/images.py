@@ -19,9 +19,7 @@ def to_float(pixels: jax.Array) -> jax.Array:
 
 
 def to_uint8(image: jax.Array) -> jax.Array:
-    """Float image in [0, 1], any shape, rounded (not truncated) to uint8; values outside are
-    clipped.
-    """
+    """Float image in [0, 1], any shape, clipped and rounded (not truncated) to uint8."""
     return jnp.round(jnp.clip(image, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
@@ -101,8 +99,7 @@ def bilinear_crops(
 
 
 def bucket_size(size: int, ladder: tuple[int, ...]) -> int:
-    """The smallest step of a ladder that holds `size`; above the ladder, the next multiple of its
-    last step.
+    """The smallest step of a ladder that holds `size`, or the next multiple of its last step.
 
     Shapes are rounded up to few sizes so that inputs of many sizes share compiled programs.
     """

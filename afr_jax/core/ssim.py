@@ -1,9 +1,9 @@
 """Structural similarity to a fixed reference image, and the DSSIM that budgets are stated in.
 
-DSSIM = (1 - SSIM) / 2: single scale, 11 x 11 Gaussian window of sigma 1.5, K1 0.01, K2 0.03, windows
-wholly inside the image, mean over places and channels, as in Fawkes (Shan et al. 2020, and the
-authors' code, which applies `tf.image.ssim`). SSIM is of Wang, Bovik, Sheikh, Simoncelli: "Image
-Quality Assessment: From Error Visibility to Structural Similarity", IEEE TIP 2004.
+DSSIM = (1 - SSIM) / 2: single scale, 11 x 11 Gaussian window of sigma 1.5, K1 0.01, K2 0.03,
+windows wholly inside the image, mean over places and channels, as in Fawkes (Shan et al. 2020, and
+the authors' code, which applies `tf.image.ssim`). SSIM is of Wang, Bovik, Sheikh, Simoncelli:
+"Image Quality Assessment: From Error Visibility to Structural Similarity", IEEE TIP 2004.
 
 `dm_pix.ssim` has the same values (the tests compare both values and gradients). This module exists
 because DSSIM is evaluated at every step of a cloak: the reference's moments are computed once, the
@@ -17,6 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from skimage import metrics
 
 WINDOW = 11
 _SIGMA = 1.5
@@ -27,7 +28,7 @@ _BLOCK = 54
 
 
 class SsimReference(NamedTuple):
-    """The fixed image of a comparison: its planes `[C, H, W]` and its windows' first two moments."""
+    """The fixed image of a comparison: planes `[C, H, W]` and its windows' first two moments."""
 
     planes: jax.Array
     mean: jax.Array
@@ -68,7 +69,8 @@ def box_dssim(similarity: jax.Array, box: jax.Array) -> jax.Array:
 
     Args:
         similarity: `[H - 10, W - 10]` (`ssim_map`).
-        box: `[4]` int (y0, x0, y1, x1), at least 11 pixels a side; only windows wholly inside count.
+        box: `[4]` int (y0, x0, y1, x1), at least 11 pixels a side; only windows wholly inside it
+            count.
 
     Returns:
         Scalar, equal to `dssim` of the two cropped images.
@@ -82,9 +84,26 @@ def box_dssim(similarity: jax.Array, box: jax.Array) -> jax.Array:
     return (1.0 - mean) / 2.0
 
 
+def dssim_uint8(image: np.ndarray, other: np.ndarray) -> float:
+    """DSSIM of two host images `[H, W, C]` uint8, in float64 by scikit-image.
+
+    This is the yardstick of final files: independent of the code above and of compiled shapes.
+    """
+    similarity = metrics.structural_similarity(
+        image,
+        other,
+        gaussian_weights=True,
+        sigma=_SIGMA,
+        use_sample_covariance=False,
+        data_range=255,
+        channel_axis=-1,
+    )
+    return float((1.0 - similarity) / 2.0)
+
+
 @jax.custom_vjp
 def _ssim(planes: jax.Array, reference: SsimReference) -> jax.Array:
-    """SSIM map `[C, W - 10, H - 10]` (transposed, as the filter leaves it) of planes `[C, H, W]`."""
+    """SSIM map `[C, W - 10, H - 10]`, transposed as the filter leaves it, of planes `[C, H, W]`."""
     return _ssim_forward(planes, reference)[0]
 
 
@@ -119,7 +138,7 @@ def _filter(planes: jax.Array) -> jax.Array:
 
 
 def _filter_adjoint(sums: jax.Array) -> jax.Array:
-    """The transpose of `_filter`: `[..., W - 10, H - 10]` to `[..., H, W]`; the window is symmetric."""
+    """The transpose of `_filter`, `[..., W - 10, H - 10]` to `[..., H, W]` (a symmetric window)."""
     margin = WINDOW - 1
 
     def spread(values):

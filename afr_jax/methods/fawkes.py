@@ -4,13 +4,11 @@ Shan, Wenger, Zhang, Li, Zheng, Zhao: "Fawkes: Protecting Privacy against Unauth
 Models", USENIX Security 2020. What differs from the paper and from the authors' code, and why:
 
 * The perturbation lives on the photo's own pixels and the chip is warped out of them inside the
-loop
-  (the code perturbs a 112 px crop and pastes an enlarged difference).
+  loop (the code perturbs a 112 px crop and pastes an enlarged difference).
 * Objective: away from the face's own clean embedding (as the code's last release), towards a target
   identity (as the paper), or both; summed over extractors, each in units of its own threshold.
 * The DSSIM budget is held by a multiplier for each face inside the compiled loop; only iterates
-within
-  the budget are kept (the code accepts 10 % more).
+  within the budget are kept (the code accepts 10 % more).
 * Boxes instead of tanh space: pixels at 0 and 255 keep their gradient.
 
 Functions here work on face canvases (`afr_jax.recognition.align.Canvas`); whole photos are in
@@ -32,7 +30,7 @@ from afr_jax.perturb import controls, loop, projections
 from afr_jax.recognition import align
 
 # DSSIM budgets by mode. The paper's budget is 0.007; low is that of the last release's low mode,
-# and # high that of its mid mode.
+# and high that of its mid mode.
 MODES = {"low": 0.004, "mid": 0.007, "high": 0.012}
 
 
@@ -69,9 +67,7 @@ class FawkesConfig:
 
 
 class Surrogate(NamedTuple):
-    """An extractor that a cloak is made against (static): table entry and the warp's box
-    average.
-    """
+    """An extractor that a cloak is made against (static): zoo entry and the warp's box average."""
 
     extractor: zoo.Extractor
     pool: int

@@ -31,8 +31,8 @@ _STAGES = ((32, 3), (64, 4), (128, 3), (256, 3), (256, 1))
 class DlibResNet(nn.Module):
     """Face chips to descriptors.
 
-    `__call__` takes images `[B, 150, 150, 3]`, float RGB in [0, 255], and returns descriptors `[B,
-    128]`, float32. They are not normalised (their L2 norm is about 1.4), as in dlib.
+    `__call__` takes images `[B, 150, 150, 3]`, float RGB in [0, 255], and returns descriptors
+    `[B, 128]`, float32. They are not normalised (their L2 norm is about 1.4), as in dlib.
     """
 
     @nn.compact
@@ -52,8 +52,7 @@ class DlibResNet(nn.Module):
 
 
 def find_weights() -> pathlib.Path:
-    """Path of the weight file inside the installed `face_recognition_models` wheel (which is not
-    imported).
+    """Path of the weight file in the installed `face_recognition_models` wheel (not imported).
 
     Raises:
         FileNotFoundError: the package or the file is missing; the message says how to get it.
@@ -75,8 +74,8 @@ def read_weights(path: pathlib.Path | str) -> dict:
     Format: strings and integers carry their byte count (an integer's control byte holds the count
     in the low nibble and the sign in bit 7); a tensor is version 2, four sizes and raw
     little-endian float32. A convolution (`con_4`) stores kernel `[out, in, rows, columns]` and bias
-    in one vector, an affine layer (`affine_`) gamma and beta, the last layer (`fc_2`) a `[256,
-    128]` matrix.
+    in one vector, an affine layer (`affine_`) gamma and beta, the last layer (`fc_2`) a
+    `[256, 128]` matrix.
 
     Args:
         path: the file.

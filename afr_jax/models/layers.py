@@ -28,9 +28,7 @@ def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
 
 
 def pad_for_pool(x: jax.Array, window: int, stride: int, low: float) -> jax.Array:
-    """Appends rows and columns of `low` to `[B, H, W, C]` so that VALID pooling gives TensorFlow's
-    SAME result.
-    """
+    """Pads `[B, H, W, C]` with `low` so that VALID pooling gives TensorFlow's SAME result."""
     extra = []
     for size in x.shape[1:3]:
         out = -(-size // stride)

@@ -59,9 +59,7 @@ class RNet(nn.Module):
 
     @nn.compact
     def __call__(self, crops: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Face probability `[B]` and box regression `[B, 4]` of normalised crops `[B, 24, 24,
-        3]`.
-        """
+        """Face probability `[B]` and box regression `[B, 4]` of crops `[B, 24, 24, 3]`."""
         x = layers.PReLU(name="prelu_1")(_conv(28, 3, "conv_1")(crops))
         x = layers.max_pool(layers.pad_for_pool(x, 3, 2, _LOW), 3, 2)
         x = layers.PReLU(name="prelu_2")(_conv(48, 3, "conv_2")(x))
@@ -77,10 +75,10 @@ class ONet(nn.Module):
 
     @nn.compact
     def __call__(self, crops: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Face probability `[B]`, box regression `[B, 4]`, landmarks `[B, 10]` of crops `[B, 48,
-        48, 3]`.
+        """Face probability `[B]`, box regression `[B, 4]` and landmarks `[B, 10]`.
 
-        The landmarks are five x then five y, as shares of the crop's side.
+        The crops are `[B, 48, 48, 3]`; the landmarks are five x then five y, as shares of the
+        crop's side.
         """
         x = layers.PReLU(name="prelu_1")(_conv(32, 3, "conv_1")(crops))
         x = layers.max_pool(layers.pad_for_pool(x, 3, 2, _LOW), 3, 2)
@@ -132,8 +130,7 @@ def map_size(size: jax.Array | int) -> jax.Array | int:
 
 
 def find_weights() -> pathlib.Path:
-    """Folder of the weight files inside the installed `mtcnn` wheel (which is not imported: it
-    needs TensorFlow).
+    """Folder of the weight files in the installed `mtcnn` wheel (not imported: no TensorFlow).
 
     Raises:
         FileNotFoundError: the package or its files are missing; the message says how to get them.
@@ -159,7 +156,7 @@ def read_weights(folder: pathlib.Path | str) -> dict:
 
     Raises:
         ValueError: a file is damaged, holds anything but plain arrays, or the arrays do not fit the
-        network.
+            network.
     """
     variables = {}
     for name, (module, order, example) in _FILES.items():
@@ -218,9 +215,7 @@ class _Stream:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits the three names that a joblib dump of plain arrays needs, and no other: nothing
-    foreign can run.
-    """
+    """Admits the three names that a joblib dump of plain arrays needs: nothing foreign can run."""
 
     def __init__(self, stream: _Stream):
         super().__init__(stream)

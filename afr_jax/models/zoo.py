@@ -101,9 +101,7 @@ def embed(extractor: Extractor, variables: dict, chips: jax.Array) -> jax.Array:
 
 
 def distance(embeddings: jax.Array, others: jax.Array) -> jax.Array:
-    """L2 distance of embeddings `[..., D]`, `[...]`; its gradient is finite (zero) where they
-    coincide.
-    """
+    """L2 distance `[...]` of embeddings `[..., D]`; the gradient is zero where they coincide."""
     squared = jnp.sum((embeddings - others) ** 2, axis=-1)
     apart = squared > 0
     return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1.0)), 0.0)

@@ -153,9 +153,7 @@ def run(key: jax.Array, problem: Problem, delta: Tree, *, num_steps: int) -> tup
 
 
 def chunk_length() -> int:
-    """Steps of one call on this backend: 1 on CPU (a scan runs about three times slower), else
-    50.
-    """
+    """Steps of one call on this backend: 1 on CPU (a scan is about three times slower), else 50."""
     return 1 if jax.default_backend() == "cpu" else 50
 
 

@@ -1,7 +1,7 @@
 """Projections onto the sets that perturbations must stay in.
 
-All take and return a perturbation of ONE image; values are in [0, 1] units (8 grey levels = 8 /
-255).
+All take and return a perturbation of ONE image; values are in [0, 1] units (8 grey levels are
+8 / 255).
 """
 
 import jax

@@ -58,9 +58,7 @@ def cut_canvas(
 
 
 def integer_bounds(bounds: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """First and one-past-last row and column of a rectangle, rounded outwards, within a photo of
-    `shape`.
-    """
+    """First and one-past-last (row, column) of a rectangle, rounded outwards, within `shape`."""
     limit = np.array(shape[:2])
     low = np.clip(np.floor(np.asarray(bounds)[:2]).astype(int), 0, limit - 1)
     high = np.clip(np.ceil(np.asarray(bounds)[2:]).astype(int), low + 1, limit)
@@ -114,9 +112,7 @@ def transform_scale(transform: np.ndarray) -> float:
 
 
 def chip_bounds(transform: np.ndarray, size: int) -> np.ndarray:
-    """The rectangle `[4]` (y0, x0, y1, x1), float, that the chip of a side `size` covers in the
-    photo.
-    """
+    """The rectangle `[4]` (y0, x0, y1, x1), float, that a chip of side `size` covers in a photo."""
     edge = size - 0.5
     corners = np.array([[-0.5, -0.5, 1], [-0.5, edge, 1], [edge, -0.5, 1], [edge, edge, 1]])
     points = corners @ np.asarray(transform).T + 0.5
@@ -162,9 +158,7 @@ def warp(image: jax.Array, transform: jax.Array, *, size: int, pool: int = 1) ->
 
 
 def _bilinear(image: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
-    """Samples `[H, W, C]` at points `[R, S]`; beyond the outermost pixel centres it fades to zero
-    within a pixel.
-    """
+    """Samples `[H, W, C]` at points `[R, S]`; beyond the outermost centres it fades to zero."""
     height, width, channels = image.shape
     low_y, low_x = jnp.floor(y), jnp.floor(x)
     flat = image.reshape(height * width, channels)

@@ -58,10 +58,10 @@ class DetectorOptions:
 
 
 class Faces(NamedTuple):
-    """The N faces of one photo, most confident first, as host arrays.
+    """The N faces of one photo, most confident first, as host arrays of float32.
 
-    boxes `[N, 4]` (y0, x0, y1, x1) within the photo, confidences `[N]`, landmarks `[N, 5, 2]` (y,
-    x); float32.
+    boxes `[N, 4]` (y0, x0, y1, x1) within the photo, confidences `[N]`, landmarks `[N, 5, 2]`
+    (y, x).
     """
 
     boxes: np.ndarray
@@ -70,9 +70,7 @@ class Faces(NamedTuple):
 
 
 class _Candidates(NamedTuple):
-    """A fixed number of boxes `[K, 4]` with scores `[K]` in falling order; `[K]` bool says which
-    are real.
-    """
+    """A fixed number of boxes `[K, 4]`, falling scores `[K]`, and `[K]` bool: which are real."""
 
     boxes: jax.Array
     scores: jax.Array
@@ -80,11 +78,11 @@ class _Candidates(NamedTuple):
 
 
 def pyramid_scales(height: int, width: int, options: DetectorOptions) -> tuple[float, ...]:
-    """Scales of the image pyramid, finest first (Zhang et al. 2016, section II-A, as in the
-    authors' release).
+    """Scales of the image pyramid, finest first.
 
-    The first level maps the smallest face to 12 px; each next one is smaller by `scale_factor`, as
-    long as the photo's shorter side keeps 12 px.
+    Zhang et al. 2016, section II-A, as in the authors' release: the first level maps the smallest
+    face to 12 px; each next one is smaller by `scale_factor`, as long as the photo's shorter side
+    keeps 12 px.
     """
     first = _CELL / options.min_face_px
     scales = []
@@ -131,7 +129,7 @@ def detect_faces(
     num = images.bucket_size(num, _PROPOSAL_LADDER)
     candidates, count = _select_proposals(maps, num, options)
     # Each stage runs on the smallest shape of the ladder that holds the survivors of the last one:
-    # three small counts # travel to the host for a photo, and no stage wastes its time on empty
+    # three small counts travel to the host for a photo, and no stage wastes its time on empty
     # candidates.
     candidates = _shrink(candidates, int(count))
     crops = _crops(image, size, candidates.boxes, 24)
@@ -176,8 +174,9 @@ def overlap(boxes: jax.Array, others: jax.Array, *, of_smaller: bool = False) ->
 
 
 class _Maps(NamedTuple):
-    """P-Net's output over all levels: scores `[P]` (0 outside), boxes `[P, 4]`, level `[P]`, count
-    above threshold.
+    """P-Net's output over all levels, one entry a cell, and how many scores pass the threshold.
+
+    scores `[P]` (0 outside the photo), boxes `[P, 4]`, levels `[P]`, count a scalar.
     """
 
     scores: jax.Array
@@ -220,9 +219,7 @@ def _level_proposals(params, level, size, scale):
 
 @functools.partial(jax.jit, static_argnames=("num", "options"))
 def _select_proposals(maps, num, options):
-    """The best `num` proposals after suppression within and across levels, made square; and how
-    many are real.
-    """
+    """Suppresses the best `num` proposals in and across levels; squares, and how many are left."""
     num = min(num, maps.scores.size)
     scores, index = jax.lax.top_k(maps.scores, num)
     boxes, levels = maps.boxes[index], maps.levels[index]
@@ -234,9 +231,7 @@ def _select_proposals(maps, num, options):
 
 @functools.partial(jax.jit, static_argnames="options")
 def _refine(params, crops, candidates, options):
-    """R-Net: scores and moves the candidates, suppresses, makes them square; and how many are
-    left.
-    """
+    """R-Net: scores, moves and suppresses the candidates; squares, and how many are left."""
     scores, regression = mtcnn.RNet().apply(params, crops)
     mask = candidates.mask & (scores > options.thresholds[1])
     moved = _sorted(_Candidates(_move(candidates.boxes, regression), scores, mask))
@@ -260,8 +255,7 @@ def _output(params, crops, size, candidates, options):
 
 
 def _suppress(candidates, limit, *, groups=None, of_smaller=False):
-    """Drops every candidate that overlaps a better one by more than `limit` (in its own group,
-    where given).
+    """Drops every candidate that overlaps a better one (of its group) by more than `limit`.
 
     As in the PyPI package, a candidate that is itself dropped still suppresses: one product of
     masks, no sequence. Candidates come in falling order of their scores.
@@ -293,9 +287,7 @@ def _sorted(candidates):
 
 
 def _shrink(candidates, count):
-    """The first candidates, as many as the step of the ladder that holds the `count` real ones (in
-    front).
-    """
+    """Cuts the candidates to the step of the ladder that holds the `count` real ones in front."""
     num = images.bucket_size(max(count, 1), _COUNT_LADDER)
     return _Candidates(*(field[:num] for field in candidates))
 
@@ -316,9 +308,7 @@ def _move(boxes, regression):
 
 @functools.partial(jax.jit, static_argnames="side")
 def _crops(image, size, boxes, side):
-    """Bilinear crops `[K, side, side, 3]`, sampled as TensorFlow's `crop_and_resize` does, grey (0)
-    outside.
-    """
+    """Crops `[K, side, side, 3]` as TensorFlow's `crop_and_resize`, grey (0) outside the photo."""
     steps = jnp.arange(side, dtype=jnp.float32) / (side - 1)
     shrink = (size - 1.0) / size
     low, high = boxes[:, :2] * shrink, boxes[:, 2:] * shrink

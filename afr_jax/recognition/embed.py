@@ -58,9 +58,7 @@ def _embed_batch(variables, canvases, transforms, extractor):
 
 
 def _face_canvas(extractor, pixels, landmarks):
-    """The piece of the photo under the chip, already averaged to the chip's scale, and its
-    transform.
-    """
+    """The piece of the photo under the chip, averaged to the chip's scale, and its transform."""
     transform = align.similarity_transform(landmarks, np.array(extractor.template))
     bounds = align.chip_bounds(transform, extractor.input_px)
     factor = align.pool_factor(align.transform_scale(transform))

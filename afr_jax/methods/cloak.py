@@ -1,0 +1,336 @@
+"""From photos with detected faces to cloaked photos, at the photos' own resolution.
+
+Every face is cut out on a canvas of a bucket size, so faces of many photos share a batch and a
+compiled program; its change is brought back to the photo's pixels, rounded to 8 bits, and scaled
+until the DSSIM of the final pixels meets the budget. Nothing outside the face regions changes.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from afr_jax.core import images, parallel, ssim
+from afr_jax.methods import fawkes
+from afr_jax.models import zoo
+from afr_jax.recognition import align, detect
+
+# Sides of face canvases. A face region larger than the last one carries its change at a whole
+# fraction of its resolution and is enlarged: what extractors see is coarser still.
+_CANVAS_LADDER = (64, 96, 128, 160, 208, 256, 320)
+# Changes fade in over this share of a region's side, so that no edge shows.
+_FADE = 0.06
+# The detector's box grows by this share of its sides; the region holds it and every chip.
+_MARGIN = 0.05
+_FIT_ROUNDS = 8
+
+
+class PhotoFaces(NamedTuple):
+    """A photo to cloak.
+
+    Attributes:
+        name: identifies the photo; seeds its randomness, so that no other photo influences it.
+        pixels: `[H, W, 3]` uint8.
+        grey: the change must be equal in all channels.
+        visible: `[H, W]` bool, False where the photo is fully transparent and must not change; or
+            None.
+        faces: to cloak, all others stay as they are.
+    """
+
+    name: str
+    pixels: np.ndarray
+    grey: bool
+    visible: np.ndarray | None
+    faces: detect.Faces
+
+
+class CloakedFace(NamedTuple):
+    """What was done to one face.
+
+    Attributes:
+        region: `[4]` int (y0, x0, y1, x1), all that changed for this face.
+        box: `[4]` int, the detector's box within the photo.
+        gain: distance from the clean embedding before rounding and fitting, mean over surrogates,
+            in units of their thresholds.
+        dssim: of the 8-bit result, the larger of region and box.
+    """
+
+    region: np.ndarray
+    box: np.ndarray
+    gain: float
+    dssim: float
+
+
+class _Plan(NamedTuple):
+    """A face on its canvas, before it is batched."""
+
+    photo: int
+    region: np.ndarray
+    box: np.ndarray
+    canvas: align.Canvas
+    pools: tuple[int, ...]
+    face: fawkes.Face
+    seed: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Surrogates:
+    """The extractors that a cloak is made against, with their variables, in one order."""
+
+    extractors: tuple[zoo.Extractor, ...]
+    variables: tuple[dict, ...]
+
+
+def min_face_side() -> int:
+    """Sides of a face's box must have this many pixels for its DSSIM to be defined."""
+    return ssim.WINDOW
+
+
+def cloak_photos(
+    key: jax.Array,
+    surrogates: Surrogates,
+    photos: Sequence[PhotoFaces],
+    *,
+    config: fawkes.FawkesConfig,
+    targets: Mapping[str, np.ndarray] | None = None,
+    mesh: parallel.Mesh | None = None,
+    report_fn: Callable[[int], None] | None = None,
+) -> list[tuple[np.ndarray, list[CloakedFace]]]:
+    """Cloaks the faces of some photos together.
+
+    Args:
+        key: of the run.
+        surrogates: to cloak against.
+        photos: with their faces.
+        config: of the optimisation.
+        targets: target embedding `[D]` by extractor name, the same for all faces; None to repel only.
+        mesh: devices to spread faces over; by default all.
+        report_fn: called with numbers of finished face steps, for progress.
+
+    Returns:
+        For each photo its final pixels `[H, W, 3]` uint8 and what was done to each face, in order.
+    """
+    plans = [
+        _plan(surrogates.extractors, photo, index, number, targets, config)
+        for index, photo in enumerate(photos)
+        for number in range(len(photo.faces.boxes))
+    ]
+    mesh = parallel.make_mesh() if mesh is None else mesh
+    deltas, gains = [None] * len(plans), [0.0] * len(plans)
+    for batch in _batches(plans, mesh.size):
+        found = _cloak_batch(key, surrogates, [plans[i] for i in batch], config, mesh, report_fn)
+        for i, delta, gain in zip(batch, *found, strict=False):
+            deltas[i] = _to_photo_size(plans[i], photos[plans[i].photo], np.asarray(delta), config)
+            gains[i] = float(gain)
+    results = []
+    for index, photo in enumerate(photos):
+        own = [i for i, plan in enumerate(plans) if plan.photo == index]
+        pixels, dssims = _compose(
+            photo.pixels, [plans[i] for i in own], [deltas[i] for i in own], config
+        )
+        faces = [
+            CloakedFace(plans[i].region, plans[i].box, gains[i], value)
+            for i, value in zip(own, dssims, strict=True)
+        ]
+        results.append((pixels, faces))
+    return results
+
+
+def face_dssim(
+    original: np.ndarray, cloaked: np.ndarray, region: np.ndarray, box: np.ndarray
+) -> float:
+    """DSSIM of a face: the larger of those over its region and over the detector's box.
+
+    Args:
+        original: `[H, W, 3]` uint8.
+        cloaked: `[H, W, 3]` uint8.
+        region: `[4]` int.
+        box: `[4]` int.
+    """
+    crops = [
+        (image[y0:y1, x0:x1] for image in (original, cloaked)) for y0, x0, y1, x1 in (region, box)
+    ]
+    return max(ssim.dssim_uint8(*pair) for pair in crops)
+
+
+def _plan(extractors, photo, index, number, targets, config) -> _Plan:
+    """Region, canvas and arrays of one face."""
+    shape = photo.pixels.shape[:2]
+    transforms, bounds = [], [_grown(photo.faces.boxes[number])]
+    for extractor in extractors:
+        transform = align.similarity_transform(
+            photo.faces.landmarks[number], np.array(extractor.template)
+        )
+        transforms.append(transform)
+        bounds.append(align.chip_bounds(transform, extractor.input_px))
+    bounds = np.array(bounds)
+    region = np.concatenate(
+        align.integer_bounds(
+            np.concatenate([bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)]), shape
+        )
+    )
+    box = np.concatenate(align.integer_bounds(photo.faces.boxes[number], shape))
+    factor = -(-int((region[2:] - region[:2]).max()) // _CANVAS_LADDER[-1])
+    canvas = align.cut_canvas(photo.pixels, region, factor=factor, ladder=_CANVAS_LADDER)
+    side = canvas.image.shape[0]
+    limit = _limit(photo, number, region, factor) * config.linf_limit
+    views, pools = [], []
+    for extractor, transform in zip(extractors, transforms, strict=True):
+        moved = align.canvas_transform(transform, canvas)
+        pools.append(align.pool_factor(align.transform_scale(moved)))
+        empty = np.zeros(extractor.embedding_size, np.float32)
+        target = empty if targets is None else np.asarray(targets[extractor.name], np.float32)
+        views.append(fawkes.FaceView(moved.astype(np.float32), empty, target))
+    inner = np.concatenate([box[:2] - region[:2], box[2:] - region[:2]])
+    boxes = np.array([[0, 0, *canvas.size], _canvas_box(inner, factor, canvas.size)], np.int32)
+    face = fawkes.Face(
+        image=canvas.image,
+        limit=images.pad_to(limit, (side, side)),
+        boxes=boxes,
+        views=tuple(views),
+        has_target=np.float32(targets is not None),
+        grey=np.float32(photo.grey),
+    )
+    seed = (zlib.crc32(photo.name.encode("utf-8", "surrogateescape")), number)
+    return _Plan(index, region, box, canvas, tuple(pools), face, seed)
+
+
+def _batches(plans: Sequence[_Plan], num_devices: int) -> list[list[int]]:
+    """Indices of faces that share a compiled program, at most as many as one call should take."""
+    most = 4 if jax.default_backend() == "cpu" else 64
+    most = max(most // num_devices, 1) * num_devices
+    buckets: dict[tuple, list[int]] = {}
+    for i, plan in enumerate(plans):
+        buckets.setdefault((plan.canvas.image.shape[0], plan.pools), []).append(i)
+    return [
+        indices[start : start + most]
+        for indices in buckets.values()
+        for start in range(0, len(indices), most)
+    ]
+
+
+def _cloak_batch(key, surrogates, plans, config, mesh, report_fn):
+    """Changes on the canvases and gains of faces of one bucket."""
+    count = len(plans)
+    # Batch sizes are powers of two times the devices; the last face is repeated to fill them.
+    size = mesh.size
+    while size < count:
+        size *= 2
+    filled = list(range(count)) + [count - 1] * (size - count)
+    faces = jax.tree.map(lambda *leaves: np.stack(leaves), *[plans[i].face for i in filled])
+    keys = jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(key, a), b))(
+        *np.array([plans[i].seed for i in filled], np.uint32).T
+    )
+    statics = tuple(
+        fawkes.Surrogate(extractor, pool)
+        for extractor, pool in zip(surrogates.extractors, plans[0].pools, strict=True)
+    )
+    return fawkes.cloak_faces(
+        parallel.shard_batch(keys, mesh),
+        parallel.replicate(surrogates.variables, mesh),
+        parallel.shard_batch(faces, mesh),
+        surrogates=statics,
+        config=config,
+        report_fn=(lambda steps: report_fn(steps * count)) if report_fn else None,
+    )
+
+
+def _limit(photo: PhotoFaces, number: int, region: np.ndarray, factor: int) -> np.ndarray:
+    """Share of the largest change that each pixel of a region may take, `[h, w]` in [0, 1].
+
+    Fades to zero towards the region's edges (not towards the photo's own), and is zero where another
+    face is nearer, so that the changes of two faces never add up, and where the photo is transparent.
+    With a factor, for every block of so many pixels.
+    """
+    low, high = region[:2], region[2:]
+    shape = np.array(photo.pixels.shape[:2])
+    grids, ramps = [], []
+    for axis in range(2):
+        centres = np.arange(low[axis], high[axis], factor) + (factor - 1) / 2
+        fade = max(_FADE * (high[axis] - low[axis]), factor)
+        before = np.inf if low[axis] == 0 else centres - low[axis] + 0.5
+        after = np.inf if high[axis] == shape[axis] else high[axis] - centres - 0.5
+        grids.append(centres)
+        ramps.append(np.clip(np.minimum(before, after) / fade, 0, 1) * np.ones(len(centres)))
+    limit = ramps[0][:, None] * ramps[1][None, :]
+    boxes = photo.faces.boxes
+    if len(boxes) > 1:
+        centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).max(1)
+        apart = [
+            (grids[0][:, None] - centre[0]) ** 2 + (grids[1][None, :] - centre[1]) ** 2
+            for centre in centres
+        ]
+        apart = np.stack(apart) / sides[:, None, None] ** 2
+        limit = limit * (np.argmin(apart, axis=0) == number)
+    if photo.visible is not None:
+        visible = photo.visible[low[0] : high[0], low[1] : high[1]].astype(np.float32)
+        extra = [(0, -n % factor) for n in visible.shape]
+        blocks = np.pad(visible, extra).reshape(len(grids[0]), factor, len(grids[1]), factor)
+        limit = limit * blocks.min(axis=(1, 3))
+    return limit.astype(np.float32)
+
+
+def _to_photo_size(plan, photo, delta, config) -> np.ndarray:
+    """A canvas change as a change of the region's pixels `[h, w, 3]`, free of a mean shift."""
+    rows, columns = plan.canvas.size
+    delta, factor = delta[:rows, :columns], plan.canvas.factor
+    height, width = plan.region[2:] - plan.region[:2]
+    limit = _limit(photo, plan.seed[1], plan.region, 1)[..., None] * config.linf_limit
+    if factor > 1:
+        planes = [
+            Image.fromarray(plane).resize((columns * factor, rows * factor), Image.BICUBIC)
+            for plane in np.moveaxis(delta, -1, 0)
+        ]
+        delta = np.stack([np.asarray(plane) for plane in planes], -1)[:height, :width]
+        delta = np.clip(delta, -limit, limit)
+    # A faint shift of the whole region would show as a rectangle.
+    total = limit.sum()
+    if total > 0:
+        delta = delta - limit * (delta.sum(axis=(0, 1), keepdims=True) / total)
+    return np.clip(delta, -limit, limit)
+
+
+def _compose(pixels, plans, deltas, config) -> tuple[np.ndarray, list[float]]:
+    """Adds the changes, rounds, and scales each until its DSSIM on the 8-bit result fits the budget.
+
+    A change below the budget may grow by up to half (rounding and enlarging lose some of it), within
+    its pixel limits; one above shrinks.
+    """
+    budget = config.dssim_budget
+    scales = np.ones(len(plans))
+    best, best_dssims = pixels.copy(), [0.0] * len(plans)
+    if not plans:
+        return best, best_dssims
+    for _ in range(_FIT_ROUNDS):
+        final = pixels.astype(np.float32)
+        for plan, delta, scale in zip(plans, deltas, scales, strict=True):
+            y0, x0, y1, x1 = plan.region
+            bound = np.abs(delta).max(initial=0.0) if scale <= 1 else config.linf_limit
+            final[y0:y1, x0:x1] += np.clip(scale * delta, -bound, bound) * 255.0
+        final = np.clip(np.round(final), 0, 255).astype(np.uint8)
+        dssims = [face_dssim(pixels, final, plan.region, plan.box) for plan in plans]
+        fits = [value <= budget for value in dssims]
+        if all(fits) and sum(dssims) >= sum(best_dssims):
+            best, best_dssims = final, dssims
+        if all(0.98 * budget <= value <= budget for value in dssims):
+            break
+        wanted = np.sqrt(0.99 * budget / np.maximum(dssims, 1e-9))
+        scales = np.minimum(scales * np.clip(wanted, 0.5, 1.25), 1.5)
+    return best, best_dssims
+
+
+def _grown(box: np.ndarray) -> np.ndarray:
+    sides = np.tile(box[2:] - box[:2], 2)
+    return box + sides * np.array([-1, -1, 1, 1]) * _MARGIN
+
+
+def _canvas_box(box: np.ndarray, factor: int, size: tuple[int, int]) -> np.ndarray:
+    """A box of the region on the canvas, rounded outwards, at least a window wide where it fits."""
+    low, high = box[:2] // factor, -(-box[2:] // factor)
+    size = np.array(size)
+    low = np.maximum(np.minimum(low, high - ssim.WINDOW), 0)
+    return np.concatenate([low, np.minimum(np.maximum(high, low + ssim.WINDOW), size)])
