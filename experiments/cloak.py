@@ -2,13 +2,13 @@
 
     python -m experiments.cloak --images=photos --output_dir=cloaked --mode=mid
 
-writes `cloaked/<folders>/<stem>_cloaked.png` for every photo, `report.json` and `report.html`. Without
-flags it cloaks a sample portrait into `out/cloak`. A second run skips what is done and goes on with
-what was interrupted. Originals are never touched.
+writes `cloaked/<folders>/<stem>_cloaked.png` for every photo, `report.json` and `report.html`.
+Without flags it cloaks a sample portrait into `out/cloak`. A second run skips what is done and goes
+on with what was interrupted. Originals are never touched.
 
 --target says where faces go: `repel` (away from themselves, the default), a folder with photos of
-another person (towards that person as well), or `farthest` (the person of --gallery, a folder of one
-folder per person, who is farthest from all photos of this run).
+another person (towards that person as well), or `farthest` (the person of --gallery, a folder of
+one folder per person, who is farthest from all photos of this run).
 
 Expected on two CPU cores: about 25 ms per face and step, so 3 s a face, after half a minute of
 compilation in the first run. Expected on the sample portrait at --mode=mid: dlib distance about 0.9
@@ -36,9 +36,15 @@ from afr_jax.methods import cloak, fawkes, targets
 from afr_jax.models import mtcnn, zoo
 from afr_jax.recognition import detect, embed
 
-_IMAGES = flags.DEFINE_list("images", [], "photos and folders of photos; default: a sample portrait")
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", "out/cloak", "folder for cloaked photos and reports")
-_MODE = flags.DEFINE_enum("mode", "mid", sorted(fawkes.MODES), "DSSIM budget: 0.004, 0.007, 0.012")
+_IMAGES = flags.DEFINE_list(
+    "images", [], "photos and folders of photos; default: a sample portrait"
+)
+_OUTPUT_DIR = flags.DEFINE_string(
+    "output_dir", "out/cloak", "folder for cloaked photos and reports"
+)
+_MODE = flags.DEFINE_enum(
+    "mode", "mid", sorted(fawkes.MODES), "DSSIM budget: low 0.004, mid 0.007, high 0.012"
+)
 _SURROGATES = flags.DEFINE_list("surrogates", ["dlib"], "extractors to cloak against, by name")
 _TARGET = flags.DEFINE_string("target", "repel", "repel, farthest, or a folder of another person")
 _GALLERY = flags.DEFINE_string("gallery", None, "folder per person, for --target=farthest")
@@ -310,7 +316,7 @@ class _Session:
                 self._finish(item, pixels, faces)
 
     def _load(self, job: _Job) -> _Loaded | None:
-        """Reads a photo and finds its faces; None, with a record, where there is nothing to cloak."""
+        """Reads a photo and finds its faces; None, with a record, if nothing is to cloak."""
         if job.source.problem is not None:
             self._write_record(job, None, "unreadable", job.source.problem, [])
             return None
@@ -361,9 +367,7 @@ class _Session:
     ) -> None:
         """Encodes, reads back, measures, publishes and records one photo."""
         job = item.job
-        data = photos.encode_png(
-            item.photo, pixels, keep_metadata=self._settings["keep_metadata"]
-        )
+        data = photos.encode_png(item.photo, pixels, keep_metadata=self._settings["keep_metadata"])
         records = cloak_check.check_photo(
             self._models.detector,
             self._models.by_name(),
@@ -392,7 +396,7 @@ class _Session:
             self._write_record(job, item.sha256, "failed", reason, [])
 
     def _publish(self, job: _Job, sha256: str, data: bytes, records: list[dict]) -> None:
-        """Gives the file its name. The record goes first: a run killed between knows its own file."""
+        """Gives the file its name; the record goes first, so a killed run knows its own file."""
         output_sha256 = _sha256_of(data)
         ours = _OVERWRITE.value
         if job.output.exists() and not ours:
@@ -467,7 +471,9 @@ class _Session:
             if not faces:
                 raise run.UsageError(f"--target={folder} holds no photo with a face")
             identity = folder.name
-            centroids = {name: targets.centroid(found) for name, found in self._embed(faces).items()}
+            centroids = {
+                name: targets.centroid(found) for name, found in self._embed(faces).items()
+            }
         run.write_json(stored, {"identity": identity, "centroids": centroids})
         return centroids
 

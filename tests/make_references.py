@@ -27,14 +27,14 @@ def chips() -> np.ndarray:
 
 
 def scenes() -> dict[str, np.ndarray]:
-    """Photos by name, uint8: the portrait, and five faces of two sizes, some of them mirrored."""
+    """Photos by name, uint8: the portrait, and seven faces of two sizes, some of them mirrored."""
     photo = skimage.data.astronaut()
     face = photo[20:220, 110:310]
     small = halve(face)
-    quarters = [[small, small[:, ::-1]], [small[:, ::-1], small]]
+    quarters = np.block([[[small], [small[:, ::-1]]], [[small[:, ::-1]], [small]]])
     return {
         "portrait": photo,
-        "five": np.concatenate([face, np.concatenate([np.hstack(q) for q in quarters])], axis=1),
+        "seven": np.block([[[face], [quarters]], [[face[:, ::-1]], [face]]]),
     }
 
 

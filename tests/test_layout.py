@@ -38,9 +38,9 @@ _DOORS = {
     "orbax": ("afr_jax.core.checkpoint",),
     "absl.flags": ("afr_jax.core.run", "experiments."),
     "absl.app": ("afr_jax.core.run",),
-    "tensorflow": (),
+    "tensorflow": ("experiments.peers.",),
     "torch": (),
-    "mtcnn": (),
+    "mtcnn": ("experiments.peers.",),
     "face_recognition_models": (),
     # A restricted `pickle.Unpickler` is fine; what runs foreign code is not.
     "pickle.load": (),

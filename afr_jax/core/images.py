@@ -122,7 +122,7 @@ def _average_leading(x: jax.Array, num_out: int, in_size, out_size) -> jax.Array
     whatever the ratio (a dense matrix product costs `num_out` times as much, a running sum loses
     digits).
     """
-    if num_out == x.shape[0] and in_size is x.shape[0]:
+    if all(isinstance(n, int) and n == x.shape[0] for n in (num_out, in_size, out_size)):
         return x
     num_taps = math.ceil(1.1 * x.shape[0] / num_out) + 1
     # float32 holds i * in / out to about 1e-4 pixel for sides up to 2^14.

@@ -125,7 +125,7 @@ def _ssim_forward(planes, reference):
 
 def _ssim_backward(residuals, cotangent):
     planes, reference, by_moment = residuals
-    mean, square, product = _filter_adjoint(by_moment * cotangent)
+    mean, square, product = _filter_adjoint(by_moment * cotangent[None])
     return mean + 2 * planes * square + reference.planes * product, None
 
 

@@ -38,8 +38,9 @@ def check_photo(
         options: of the detector.
 
     Returns:
-        A record for each face, as in report.json; status `cloaked` only if the face was found again,
-        its DSSIM lies within the budget and every pixel outside the regions is the original's.
+        A record for each face, as in report.json; status `cloaked` only if the face was found
+        again, its DSSIM lies within the budget and every pixel outside the regions is the
+        original's.
     """
     found = detect.detect_faces(detector, final, options=options)
     same = detect.overlap(photo.faces.boxes, found.boxes)
@@ -70,8 +71,9 @@ def check_photo(
             "reason": None,
             "dssim": dssim,
             "linf": float(np.abs(change).max() / 255),
-            "mean_difference": float(change.mean(axis=(0, 1))[np.abs(change.mean((0, 1))).argmax()]),
-            "distance_before_budget": face.gain,
+            "mean_difference": float(
+                change.mean(axis=(0, 1))[np.abs(change.mean((0, 1))).argmax()]
+            ),
             "extractors": {},
         }
         if match is not None:
@@ -80,6 +82,7 @@ def check_photo(
                 distance = float(zoo.distance(next(again), clean[number]))
                 record["extractors"][name] = {
                     "distance": distance,
+                    "distance_before_budget": face.distances.get(name),
                     "threshold": extractor.threshold,
                     "metric": "l2",
                     "same_person": distance < extractor.threshold,

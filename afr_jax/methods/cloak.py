@@ -21,7 +21,7 @@ from afr_jax.recognition import align, detect
 
 # Sides of face canvases. A face region larger than the last one carries its change at a whole
 # fraction of its resolution and is enlarged: what extractors see is coarser still.
-_CANVAS_LADDER = (64, 96, 128, 160, 208, 256, 320)
+_CANVAS_LADDER = (96, 160, 224, 320)
 # Changes fade in over this share of a region's side, so that no edge shows.
 _FADE = 0.06
 # The detector's box grows by this share of its sides; the region holds it and every chip.
@@ -54,14 +54,14 @@ class CloakedFace(NamedTuple):
     Attributes:
         region: `[4]` int (y0, x0, y1, x1), all that changed for this face.
         box: `[4]` int, the detector's box within the photo.
-        gain: distance from the clean embedding before rounding and fitting, mean over surrogates,
-            in units of their thresholds.
+        distances: from the clean embedding by surrogate, before the change is rounded to 8 bits and
+            fitted to the budget.
         dssim: of the 8-bit result, the larger of region and box.
     """
 
     region: np.ndarray
     box: np.ndarray
-    gain: float
+    distances: dict[str, float]
     dssim: float
 
 
@@ -107,7 +107,8 @@ def cloak_photos(
         surrogates: to cloak against.
         photos: with their faces.
         config: of the optimisation.
-        targets: target embedding `[D]` by extractor name, the same for all faces; None to repel only.
+        targets: target embedding `[D]` by extractor name, the same for all faces; None to repel
+            only.
         mesh: devices to spread faces over; by default all.
         report_fn: called with numbers of finished face steps, for progress.
 
@@ -120,12 +121,13 @@ def cloak_photos(
         for number in range(len(photo.faces.boxes))
     ]
     mesh = parallel.make_mesh() if mesh is None else mesh
-    deltas, gains = [None] * len(plans), [0.0] * len(plans)
+    deltas, distances = [None] * len(plans), [None] * len(plans)
     for batch in _batches(plans, mesh.size):
         found = _cloak_batch(key, surrogates, [plans[i] for i in batch], config, mesh, report_fn)
-        for i, delta, gain in zip(batch, *found, strict=False):
-            deltas[i] = _to_photo_size(plans[i], photos[plans[i].photo], np.asarray(delta), config)
-            gains[i] = float(gain)
+        names = [extractor.name for extractor in surrogates.extractors]
+        for i, delta, reached in zip(batch, *jax.device_get(found), strict=False):
+            deltas[i] = _to_photo_size(plans[i], photos[plans[i].photo], delta, config)
+            distances[i] = dict(zip(names, map(float, reached), strict=True))
     results = []
     for index, photo in enumerate(photos):
         own = [i for i, plan in enumerate(plans) if plan.photo == index]
@@ -133,7 +135,7 @@ def cloak_photos(
             photo.pixels, [plans[i] for i in own], [deltas[i] for i in own], config
         )
         faces = [
-            CloakedFace(plans[i].region, plans[i].box, gains[i], value)
+            CloakedFace(plans[i].region, plans[i].box, distances[i], value)
             for i, value in zip(own, dssims, strict=True)
         ]
         results.append((pixels, faces))
@@ -201,8 +203,7 @@ def _plan(extractors, photo, index, number, targets, config) -> _Plan:
 
 def _batches(plans: Sequence[_Plan], num_devices: int) -> list[list[int]]:
     """Indices of faces that share a compiled program, at most as many as one call should take."""
-    most = 4 if jax.default_backend() == "cpu" else 64
-    most = max(most // num_devices, 1) * num_devices
+    most = _batch_limit(num_devices)
     buckets: dict[tuple, list[int]] = {}
     for i, plan in enumerate(plans):
         buckets.setdefault((plan.canvas.image.shape[0], plan.pools), []).append(i)
@@ -213,13 +214,17 @@ def _batches(plans: Sequence[_Plan], num_devices: int) -> list[list[int]]:
     ]
 
 
+def _batch_limit(num_devices: int) -> int:
+    """Faces of a full batch: a multiple of the devices."""
+    most = 4 if jax.default_backend() == "cpu" else 64
+    return max(most // num_devices, 1) * num_devices
+
+
 def _cloak_batch(key, surrogates, plans, config, mesh, report_fn):
-    """Changes on the canvases and gains of faces of one bucket."""
+    """Changes on the canvases of faces of one bucket, and the distances that they reach."""
     count = len(plans)
-    # Batch sizes are powers of two times the devices; the last face is repeated to fill them.
-    size = mesh.size
-    while size < count:
-        size *= 2
+    # One face or a full batch: few shapes to compile. The last face is repeated to fill it.
+    size = mesh.size if count <= mesh.size else _batch_limit(mesh.size)
     filled = list(range(count)) + [count - 1] * (size - count)
     faces = jax.tree.map(lambda *leaves: np.stack(leaves), *[plans[i].face for i in filled])
     keys = jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(key, a), b))(
@@ -242,9 +247,9 @@ def _cloak_batch(key, surrogates, plans, config, mesh, report_fn):
 def _limit(photo: PhotoFaces, number: int, region: np.ndarray, factor: int) -> np.ndarray:
     """Share of the largest change that each pixel of a region may take, `[h, w]` in [0, 1].
 
-    Fades to zero towards the region's edges (not towards the photo's own), and is zero where another
-    face is nearer, so that the changes of two faces never add up, and where the photo is transparent.
-    With a factor, for every block of so many pixels.
+    Fades to zero towards the region's edges (not towards the photo's own), and is zero where
+    another face is nearer, so that the changes of two faces never add up, and where the photo is
+    transparent. With a factor, for every block of so many pixels.
     """
     low, high = region[:2], region[2:]
     shape = np.array(photo.pixels.shape[:2])
@@ -295,10 +300,10 @@ def _to_photo_size(plan, photo, delta, config) -> np.ndarray:
 
 
 def _compose(pixels, plans, deltas, config) -> tuple[np.ndarray, list[float]]:
-    """Adds the changes, rounds, and scales each until its DSSIM on the 8-bit result fits the budget.
+    """Adds the changes, rounds, and scales each until its DSSIM on the 8-bit result fits.
 
-    A change below the budget may grow by up to half (rounding and enlarging lose some of it), within
-    its pixel limits; one above shrinks.
+    A change below the budget may grow by up to half (rounding and enlarging lose some of it),
+    within its pixel limits; one above shrinks.
     """
     budget = config.dssim_budget
     scales = np.ones(len(plans))

@@ -45,6 +45,9 @@ class FawkesConfig:
         linf_limit: largest change of a pixel, in [0, 1] units.
         repel_weight: weight of the distance from the own clean embedding.
         attract_weight: weight of the distance to the target embedding, where there is a target.
+        align_jitter: standard deviation of the random misalignment of the chip at each step, as a
+            share of its side (shift, and rotation and scale about its centre): the tracker's
+            landmarks differ a little from ours. 0 switches it off.
         start_noise: half width of the uniform start, in [0, 1] units (the objective has no gradient
             at zero).
     """
@@ -55,13 +58,14 @@ class FawkesConfig:
     linf_limit: float = 24 / 255
     repel_weight: float = 1.0
     attract_weight: float = 1.0
+    align_jitter: float = 0.007
     start_noise: float = 1 / 255
 
     def __post_init__(self):
         for name in ("dssim_budget", "learning_rate", "linf_limit", "start_noise"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must lie in (0, 1]")
-        for name in ("num_steps", "repel_weight", "attract_weight"):
+        for name in ("num_steps", "repel_weight", "attract_weight", "align_jitter"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 0")
 
@@ -126,7 +130,10 @@ def cloak_faces(
         The changes `[B, S, S, 3]` in [0, 1] units, within all limits and budgets, and the mean
         distance over surrogates `[B]` that they reach, in units of the thresholds.
     """
-    faces = _with_own_embeddings(variables, faces, surrogates)
+    transforms = tuple(view.transform for view in faces.views)
+    own = _embed_batch(variables, faces.image, transforms, surrogates)
+    views = [view._replace(own=vector) for view, vector in zip(faces.views, own, strict=True)]
+    faces = faces._replace(views=tuple(views))
     references = _references(faces.image)
     state = _start(keys, faces, config)
 
@@ -136,10 +143,16 @@ def cloak_faces(
         )
 
     state = loop.drive(advance, state, num_steps=config.num_steps, report_fn=report_fn)
-    return _finish(keys, variables, faces, references, state, surrogates, config)
+    delta, score = loop.best(state)
+    # Where no iterate met the budget, nothing is changed: honest, and rare.
+    delta = jnp.where(jnp.isfinite(score)[:, None, None, None], delta, 0.0)
+    reached = _embed_batch(variables, faces.image + delta, transforms, surrogates)
+    distances = [zoo.distance(new, old) for new, old in zip(reached, own, strict=True)]
+    return delta, jnp.stack(distances, axis=1)
 
 
 def evaluate(
+    key: jax.Array,
     delta: jax.Array,
     weight: jax.Array,
     variables: tuple[dict, ...],
@@ -152,6 +165,7 @@ def evaluate(
     """Loss, score and metrics of one face's change (equation 2 of the paper, repelling by default).
 
     Args:
+        key: of the random misalignment.
         delta: `[S, S, 3]`.
         weight: multiplier of the DSSIM penalty.
         variables: of each surrogate's module.
@@ -167,17 +181,23 @@ def evaluate(
     cloaked = face.image + delta
     similarity = ssim.ssim_map(cloaked, reference)
     dssim = jnp.maximum(*(ssim.box_dssim(similarity, box) for box in face.boxes))
-    distance, gain = 0.0, 0.0
+    distances, gain = [], 0.0
     for surrogate, params, view in zip(surrogates, variables, face.views, strict=True):
-        embedding = _embed(surrogate, params, cloaked, view.transform)
+        transform = view.transform
+        if config.align_jitter > 0:
+            side = surrogate.extractor.input_px
+            transform = align.jitter_transform(key, transform, side, spread=config.align_jitter)
+        embedding = _embed(surrogate, params, cloaked, transform)
         scale = 1 / (surrogate.extractor.threshold * len(surrogates))
-        away = zoo.distance(embedding, view.own) * scale
-        left = zoo.distance(embedding, view.target) * scale
-        distance += away
-        gain += config.repel_weight * away - config.attract_weight * face.has_target * left
+        away = zoo.distance(embedding, view.own)
+        left = zoo.distance(embedding, view.target)
+        distances.append(away)
+        gain += config.repel_weight * away * scale
+        gain -= config.attract_weight * face.has_target * left * scale
     loss = weight * dssim / config.dssim_budget - gain
     score = jnp.where(dssim <= config.dssim_budget, -gain, jnp.inf)
-    return loop.Evaluation(loss, score, {"dssim": dssim, "gain": gain, "distance": distance})
+    metrics = {"dssim": dssim, "gain": gain, "distances": jnp.stack(distances)}
+    return loop.Evaluation(loss, score, metrics)
 
 
 def project(delta: jax.Array, face: Face) -> jax.Array:
@@ -197,9 +217,8 @@ def step(config: FawkesConfig) -> optax.GradientTransformation:
 
 def _problem(variables, face, reference, surrogates, config) -> loop.Problem:
     def loss_fn(delta, weight, key):
-        del key  # The objective has no random part.
         return evaluate(
-            delta, weight, variables, face, reference, surrogates=surrogates, config=config
+            key, delta, weight, variables, face, reference, surrogates=surrogates, config=config
         )
 
     return loop.Problem(
@@ -212,12 +231,12 @@ def _problem(variables, face, reference, surrogates, config) -> loop.Problem:
 
 
 @functools.partial(jax.jit, static_argnames="surrogates")
-def _with_own_embeddings(variables, faces, surrogates):
-    views = []
-    for surrogate, params, view in zip(surrogates, variables, faces.views, strict=True):
-        embed = functools.partial(_embed, surrogate, params)
-        views.append(view._replace(own=jax.vmap(embed)(faces.image, view.transform)))
-    return faces._replace(views=tuple(views))
+def _embed_batch(variables, canvases, transforms, surrogates):
+    """Embeddings `[B, D]` of canvases `[B, S, S, 3]` by each surrogate."""
+    return tuple(
+        jax.vmap(functools.partial(_embed, surrogate, params))(canvases, transform)
+        for surrogate, params, transform in zip(surrogates, variables, transforms, strict=True)
+    )
 
 
 @jax.jit
@@ -242,19 +261,6 @@ def _advance(keys, variables, faces, references, state, surrogates, config, *, n
     def one(key, face, reference, state):
         problem = _problem(variables, face, reference, surrogates, config)
         return loop.advance(key, problem, state, num_steps=num_steps)
-
-    return jax.vmap(one)(keys, faces, references, state)
-
-
-@functools.partial(jax.jit, static_argnames=("surrogates", "config"))
-def _finish(keys, variables, faces, references, state, surrogates, config):
-    def one(key, face, reference, state):
-        problem = _problem(variables, face, reference, surrogates, config)
-        result = loop.finish(key, problem, state)
-        # Where no iterate met the budget, nothing is changed: honest, and rare.
-        delta = jnp.where(jnp.isfinite(result.score), result.delta, 0.0)
-        metrics = problem.loss_fn(delta, 0.0, key).metrics
-        return delta, metrics["distance"]
 
     return jax.vmap(one)(keys, faces, references, state)
 

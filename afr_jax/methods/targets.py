@@ -19,8 +19,8 @@ def farthest_identity(
 ) -> str:
     """The identity whose nearest photo of the user is farthest away.
 
-    Shan et al. 2020, section 4.2: argmax over identities k of the minimum over the user's photos x of
-    the distance of x to the centroid of k; distances of several extractors are added in units of
+    Shan et al. 2020, section 4.2: argmax over identities k of the minimum over the user's photos x
+    of the distance of x to the centroid of k; distances of several extractors are added in units of
     their thresholds. Ties go to the first name.
 
     Args:

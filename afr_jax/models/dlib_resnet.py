@@ -38,7 +38,7 @@ class DlibResNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Descriptors `[B, 128]` of images `[B, 150, 150, 3]` in [0, 255]."""
-        x = (images - jnp.array(_CHANNEL_MEANS, images.dtype)) / 256.0
+        x = (images - jnp.array(_CHANNEL_MEANS, images.dtype).reshape(1, 1, 1, 3)) / 256.0
         x = nn.relu(nn.Conv(32, (7, 7), 2, padding="VALID", name="conv_0")(x))
         x = layers.max_pool(x, 3, 2)
         index = 1

@@ -44,4 +44,5 @@ class PReLU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`max(x, 0) + slope * min(x, 0)`, any shape `[..., C]`."""
         slope = self.param("slope", nn.initializers.constant(0.25), (x.shape[-1],))
+        slope = slope.reshape((1,) * (x.ndim - 1) + slope.shape)
         return jnp.maximum(x, 0) + slope * jnp.minimum(x, 0)

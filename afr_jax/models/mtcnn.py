@@ -43,8 +43,8 @@ class PNet(nn.Module):
         """
         x = layers.PReLU(name="prelu_1")(_conv(10, 3, "conv_1")(images))
         # Padding must not win the last pooling window of an image of odd size.
-        rows = jnp.arange(x.shape[1]) < sizes[:, :1] - 2
-        columns = jnp.arange(x.shape[2]) < sizes[:, 1:] - 2
+        rows = jnp.arange(x.shape[1])[None] < sizes[:, :1] - 2
+        columns = jnp.arange(x.shape[2])[None] < sizes[:, 1:] - 2
         x = jnp.where((rows[:, :, None] & columns[:, None, :])[..., None], x, _LOW)
         x = layers.max_pool(layers.pad_for_pool(x, 2, 2, _LOW), 2, 2)
         x = layers.PReLU(name="prelu_2")(_conv(16, 3, "conv_2")(x))
@@ -130,7 +130,7 @@ def map_size(size: jax.Array | int) -> jax.Array | int:
 
 
 def find_weights() -> pathlib.Path:
-    """Folder of the weight files in the installed `mtcnn` wheel (not imported: no TensorFlow).
+    """Folder of the weight files in the installed `mtcnn` wheel, which is not imported.
 
     Raises:
         FileNotFoundError: the package or its files are missing; the message says how to get them.
@@ -197,8 +197,8 @@ class _ArrayRecord:
         if getattr(self, "subclass", None) is not np.ndarray:
             raise ValueError("only plain arrays are read")
         dtype = np.dtype(self.dtype)
-        if dtype.hasobject:
-            raise ValueError("object arrays are not read")
+        if dtype.kind not in "fiu":
+            raise ValueError(f"only arrays of real numbers are read, not of {dtype}")
         if getattr(self, "numpy_array_alignment_bytes", None) is not None:
             self.stream.read(self.stream.read(1)[0])
         count = int(np.prod(self.shape, dtype=np.int64))

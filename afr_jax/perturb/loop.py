@@ -4,7 +4,7 @@ Every method of this code base is a loss, a step (an optax transformation), a pr
 control of its penalties, bound together here. The loop knows no images, faces or models; the
 variable is any pytree. It is written for ONE problem; batch it with `jax.vmap`.
 
-A run is `start`, then `advance` in chunks of steps, then `finish`. The host drives the chunks
+A run is `start`, then `advance` in chunks of steps, then `best`. The host drives the chunks
 (`drive`): one step at a time on CPU, where XLA runs loops badly, long scans on accelerators. The
 result does not depend on the chunk length. `run` is the three in one traced function.
 """
@@ -59,11 +59,10 @@ class State(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The best variable met (by score), its score, and the last one."""
+    """The best variable met (by score), and its score."""
 
     delta: Tree
     score: jax.Array
-    last_delta: Tree
 
 
 class Problem(NamedTuple):
@@ -97,7 +96,7 @@ def start(problem: Problem, delta: Tree) -> State:
         control=problem.control.init(),
         # A copy: donating a state whose leaves share a buffer fails.
         best_delta=jax.tree.map(jnp.copy, delta),
-        best_score=jnp.full((), jnp.inf),
+        best_score=jnp.full((), jnp.inf, jnp.float32),
     )
 
 
@@ -138,18 +137,24 @@ def advance(
     return jax.lax.scan(one, state, length=num_steps)
 
 
-def finish(key: jax.Array, problem: Problem, state: State) -> Result:
-    """Evaluates the last variable too, so that it can win, and returns the best."""
-    key = jax.random.fold_in(key, state.step)
-    evaluation = problem.loss_fn(state.delta, state.control, key)
-    delta, score = _better(state, evaluation)
-    return Result(delta, score, state.delta)
+def best(state: State) -> Result:
+    """The best variable that was evaluated.
+
+    A step evaluates before it moves, so a run of n steps ends with one step more: it evaluates the
+    last variable, which can then win.
+    """
+    return Result(state.best_delta, state.best_score)
 
 
 def run(key: jax.Array, problem: Problem, delta: Tree, *, num_steps: int) -> tuple[Result, dict]:
-    """A whole run in one traced function: the result and the metrics of each step."""
-    state, metrics = advance(key, problem, start(problem, delta), num_steps=num_steps)
-    return finish(key, problem, state), metrics
+    """A whole run in one traced function.
+
+    Returns:
+        The best variable among the projected start and the results of all steps, and the metrics of
+        each of them, `[num_steps + 1]`.
+    """
+    state, metrics = advance(key, problem, start(problem, delta), num_steps=num_steps + 1)
+    return best(state), metrics
 
 
 def chunk_length() -> int:
@@ -170,12 +175,12 @@ def drive(
     Args:
         advance_fn: `(state, num_steps) -> (state, metrics)`, compiled, `num_steps` static.
         state: before the first step.
-        num_steps: in all.
+        num_steps: in all; one step more is taken at the end, which evaluates the last variable.
         chunk: steps of one call; by default `chunk_length()`.
         report_fn: called after each chunk with the number of steps it took (progress).
 
     Returns:
-        The state after the last step.
+        The state after them, for `best`.
     """
     chunk = chunk or chunk_length()
     done = 0
@@ -185,6 +190,7 @@ def drive(
         done += length
         if report_fn is not None:
             report_fn(length)
+    state, _ = advance_fn(state, 1)
     return state
 
 

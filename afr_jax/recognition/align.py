@@ -89,12 +89,14 @@ def similarity_transform(landmarks: np.ndarray, template: np.ndarray) -> np.ndar
     Raises:
         ValueError: the landmarks coincide or are not finite.
     """
+    if not np.all(np.isfinite(landmarks)):
+        raise ValueError("the landmarks are not finite numbers")
     source = np.asarray(landmarks, np.float64) @ [1j, 1.0]
     target = np.asarray(template, np.float64) @ [1j, 1.0]
     centred = source - source.mean()
     spread = np.sum(np.abs(centred) ** 2)
     factor = np.sum(np.conj(centred) * (target - target.mean())) / spread if spread > 0 else 0.0
-    if not np.isfinite(factor) or abs(factor) < 1e-9:
+    if abs(factor) < 1e-9:
         raise ValueError("the landmarks do not span a face")
     inverse = 1.0 / factor
     shift = source.mean() - inverse * target.mean()
@@ -126,6 +128,30 @@ def pool_factor(scale: float) -> int:
     aliases, and by no less than 0.6 (above a factor of 1), so little blurs.
     """
     return max(1, int(np.ceil(scale - 0.25)))
+
+
+def jitter_transform(
+    key: jax.Array, transform: jax.Array, size: int, *, spread: float
+) -> jax.Array:
+    """A chip-to-photo transform as slightly different landmarks would give it.
+
+    Args:
+        key: of the draw.
+        transform: `[2, 3]`.
+        size: side of the chip.
+        spread: standard deviation of the shift in both axes, as a share of the chip's side, and of
+            the rotation (radians) and the relative scale about its centre.
+
+    Returns:
+        `[2, 3]`.
+    """
+    shift_y, shift_x, turn, growth = spread * jax.random.normal(key, (4,))
+    centre = (size - 1) / 2
+    cosine, sine = (1 + growth) * jnp.cos(turn), (1 + growth) * jnp.sin(turn)
+    matrix = jnp.array([[cosine, sine], [-sine, cosine]])
+    offset = centre - matrix @ jnp.full(2, centre) + size * jnp.array([shift_y, shift_x])
+    linear = transform[:, :2]
+    return jnp.concatenate([linear @ matrix, (linear @ offset + transform[:, 2])[:, None]], axis=1)
 
 
 def warp(image: jax.Array, transform: jax.Array, *, size: int, pool: int = 1) -> jax.Array:

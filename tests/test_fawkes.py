@@ -1,0 +1,404 @@
+"""Cloaks of a toy extractor: what they gain, and every limit they keep."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import skimage.metrics
+
+from afr_jax.core import parallel, ssim
+from afr_jax.methods import fawkes
+from afr_jax.models import zoo
+from afr_jax.perturb import loop
+from afr_jax.recognition import align
+
+_SIDE = 40
+# Every other configuration or batch size below costs a compilation of seconds.
+_CONFIG = fawkes.FawkesConfig(
+    num_steps=60, dssim_budget=0.01, linf_limit=0.1, learning_rate=0.01, align_jitter=0.0
+)
+_REGION, _BOX = (3, 2, 38, 39), (10, 9, 31, 32)
+
+
+class _Net(nn.Module):
+    @nn.compact
+    def __call__(self, chips):
+        x = nn.tanh(nn.Conv(8, (5, 5), 2)(chips))
+        x = nn.tanh(nn.Conv(8, (3, 3), 2)(x))
+        return nn.Dense(6)(x.reshape(x.shape[0], -1))
+
+
+_TOY = zoo.Extractor(
+    name="toy",
+    module=_Net(),
+    input_px=24,
+    template=((7, 7), (7, 16), (12, 12), (17, 8), (17, 15)),
+    input_scale=4.0,
+    input_offset=-2.0,
+    embedding_size=6,
+    normalised=False,
+    threshold=0.5,
+    load=dict,
+    source="",
+    licence="",
+)
+_SURROGATES = (fawkes.Surrogate(_TOY, 1),)
+
+
+@functools.cache
+def _variables(seed=0) -> dict:
+    chips = jnp.zeros((1, _TOY.input_px, _TOY.input_px, 3))
+    variables = jax.jit(_TOY.module.init)(jax.random.key(seed), chips)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) < 5000
+    return variables
+
+
+def _transform(number: int) -> np.ndarray:
+    turn, scale = 0.1 * number, 1.1
+    cosine, sine = scale * np.cos(turn), scale * np.sin(turn)
+    return np.array([[cosine, sine, 6.0 - number], [-sine, cosine, 8.0]], np.float32)
+
+
+def _image(number: int) -> np.ndarray:
+    """Some structure and some texture, with pixels at 0 and at 1."""
+    rng = np.random.default_rng(number)
+    y, x = np.mgrid[:_SIDE, :_SIDE] / 6
+    waves = np.stack([np.sin(y + number), np.cos(x - y), np.sin(x * y / 4)], axis=-1)
+    image = 0.5 + 0.35 * waves + rng.normal(0, 0.08, waves.shape)
+    return np.clip(image, 0, 1).astype(np.float32)
+
+
+def _face(number: int, *, views: int = 1, grey: bool = False, **changes) -> fawkes.Face:
+    image = _image(number)
+    if grey:
+        image = np.repeat(image.mean(axis=-1, keepdims=True), 3, axis=-1)
+    limit = np.zeros((_SIDE, _SIDE), np.float32)
+    limit[_REGION[0] : _REGION[2], _REGION[1] : _REGION[3]] = _CONFIG.linf_limit
+    # Some pixels belong to somebody else, others may change less.
+    limit[15:18, 20:30] = 0
+    limit[30:34, :] *= 0.25
+    blank = np.zeros(_TOY.embedding_size, np.float32)
+    face = fawkes.Face(
+        image=image,
+        limit=limit,
+        boxes=np.array([_REGION, _BOX], np.int32),
+        views=(fawkes.FaceView(_transform(number), blank, blank),) * views,
+        has_target=np.float32(0),
+        grey=np.float32(grey),
+    )
+    return face._replace(**changes)
+
+
+def _batch(*faces: fawkes.Face) -> fawkes.Face:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *faces)
+
+
+def _cloak(faces, *, config=_CONFIG, surrogates=_SURROGATES, seed=0):
+    keys = jax.random.split(jax.random.key(seed), faces.image.shape[0])
+    variables = tuple(_variables(number) for number in range(len(surrogates)))
+    deltas, distances = fawkes.cloak_faces(
+        keys, variables, faces, surrogates=surrogates, config=config
+    )
+    return np.asarray(deltas), np.asarray(distances)
+
+
+@jax.jit
+def _embeddings(variables, images, transforms):
+    warp = jax.vmap(functools.partial(align.warp, size=_TOY.input_px))
+    return zoo.embed(_TOY, variables, warp(images, transforms))
+
+
+def _distances(images, others, transforms, *, seed=0):
+    """Moved between two sets of images, by a way that shares no code with the loop."""
+    embeddings, clean = (
+        np.asarray(_embeddings(_variables(seed), x, transforms), np.float64)
+        for x in (images, others)
+    )
+    return np.linalg.norm(embeddings - clean, axis=-1)
+
+
+def _dssim(image, other, box):
+    """float64, of the crop."""
+    crop = np.s_[box[0] : box[2], box[1] : box[3]]
+    _, similarity = skimage.metrics.structural_similarity(
+        image[crop].astype(float),
+        other[crop].astype(float),
+        data_range=1.0,
+        channel_axis=-1,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        full=True,
+    )
+    return (1 - similarity[5:-5, 5:-5].mean()) / 2
+
+
+@pytest.fixture(scope="module")
+def faces():
+    return _batch(*(_face(number) for number in range(4)))
+
+
+@pytest.fixture(scope="module")
+def cloaks(faces):
+    return _cloak(faces)
+
+
+# What a cloak gains and what it keeps.
+
+
+def test_faces_move_away_from_themselves(faces, cloaks):
+    deltas, distances = cloaks
+    assert deltas.shape == faces.image.shape and distances.shape == (4, 1)
+    moved = _distances(faces.image + deltas, faces.image, faces.views[0].transform)
+    np.testing.assert_allclose(distances[:, 0], moved, rtol=1e-4)
+    # Far more than noise of the start's size does.
+    noise = np.random.default_rng(0).uniform(-1, 1, deltas.shape).astype(np.float32)
+    noise *= np.minimum(_CONFIG.start_noise, faces.limit[..., None])
+    drifted = _distances(faces.image + noise, faces.image, faces.views[0].transform)
+    assert np.all(moved > 10 * drifted)
+
+
+def test_the_budget_holds_for_the_region_and_for_the_box(faces, cloaks):
+    for image, delta in zip(faces.image, cloaks[0], strict=True):
+        used = [_dssim(image + delta, image, box) for box in (_REGION, _BOX)]
+        # float32 similarity is good to about 1e-6.
+        assert max(used) <= _CONFIG.dssim_budget + 1e-5
+        # The multiplier spends it, rather than staying far below.
+        assert max(used) > 0.8 * _CONFIG.dssim_budget
+
+
+def test_pixel_limits_hold(faces, cloaks):
+    deltas, _ = cloaks
+    limits = faces.limit[..., None]
+    assert np.all(np.abs(deltas) <= limits + 1e-6)
+    assert np.all(deltas[np.broadcast_to(limits == 0, deltas.shape)] == 0)
+    # The limits are used, and no pixel leaves the image box.
+    assert np.mean((np.abs(deltas) > 0.99 * limits) & (limits > 0)) > 0.001
+    cloaked = faces.image + deltas
+    assert cloaked.min() >= -1e-7 and cloaked.max() <= 1 + 1e-7
+
+
+def test_pixels_at_the_ends_of_the_range_change_inwards(faces, cloaks):
+    """Tanh space would give them no gradient."""
+    deltas, _ = cloaks
+    free = np.broadcast_to(faces.limit[..., None] > 0, deltas.shape)
+    for value, sign in ((0.0, 1), (1.0, -1)):
+        at_end = free & (faces.image == value)
+        assert at_end.sum() > 20
+        assert np.all(sign * deltas[at_end] >= 0) and np.any(sign * deltas[at_end] > 0.01)
+
+
+def test_grey_faces_stay_grey(cloaks):
+    faces = _batch(_face(0, grey=True), _face(1), _face(2, grey=True), _face(3))
+    deltas, distances = _cloak(faces)
+    for number in (0, 2):
+        assert np.ptp(deltas[number], axis=-1).max() == 0 and np.abs(deltas[number]).max() > 0.01
+    assert np.all(distances > 0.1)
+    np.testing.assert_array_equal(deltas[1::2], cloaks[0][1::2])
+
+
+def test_a_target_draws_the_face(faces, cloaks):
+    """The first two of four faces have one: another image seen as they are."""
+    transforms = faces.views[0].transform
+    other = np.stack([_image(7)] * 4)
+    target = np.asarray(_embeddings(_variables(), other, transforms))
+    view = faces.views[0]._replace(target=target)
+    has_target = np.array([1, 1, 0, 0], np.float32)
+    deltas, _ = _cloak(faces._replace(views=(view,), has_target=has_target))
+
+    def left(deltas):
+        return _distances(faces.image + deltas, other, transforms)
+
+    assert np.all(left(deltas)[:2] < 0.9 * left(np.zeros_like(deltas))[:2])
+    # A cloak without the target does not come as near.
+    assert np.all(left(deltas)[:2] < left(cloaks[0])[:2])
+    np.testing.assert_array_equal(deltas[2:], cloaks[0][2:])
+
+
+def test_a_target_that_does_not_count_changes_nothing(faces, cloaks):
+    views = tuple(view._replace(target=view.target + 3.0) for view in faces.views)
+    np.testing.assert_array_equal(_cloak(faces._replace(views=views))[0], cloaks[0])
+
+
+def test_two_surrogates_are_both_moved_and_jitter_is_for_the_steps_only():
+    """The distances told are those of the chips as they are."""
+    config = dataclasses.replace(_CONFIG, align_jitter=0.02)
+    faces = _batch(_face(0, views=2), _face(1, views=2))
+    deltas, distances = _cloak(faces, surrogates=_SURROGATES * 2, config=config)
+    assert distances.shape == (2, 2)
+    for number in (0, 1):
+        transforms = faces.views[number].transform
+        moved = _distances(faces.image + deltas, faces.image, transforms, seed=number)
+        np.testing.assert_allclose(distances[:, number], moved, rtol=1e-4)
+        assert np.all(moved > 0.1)
+
+
+def test_a_face_that_never_fits_the_budget_is_left_alone(faces, monkeypatch):
+    """The state of a run without a feasible variable is that of its start: noise, no score."""
+    monkeypatch.setattr(loop, "drive", lambda advance_fn, state, **options: state)
+    deltas, distances = _cloak(faces)
+    np.testing.assert_array_equal(deltas, 0)
+    np.testing.assert_array_equal(distances, 0)
+
+
+# Batches, devices, keys, compiled programs.
+
+
+def test_a_batch_is_its_faces_one_at_a_time(faces, cloaks):
+    one = jax.tree.map(lambda leaf: leaf[2:3], faces)
+    keys = jax.random.split(jax.random.key(0), 4)
+    deltas, distances = fawkes.cloak_faces(
+        keys[2:3], (_variables(),), one, surrogates=_SURROGATES, config=_CONFIG
+    )
+    _assert_same_cloaks(deltas, distances, cloaks[0][2:3], cloaks[1][2:3])
+
+
+def _assert_same_cloaks(deltas, distances, expected_deltas, expected_distances):
+    # XLA sums in another order for another number of rows, and Adam divides by the gradient's own
+    # size: where a gradient is nearly zero, rounding can turn a step of a hundredth around.
+    apart = np.abs(np.asarray(deltas) - expected_deltas)
+    assert apart.mean() < 1e-5 and apart.max() < 5e-3
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-3)
+
+
+def test_four_devices_give_the_cloaks_of_one(faces, cloaks):
+    mesh = parallel.make_mesh()
+    keys = jax.random.split(jax.random.key(0), 4)
+    deltas, distances = fawkes.cloak_faces(
+        parallel.shard_batch(keys, mesh),
+        parallel.replicate((_variables(),), mesh),
+        parallel.shard_batch(faces, mesh),
+        surrogates=_SURROGATES,
+        config=_CONFIG,
+    )
+    assert len(deltas.sharding.device_set) == 4
+    _assert_same_cloaks(deltas, distances, *cloaks)
+
+
+def test_a_seed_gives_the_same_cloaks_again_and_another_seed_others(faces, cloaks):
+    again, _ = _cloak(faces)
+    np.testing.assert_array_equal(again, cloaks[0])
+    other, _ = _cloak(faces, seed=1)
+    assert np.all(np.abs(other - again).max(axis=(1, 2, 3)) > 0.01)
+
+
+def test_a_face_depends_on_its_own_key_and_pixels_only(faces, cloaks):
+    image = faces.image.copy()
+    image[0] = _image(9)
+    deltas, _ = _cloak(faces._replace(image=image))
+    assert np.abs(deltas[0] - cloaks[0][0]).max() > 0.01
+    np.testing.assert_array_equal(deltas[1:], cloaks[0][1:])
+
+
+def test_another_batch_of_the_shape_does_not_compile_again(cloaks):
+    compiled = (fawkes._embed_batch, fawkes._references, fawkes._start, fawkes._advance)
+    counts = [fn._cache_size() for fn in compiled]
+    assert min(counts) > 0
+    _cloak(_batch(*(_face(number) for number in range(5, 9))), seed=3)
+    assert [fn._cache_size() for fn in compiled] == counts
+
+
+def test_progress_is_told(faces, cloaks):
+    steps = []
+    fawkes.cloak_faces(
+        jax.random.split(jax.random.key(0), 4),
+        (_variables(),),
+        faces,
+        surrogates=_SURROGATES,
+        config=_CONFIG,
+        report_fn=steps.append,
+    )
+    assert sum(steps) == _CONFIG.num_steps
+
+
+# The parts.
+
+
+@functools.cache
+def _evaluate_fn(config=_CONFIG):
+    return jax.jit(functools.partial(fawkes.evaluate, surrogates=_SURROGATES, config=config))
+
+
+@pytest.mark.parametrize("has_target", [0.0, 1.0])
+@pytest.mark.parametrize("size, fits", [(0.025, True), (0.3, False)])
+def test_the_objective(size, fits, has_target):
+    face = _face(2)
+    rng = np.random.default_rng(0)
+    delta = np.clip(size * rng.normal(size=face.image.shape), -face.image, 1 - face.image)
+    delta = delta.astype(np.float32)
+    transform = face.views[0].transform
+    embeddings = _embeddings(
+        _variables(), np.stack([face.image, face.image + delta]), np.stack([transform] * 2)
+    )
+    own, cloaked = np.asarray(embeddings, np.float64)
+    target = rng.normal(size=own.shape)
+    view = fawkes.FaceView(transform, own.astype(np.float32), target.astype(np.float32))
+    face = face._replace(views=(view,), has_target=np.float32(has_target))
+    reference = ssim.ssim_reference(jnp.asarray(face.image))
+    config = dataclasses.replace(_CONFIG, dssim_budget=0.02, repel_weight=0.5, attract_weight=2.0)
+    found = _evaluate_fn(config)(
+        jax.random.key(0), delta, jnp.float32(3.0), (_variables(),), face, reference
+    )
+    away, left = np.linalg.norm(cloaked - own), np.linalg.norm(cloaked - target)
+    gain = (0.5 * away - has_target * 2.0 * left) / _TOY.threshold
+    dssim = max(_dssim(face.image + delta, face.image, box) for box in (_REGION, _BOX))
+    assert (dssim < 0.02) == fits
+    np.testing.assert_allclose(found.metrics["dssim"], dssim, atol=1e-5)
+    np.testing.assert_allclose(found.metrics["gain"], gain, rtol=1e-3)
+    np.testing.assert_allclose(found.metrics["distances"], [away], rtol=1e-3)
+    np.testing.assert_allclose(found.loss, 3.0 * dssim / 0.02 - gain, rtol=1e-3)
+    np.testing.assert_allclose(found.score, -gain if fits else np.inf, rtol=1e-3)
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_project_is_idempotent(grey):
+    face = _face(1, grey=grey)
+    delta = np.random.default_rng(0).normal(0, 0.1, face.image.shape).astype(np.float32)
+    project = jax.jit(fawkes.project)
+    once = project(delta, face)
+    np.testing.assert_allclose(project(once, face), once, atol=1e-7)
+
+
+def test_the_learning_rate_falls_to_a_tenth():
+    """Under a steady gradient Adam's updates are the rate itself."""
+    config = fawkes.FawkesConfig(num_steps=30, learning_rate=0.04)
+    tx = fawkes.step(config)
+    update = jax.jit(tx.update)
+    state, sizes = tx.init(jnp.zeros(3)), []
+    for _ in range(31):
+        updates, state = update(jnp.array([1.0, -2.0, 5.0]), state)
+        sizes.append(np.abs(updates))
+        np.testing.assert_array_equal(np.sign(updates), [-1, 1, -1])
+    np.testing.assert_allclose(sizes[0], 0.04, rtol=1e-3)
+    np.testing.assert_allclose(sizes[15], 0.04 * (0.1 + 0.9 * 0.5), rtol=1e-3)
+    np.testing.assert_allclose(sizes[30], 0.004, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dssim_budget": 0.0},
+        {"dssim_budget": 1.1},
+        {"learning_rate": -1.0},
+        {"linf_limit": float("nan")},
+        {"start_noise": 0.0},
+        {"num_steps": -1},
+        {"repel_weight": -0.1},
+        {"attract_weight": float("nan")},
+        {"align_jitter": -0.1},
+    ],
+)
+def test_options_are_checked(changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        fawkes.FawkesConfig(**changes)
+
+
+def test_modes_are_budgets():
+    budgets = [fawkes.FawkesConfig(dssim_budget=budget) for budget in fawkes.MODES.values()]
+    assert [config.dssim_budget for config in budgets] == [0.004, 0.007, 0.012]
+    assert hash(budgets[0]) == hash(fawkes.FawkesConfig(dssim_budget=0.004))
