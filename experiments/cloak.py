@@ -330,16 +330,15 @@ class _Session:
             return None
         options = self._detector_options(photo.pixels.shape)
         found = detect.detect_faces(self._models.detector, photo.pixels, options=options)
-        sides = (found.boxes[:, 2:] - found.boxes[:, :2]).min(axis=1, initial=np.inf)
         sure = found.confidences >= self._settings["min_confidence"]
-        kept = sure & (sides >= cloak.min_face_side() + 1)
+        kept = sure & cloak.is_large_enough(found.boxes)
         skipped = [
             {
                 "box": np.concatenate([np.floor(box[:2]), np.ceil(box[2:])]).astype(int).tolist(),
                 "detection": box.tolist(),
                 "confidence": float(confidence),
                 "status": "skipped",
-                "reason": "too little of it lies in the photo"
+                "reason": "it is too small to be recognised"
                 if confident
                 else f"confidence {confidence:.2f} is below {self._settings['min_confidence']}",
             }

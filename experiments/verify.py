@@ -31,7 +31,7 @@ _PAIR = flags.DEFINE_list("pair", None, "two photos")
 _PAIRS = flags.DEFINE_string("pairs", None, "CSV with the columns image_a, image_b, same")
 _IMAGES = flags.DEFINE_string("images", ".", "folder that the paths of --pairs are below")
 _EXTRACTOR = flags.DEFINE_enum("extractor", "dlib", sorted(zoo.EXTRACTORS), "extractor")
-_MIN_FACE = flags.DEFINE_integer("min_face_px", 40, "side of the smallest face", 12)
+_MIN_FACE = flags.DEFINE_integer("min_face_px", 20, "side of the smallest face", 12)
 _FARS = (1e-2, 1e-3)
 
 

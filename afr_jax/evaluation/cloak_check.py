@@ -1,5 +1,6 @@
 """What a cloak did, measured on the final pixels as a recogniser would see them."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,11 +43,7 @@ def check_photo(
         again, its DSSIM lies within the budget and every pixel outside the regions is the
         original's.
     """
-    found = detect.detect_faces(detector, final, options=options)
-    same = detect.overlap(photo.faces.boxes, found.boxes)
-    matches = [
-        int(row.argmax()) if row.size and row.max() >= _SAME_FACE_IOU else None for row in same
-    ]
+    found, matches = _find_again(detector, photo.faces, final, options)
     embeddings = {}
     for name, (extractor, variables) in extractors.items():
         clean = [(photo.pixels, landmarks) for landmarks in photo.faces.landmarks]
@@ -92,6 +89,26 @@ def check_photo(
             record.update(status="failed", reason=problem)
         records.append(record)
     return records
+
+
+def _find_again(detector, faces, final, options) -> tuple[detect.Faces, list[int | None]]:
+    """Faces of the final photo, and for each original face which of them it is.
+
+    Where the detector's settings miss one, it looks again with a finer pyramid and lower
+    thresholds, as a tracker may.
+    """
+    closer = dataclasses.replace(
+        options, min_face_px=20.0, scale_factor=0.85, thresholds=(0.4, 0.4, 0.4)
+    )
+    for settings in (options, closer):
+        found = detect.detect_faces(detector, final, options=settings)
+        same = detect.overlap(faces.boxes, found.boxes)
+        matches = [
+            int(row.argmax()) if row.size and row.max() >= _SAME_FACE_IOU else None for row in same
+        ]
+        if None not in matches:
+            break
+    return found, matches
 
 
 def _problem(match, dssim, budget, leaked, change) -> str | None:

@@ -26,7 +26,8 @@ _CANVAS_LADDER = (96, 160, 224, 320)
 _FADE = 0.06
 # The detector's box grows by this share of its sides; the region holds it and every chip.
 _MARGIN = 0.05
-_FIT_ROUNDS = 8
+# Rounds of fitting changes to the budget, and how many of them may enlarge a change.
+_FIT_ROUNDS, _GROWING_ROUNDS = 12, 4
 
 
 class PhotoFaces(NamedTuple):
@@ -85,9 +86,19 @@ class Surrogates:
     variables: tuple[dict, ...]
 
 
-def min_face_side() -> int:
-    """Sides of a face's box must have this many pixels for its DSSIM to be defined."""
-    return ssim.WINDOW
+def is_large_enough(boxes: np.ndarray) -> np.ndarray:
+    """Which faces can be cloaked: the longer side of the box has 24 pixels, the shorter one 12.
+
+    DSSIM needs 11 pixels, and no recogniser gets anywhere with a smaller face.
+
+    Args:
+        boxes: `[N, 4]`.
+
+    Returns:
+        `[N]` bool.
+    """
+    sides = boxes[:, 2:] - boxes[:, :2]
+    return (sides.max(axis=1, initial=0) >= 24) & (sides.min(axis=1, initial=np.inf) >= 12)
 
 
 def cloak_photos(
@@ -279,8 +290,8 @@ def _limit(photo: PhotoFaces, number: int, region: np.ndarray, factor: int) -> n
     return limit.astype(np.float32)
 
 
-def _to_photo_size(plan, photo, delta, config) -> np.ndarray:
-    """A canvas change as a change of the region's pixels `[h, w, 3]`, free of a mean shift."""
+def _to_photo_size(plan, photo, delta, config) -> tuple[np.ndarray, np.ndarray]:
+    """A canvas change as one of the region's pixels `[h, w, 3]`, without a mean shift; and limits."""
     rows, columns = plan.canvas.size
     delta, factor = delta[:rows, :columns], plan.canvas.factor
     height, width = plan.region[2:] - plan.region[:2]
@@ -296,35 +307,42 @@ def _to_photo_size(plan, photo, delta, config) -> np.ndarray:
     total = limit.sum()
     if total > 0:
         delta = delta - limit * (delta.sum(axis=(0, 1), keepdims=True) / total)
-    return np.clip(delta, -limit, limit)
+    return np.clip(delta, -limit, limit), limit
 
 
 def _compose(pixels, plans, deltas, config) -> tuple[np.ndarray, list[float]]:
     """Adds the changes, rounds, and scales each until its DSSIM on the 8-bit result fits.
 
-    A change below the budget may grow by up to half (rounding and enlarging lose some of it),
-    within its pixel limits; one above shrinks.
+    At first a change below the budget may grow by up to half (rounding and enlarging lose some of
+    it), within its pixel limits; later, changes only shrink: those of a face above the budget and
+    of the faces whose regions overlap it.
     """
     budget = config.dssim_budget
     scales = np.ones(len(plans))
     best, best_dssims = pixels.copy(), [0.0] * len(plans)
     if not plans:
         return best, best_dssims
-    for _ in range(_FIT_ROUNDS):
+    regions = np.array([plan.region for plan in plans], np.float64)
+    neighbours = (detect.overlap(regions, regions) > 0) | np.eye(len(plans), dtype=bool)
+    for fit_round in range(_FIT_ROUNDS):
         final = pixels.astype(np.float32)
-        for plan, delta, scale in zip(plans, deltas, scales, strict=True):
+        for plan, (delta, limit), scale in zip(plans, deltas, scales, strict=True):
             y0, x0, y1, x1 = plan.region
-            bound = np.abs(delta).max(initial=0.0) if scale <= 1 else config.linf_limit
-            final[y0:y1, x0:x1] += np.clip(scale * delta, -bound, bound) * 255.0
+            final[y0:y1, x0:x1] += np.clip(scale * delta, -limit, limit) * 255.0
         final = np.clip(np.round(final), 0, 255).astype(np.uint8)
-        dssims = [face_dssim(pixels, final, plan.region, plan.box) for plan in plans]
-        fits = [value <= budget for value in dssims]
-        if all(fits) and sum(dssims) >= sum(best_dssims):
-            best, best_dssims = final, dssims
-        if all(0.98 * budget <= value <= budget for value in dssims):
+        dssims = np.array([face_dssim(pixels, final, plan.region, plan.box) for plan in plans])
+        if np.all(dssims <= budget) and sum(dssims) >= sum(best_dssims):
+            best, best_dssims = final, dssims.tolist()
+        if np.all((dssims >= 0.98 * budget) & (dssims <= budget)):
+            break
+        if fit_round >= _GROWING_ROUNDS and np.all(dssims <= budget):
             break
         wanted = np.sqrt(0.99 * budget / np.maximum(dssims, 1e-9))
-        scales = np.minimum(scales * np.clip(wanted, 0.5, 1.25), 1.5)
+        if fit_round < _GROWING_ROUNDS:
+            scales = np.minimum(scales * np.clip(wanted, 0.5, 1.25), 1.5)
+        else:
+            least = np.where(neighbours & (dssims > budget), wanted, 1.0).min(axis=1)
+            scales = scales * np.maximum(least, 0.5)
     return best, best_dssims
 
 
