@@ -87,6 +87,12 @@ def benchmark_program() -> tuple[dict[str, Any], int]:
     workdir = run.open_workdir(
         flags.FLAGS.workdir or "out/benchmark", settings, resumable=settings._fields
     )
+    names = {
+        "AFR_SHARED": os.environ.get("AFR_SHARED"),
+        "PEER_PYTHON": _PEER_PYTHON.value,
+        "WORKDIR": flags.FLAGS.workdir,
+    }
+    provenance = machine.provenance("experiments.benchmark", sys.argv[1:], names=names)
     try:
         detector = jax.tree.map(jnp.asarray, mtcnn.read_weights(mtcnn.find_weights()))
     except (FileNotFoundError, ValueError) as error:
@@ -98,9 +104,8 @@ def benchmark_program() -> tuple[dict[str, Any], int]:
             rows += measure_fn(settings, detector, sources, pathlib.Path(folder), other)
             if other is not None:
                 versions[name] = other.versions
-    names = {"PEER_PYTHON": _PEER_PYTHON.value, "AFR_SHARED": os.environ.get("AFR_SHARED")}
     result = {
-        **machine.provenance("experiments.benchmark", sys.argv[1:], names=names),
+        **provenance,
         "settings": settings,
         "inputs": f"{len(sources)} files of --images" if sources else "made of a sample portrait",
         "peers": versions,

@@ -52,6 +52,12 @@ def agreement_program() -> tuple[dict[str, Any], int]:
     workdir = run.open_workdir(
         flags.FLAGS.workdir or "out/detector_agreement", settings, resumable=settings
     )
+    names = {
+        "AFR_SHARED": os.environ.get("AFR_SHARED"),
+        "PEER_PYTHON": _PEER_PYTHON.value,
+        "WORKDIR": flags.FLAGS.workdir,
+    }
+    provenance = machine.provenance("experiments.detector_agreement", sys.argv[1:], names=names)
     try:
         variables = jax.tree.map(jnp.asarray, mtcnn.read_weights(mtcnn.find_weights()))
     except (FileNotFoundError, ValueError) as error:
@@ -65,9 +71,8 @@ def agreement_program() -> tuple[dict[str, Any], int]:
     with other, tempfile.TemporaryDirectory() as folder:
         findings = _compare(variables, other, pathlib.Path(folder), sources)
         versions = other.versions
-    names = {"PEER_PYTHON": _PEER_PYTHON.value, "AFR_SHARED": os.environ.get("AFR_SHARED")}
     result = {
-        **machine.provenance("experiments.detector_agreement", sys.argv[1:], names=names),
+        **provenance,
         "peer": versions,
         "settings": settings,
         **findings,

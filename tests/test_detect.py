@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import skimage.data
 
+from afr_jax.core import images
 from afr_jax.models import mtcnn
 from afr_jax.recognition import detect
 
@@ -91,7 +92,7 @@ def test_a_shifted_crop_shifts_the_face(variables, face_photo):
 
 def test_another_photo_of_the_bucket_does_not_compile_again(variables, face_photo):
     detect.detect_faces(variables, face_photo, options=_LARGE_FACES)
-    compiled = (detect._propose, detect._crops, detect._refine, detect._output)
+    compiled = (detect._propose, detect._cascade)
     counts = [fn._cache_size() for fn in compiled]
     assert counts[0] > 0
     detect.detect_faces(variables, face_photo[3:, :-5].copy(), options=_LARGE_FACES)
@@ -300,8 +301,7 @@ def test_suppression(count, limit, of_smaller, grouped):
             if mask[j] and same and _overlap(boxes[i], boxes[j], of_smaller) > limit:
                 expected[i] = False
     assert count == 1 or 0 < expected.sum() < mask.sum()
-    np.testing.assert_array_equal(kept.mask, expected)
-    np.testing.assert_array_equal(kept.boxes, boxes)
+    np.testing.assert_array_equal(kept, expected)
 
 
 def test_a_suppressed_candidate_still_suppresses():
@@ -309,7 +309,23 @@ def test_a_suppressed_candidate_still_suppresses():
     boxes = jnp.array([[0.0, 0, 10, 10], [0, 4, 10, 14], [0, 8, 10, 18]])
     candidates = detect._Candidates(boxes, jnp.array([0.9, 0.8, 0.7]), jnp.ones(3, bool))
     kept = jax.jit(detect._suppress, static_argnums=1)(candidates, 0.3)
-    np.testing.assert_array_equal(kept.mask, [True, False, False])
+    np.testing.assert_array_equal(kept, [True, False, False])
+
+
+def test_cells_behind_the_photo_propose_nothing(variables, face_photo):
+    """A face in the padding of a level, which a true canvas does not have, is not seen."""
+    scale = 12 / 80
+    level = images.resize_area(mtcnn.normalise(jnp.float32(face_photo)), (34, 36))
+    propose = jax.jit(detect._level_proposals)
+    seen, boxes = propose(variables["pnet"], level, jnp.array([34, 36]), scale)
+    assert seen.size == 12 * 13 and seen.max() > 0.6
+    # The cell's box is that of the face, in pixels of the photo.
+    best = boxes[jnp.argmax(seen)]
+    face = jnp.array([[53.7, 71.6, 161.1, 154.6]])
+    assert detect.overlap(best[None], face)[0, 0] > 0.4
+    hidden, _ = propose(variables["pnet"], level, jnp.array([14, 36]), scale)
+    hidden = np.asarray(hidden).reshape(12, 13)
+    assert np.all(hidden[2:] == 0) and np.any(hidden[:2] > 0)
 
 
 def test_ordering_puts_real_candidates_first():

@@ -54,7 +54,6 @@ def test_resize_area_of_a_padded_canvas_equals_that_of_the_image(in_size, out_si
     canvas[: in_size[0], : in_size[1]] = image
     resized = _resize(canvas, (30, 40), in_size=jnp.array(in_size), out_size=jnp.array(out_size))
     assert resized.shape == (30, 40, 3)
-    # Rounding may let a millionth of the padding (1000 here, 0 in use) in.
     np.testing.assert_allclose(
         resized[: out_size[0], : out_size[1]], _inter_area(image, out_size), atol=2e-5
     )
@@ -67,6 +66,16 @@ def test_resize_area_of_many_taps_within_a_padded_canvas():
     size = jnp.array([173, 150])
     resized = _resize(canvas, (10, 10), in_size=size, out_size=jnp.array([9, 8]))
     np.testing.assert_allclose(resized[:9, :8], _inter_area(image, (9, 8)), atol=2e-5)
+
+
+@pytest.mark.parametrize("in_size, out_size", [(151, 42), (160, 60), (170, 36)])
+def test_nothing_of_the_padding_reaches_the_last_row(in_size, out_size):
+    """In float32 the last intervals of these sizes end behind the image, by about 1e-5 rows."""
+    canvas = np.zeros((288, 288, 1), np.float32)
+    canvas[in_size:] = canvas[:, in_size:] = 1e6
+    sizes = {"in_size": jnp.array([in_size] * 2), "out_size": jnp.array([out_size] * 2)}
+    resized = _resize(canvas, (60, 60), **sizes)
+    np.testing.assert_array_equal(resized[:out_size, :out_size], 0)
 
 
 def test_resize_area_obeys_out_size_along_an_axis_that_keeps_its_length():

@@ -36,22 +36,31 @@ def provenance(
     Args:
         module: the program.
         arguments: its command line without the program's name.
-        names: what stands for a path of this machine in the record, such as `AFR_SHARED` for the
-            folder of the research data; entries without a path are left out.
+        names: what stands in the record for a path of this machine, and for what lies below it:
+            `AFR_SHARED` for the folder of the research data, say. Without a path a name is unused.
 
     Returns:
         `command`, `commit` (None outside a checkout), `date` and `machine`.
     """
-    command = shlex.join(["python", "-m", module, *arguments])
-    for name, path in names.items():
-        if path:
-            command = command.replace(str(path), f"${name}")
+    shown = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        parts = [_named(part, names) for part in value.split(",")]
+        shown.append(_named(flag, names) + equals + ",".join(parts))
     return {
-        "command": command,
+        "command": " ".join(["python", "-m", module, *shown]),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": describe(),
     }
+
+
+def _named(value: str, names: Mapping[str, str | None]) -> str:
+    for name, path in names.items():
+        path = (path or "").rstrip("/")
+        if path and (value == path or value.startswith(f"{path}/")):
+            return f"${name}{shlex.quote(value[len(path) :])}" if value != path else f"${name}"
+    return shlex.quote(value) if value else value
 
 
 def _processor() -> str:

@@ -291,7 +291,7 @@ def _limit(photo: PhotoFaces, number: int, region: np.ndarray, factor: int) -> n
 
 
 def _to_photo_size(plan, photo, delta, config) -> tuple[np.ndarray, np.ndarray]:
-    """A canvas change as one of the region's pixels `[h, w, 3]`, without a mean shift; and limits."""
+    """A canvas change as one of the region's pixels `[h, w, 3]`, free of a shift; and limits."""
     rows, columns = plan.canvas.size
     delta, factor = delta[:rows, :columns], plan.canvas.factor
     height, width = plan.region[2:] - plan.region[:2]

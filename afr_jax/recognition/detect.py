@@ -2,8 +2,8 @@
 
 The cascade follows the PyPI `mtcnn` 1.0 package (same levels, thresholds and suppression), so that
 its results agree face by face; unlike it, photos are padded to few bucket shapes, so a folder of
-many sizes shares its compiled programs, and every stage runs on a fixed number of candidates (the
-next step of a ladder) instead of a shape of its own.
+many sizes shares its compiled programs, and the stages behind P-Net are one program that loops over
+as many candidates as there are.
 
 Boxes are `[y0, x0, y1, x1]` in pixels, landmarks `[5, 2]` as (y, x): eye, eye, nose, mouth corner,
 mouth corner, the person's right (the picture's left) first.
@@ -23,10 +23,12 @@ from afr_jax.models import mtcnn
 
 # Photo sides are padded to these; beyond the last, to its multiples.
 _SIDE_LADDER = (160, 256, 384, 512, 640, 800, 1024, 1280, 1536, 2048)
-# Candidate counts are padded to these, before the first suppression and after it.
-_PROPOSAL_LADDER = (256, 1024, 4096)
-_COUNT_LADDER = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+# Numbers of P-Net's proposals are padded to these; beyond the last, to its multiples.
+_PROPOSAL_LADDER = (256, 1024, 2048, 4096)
+# Candidates that one step of a stage takes: a stage loops over the real ones, so that no shape
+# depends on their number and no time goes into empty places.
 _CELL, _STRIDE = 12, 2
+_REFINE_CHUNK, _OUTPUT_CHUNK, _SUPPRESS_CHUNK = 64, 16, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,19 +129,8 @@ def detect_faces(
     if not (num := int(maps.count)):
         return _no_faces()
     num = images.bucket_size(num, _PROPOSAL_LADDER)
-    candidates, count = _select_proposals(maps, num, options)
-    # Each stage runs on the smallest shape of the ladder that holds the survivors of the last one:
-    # three small counts travel to the host for a photo, and no stage wastes its time on empty
-    # candidates.
-    candidates = _shrink(candidates, int(count))
-    crops = _crops(image, size, candidates.boxes, 24)
-    candidates, count = _refine(variables["rnet"], crops, candidates, options)
-    if not int(count):
-        return _no_faces()
-    candidates = _shrink(candidates, int(count))
-    crops = _crops(image, size, candidates.boxes, 48)
     candidates, landmarks = jax.device_get(
-        _output(variables["onet"], crops, size, candidates, options)
+        _cascade(variables["rnet"], variables["onet"], image, size, maps, num, options)
     )
     kept = candidates.mask
     return Faces(candidates.boxes[kept], candidates.scores[kept], landmarks[kept])
@@ -223,7 +214,7 @@ def _level_proposals(params, level, size, scale):
     scores, regression = scores[0], regression[0]
     rows, columns = scores.shape
     cells = jnp.stack(jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij"), -1)
-    inside = jnp.all(cells < mtcnn.map_size(size), axis=-1)
+    inside = jnp.all(cells < mtcnn.map_size(size)[None, None], axis=-1)
     # A cell covers [2 i + 1, 2 i + 12]; the regression is (x0, y0, x1, y1) in units of that side.
     low, high = cells * _STRIDE + 1.0, cells * _STRIDE + float(_CELL)
     side = _CELL - 1.0
@@ -232,59 +223,87 @@ def _level_proposals(params, level, size, scale):
 
 
 @functools.partial(jax.jit, static_argnames=("num", "options"))
-def _select_proposals(maps, num, options):
-    """Suppresses the best `num` proposals in and across levels; squares, and how many are left."""
+def _cascade(rnet, onet, image, size, maps, num, options):
+    """Suppression of proposals, R-Net and O-Net: final candidates and landmarks `[K, 5, 2]`."""
     num = min(num, maps.scores.size)
     scores, index = jax.lax.top_k(maps.scores, num)
     boxes, levels = maps.boxes[index], maps.levels[index]
-    mask = scores > options.thresholds[0]
-    in_level = _suppress(_Candidates(boxes, scores, mask), options.overlaps[0], groups=levels)
-    kept = _suppress(in_level, options.overlaps[1])
-    return _sorted(kept._replace(boxes=_square(kept.boxes))), jnp.sum(kept.mask)
+    found = _Candidates(boxes, scores, scores > options.thresholds[0])
+    found = found._replace(mask=_suppress(found, options.overlaps[0], groups=levels))
+    found = _sorted(found)
+    found = found._replace(mask=_suppress(found, options.overlaps[1]))
+    found = _sorted(found._replace(boxes=_square(found.boxes)))
 
+    def refine(boxes):
+        return mtcnn.RNet().apply(rnet, _crops(image, size, boxes, 24))
 
-@functools.partial(jax.jit, static_argnames="options")
-def _refine(params, crops, candidates, options):
-    """R-Net: scores, moves and suppresses the candidates; squares, and how many are left."""
-    scores, regression = mtcnn.RNet().apply(params, crops)
-    mask = candidates.mask & (scores > options.thresholds[1])
-    moved = _sorted(_Candidates(_move(candidates.boxes, regression), scores, mask))
-    kept = _suppress(moved, options.overlaps[2])
-    return _sorted(kept._replace(boxes=_square(kept.boxes))), jnp.sum(kept.mask)
+    scores, regression = _in_chunks(refine, found, _REFINE_CHUNK)
+    mask = found.mask & (scores > options.thresholds[1])
+    found = _sorted(_Candidates(_move(found.boxes, regression), scores, mask))
+    found = found._replace(mask=_suppress(found, options.overlaps[2]))
+    found = _sorted(found._replace(boxes=_square(found.boxes)))
 
+    def output(boxes):
+        return mtcnn.ONet().apply(onet, _crops(image, size, boxes, 48))
 
-@functools.partial(jax.jit, static_argnames="options")
-def _output(params, crops, size, candidates, options):
-    """O-Net: final candidates and their landmarks `[K, 5, 2]`."""
-    scores, regression, points = mtcnn.ONet().apply(params, crops)
-    mask = candidates.mask & (scores > options.thresholds[2])
-    low = candidates.boxes[:, None, :2]
-    sides = candidates.boxes[:, None, 2:] - low + 1
+    scores, regression, points = _in_chunks(output, found, _OUTPUT_CHUNK)
+    mask = found.mask & (scores > options.thresholds[2])
+    low = found.boxes[:, None, :2]
+    sides = found.boxes[:, None, 2:] - low + 1
     landmarks = points.reshape(-1, 2, 5).transpose(0, 2, 1)[..., ::-1] * sides + low - 1
-    moved = _Candidates(_move(candidates.boxes, regression), scores, mask)
+    moved = _Candidates(_move(found.boxes, regression), scores, mask)
     order = _order(moved)
-    kept = _suppress(_take(moved, order), options.overlaps[3], of_smaller=True)
-    limit = jnp.concatenate([size, size]) - 1.0
-    return kept._replace(boxes=jnp.clip(kept.boxes, 0.0, limit)), landmarks[order]
+    found = _take(moved, order)
+    found = found._replace(mask=_suppress(found, options.overlaps[3], of_smaller=True))
+    limit = jnp.concatenate([size, size])[None] - 1.0
+    return found._replace(boxes=jnp.clip(found.boxes, 0.0, limit)), landmarks[order]
+
+
+def _in_chunks(net_fn, candidates, size):
+    """A network on the real candidates (in front), `size` at a time; zeros for the others."""
+    count = candidates.scores.size
+    size = min(size, count)
+    num_chunks = (jnp.sum(candidates.mask) + size - 1) // size
+
+    def one(number, outputs):
+        start = jnp.minimum(number * size, count - size)
+        chunk = net_fn(jax.lax.dynamic_slice_in_dim(candidates.boxes, start, size))
+        return jax.tree.map(
+            lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0),
+            outputs,
+            chunk,
+        )
+
+    shapes = jax.eval_shape(net_fn, candidates.boxes)
+    outputs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.fori_loop(0, num_chunks, one, outputs)
 
 
 def _suppress(candidates, limit, *, groups=None, of_smaller=False):
-    """Drops every candidate that overlaps a better one (of its group) by more than `limit`.
+    """Mask `[K]` without those that overlap a better candidate (of its group) by more than `limit`.
 
-    As in the PyPI package, a candidate that is itself dropped still suppresses: one product of
-    masks, no sequence. Candidates come in falling order of their scores.
+    As in the PyPI package, a candidate that is itself dropped still suppresses: a product of masks,
+    no sequence. Candidates come in falling order of their scores; work ends with the last real one.
     """
-    index = jnp.arange(candidates.scores.size)
+    count = candidates.scores.size
+    size = min(_SUPPRESS_CHUNK, count)
+    index = jnp.arange(count)
+    last = jnp.max(jnp.where(candidates.mask, index + 1, 0))
+    groups = jnp.zeros_like(index) if groups is None else groups
 
-    def beaten(block):
-        boxes, own, group = block
-        hit = overlap(boxes[None], candidates.boxes, of_smaller=of_smaller)[0] > limit
-        hit &= candidates.mask & (index < own)
-        return jnp.any(hit if groups is None else hit & (groups == group))
+    def one(number, kept):
+        start = jnp.minimum(number * size, count - size)
 
-    blocks = (candidates.boxes, index, index if groups is None else groups)
-    lost = jax.lax.map(beaten, blocks, batch_size=min(256, index.size))
-    return candidates._replace(mask=candidates.mask & ~lost)
+        def cut(x):
+            return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+        hit = overlap(cut(candidates.boxes), candidates.boxes, of_smaller=of_smaller) > limit
+        better = index[None] < cut(index)[:, None]
+        hit &= candidates.mask[None] & better & (groups[None] == cut(groups)[:, None])
+        alive = cut(candidates.mask) & ~jnp.any(hit, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(kept, alive, start, 0)
+
+    return jax.lax.fori_loop(0, (last + size - 1) // size, one, jnp.zeros(count, bool))
 
 
 def _order(candidates):
@@ -298,12 +317,6 @@ def _take(candidates, index):
 
 def _sorted(candidates):
     return _take(candidates, _order(candidates))
-
-
-def _shrink(candidates, count):
-    """Cuts the candidates to the step of the ladder that holds the `count` real ones in front."""
-    num = images.bucket_size(max(count, 1), _COUNT_LADDER)
-    return _Candidates(*(field[:num] for field in candidates))
 
 
 def _square(boxes):
@@ -324,9 +337,9 @@ def _move(boxes, regression):
 def _crops(image, size, boxes, side):
     """Crops `[K, side, side, 3]` as TensorFlow's `crop_and_resize`, grey (0) outside the photo."""
     steps = jnp.arange(side, dtype=jnp.float32) / (side - 1)
-    shrink = (size - 1.0) / size
+    shrink = ((size - 1.0) / size)[None]
     low, high = boxes[:, :2] * shrink, boxes[:, 2:] * shrink
-    grid = low[:, :, None] + (high - low)[:, :, None] * steps
+    grid = low[:, :, None] + (high - low)[:, :, None] * steps[None, None]
     return images.bilinear_crops(image, grid[:, 0], grid[:, 1], size)
 
 
