@@ -13,8 +13,13 @@ from afr_jax.core import images
 from afr_jax.models import mtcnn
 from afr_jax.recognition import detect
 
-# Few levels: quick to compile.
-_LARGE_FACES = detect.DetectorOptions(min_face_px=60)
+
+@pytest.fixture(scope="module", autouse=True)
+def one_bucket():
+    """All photos in one bucket: one program to compile, in seconds, instead of one for each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detect, "_SIDE_LADDER", (512,))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -61,27 +66,29 @@ def test_the_portrait_has_its_face_where_it_is(variables):
 
 
 def test_padding_does_not_change_the_faces(variables, face_photo, monkeypatch):
-    faces = detect.detect_faces(variables, face_photo, options=_LARGE_FACES)
-    assert len(faces.boxes) == 1
-    monkeypatch.setattr(detect, "_SIDE_LADDER", (300,))
-    padded = detect.detect_faces(variables, face_photo, options=_LARGE_FACES)
+    options = detect.DetectorOptions(min_face_px=100)  # Three levels: quick to compile.
+    found = []
+    for side in (240, 272):
+        monkeypatch.setattr(detect, "_SIDE_LADDER", (side,))
+        found.append(detect.detect_faces(variables, face_photo, options=options))
+    assert len(found[0].boxes) == 1
     # The starts of a level's pixels are known to about 1e-4 px.
-    _assert_same_faces(padded, faces, pixels=0.005, confidence=1e-5)
+    _assert_same_faces(*found, pixels=0.005, confidence=1e-5)
 
 
 @pytest.mark.parametrize("rows, columns", [(230, 200), (201, 240), (180, 190)])
 def test_cropping_the_photo_hardly_moves_the_face(variables, face_photo, rows, columns):
-    whole = detect.detect_faces(variables, face_photo, options=_LARGE_FACES)
+    whole = detect.detect_faces(variables, face_photo)
     # From the upper left, so that coordinates stay.
     crop = face_photo[:rows, :columns].copy()
-    faces = detect.detect_faces(variables, crop, options=_LARGE_FACES)
+    faces = detect.detect_faces(variables, crop)
     # Levels of other sizes show the networks other pixels.
     _assert_same_faces(faces, whole, pixels=4.0, confidence=0.02)
 
 
 def test_a_shifted_crop_shifts_the_face(variables, face_photo):
-    whole = detect.detect_faces(variables, face_photo, options=_LARGE_FACES)
-    faces = detect.detect_faces(variables, face_photo[20:, 30:].copy(), options=_LARGE_FACES)
+    whole = detect.detect_faces(variables, face_photo)
+    faces = detect.detect_faces(variables, face_photo[20:, 30:].copy())
     moved = detect.Faces(
         faces.boxes + np.tile(np.float32([20, 30]), 2),
         faces.confidences,
@@ -91,18 +98,18 @@ def test_a_shifted_crop_shifts_the_face(variables, face_photo):
 
 
 def test_another_photo_of_the_bucket_does_not_compile_again(variables, face_photo):
-    detect.detect_faces(variables, face_photo, options=_LARGE_FACES)
-    compiled = (detect._propose, detect._cascade)
+    detect.detect_faces(variables, face_photo)
+    compiled = (detect._propose, detect._crops, detect._refine, detect._output)
     counts = [fn._cache_size() for fn in compiled]
     assert counts[0] > 0
-    detect.detect_faces(variables, face_photo[3:, :-5].copy(), options=_LARGE_FACES)
-    detect.detect_faces(variables, face_photo[:, ::-1].copy(), options=_LARGE_FACES)
+    detect.detect_faces(variables, face_photo[3:, :-5].copy())
+    detect.detect_faces(variables, face_photo[:, ::-1].copy())
     assert [fn._cache_size() for fn in compiled] == counts
 
 
 def test_a_mirrored_photo_has_mirrored_faces(variables, face_photo):
-    faces = detect.detect_faces(variables, face_photo, options=_LARGE_FACES)
-    mirrored = detect.detect_faces(variables, face_photo[:, ::-1].copy(), options=_LARGE_FACES)
+    faces = detect.detect_faces(variables, face_photo)
+    mirrored = detect.detect_faces(variables, face_photo[:, ::-1].copy())
     # The picture's left comes first in both.
     expected = (faces.landmarks * [1, -1] + [0, 239])[:, [1, 0, 2, 4, 3]]
     np.testing.assert_allclose(mirrored.landmarks, expected, atol=4.0)
@@ -111,7 +118,7 @@ def test_a_mirrored_photo_has_mirrored_faces(variables, face_photo):
 def test_boxes_are_clipped_to_the_photo(variables, face_photo):
     """A face cut by the photo's edge (its box begins at row 53 of `face_photo`)."""
     cut = face_photo[65:, :].copy()
-    faces = detect.detect_faces(variables, cut, options=_LARGE_FACES)
+    faces = detect.detect_faces(variables, cut)
     assert len(faces.boxes) == 1
     assert faces.boxes[0, 0] == 0.0
     assert np.all(faces.boxes[:, 2:] <= np.array(cut.shape[:2]) - 1)
@@ -126,13 +133,13 @@ def test_boxes_are_clipped_to_the_photo(variables, face_photo):
         np.zeros((11, 11, 3), np.uint8),
         np.zeros((12, 12, 3), np.uint8),
         np.zeros((1, 500, 3), np.uint8),
-        np.zeros((500, 59, 3), np.uint8),
+        np.zeros((500, 19, 3), np.uint8),
         np.zeros((0, 0, 3), np.uint8),
     ],
     ids=lambda photo: "x".join(map(str, photo.shape)) + f"-{photo.max(initial=0)}",
 )
 def test_photos_without_faces(variables, photo):
-    faces = detect.detect_faces(variables, photo, options=_LARGE_FACES)
+    faces = detect.detect_faces(variables, photo)
     assert faces.boxes.shape == (0, 4)
     assert faces.confidences.shape == (0,)
     assert faces.landmarks.shape == (0, 5, 2)
@@ -141,9 +148,10 @@ def test_photos_without_faces(variables, photo):
 
 def test_the_smallest_photo(variables):
     """One cell of one level, in a far larger bucket."""
-    photo = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
-    assert detect.level_sizes(60, 60, detect.pyramid_scales(60, 60, _LARGE_FACES)) == ((12, 12),)
-    assert len(detect.detect_faces(variables, photo, options=_LARGE_FACES).boxes) == 0
+    photo = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    scales = detect.pyramid_scales(20, 20, detect.DetectorOptions())
+    assert detect.level_sizes(20, 20, scales) == ((12, 12),)
+    assert len(detect.detect_faces(variables, photo).boxes) == 0
 
 
 @pytest.mark.parametrize("photo", [np.zeros((50, 50, 3), np.float32), np.zeros((50, 50), np.uint8)])
@@ -193,7 +201,7 @@ def test_no_face_has_no_main_face(variables):
 
 def test_the_pyramid_of_kaziakhmedov():
     """Levels 1 to 3 of a 1280 x 720 photo; the 2019 patch paper rounds the same numbers up."""
-    scales = detect.pyramid_scales(720, 1280, _LARGE_FACES)
+    scales = detect.pyramid_scales(720, 1280, detect.DetectorOptions(min_face_px=60))
     assert scales[0] == 0.2
     np.testing.assert_allclose(np.diff(np.log(scales)), np.log(0.709))
     sizes = detect.level_sizes(720, 1280, scales)
@@ -301,7 +309,8 @@ def test_suppression(count, limit, of_smaller, grouped):
             if mask[j] and same and _overlap(boxes[i], boxes[j], of_smaller) > limit:
                 expected[i] = False
     assert count == 1 or 0 < expected.sum() < mask.sum()
-    np.testing.assert_array_equal(kept, expected)
+    np.testing.assert_array_equal(kept.mask, expected)
+    np.testing.assert_array_equal(kept.boxes, boxes)
 
 
 def test_a_suppressed_candidate_still_suppresses():
@@ -309,7 +318,7 @@ def test_a_suppressed_candidate_still_suppresses():
     boxes = jnp.array([[0.0, 0, 10, 10], [0, 4, 10, 14], [0, 8, 10, 18]])
     candidates = detect._Candidates(boxes, jnp.array([0.9, 0.8, 0.7]), jnp.ones(3, bool))
     kept = jax.jit(detect._suppress, static_argnums=1)(candidates, 0.3)
-    np.testing.assert_array_equal(kept, [True, False, False])
+    np.testing.assert_array_equal(kept.mask, [True, False, False])
 
 
 def test_cells_behind_the_photo_propose_nothing(variables, face_photo):
