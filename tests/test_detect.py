@@ -99,7 +99,7 @@ def test_a_shifted_crop_shifts_the_face(variables, face_photo):
 
 def test_another_photo_of_the_bucket_does_not_compile_again(variables, face_photo):
     detect.detect_faces(variables, face_photo)
-    compiled = (detect._propose, detect._crops, detect._refine, detect._output)
+    compiled = (detect._propose, detect._cascade)
     counts = [fn._cache_size() for fn in compiled]
     assert counts[0] > 0
     detect.detect_faces(variables, face_photo[3:, :-5].copy())
@@ -309,8 +309,7 @@ def test_suppression(count, limit, of_smaller, grouped):
             if mask[j] and same and _overlap(boxes[i], boxes[j], of_smaller) > limit:
                 expected[i] = False
     assert count == 1 or 0 < expected.sum() < mask.sum()
-    np.testing.assert_array_equal(kept.mask, expected)
-    np.testing.assert_array_equal(kept.boxes, boxes)
+    np.testing.assert_array_equal(kept, expected)
 
 
 def test_a_suppressed_candidate_still_suppresses():
@@ -318,7 +317,7 @@ def test_a_suppressed_candidate_still_suppresses():
     boxes = jnp.array([[0.0, 0, 10, 10], [0, 4, 10, 14], [0, 8, 10, 18]])
     candidates = detect._Candidates(boxes, jnp.array([0.9, 0.8, 0.7]), jnp.ones(3, bool))
     kept = jax.jit(detect._suppress, static_argnums=1)(candidates, 0.3)
-    np.testing.assert_array_equal(kept.mask, [True, False, False])
+    np.testing.assert_array_equal(kept, [True, False, False])
 
 
 def test_cells_behind_the_photo_propose_nothing(variables, face_photo):
@@ -364,6 +363,22 @@ def test_move_adds_shares_of_the_sides():
     np.testing.assert_allclose(
         moved, [[10 + 0.2 * 20, 20 + 0.1 * 40, 29 + 0.4 * 20, 59 + 0.3 * 40]]
     )
+
+
+@pytest.mark.parametrize("count, num_real", [(5, 0), (5, 3), (8, 8), (20, 7), (20, 8), (21, 19)])
+def test_a_network_sees_all_real_candidates_in_chunks(count, num_real):
+    """Chunks of 8; the last one begins earlier where the number is no multiple."""
+    boxes = jnp.asarray(_random_boxes(count))
+    mask = jnp.arange(count) < num_real
+    candidates = detect._Candidates(boxes, jnp.linspace(1.0, 0.5, count), mask)
+
+    def net_fn(boxes):
+        return jnp.sum(boxes, axis=1), 2 * boxes
+
+    sums, doubled = jax.jit(lambda found: detect._in_chunks(net_fn, found, 8))(candidates)
+    assert sums.shape == (count,) and doubled.shape == (count, 4)
+    np.testing.assert_allclose(sums[:num_real], np.sum(boxes[:num_real], axis=1), rtol=1e-6)
+    np.testing.assert_array_equal(doubled[:num_real], 2 * boxes[:num_real])
 
 
 # Crops.

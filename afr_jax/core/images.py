@@ -50,6 +50,7 @@ def resize_area(
         ValueError: the shape is larger than the image or empty.
     """
     chex.assert_rank(image, 3)
+    image = jnp.asarray(image)
     in_size = image.shape[:2] if in_size is None else in_size
     out_size = shape if out_size is None else out_size
     if not all(0 < new <= old for new, old in zip(shape, image.shape[:2], strict=True)):

@@ -127,8 +127,8 @@ def cloak_faces(
         report_fn: called with the number of steps taken, for progress.
 
     Returns:
-        The changes `[B, S, S, 3]` in [0, 1] units, within all limits and budgets, and the mean
-        distance over surrogates `[B]` that they reach, in units of the thresholds.
+        The changes `[B, S, S, 3]` in [0, 1] units, within all limits and budgets, and the distances
+        from the clean embedding that they reach, `[B, number of surrogates]`.
     """
     transforms = tuple(view.transform for view in faces.views)
     own = _embed_batch(variables, faces.image, transforms, surrogates)
@@ -176,7 +176,7 @@ def evaluate(
 
     Returns:
         loss = weight * dssim / budget - gain, score = -gain within the budget and inf outside,
-        metrics `dssim`, `gain`, `distance`.
+        metrics `dssim`, `gain` and `distances` `[number of surrogates]`.
     """
     cloaked = face.image + delta
     similarity = ssim.ssim_map(cloaked, reference)
