@@ -29,7 +29,7 @@ import skimage
 import tqdm
 from absl import flags, logging
 
-from afr_jax.core import run
+from afr_jax.core import parallel, run
 from afr_jax.data import photo_files, photos
 from afr_jax.evaluation import cloak_check, report
 from afr_jax.methods import cloak, fawkes, targets
@@ -280,11 +280,7 @@ class _Session:
             return False
 
     def _work_on_group(self, group: Sequence[_Job], bar: tqdm.tqdm) -> None:
-        loaded = []
-        for job in group:
-            item = self._load(job)
-            if item is not None:
-                loaded.append(item)
+        loaded = [item for item in parallel.overlapped(self._load, group) if item is not None]
         num_faces = sum(len(item.task.faces.boxes) for item in loaded)
         steps = tqdm.tqdm(
             total=num_faces * self._config.num_steps, desc="face steps", leave=False, disable=None

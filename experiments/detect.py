@@ -29,7 +29,7 @@ import skimage
 from absl import flags, logging
 from PIL import Image, ImageDraw
 
-from afr_jax.core import distributed, run
+from afr_jax.core import distributed, parallel, run
 from afr_jax.data import photo_files, photos
 from afr_jax.models import mtcnn
 from afr_jax.recognition import detect
@@ -68,9 +68,9 @@ def detect_program() -> tuple[dict[str, Any], int]:
         variables = jax.tree.map(jax.numpy.asarray, mtcnn.read_weights(mtcnn.find_weights()))
     except (OSError, ValueError) as error:
         raise run.UsageError(str(error)) from error
-    pairs = list(zip(inputs, drawings, strict=True))
-    records = []
-    for source, drawing in run.progress(pairs, description="photos"):
+
+    def record_of(pair: tuple[photo_files.PhotoInput, pathlib.Path]) -> dict[str, Any]:
+        source, drawing = pair
         record = {"image": source.relative.as_posix(), "status": "ok", "reason": None, "faces": []}
         try:
             record.update(_look(variables, source, drawing if _DRAW.value else None, options))
@@ -81,7 +81,10 @@ def detect_program() -> tuple[dict[str, Any], int]:
             record.update(status="failed", reason=f"{type(error).__name__}: {error}")
         if record["reason"]:
             logging.warning("%s: %s (%s)", source.path, record["status"], record["reason"])
-        records.append(record)
+        return record
+
+    pairs = run.progress(list(zip(inputs, drawings, strict=True)), description="photos")
+    records = parallel.overlapped(record_of, pairs)
     _tell_namesakes_apart(records, inputs)
     if distributed.is_primary():
         run.write_json(output_dir / "faces.json", {"images": records, "settings": options})

@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 from absl import flags
 
-from afr_jax.core import run
+from afr_jax.core import parallel, run
 from afr_jax.data import photos
 from afr_jax.evaluation import verification
 from afr_jax.models import mtcnn, zoo
@@ -112,22 +112,21 @@ def _verify_pairs(recogniser: _Recogniser) -> tuple[dict[str, Any], int]:
     names = sorted({name for row in rows for name in row})
     embeddings, problems = {}, []
 
-    def faces(batch: list[str]):
-        for name in batch:
-            try:
-                pixels, found = recogniser.face(pathlib.Path(_IMAGES.value) / name)
-            except photos.PhotoError as error:
-                problems.append({"image": name, "reason": str(error)})
-                continue
-            if not len(found.boxes):
-                problems.append({"image": name, "reason": "no face was found"})
-                continue
-            yield name, (pixels, found.landmarks[0])
+    def face(name: str):
+        try:
+            pixels, found = recogniser.face(pathlib.Path(_IMAGES.value) / name)
+        except photos.PhotoError as error:
+            return str(error)
+        return (pixels, found.landmarks[0]) if len(found.boxes) else "no face was found"
 
     # In batches: a photo is dropped as soon as its faces are embedded.
     for start in run.progress(range(0, len(names), 64), description="embedding 64 photos each"):
-        found = dict(faces(names[start : start + 64]))
-        embeddings.update(zip(found, recogniser.embed(list(found.values())), strict=True))
+        batch = names[start : start + 64]
+        found = dict(zip(batch, parallel.overlapped(face, batch), strict=True))
+        reasons = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+        problems += [{"image": name, "reason": reason} for name, reason in reasons.items()]
+        faces = {name: pair for name, pair in found.items() if name not in reasons}
+        embeddings.update(zip(faces, recogniser.embed(list(faces.values())), strict=True))
     distances = np.array([_pair_distance(embeddings, *row) for row in rows])
     curve = verification.roc(distances, same)
     accuracies = verification.fold_accuracies(distances, same)

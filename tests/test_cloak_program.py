@@ -210,8 +210,8 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path):
         _run(tmp_path, f"--images={photos}", output="killed", kill_after=seconds)
         assert not [p for p in (tmp_path / "killed").rglob("*_cloaked.png") if not p.stat().st_size]
     _run(tmp_path, f"--images={photos}", output="killed", check=0)
-    names = sorted(p.name for p in (tmp_path / "straight").glob("*.*"))
-    assert names == sorted(p.name for p in (tmp_path / "killed").glob("*.*"))
+    names = sorted(p.name for p in (tmp_path / "straight").glob("[!.]*"))
+    assert names == sorted(p.name for p in (tmp_path / "killed").glob("[!.]*"))
     for name in names:
         pair = (tmp_path / "straight" / name, tmp_path / "killed" / name)
         assert pair[0].read_bytes() == pair[1].read_bytes(), name

@@ -8,7 +8,8 @@ the compiler reduces gradients over the devices by itself.
 With several processes each passes its own rows; the mesh spans the devices of all of them.
 """
 
-from collections.abc import Callable, Sequence
+import concurrent.futures
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import chex
@@ -86,6 +87,21 @@ def shard_batch(tree: Any, mesh: Mesh) -> Any:
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Places a whole copy on every device; with several processes the values must be equal."""
     return jax.device_put(tree, replicated(mesh))
+
+
+def overlapped(fn: Callable[[Any], Any], items: Iterable[Any], *, width: int = 2) -> list[Any]:
+    """Maps a function of host work and small programs over items, a few at a time, in threads.
+
+    Args:
+      fn: of one item; thread-safe.
+      items: in order.
+      width: how many at a time.
+
+    Returns:
+      The results, in the order of the items; the first exception is raised.
+    """
+    with concurrent.futures.ThreadPoolExecutor(width) as pool:
+        return list(pool.map(fn, items))
 
 
 def local_rows(tree: Any) -> Any:

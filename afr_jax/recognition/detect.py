@@ -11,6 +11,7 @@ mouth corner, the person's right (the picture's left) first.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
@@ -18,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.core import images
+from afr_jax.core import images, parallel
 from afr_jax.models import mtcnn
 
 # Photo sides are padded to these; beyond the last, to its multiples.
-_SIDE_LADDER = (160, 256, 384, 512, 640, 800, 1024, 1280, 1536, 2048)
+_SIDE_LADDER = (160, 256, 320, 384, 448, 512, 576, 640, 800, 1024, 1280, 1536, 2048)
 # Numbers of P-Net's proposals are padded to these; beyond the last, to its multiples.
 _PROPOSAL_LADDER = (256, 1024, 2048, 4096)
 # Candidates that one step of a stage takes: a stage loops over the real ones, so that no shape
@@ -134,6 +135,27 @@ def detect_faces(
     )
     kept = candidates.mask
     return Faces(candidates.boxes[kept], candidates.scores[kept], landmarks[kept])
+
+
+def detect_photos(
+    variables: dict,
+    photos: Sequence[np.ndarray],
+    *,
+    options: DetectorOptions = DetectorOptions(),
+) -> list[Faces]:
+    """Finds the faces of some photos, two photos at a time: one alone does not fill the machine.
+
+    Args:
+        variables: of the three networks.
+        photos: `[H, W, 3]` uint8 each, of any sizes.
+        options: settings of the cascade.
+
+    Returns:
+        The faces of each photo, equal to those of `detect_faces`.
+    """
+    return parallel.overlapped(
+        lambda pixels: detect_faces(variables, pixels, options=options), photos
+    )
 
 
 def select_faces(faces: Faces, index: np.ndarray) -> Faces:
