@@ -7,6 +7,10 @@ Rows (--rows):
   cloaking   our Fawkes against the optimiser of PyPI `fawkes`: same net (dlib's ResNet), DSSIM
              budget, pixel limit, steps and batches of 4. ms per face and step; the distance reached
              and the DSSIM of the 8-bit chips; the share of our step that the net does not take.
+  embedding  our extractors against their originals: dlib, facenet-pytorch's module and a
+             MobileFaceNet in torch; ms per face in batches of 16.
+  database   the reference database at 10,000, 100,000 and 1,000,000 made vectors of 128 numbers:
+             enrolment and queries, exact and through the index, and the index's recall. No peer.
 
 Both sides run everything once before they are timed, then take turns. The peers are processes of
 another environment, kept alive, which time themselves; without --peer_python their columns stay
@@ -14,7 +18,8 @@ empty. That environment (more in experiments/peers/README.md):
 
     python3.11 -m venv peers
     peers/bin/pip install tensorflow-cpu tf_keras mtcnn==1.0.0 face_recognition_models==0.3.0
-    peers/bin/pip install --no-deps fawkes==1.0.4
+    peers/bin/pip install torch dlib-bin
+    peers/bin/pip install --no-deps fawkes==1.0.4 facenet-pytorch deepface
 
 Writes `result.json` and `benchmark.md` (the table of standard error) into the work folder, by
 default `out/benchmark`. Measure on an idle machine. Expected on two CPU cores: 20 minutes with the
@@ -31,14 +36,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import skimage.data
 from absl import flags
-from PIL import Image
 
 from afr_jax.core import machine, run
-from afr_jax.data import photo_files, photos
-from afr_jax.evaluation import cloak_peer, detector_peer, peer, timing
+from afr_jax.data import photo_files
+from afr_jax.evaluation import (
+    benchmark_photos,
+    cloak_peer,
+    database_speed,
+    detector_peer,
+    extractor_peer,
+    peer,
+    timing,
+)
 from afr_jax.methods import fawkes
 from afr_jax.models import mtcnn, zoo
 from afr_jax.recognition import detect
@@ -48,6 +59,12 @@ _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python of an environmen
 _IMAGES = flags.DEFINE_list("images", [], "photos and folders; default: made of a sample portrait")
 _NUM_PHOTOS = flags.DEFINE_integer("num_photos", 12, "photos for detection", lower_bound=1)
 _NUM_FACES = flags.DEFINE_list("num_faces", ["4", "20"], "faces for cloaking, measured one by one")
+_EXTRACTORS = flags.DEFINE_list(
+    "extractors", ["dlib", "facenet_casia", "mobilefacenet"], "networks for embedding"
+)
+_NUM_VECTORS = flags.DEFINE_list(
+    "num_vectors", ["10000", "100000", "1000000"], "sizes of the database, measured one by one"
+)
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 40, "gradient steps of a cloak", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs of each side", lower_bound=1)
 _PEER_GRAPH = flags.DEFINE_bool(
@@ -55,8 +72,13 @@ _PEER_GRAPH = flags.DEFINE_bool(
 )
 
 _PEERS = pathlib.Path(__file__).resolve().parent / "peers"
-_SCRIPTS = {"detection": "mtcnn_peer.py", "cloaking": "fawkes_peer.py"}
-_BATCH = 4
+_SCRIPTS = {
+    "detection": "mtcnn_peer.py",
+    "cloaking": "fawkes_peer.py",
+    "embedding": "extractor_peers.py",
+    "database": None,
+}
+_BATCH, _EMBEDDING_BATCH = 4, 16
 _MIN_CONFIDENCE = 0.9
 _NOTE = (
     "The peers were not measured: pass --peer_python, the Python of an environment that has them. "
@@ -71,6 +93,8 @@ class _Settings(NamedTuple):
     num_photos: int
     photo_px: int
     num_faces: tuple[int, ...]
+    extractors: tuple[str, ...]
+    num_vectors: tuple[int, ...]
     num_steps: int
     batch: int
     dssim_budget: float
@@ -99,7 +123,12 @@ def benchmark_program() -> tuple[dict[str, Any], int]:
         raise run.UsageError(str(error)) from error
     rows, versions = [], {}
     for name in settings.rows:
-        measure_fn = {"detection": _detection, "cloaking": _cloaking}[name]
+        measure_fn = {
+            "detection": _detection,
+            "cloaking": _cloaking,
+            "embedding": _embedding,
+            "database": _database,
+        }[name]
         with tempfile.TemporaryDirectory() as folder, _open_peer(_SCRIPTS[name]) as other:
             rows += measure_fn(settings, detector, sources, pathlib.Path(folder), other)
             if other is not None:
@@ -123,17 +152,18 @@ def _settings() -> _Settings:
     for name in _ROWS.value:
         if name not in _SCRIPTS:
             raise run.UsageError(f"--rows: {name!r} is none of {', '.join(_SCRIPTS)}")
-    try:
-        num_faces = tuple(int(count) for count in _NUM_FACES.value)
-    except ValueError:
-        num_faces = ()
-    if min(num_faces, default=0) < 1:
-        raise run.UsageError(f"--num_faces={','.join(_NUM_FACES.value)} must be numbers from 1 on")
+    for name in _EXTRACTORS.value:
+        if name not in zoo.EXTRACTORS:
+            raise run.UsageError(
+                f"--extractors: {name!r} is none of {', '.join(sorted(zoo.EXTRACTORS))}"
+            )
     settings = _Settings(
         rows=tuple(_ROWS.value),
         num_photos=_NUM_PHOTOS.value,
         photo_px=640,
-        num_faces=num_faces,
+        num_faces=_numbers("num_faces", _NUM_FACES.value),
+        extractors=tuple(_EXTRACTORS.value),
+        num_vectors=_numbers("num_vectors", _NUM_VECTORS.value),
         num_steps=_NUM_STEPS.value,
         batch=_BATCH,
         dssim_budget=fawkes.MODES["mid"],
@@ -148,9 +178,21 @@ def _settings() -> _Settings:
         num_photos=min(settings.num_photos, 2),
         photo_px=160,
         num_faces=(2,),
+        extractors=settings.extractors[:1],
+        num_vectors=(1000,),
         num_steps=min(settings.num_steps, 2),
         repeats=min(settings.repeats, 2),
     )
+
+
+def _numbers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(value) for value in values)
+    except ValueError:
+        numbers = ()
+    if min(numbers, default=0) < 1:
+        raise run.UsageError(f"--{flag}={','.join(values)} must be numbers from 1 on")
+    return numbers
 
 
 def _sources() -> list[pathlib.Path]:
@@ -165,8 +207,8 @@ def _sources() -> list[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def _open_peer(script: str) -> Iterator[peer.Peer | None]:
-    if _PEER_PYTHON.value is None:
+def _open_peer(script: str | None) -> Iterator[peer.Peer | None]:
+    if _PEER_PYTHON.value is None or script is None:
         yield None
         return
     try:
@@ -186,10 +228,11 @@ def _detection(
 ) -> list[dict[str, Any]]:
     """Photos of one longer side and many shapes, through both detectors."""
     batch = [
-        _resized(pixels, settings.photo_px) for pixels in _photos(sources, settings.num_photos)
+        benchmark_photos.resized(pixels, settings.photo_px)
+        for pixels in benchmark_photos.read(sources, settings.num_photos)
     ]
     if not sources:
-        batch = [_made_photo(i, settings.photo_px) for i in range(settings.num_photos)]
+        batch = [benchmark_photos.made(i, settings.photo_px) for i in range(settings.num_photos)]
     if not batch:
         raise run.UsageError("--images holds no readable photo")
     return detector_peer.measure(
@@ -217,9 +260,11 @@ def _cloaking(
     except (FileNotFoundError, ValueError) as error:
         raise run.UsageError(str(error)) from error
     faces = []
-    for pixels in _photos(sources, len(sources)) if sources else [skimage.data.astronaut()]:
+    for pixels in (
+        benchmark_photos.read(sources, len(sources)) if sources else [skimage.data.astronaut()]
+    ):
         if settings.toy:
-            pixels = _resized(pixels, settings.photo_px)
+            pixels = benchmark_photos.resized(pixels, settings.photo_px)
         found = detect.detect_faces(detector, pixels)
         if len(found.boxes) and found.confidences[0] >= _MIN_CONFIDENCE:
             faces.append((pixels, found.landmarks[0]))
@@ -249,32 +294,28 @@ def _cloaking(
     return rows
 
 
-def _photos(sources: Sequence[pathlib.Path], count: int) -> Iterator[np.ndarray]:
-    """The first readable ones, `[H, W, 3]` uint8."""
-    for path in sources:
-        if not count:
-            return
-        with contextlib.suppress(photos.PhotoError):
-            yield photos.read_photo(path).pixels
-            count -= 1
+def _embedding(settings, detector, sources, folder, other) -> list[dict[str, Any]]:
+    """A batch of chips, through each extractor."""
+    del detector, sources
+    rows = []
+    for name in settings.extractors:
+        rows += extractor_peer.measure(
+            zoo.get(name),
+            folder,
+            other,
+            batch=_EMBEDDING_BATCH,
+            repeats=settings.repeats,
+            seed=settings.seed,
+        )
+    return rows
 
 
-def _resized(pixels: np.ndarray, side: int) -> np.ndarray:
-    """The photo with its longer side brought to `side` pixels."""
-    height, width = pixels.shape[:2]
-    scale = side / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
-
-
-def _made_photo(number: int, side: int) -> np.ndarray:
-    """The sample portrait, in one of 4 sizes as often as it fits, in one of 6 shapes."""
-    divisor = (2, 3, 4, 6)[number % 4]
-    portrait = _resized(skimage.data.astronaut(), 2 * side // divisor)
-    portrait = portrait[:, ::-1] if number % 3 == 2 else portrait
-    shorter = round(side * np.linspace(360, 640, 6)[number % 6] / 640)
-    rows, columns = (side, shorter) if number % 5 > 2 else (shorter, side)
-    return np.ascontiguousarray(np.tile(portrait, (divisor, divisor, 1))[:rows, :columns])
+def _database(settings, detector, sources, folder, other) -> list[dict[str, Any]]:
+    """Reference databases of made vectors; ours alone."""
+    del detector, sources, other
+    return database_speed.measure(
+        folder, settings.num_vectors, repeats=settings.repeats, seed=settings.seed
+    )
 
 
 def _page(result: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """Intervals for measured figures, in float64 numpy on the host.
 
 A rate over photos, pairs or people comes with `wilson_interval`; the mean or median of a measured
-quantity with `bootstrap_interval`. No resampling unit is chosen here: where photos of one person
-hang together, pass one value per person.
+quantity with `bootstrap_interval`, or `grouped_interval` where measurements hang together, such as
+photos of one person.
 """
 
 import statistics
@@ -68,6 +68,42 @@ def bootstrap_interval(
     generator = np.random.default_rng(seed)
     rows = generator.integers(values.size, size=(num_resamples, values.size))
     low, high = np.quantile(statistic(values[rows], axis=1), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def grouped_interval(
+    values: np.ndarray,
+    groups: np.ndarray,
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Returns the percentile bootstrap interval of a mean, groups drawn with all their values.
+
+    The cluster bootstrap: A. C. Davison and D. V. Hinkley, "Bootstrap methods and their
+    application", 1997, section 3.8.
+
+    Args:
+      values: [N] measurements, N >= 1.
+      groups: [N], whom each belongs to; of any type that sorts.
+      confidence: the coverage, in (0, 1).
+      num_resamples: how often the groups are drawn again with replacement.
+      seed: of the draws; the same seed gives the same interval.
+
+    Returns:
+      (low, high).
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or values.size == 0 or len(groups) != values.size:
+        raise ValueError(f"values {values.shape} and {len(groups)} groups, must be [N], N >= 1")
+    tail = (1 - _checked(confidence)) / 2
+    _, member = np.unique(groups, return_inverse=True)
+    counts, sums = np.bincount(member), np.bincount(member, weights=values)
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(counts.size, size=(num_resamples, counts.size))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 
 

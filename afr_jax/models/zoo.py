@@ -2,22 +2,55 @@
 
 An extractor maps an aligned chip to an embedding. Everything that differs between extractors is a
 field of `Extractor`; nothing else in the code base knows a model by name.
+
+Thresholds are published ones where nothing else is said: dlib's 0.6 is its author's, the others are
+those of `deepface` 0.0.103 for its own alignment, which differs from ours.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from afr_jax.models import dlib_resnet
+from afr_jax.models import (
+    deepface,
+    dlib_resnet,
+    download,
+    inception_resnet,
+    iresnet,
+    mobilefacenet,
+    openface,
+    vggface,
+    weight_files,
+    weights,
+)
+
+METRICS = ("euclidean", "euclidean_l2", "cosine")
+
+
+class Thresholds(NamedTuple):
+    """Distances below which two chips are taken for the same person; None where not known.
+
+    Attributes:
+        euclidean: of the embeddings as the network gives them.
+        euclidean_l2: of the embeddings scaled to unit length.
+        cosine: 1 - cosine of their angle.
+    """
+
+    euclidean: float | None
+    euclidean_l2: float | None
+    cosine: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Extractor:
-    """A face extractor and its conventions.
+    """A face extractor and its conventions; hashable, a static argument of jitted functions.
 
     Attributes:
         name: key in the table.
@@ -28,11 +61,13 @@ class Extractor:
         input_offset: see input_scale.
         embedding_size: D.
         normalised: whether embeddings are scaled to unit length before distances are taken.
-        threshold: L2 distance below which two chips are taken for the same person.
-        load: reads the variables of the module (no network access; raises FileNotFoundError with
-            what to do).
+        thresholds: for each metric.
+        load: reads the variables of the module from their default source: an installed package, or
+            the cache of downloads (raises FileNotFoundError with what to do).
         source: where the weights come from.
         licence: of the weights.
+        read: reads the variables from a file of the original's format.
+        is_bgr: whether the network takes the colours in the order blue, green, red.
     """
 
     name: str
@@ -43,28 +78,165 @@ class Extractor:
     input_offset: float
     embedding_size: int
     normalised: bool
-    threshold: float
+    thresholds: Thresholds
     load: Callable[[], dict]
     source: str
     licence: str
+    read: Callable[[str | os.PathLike[str]], dict] | None = None
+    is_bgr: bool = False
+
+    @property
+    def metric(self) -> str:
+        """The metric that `embed` and `distance` measure in: one of `METRICS`."""
+        return "euclidean_l2" if self.normalised else "euclidean"
+
+    @property
+    def threshold(self) -> float:
+        """The threshold of the extractor's own metric.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        threshold = getattr(self.thresholds, self.metric)
+        if threshold is None:
+            raise ValueError(
+                f"the threshold of {self.name} in {self.metric} is not known: measure one on pairs"
+            )
+        return threshold
+
+
+def _from_download(name: str, read_fn: Callable[[str | os.PathLike[str]], dict]) -> dict:
+    return read_fn(download.fetch(name))
+
+
+def _downloaded(
+    name: str, read_fn: Callable[[str | os.PathLike[str]], dict], **fields
+) -> Extractor:
+    """An extractor whose weights come from the cache of downloads."""
+    load = functools.partial(_from_download, name, read_fn)
+    source = download.SOURCES[name]
+    return Extractor(name=name, load=load, read=read_fn, source=source.url or source.hint, **fields)
+
+
+# Landmarks of InsightFace's 112 px chips (its `face_align.py`).
+_ARCFACE_TEMPLATE = (
+    (51.6963, 38.2946),
+    (51.5014, 73.5318),
+    (71.7366, 56.0252),
+    (92.3655, 41.5493),
+    (92.2041, 70.7299),
+)
+_FACENET_TEMPLATE = ((58.0, 56.0), (58.0, 104.0), (84.0, 80.0), (109.0, 60.0), (109.0, 100.0))
+
+
+def _box_template(side: int) -> tuple[tuple[float, float], ...]:
+    return tuple((y * side / 160, x * side / 160) for y, x in _FACENET_TEMPLATE)
+
+
+def _facenet(name: str, thresholds: Thresholds) -> Extractor:
+    return _downloaded(
+        name,
+        inception_resnet.read_weights,
+        module=inception_resnet.InceptionResnetV1(),
+        input_px=inception_resnet.INPUT_SIZE,
+        template=_FACENET_TEMPLATE,
+        # (x - 127.5) / 128 of x in 0..255.
+        input_scale=255.0 / 128.0,
+        input_offset=-127.5 / 128.0,
+        embedding_size=inception_resnet.EMBEDDING_SIZE,
+        normalised=True,
+        thresholds=thresholds,
+        licence="MIT (weights by David Sandberg); the photos they learned from are for research",
+    )
+
+
+def _deepface(name: str, package, module: nn.Module, thresholds: Thresholds, licence: str):
+    """An extractor as `deepface` uses it: BGR in [0, 1], the detected box fills the chip."""
+    return _downloaded(
+        name,
+        package.read_weights,
+        module=module,
+        input_px=package.INPUT_SIZE,
+        template=_box_template(package.INPUT_SIZE),
+        input_scale=1.0,
+        input_offset=0.0,
+        embedding_size=package.EMBEDDING_SIZE,
+        normalised=True,
+        thresholds=thresholds,
+        licence=licence,
+        is_bgr=True,
+    )
+
+
+def _arcface(name: str, blocks: tuple[int, ...], thresholds: Thresholds) -> Extractor:
+    module = iresnet.IResNet(blocks)
+    return _downloaded(
+        name,
+        functools.partial(iresnet.read_weights, module=module),
+        module=module,
+        input_px=iresnet.INPUT_SIZE,
+        template=_ARCFACE_TEMPLATE,
+        # (x - 127.5) / 127.5 of x in 0..255.
+        input_scale=2.0,
+        input_offset=-1.0,
+        embedding_size=iresnet.EMBEDDING_SIZE,
+        normalised=True,
+        thresholds=thresholds,
+        licence="InsightFace: non-commercial research only",
+    )
 
 
 EXTRACTORS = {
-    "dlib": Extractor(
-        name="dlib",
-        module=dlib_resnet.DlibResNet(),
-        input_px=dlib_resnet.INPUT_SIZE,
-        # Median place of MTCNN-like landmarks in dlib's own 5-point chips over 310 LFW photos.
-        template=((44.5, 46.6), (44.3, 99.7), (77.0, 72.9), (102.7, 49.5), (102.6, 97.3)),
-        input_scale=255.0,
-        input_offset=0.0,
-        embedding_size=dlib_resnet.EMBEDDING_SIZE,
-        normalised=False,
-        threshold=0.6,
-        load=lambda: dlib_resnet.read_weights(dlib_resnet.find_weights()),
-        source="PyPI face_recognition_models 0.3.0, dlib_face_recognition_resnet_model_v1.dat",
-        licence="CC0-1.0",
-    ),
+    extractor.name: extractor
+    for extractor in (
+        Extractor(
+            name="dlib",
+            module=dlib_resnet.DlibResNet(),
+            input_px=dlib_resnet.INPUT_SIZE,
+            # Median place of MTCNN-like landmarks in dlib's own 5-point chips over 310 LFW photos.
+            template=((44.5, 46.6), (44.3, 99.7), (77.0, 72.9), (102.7, 49.5), (102.6, 97.3)),
+            input_scale=255.0,
+            input_offset=0.0,
+            embedding_size=dlib_resnet.EMBEDDING_SIZE,
+            normalised=False,
+            thresholds=Thresholds(0.6, 0.4, 0.07),
+            load=lambda: dlib_resnet.read_weights(dlib_resnet.find_weights()),
+            source="PyPI face_recognition_models 0.3.0, dlib_face_recognition_resnet_model_v1.dat",
+            licence="CC0-1.0",
+            read=dlib_resnet.read_weights,
+        ),
+        # deepface's Facenet512 is this network.
+        _facenet("facenet_vggface2", Thresholds(23.56, 1.04, 0.30)),
+        # deepface's Facenet is another FaceNet, of 128 dimensions.
+        _facenet("facenet_casia", Thresholds(None, 0.80, 0.40)),
+        _deepface(
+            "vggface",
+            vggface,
+            vggface.VggFace(),
+            Thresholds(1.17, 1.17, 0.68),
+            "CC BY-NC 4.0 (Visual Geometry Group, Oxford)",
+        ),
+        _deepface(
+            "openface", openface, openface.OpenFace(), Thresholds(0.55, 0.55, 0.10), "Apache-2.0"
+        ),
+        _deepface("deepface", deepface, deepface.DeepFace(), Thresholds(64.0, 0.64, 0.23), "MIT"),
+        # deepface's Buffalo_L is an IResNet-50 of InsightFace, its ArcFace another ResNet.
+        _arcface("arcface_r50", iresnet.BLOCKS_50, Thresholds(None, 1.1, 0.55)),
+        _arcface("arcface_r100", iresnet.BLOCKS_100, Thresholds(None, 1.13, 0.68)),
+        _downloaded(
+            "mobilefacenet",
+            mobilefacenet.read_weights,
+            module=mobilefacenet.MobileFaceNet(),
+            input_px=mobilefacenet.INPUT_SIZE,
+            template=_ARCFACE_TEMPLATE,
+            input_scale=255.0 * mobilefacenet.INPUT_SCALE,
+            input_offset=-127.5 * mobilefacenet.INPUT_SCALE,
+            embedding_size=mobilefacenet.EMBEDDING_SIZE,
+            normalised=True,
+            thresholds=Thresholds(None, None, None),
+            licence="InsightFace: non-commercial research only",
+        ),
+    )
 }
 
 
@@ -77,6 +249,37 @@ def get(name: str) -> Extractor:
     if name not in EXTRACTORS:
         raise ValueError(f"no extractor {name!r}; there are: {', '.join(sorted(EXTRACTORS))}")
     return EXTRACTORS[name]
+
+
+def load_variables(extractor: Extractor, path: str | os.PathLike[str] | None) -> dict:
+    """The variables of an extractor's module.
+
+    Args:
+        extractor: entry of the table.
+        path: a file: safetensors as `weights.write_safetensors` writes it, or the original's format
+            (told by content, see `weight_files.kind_of`); None is the default source.
+
+    Returns:
+        Nested dict of float32 arrays.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the default source is not there; the message
+            says what to do.
+        ValueError: the file is damaged or does not hold this network.
+    """
+    if path is None:
+        return extractor.load()
+    if weight_files.kind_of(path) == "safetensors":
+        shapes = weights.shapes(extractor.module, extractor.input_px)
+        return weights.read_safetensors(path, shapes)
+    if extractor.read is None:
+        raise ValueError(f"{path}: of {extractor.name} only safetensors files are read")
+    return extractor.read(path)
+
+
+def fingerprint(variables: Mapping) -> str:
+    """Hex SHA-256 over names, shapes, dtypes and values of all arrays, whatever their order."""
+    return weights.fingerprint(variables)
 
 
 def embed(extractor: Extractor, variables: dict, chips: jax.Array) -> jax.Array:
@@ -93,6 +296,8 @@ def embed(extractor: Extractor, variables: dict, chips: jax.Array) -> jax.Array:
     side = extractor.input_px
     chex.assert_shape(chips, (None, side, side, 3))
     inputs = chips * extractor.input_scale + extractor.input_offset
+    if extractor.is_bgr:
+        inputs = inputs[..., ::-1]
     embeddings = extractor.module.apply(variables, inputs)
     if extractor.normalised:
         length = jnp.linalg.norm(embeddings, axis=-1, keepdims=True)

@@ -117,7 +117,7 @@ def detect_faces(
     height, width = pixels.shape[:2]
     scales = pyramid_scales(height, width, options)
     if not scales:
-        return _no_faces()
+        return no_faces()
     bucket = tuple(images.bucket_size(side, _SIDE_LADDER) for side in (height, width))
     size = jnp.array([height, width], jnp.int32)
     canvas = jnp.asarray(images.pad_to(pixels, bucket))
@@ -128,7 +128,7 @@ def detect_faces(
         variables["pnet"], canvas, size, jnp.array(sizes, jnp.int32), bucket_scales, options
     )
     if not (num := int(maps.count)):
-        return _no_faces()
+        return no_faces()
     num = images.bucket_size(num, _PROPOSAL_LADDER)
     candidates, landmarks = jax.device_get(
         _cascade(variables["rnet"], variables["onet"], image, size, maps, num, options)
@@ -175,6 +175,13 @@ def main_face(faces: Faces, shape: tuple[int, ...]) -> Faces:
     apart = np.sum(((low + high) / 2 - np.array(shape[:2]) / 2) ** 2, axis=1)
     best = int(np.argmax(np.prod(high - low, axis=1) - 2 * apart))
     return select_faces(faces, np.array([best]))
+
+
+def no_faces() -> Faces:
+    """What a photo without faces gives: empty arrays."""
+    return Faces(
+        np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2), np.float32)
+    )
 
 
 def overlap(boxes: jax.Array, others: jax.Array, *, of_smaller: bool = False) -> jax.Array:
@@ -363,9 +370,3 @@ def _crops(image, size, boxes, side):
     low, high = boxes[:, :2] * shrink, boxes[:, 2:] * shrink
     grid = low[:, :, None] + (high - low)[:, :, None] * steps[None, None]
     return images.bilinear_crops(image, grid[:, 0], grid[:, 1], size)
-
-
-def _no_faces() -> Faces:
-    return Faces(
-        np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2), np.float32)
-    )

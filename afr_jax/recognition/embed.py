@@ -6,19 +6,20 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from afr_jax.core import images
+from afr_jax.core import images, parallel
 from afr_jax.models import zoo
 from afr_jax.recognition import align
 
-# Faces embedded by one call; the rest of the last batch repeats a face.
+# Faces that one call embeds on each device; the rest of the last batch repeats a face.
 _BATCH_LADDER = (1, 4, 16)
-_CANVAS_LADDER = (192, 256, 320)
+_ACCELERATOR_LADDER = (1, 16, 128)
+_CANVAS_LADDER = (160, 192, 256, 320, 448)
 
 
 def embed_faces(
     extractor: zoo.Extractor, variables: dict, faces: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> np.ndarray:
-    """Aligns and embeds faces of any number of photos.
+    """Aligns and embeds faces of any number of photos, spread over the devices of this process.
 
     Args:
         extractor: entry of the zoo.
@@ -31,6 +32,10 @@ def embed_faces(
     Raises:
         ValueError: landmarks that span no face.
     """
+    mesh = parallel.make_mesh(devices=jax.local_devices())
+    num_devices = len(mesh.local_devices)
+    ladder = _BATCH_LADDER if jax.default_backend() == "cpu" else _ACCELERATOR_LADDER
+    variables = parallel.replicate(variables, mesh)
     buckets: dict[int, list] = {}
     count = 0
     for count, (pixels, landmarks) in enumerate(faces, start=1):
@@ -39,14 +44,16 @@ def embed_faces(
         bucket.append((count - 1, canvas, transform))
     embeddings = np.zeros((count, extractor.embedding_size), np.float32)
     for bucket in buckets.values():
-        for start in range(0, len(bucket), _BATCH_LADDER[-1]):
-            index, canvases, transforms = zip(
-                *bucket[start : start + _BATCH_LADDER[-1]], strict=True
-            )
-            size = images.bucket_size(len(index), _BATCH_LADDER)
+        for start in range(0, len(bucket), ladder[-1] * num_devices):
+            some = bucket[start : start + ladder[-1] * num_devices]
+            index, canvases, transforms = zip(*some, strict=True)
+            share = -(-len(index) // num_devices)
+            size = num_devices * images.bucket_size(share, ladder)
             filled = [*range(len(index))] + [0] * (size - len(index))
             batch = np.stack(canvases)[filled], np.stack(transforms)[filled]
-            embeddings[list(index)] = _embed_batch(variables, *batch, extractor)[: len(index)]
+            batch = parallel.shard_batch(batch, mesh)
+            vectors = np.asarray(_embed_batch(variables, *batch, extractor))
+            embeddings[list(index)] = vectors[: len(index)]
     return embeddings
 
 

@@ -1,0 +1,196 @@
+"""CIFAR-10 from the binary archive, a folder per class, or mosaics; as arrays.
+
+Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images". The archive is read in its
+binary form (records of one label byte and 3 x 1,024 pixel bytes, channel by channel); the pickled
+one would have to be executed to be read. Sample ids are "train/00000" and so on, in the order of
+the source.
+"""
+
+import os
+import pathlib
+import tarfile
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from afr_jax.data import identity_tree
+
+CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+# The address and MD5 sum that the data set's own page gives for the binary version.
+_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+_RECORD = 1 + 3 * 32 * 32
+_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
+_MOSAIC = (25, 40)  # rows and columns of images
+
+
+class ImageSet(NamedTuple):
+    """Images in memory.
+
+    Attributes:
+        images: `[N, H, W, 3]` uint8 RGB.
+        labels: `[N]` int32, indices into `classes`.
+        sample_ids: N stable names.
+        classes: names of the classes.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    sample_ids: tuple[str, ...]
+    classes: tuple[str, ...]
+
+
+def load(source: str | os.PathLike[str], split: str) -> ImageSet:
+    """Reads a split from whatever a path holds.
+
+    Args:
+        source: the archive `cifar-10-binary.tar.gz`; a folder with its `.bin` files; a folder of
+            mosaics (`read_mosaics`); or a folder with `train` and `test`, each with one folder of
+            images per class.
+        split: "train" or "test".
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: it is none of these, or damaged.
+    """
+    if split not in _FILES:
+        raise ValueError(f"split is {split!r}, but must be 'train' or 'test'")
+    source = pathlib.Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist")
+    if source.is_file() or list(source.rglob("test_batch.bin")):
+        return read_binary(source, split)
+    if (source / f"{split}_labels.npz").exists():
+        return read_mosaics(source, split)
+    if (source / split).is_dir():
+        return read_folders(source / split, split=split)
+    raise ValueError(
+        f"{source} holds no CIFAR-10: neither .bin files nor mosaics nor folders train and test"
+    )
+
+
+def download(folder: str | os.PathLike[str]) -> pathlib.Path:
+    """The binary archive, fetched into a folder if it is not there (163 MB) and checked.
+
+    Raises:
+        OSError: the network or the server failed, or the file is another one.
+    """
+    import pooch  # Only this function needs it.
+
+    try:
+        name = pooch.retrieve(
+            _URL, known_hash=f"md5:{_MD5}", fname="cifar-10-binary.tar.gz", path=folder
+        )
+    except ValueError as error:  # The hash differs.
+        raise OSError(str(error)) from error
+    return pathlib.Path(name)
+
+
+def read_binary(source: str | os.PathLike[str], split: str) -> ImageSet:
+    """Reads the binary version: the archive, or a folder with its files at any depth.
+
+    Raises:
+        ValueError: a file is missing or has no whole number of records, or a label is above 9.
+    """
+    source = pathlib.Path(source)
+    read = _read_archive if source.is_file() else _read_folder
+    data = b"".join(_whole(name, read(source, name)) for name in _FILES[split])
+    records = np.frombuffer(data, np.uint8).reshape(-1, _RECORD)
+    labels = records[:, 0].astype(np.int32)
+    if labels.max() >= len(CLASSES):
+        raise ValueError(f"{source}: a label is {labels.max()}, but CIFAR-10 has 0 to 9")
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return ImageSet(np.ascontiguousarray(images), labels, _ids(split, len(labels)), CLASSES)
+
+
+def read_mosaics(
+    source: str | os.PathLike[str], split: str, *, lossless_only: bool = False
+) -> ImageSet:
+    """Reads images that were joined to mosaics of 25 rows of 40, a thousand in each file.
+
+    The files are `<split>_00.webp` and so on (any lossless format); `<split>_labels.npz` has the
+    arrays `label` and `classes`, and may have `lossless`, False for images known from a JPEG alone.
+
+    Args:
+        source: the folder.
+        split: "train" or "test".
+        lossless_only: leaves those out.
+
+    Raises:
+        ValueError: files are missing or have another size than the labels say.
+    """
+    source = pathlib.Path(source)
+    with np.load(source / f"{split}_labels.npz", allow_pickle=False) as table:
+        labels = table["label"].astype(np.int32)
+        classes = tuple(str(name) for name in table["classes"]) if "classes" in table else CLASSES
+        exact = table["lossless"] if "lossless" in table else np.ones(len(labels), bool)
+    rows, columns = _MOSAIC
+    parts = []
+    for path in sorted(source.glob(f"{split}_[0-9]*.*")):
+        with Image.open(path, formats=("WEBP", "PNG")) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        if pixels.shape != (rows * 32, columns * 32, 3):
+            raise ValueError(f"{path} has shape {pixels.shape}, but must be {rows * 32} x 1280 x 3")
+        parts.append(pixels.reshape(rows, 32, columns, 32, 3).transpose(0, 2, 1, 3, 4))
+    count = sum(len(part) * columns for part in parts)
+    if count < len(labels) or not len(labels):
+        raise ValueError(f"{source} has {count} {split} images, but {len(labels)} labels")
+    images = np.concatenate(parts).reshape(-1, 32, 32, 3)[: len(labels)]
+    ids = _ids(split, len(labels))
+    kept = np.flatnonzero(exact) if lossless_only else np.arange(len(labels))
+    return ImageSet(images[kept], labels[kept], tuple(ids[i] for i in kept), classes)
+
+
+def read_folders(root: str | os.PathLike[str], *, split: str = "train", side: int = 32) -> ImageSet:
+    """Reads a folder with one folder of images per class; ids are `<split>/<path>`.
+
+    Raises:
+        ValueError: there is no image, or one that cannot be read.
+    """
+    listing = identity_tree.list_tree(root)
+    readable, images = identity_tree.read_samples(listing, side)
+    if len(readable.samples) < len(listing.samples):
+        problem = readable.problems[-1]
+        raise ValueError(f"{root}/{problem.name}: {problem.reason}")
+    ids = tuple(f"{split}/{name}" for name in readable.sample_ids)
+    return ImageSet(images, readable.labels, ids, readable.identities)
+
+
+def _read_archive(source: pathlib.Path, name: str) -> bytes:
+    try:
+        with tarfile.open(source) as archive:
+            for member in archive:
+                if member.isfile() and pathlib.PurePosixPath(member.name).name == name:
+                    return archive.extractfile(member).read()
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{source} is no tar archive: {error}") from error
+    raise ValueError(f"{source} has no {name}; is it the binary version of CIFAR-10?")
+
+
+def _read_folder(source: pathlib.Path, name: str) -> bytes:
+    found = sorted(source.rglob(name))
+    if not found:
+        raise ValueError(f"{source} has no {name}")
+    return found[0].read_bytes()
+
+
+def _whole(name: str, data: bytes) -> bytes:
+    if not data or len(data) % _RECORD:
+        raise ValueError(f"{name} has {len(data)} bytes, which is no multiple of {_RECORD}")
+    return data
+
+
+def _ids(split: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{split}/{number:05d}" for number in range(count))

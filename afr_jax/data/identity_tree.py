@@ -1,0 +1,287 @@
+"""Which photo shows whom: folders of one folder per identity, or a CSV beside a folder.
+
+LFW and PubFig have `root/<identity>/<photo>`, VGGFace2 `root/<split>/<identity>/<photo>`: the
+identity is the name of the folder that a photo lies in, whatever is above it. A sample's id is its
+path below the root, which does not depend on the machine or on the other photos.
+
+Nothing is decoded here; `read_samples` does that.
+"""
+
+import csv
+import dataclasses
+import functools
+import os
+import pathlib
+import unicodedata
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from afr_jax.core import parallel
+from afr_jax.data import photo_files, photos
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A photo of an identity.
+
+    Attributes:
+        sample_id: path below the root, with slashes; stable.
+        identity: name of who is on it.
+        path: absolute path of the file.
+    """
+
+    sample_id: str
+    identity: str
+    path: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something that is left out, and why.
+
+    Attributes:
+        name: sample id, path below the root or row of the CSV.
+        reason: for people.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The photos of a data set.
+
+    Attributes:
+        samples: sorted by sample id; no id twice.
+        problems: what was left out.
+    """
+
+    samples: tuple[Sample, ...]
+    problems: tuple[Problem, ...] = ()
+
+    @functools.cached_property
+    def identities(self) -> tuple[str, ...]:
+        """Names of all identities, sorted; a label is an index into them."""
+        return tuple(sorted({sample.identity for sample in self.samples}))
+
+    @property
+    def labels(self) -> np.ndarray:
+        """`[N]` int32, in the order of the samples."""
+        index = {name: label for label, name in enumerate(self.identities)}
+        return np.array([index[sample.identity] for sample in self.samples], np.int32)
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """In the order of the samples."""
+        return [sample.sample_id for sample in self.samples]
+
+    def without(self, problems: Sequence[Problem]) -> "Listing":
+        """The listing without the samples that the problems name, and with these problems."""
+        names = {problem.name for problem in problems}
+        kept = tuple(sample for sample in self.samples if sample.sample_id not in names)
+        return Listing(kept, (*self.problems, *problems))
+
+    def with_photos(self, min_photos: int) -> "Listing":
+        """The identities with at least so many photos; the others become problems."""
+        names, counts = np.unique([s.identity for s in self.samples], return_counts=True)
+        rare = {str(n): int(c) for n, c in zip(names, counts, strict=True) if c < min_photos}
+        kept = tuple(sample for sample in self.samples if sample.identity not in rare)
+        reasons = [Problem(n, f"has {c} photos, fewer than {min_photos}") for n, c in rare.items()]
+        return Listing(kept, (*self.problems, *reasons))
+
+
+def list_tree(root: str | os.PathLike[str]) -> Listing:
+    """Lists a folder with one folder per identity, at any depth.
+
+    Files that are no photos are listed, too: their content is looked at when they are read. Left
+    out with a reason: files directly in the root, identity folders without files, links that lead
+    out of the root. Names of identities are put into Unicode's composed form (NFC), so that a data
+    set has the same identities on every file system.
+
+    Raises:
+        FileNotFoundError: the root does not exist.
+        ValueError: it is no folder, or holds no photo in a folder.
+    """
+    root = pathlib.Path(root)
+    _check_folder(root)
+    samples, problems, filled = [], [], set()
+    for item in photo_files.list_photos([root]):
+        name = item.relative.as_posix()
+        filled.update(item.relative.parents)
+        if item.problem is not None:
+            problems.append(Problem(name, item.problem))
+        elif len(item.relative.parts) == 1:
+            problems.append(Problem(name, "lies in no identity's folder"))
+        else:
+            identity = unicodedata.normalize("NFC", item.relative.parent.name)
+            samples.append(Sample(name, identity, item.path))
+    for folder, names, _ in os.walk(root):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        relative = pathlib.PurePosixPath(pathlib.Path(folder).relative_to(root).as_posix())
+        if not names and relative not in filled and relative.parts:
+            problems.append(Problem(relative.as_posix(), "the folder holds no photos"))
+    if not samples:
+        raise ValueError(f"{root} holds no photo in a folder of its identity")
+    return Listing(tuple(sorted(samples, key=lambda s: s.sample_id)), tuple(problems))
+
+
+def list_csv(table: str | os.PathLike[str], root: str | os.PathLike[str]) -> Listing:
+    """Lists the photos that a CSV names.
+
+    Left out with the number of their row (the header is row 1): rows without an image or identity,
+    of files that do not exist or lie outside the root, and repeated images.
+
+    Args:
+        table: UTF-8, with the columns image (path below the root) and identity; others are ignored.
+        root: folder of the photos.
+
+    Raises:
+        FileNotFoundError: the CSV or the root does not exist.
+        ValueError: the root is no folder, the file is no such CSV, or no row is usable.
+    """
+    root = pathlib.Path(root)
+    _check_folder(root)
+    root = root.resolve()
+    found: dict[str, Sample] = {}
+    problems = []
+    for number, image, identity in _rows(pathlib.Path(table)):
+        path = root / image if image else root
+        if not image or not identity:
+            reason = "has no image" if not image else "has no identity"
+        elif not path.is_file():
+            reason = f"{image}: the file does not exist"
+        elif root not in path.resolve().parents:
+            reason = f"{image}: lies outside {root}"
+        else:
+            sample_id = pathlib.PurePosixPath(os.path.relpath(path, root)).as_posix()
+            other = found.setdefault(sample_id, Sample(sample_id, identity, path))
+            if other.path is path:
+                continue
+            same = other.identity == identity
+            reason = f"{image}: listed before" + ("" if same else f", as {other.identity}")
+        problems.append(Problem(f"row {number}", reason))
+    if not found:
+        first = f"; {problems[0].name} {problems[0].reason}" if problems else ""
+        raise ValueError(f"{table} has no usable row{first}")
+    return Listing(tuple(found[name] for name in sorted(found)), tuple(problems))
+
+
+def read_square(path: str | os.PathLike[str], side: int) -> np.ndarray:
+    """Reads a photo as `[side, side, 3]` uint8: its largest central square, resized.
+
+    The resampling is Pillow's antialiased bilinear one.
+
+    Raises:
+        photos.PhotoError: the file cannot be read as a photo.
+    """
+    return fit_square(photos.read_photo(path).pixels, side)
+
+
+def fit_square(pixels: np.ndarray, side: int) -> np.ndarray:
+    """The largest central square of `[H, W, 3]` uint8, resized to `[side, side, 3]`."""
+    height, width, _ = pixels.shape
+    size = min(height, width)
+    top, left = (height - size) // 2, (width - size) // 2
+    square = pixels[top : top + size, left : left + size]
+    if size == side:
+        return np.ascontiguousarray(square)
+    image = Image.fromarray(square).resize((side, side), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def without_unreadable(
+    listing: Listing,
+    *,
+    num_threads: int = 4,
+    report_fn: Callable[[int], None] | None = None,
+) -> Listing:
+    """The listing without the photos that cannot be read, which become problems; reads them all.
+
+    Args:
+        listing: what to try.
+        num_threads: that decode.
+        report_fn: called with the number of photos that were read since (progress).
+    """
+
+    def problem_of(sample: Sample) -> Problem | None:
+        try:
+            photos.read_photo(sample.path)
+        except photos.PhotoError as error:
+            return Problem(sample.sample_id, str(error))
+        return None
+
+    problems = []
+    for start in range(0, len(listing.samples), 256):
+        part = listing.samples[start : start + 256]
+        problems += filter(None, parallel.overlapped(problem_of, part, width=num_threads))
+        if report_fn is not None:
+            report_fn(len(part))
+    return listing.without(problems)
+
+
+def read_samples(
+    listing: Listing, side: int, *, num_threads: int = 4
+) -> tuple[Listing, np.ndarray]:
+    """Reads all photos of a listing as squares (`read_square`).
+
+    Args:
+        listing: what to read.
+        side: of the squares, pixels.
+        num_threads: that decode.
+
+    Returns:
+        The listing without the photos that cannot be read, which become problems, and the others
+        `[N, side, side, 3]` uint8 in its order.
+
+    Raises:
+        ValueError: none can be read.
+    """
+
+    def read(sample: Sample) -> np.ndarray | str:
+        try:
+            return read_square(sample.path, side)
+        except photos.PhotoError as error:
+            return str(error)
+
+    results = parallel.overlapped(read, listing.samples, width=num_threads)
+    problems = [
+        Problem(sample.sample_id, result)
+        for sample, result in zip(listing.samples, results, strict=True)
+        if isinstance(result, str)
+    ]
+    pixels = [result for result in results if not isinstance(result, str)]
+    if not pixels:
+        raise ValueError(f"none of {len(results)} photos can be read; {problems[0].reason}")
+    return listing.without(problems), np.stack(pixels)
+
+
+def _check_folder(root: pathlib.Path) -> None:
+    if not root.exists():
+        raise FileNotFoundError(f"{root} does not exist")
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder")
+
+
+def _rows(table: pathlib.Path) -> list[tuple[int, str, str]]:
+    """(row number, image, identity) of every row, stripped, identities composed."""
+    try:
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = {"image", "identity"} - set(reader.fieldnames or ())
+            if missing:
+                raise ValueError(f"{table} has no column {' and no column '.join(sorted(missing))}")
+            return [
+                (
+                    reader.line_num,
+                    (row["image"] or "").strip(),
+                    unicodedata.normalize("NFC", (row["identity"] or "").strip()),
+                )
+                for row in reader
+            ]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{table} does not exist") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{table} is no CSV in UTF-8: {error}") from error

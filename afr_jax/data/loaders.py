@@ -1,0 +1,127 @@
+"""Loading what does not fit on a device: batches decoded by threads while the device computes.
+
+A loader yields the batches of `afr_jax.data.sampling`, each by its step. So the batches do not
+depend on the number of threads, a loader starts anywhere (`first_step`, or `get_state` and
+`set_state` of its iterator), every process decodes its own share, and a run from files takes the
+same steps as a run with the data set on the device. Grain does the threads, the order and the
+position. Small data sets are better loaded whole (`load_all`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import grain
+import numpy as np
+
+from afr_jax.core import parallel
+from afr_jax.data import identity_tree, sampling
+
+
+class Source(Protocol):
+    """A data set with random access."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """Image `[S, S, 3]` uint8 and label of an example; called from several threads."""
+
+
+class FileSource:
+    """The photos of a listing, decoded when they are asked for, as squares."""
+
+    def __init__(self, listing: identity_tree.Listing, side: int):
+        """Takes a listing whose photos can all be read.
+
+        Args:
+            listing: see `collect` for one without unreadable photos.
+            side: of the images, pixels.
+        """
+        self._samples, self._labels, self._side = listing.samples, listing.labels, side
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        path = self._samples[index].path
+        return identity_tree.read_square(path, self._side), int(self._labels[index])
+
+
+class RecordSource:
+    """The examples of a TFDS data source (`array_records.open_source`), as squares."""
+
+    def __init__(self, examples: Sequence[dict], side: int):
+        """Takes the data source.
+
+        Args:
+            examples: {"image", "label", ...} by index.
+            side: of the images, pixels.
+        """
+        self._examples, self._side = examples, side
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        example = self._examples[index]
+        return identity_tree.fit_square(example["image"], self._side), int(example["label"])
+
+
+class HostBatch(NamedTuple):
+    """This process's share of the batch of a step.
+
+    Attributes:
+        step: its number.
+        images: `[B / processes, S, S, 3]` uint8.
+        labels: `[B / processes]` int32.
+    """
+
+    step: int
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def batch_iterator(
+    source: Source,
+    batches: sampling.Batches,
+    *,
+    num_steps: int,
+    first_step: int = 0,
+    num_threads: int = 8,
+) -> grain.DatasetIterator:
+    """The batches of some steps, in order; an iterator over `HostBatch`.
+
+    Args:
+        source: the data set; the same in every process.
+        batches: rows of each step.
+        num_steps: up to which step, counted from 0.
+        first_step: the first one.
+        num_threads: each decodes one batch at a time; as many batches lie ready at most.
+
+    Returns:
+        A Grain iterator. Its `get_state()` is a position that `set_state` of any iterator with the
+        same arguments goes back to, whatever its number of threads.
+    """
+    if not 0 <= first_step <= num_steps:
+        raise ValueError(f"first_step is {first_step}, but must lie in [0, {num_steps}]")
+    steps = grain.MapDataset.range(first_step, num_steps).map(_loader(source, batches))
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads)
+    return iter(steps.to_iter_dataset(options))
+
+
+def load_all(source: Source, *, num_threads: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """A whole data set, `[N, S, S, 3]` uint8 and labels `[N]` int32, in the order of the source."""
+    if not len(source):
+        raise ValueError("the data set is empty")
+    pairs = parallel.overlapped(source.__getitem__, range(len(source)), width=num_threads)
+    images, labels = zip(*pairs, strict=True)
+    return np.stack(images), np.array(labels, np.int32)
+
+
+def _loader(source: Source, batches: sampling.Batches) -> Callable[[int], HostBatch]:
+    def load(step: int) -> HostBatch:
+        rows = sampling.local_rows(batches.rows(int(step)))
+        images, labels = zip(*(source[int(row)] for row in rows), strict=True)
+        return HostBatch(int(step), np.stack(images), np.array(labels, np.int32))
+
+    return load

@@ -1,0 +1,126 @@
+"""Frames of films and folders: GIF and WebP by Pillow, other films by PyAV, folders as photos.
+
+Host code: no JAX here. Frames are `[H, W, 3]` uint8 RGB.
+"""
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageSequence, UnidentifiedImageError
+
+from afr_jax.data import photo_files, photos
+
+_PILLOW_FILMS = (".gif", ".webp", ".apng")
+_FILMS = (".mkv", ".mp4", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
+
+
+class VideoError(Exception):
+    """A film that cannot be read; the message says which and why."""
+
+
+class Frame(NamedTuple):
+    """A picture `[H, W, 3]` uint8 and its name: `<stem>_<number>`, or that of the photo's file."""
+
+    name: str
+    pixels: np.ndarray
+
+
+class Frames(NamedTuple):
+    """Frames in order, and what could not be read: (name, reason) each."""
+
+    frames: list[Frame]
+    skipped: list[tuple[str, str]]
+
+
+def read_frames(
+    paths: Sequence[str | os.PathLike[str]], *, max_frames: int | None = None
+) -> Frames:
+    """Frames of films, folders of photos and photos.
+
+    Args:
+        paths: files and folders; films in folders are read too.
+        max_frames: of each of `paths`, evenly spread; None for all.
+
+    Returns:
+        The frames in the order of the paths. Photos that cannot be read are skipped, with the
+        reason; a film that breaks off keeps the frames before, and is listed.
+
+    Raises:
+        FileNotFoundError: one of `paths` does not exist.
+        VideoError: one of `paths` has no frame that can be read.
+    """
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"max_frames is {max_frames}, must be at least 1")
+    frames: list[Frame] = []
+    skipped: list[tuple[str, str]] = []
+    for path in paths:
+        found, bad = _read_one(pathlib.Path(path))
+        if not found:
+            reason = "; ".join(f"{name}: {why}" for name, why in bad) or "it is empty"
+            raise VideoError(f"{path} has no frame that can be read ({reason})")
+        count = min(max_frames or len(found), len(found))
+        frames.extend(found[index] for index in spread(len(found), count))
+        skipped.extend(bad)
+    return Frames(frames, skipped)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` of the numbers below `total`, evenly spread from the first on."""
+    if not 0 <= count <= total:
+        raise ValueError(f"count is {count}, must lie in [0, total={total}]")
+    return [number * total // count for number in range(count)]
+
+
+def _read_one(path: pathlib.Path) -> tuple[list[Frame], list[tuple[str, str]]]:
+    frames: list[Frame] = []
+    skipped: list[tuple[str, str]] = []
+    for item in photo_files.list_photos([path]):
+        name, suffix = item.relative.as_posix(), item.path.suffix.lower()
+        try:
+            if item.problem is not None:
+                raise photos.PhotoError(item.problem)
+            if suffix in _PILLOW_FILMS:
+                frames.extend(_pillow_frames(item.path))
+            elif suffix in _FILMS:
+                pictures, problem = _film_frames(item.path)
+                frames.extend(pictures)
+                if problem:
+                    skipped.append((name, problem))
+            else:
+                frames.append(Frame(item.path.stem, photos.read_photo(item.path).pixels))
+        except (photos.PhotoError, VideoError) as error:
+            skipped.append((name, str(error)))
+    return frames, skipped
+
+
+def _pillow_frames(path: pathlib.Path) -> list[Frame]:
+    try:
+        with Image.open(path) as film:
+            return [
+                Frame(f"{path.stem}_{number:04d}", np.asarray(frame.convert("RGB")))
+                for number, frame in enumerate(ImageSequence.Iterator(film))
+            ]
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise VideoError(f"not a film that can be read: {error}") from error
+
+
+def _film_frames(path: pathlib.Path) -> tuple[list[Frame], str | None]:
+    """Frames up to where the film breaks off, and why it does."""
+    try:
+        import av  # Optional: only films need it.
+    except ImportError as error:
+        raise VideoError("reading films takes PyAV: pip install av") from error
+    frames: list[Frame] = []
+    try:
+        with av.open(str(path)) as film:
+            if not film.streams.video:
+                return frames, "it holds no pictures"
+            for number, frame in enumerate(film.decode(video=0)):
+                pixels = frame.to_ndarray(format="rgb24")
+                frames.append(Frame(f"{path.stem}_{number:04d}", pixels))
+    except (av.FFmpegError, OSError, ValueError) as error:
+        return frames, f"not a film that can be read to its end: {error}"
+    return frames, None

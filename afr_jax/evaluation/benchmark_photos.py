@@ -1,0 +1,39 @@
+"""Photos for benchmarks: of files, or made of a sample portrait."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import skimage.data
+from PIL import Image
+
+from afr_jax.data import photos
+
+
+def read(sources: Sequence[pathlib.Path], count: int) -> Iterator[np.ndarray]:
+    """The first `count` readable photos, `[H, W, 3]` uint8 each."""
+    for path in sources:
+        if not count:
+            return
+        with contextlib.suppress(photos.PhotoError):
+            yield photos.read_photo(path).pixels
+            count -= 1
+
+
+def resized(pixels: np.ndarray, side: int) -> np.ndarray:
+    """The photo with its longer side brought to `side` pixels."""
+    height, width = pixels.shape[:2]
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+
+
+def made(number: int, side: int) -> np.ndarray:
+    """The sample portrait, in one of 4 sizes as often as it fits, in one of 6 shapes."""
+    divisor = (2, 3, 4, 6)[number % 4]
+    portrait = resized(skimage.data.astronaut(), 2 * side // divisor)
+    portrait = portrait[:, ::-1] if number % 3 == 2 else portrait
+    shorter = round(side * np.linspace(360, 640, 6)[number % 6] / 640)
+    rows, columns = (side, shorter) if number % 5 > 2 else (shorter, side)
+    return np.ascontiguousarray(np.tile(portrait, (divisor, divisor, 1))[:rows, :columns])

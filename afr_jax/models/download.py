@@ -1,0 +1,127 @@
+"""Weight files that lie on the net: fetched once into a cache, checked, and read from there.
+
+The cache is `afr_jax/weights` in `XDG_CACHE_HOME` or the system's place for caches. A file that
+somebody has put there is used as it is, so a machine without network needs nothing else.
+"""
+
+import logging
+import pathlib
+import shutil
+import zipfile
+from typing import NamedTuple
+
+import pooch
+import requests
+
+
+class Source(NamedTuple):
+    """Where a weight file comes from.
+
+    Attributes:
+        url: address; empty where its authors offer none that a program can fetch.
+        file_name: of the file in the cache.
+        sha256: of what the address serves, hexadecimal, where its publishers tell it; else None.
+        member: name of the file in the zip archive that the address serves, or None.
+        hint: where people get the file if there is no address.
+    """
+
+    url: str
+    file_name: str
+    sha256: str | None = None
+    member: str | None = None
+    hint: str = ""
+
+
+_KERAS_FACENET = "https://github.com/faustomorales/keras-facenet/releases/download/v0.3.1/"
+_DEEPFACE = "https://github.com/serengil/deepface_models/releases/download/v1.0/"
+_INSIGHTFACE = (
+    "InsightFace's model zoo (github.com/deepinsight/insightface, recognition/arcface_torch) links "
+    "to the backbone.pth files"
+)
+
+# By extractor. Addresses and hashes of FaceNet: package keras-facenet 0.3.1; the other addresses:
+# package deepface 0.0.103, which publishes no hashes.
+SOURCES = {
+    "facenet_vggface2": Source(
+        f"{_KERAS_FACENET}20180402-114759-weights.h5",
+        "facenet_20180402-114759.h5",
+        "8b71e7045497e841c00ee568f031d1a4d30908fceadf6884aef2dec4d545202b",
+    ),
+    "facenet_casia": Source(
+        f"{_KERAS_FACENET}20180408-102900-weights.h5",
+        "facenet_20180408-102900.h5",
+        "af526097bd89ff84dda94dc071ff39c4cf39922cf0a9d9dea652853cda9616be",
+    ),
+    "vggface": Source(f"{_DEEPFACE}vgg_face_weights.h5", "vgg_face_weights.h5"),
+    "openface": Source(f"{_DEEPFACE}openface_weights.h5", "openface_weights.h5"),
+    "deepface": Source(
+        "https://github.com/swghosh/DeepFace/releases/download/weights-vggface2-2d-aligned/"
+        "VGGFace2_DeepFace_weights_val-0.9034.h5.zip",
+        "VGGFace2_DeepFace_weights_val-0.9034.h5",
+        member="VGGFace2_DeepFace_weights_val-0.9034.h5",
+    ),
+    "arcface_r50": Source("", "arcface_r50.pth", hint=_INSIGHTFACE),
+    "arcface_r100": Source("", "arcface_r100.pth", hint=_INSIGHTFACE),
+    "mobilefacenet": Source(
+        "",
+        "mobilefacenet_y1_ms1m.npz",
+        hint="the network is MobileFaceNet-y1 of InsightFace's model zoo, arrays by layer name",
+    ),
+}
+
+
+def cache_folder() -> pathlib.Path:
+    """The folder of the cache; it need not exist."""
+    return pathlib.Path(pooch.os_cache("afr_jax")) / "weights"
+
+
+def fetch(name: str) -> pathlib.Path:
+    """Path of an extractor's weight file, fetched if it is not in the cache.
+
+    Args:
+        name: key in `SOURCES`.
+
+    Raises:
+        FileNotFoundError: it is not in the cache and cannot be fetched; the message has the address
+            and the place to put the file at.
+        ValueError: what the address served is not the file that was published.
+    """
+    source = SOURCES[name]
+    path = cache_folder() / source.file_name
+    if path.is_file():
+        return path
+    if not source.url:
+        raise FileNotFoundError(
+            f"the weights of {name} have no address to fetch them from: {source.hint}; name your "
+            f"file, or put it at {path}"
+        )
+    logging.getLogger("pooch").setLevel(logging.WARNING)
+    known = None if source.sha256 is None else f"sha256:{source.sha256}"
+    archive = None if source.member is None else f"{source.file_name}.zip"
+    try:
+        found = pooch.retrieve(
+            source.url, known, fname=archive or source.file_name, path=cache_folder()
+        )
+    except (requests.RequestException, OSError) as error:
+        raise FileNotFoundError(
+            f"the weights of {name} could not be fetched from {source.url} "
+            f"({type(error).__name__}); fetch them yourself and put "
+            f"{'the unpacked file' if archive else 'the file'} at {path}"
+        ) from error
+    if archive is not None:
+        _unpack(pathlib.Path(found), source.member, path)
+    return path
+
+
+def _unpack(archive: pathlib.Path, member: str, path: pathlib.Path) -> None:
+    """Writes one file of an archive to a path, whole or not at all, and drops the archive."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with zipfile.ZipFile(archive) as file:
+            (inside,) = (n for n in file.namelist() if pathlib.PurePosixPath(n).name == member)
+            with file.open(inside) as source, open(temporary, "wb") as target:
+                shutil.copyfileobj(source, target)
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise ValueError(f"{archive} is not an archive with {member}") from error
+    temporary.replace(path)
+    archive.unlink()

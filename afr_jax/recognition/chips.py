@@ -1,0 +1,135 @@
+"""Photos to aligned chips of bytes: what an extractor is trained on.
+
+The extractors of the zoo align while they embed (`afr_jax.recognition.embed`); training wants the
+chips themselves, once.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from afr_jax.core import images, parallel
+from afr_jax.data import identity_tree, photos
+from afr_jax.models import zoo
+from afr_jax.recognition import align, detect
+
+_LADDER = (160, 256, 384)
+# Photos that are decoded and in memory at a time.
+_GROUP = 64
+
+
+def template_for(side: int) -> tuple[tuple[float, float], ...]:
+    """The landmarks (y, x) of ArcFace's alignment, in a chip of another side."""
+    arcface = zoo.get("mobilefacenet")
+    ratio = side / arcface.input_px
+    # Pixel centres, not corners, lie at whole numbers.
+    return tuple(((y + 0.5) * ratio - 0.5, (x + 0.5) * ratio - 0.5) for y, x in arcface.template)
+
+
+def face_chip(
+    pixels: np.ndarray, landmarks: np.ndarray, template: Sequence[Sequence[float]], side: int
+) -> np.ndarray:
+    """The aligned chip of a face.
+
+    Args:
+        pixels: photo `[H, W, 3]` uint8.
+        landmarks: `[5, 2]` (y, x) in it.
+        template: where they come to lie in the chip, `[5, 2]`.
+        side: of the chip.
+
+    Returns:
+        `[side, side, 3]` uint8; black beyond the photo.
+
+    Raises:
+        ValueError: landmarks that span no face.
+    """
+    transform = align.similarity_transform(landmarks, np.asarray(template))
+    factor = align.pool_factor(align.transform_scale(transform))
+    margin = 2 * factor * np.array([-1, -1, 1, 1])
+    bounds = align.chip_bounds(transform, side) + margin
+    canvas = align.cut_canvas(pixels, bounds, factor=factor, ladder=_LADDER)
+    moved = align.canvas_transform(transform, canvas).astype(np.float32)
+    return np.asarray(_warp(canvas.image, moved, side))
+
+
+def aligned_chips(
+    detector: dict,
+    listing: identity_tree.Listing,
+    template: Sequence[Sequence[float]],
+    side: int,
+    *,
+    options: detect.DetectorOptions | None = None,
+    report_fn: Callable[[int], None] | None = None,
+) -> tuple[identity_tree.Listing, np.ndarray]:
+    """Detects the main face of every photo and aligns it.
+
+    Args:
+        detector: variables of MTCNN's networks.
+        listing: the photos.
+        template: see `face_chip`.
+        side: of the chips.
+        options: of the detector; its defaults if None.
+        report_fn: called with the number of photos that were handled since (progress).
+
+    Returns:
+        The listing without the photos that cannot be read or show no face, which become problems,
+        and the chips of the others, `[N, side, side, 3]` uint8, in its order.
+
+    Raises:
+        ValueError: no photo shows a face.
+    """
+    options = options or detect.DetectorOptions()
+
+    def chip(sample: identity_tree.Sample) -> np.ndarray | str:
+        try:
+            pixels = photos.read_photo(sample.path).pixels
+        except photos.PhotoError as error:
+            return str(error)
+        found = detect.detect_faces(detector, pixels, options=options)
+        found = detect.main_face(found, pixels.shape)
+        if not len(found.boxes):
+            return "no face was found"
+        return face_chip(pixels, found.landmarks[0], template, side)
+
+    results: list[np.ndarray | str] = []
+    for start in range(0, len(listing.samples), _GROUP):
+        part = listing.samples[start : start + _GROUP]
+        results += parallel.overlapped(chip, part)
+        if report_fn is not None:
+            report_fn(len(part))
+    problems = [
+        identity_tree.Problem(sample.sample_id, result)
+        for sample, result in zip(listing.samples, results, strict=True)
+        if isinstance(result, str)
+    ]
+    found = [result for result in results if not isinstance(result, str)]
+    if not found:
+        raise ValueError(f"none of {len(results)} photos shows a face; {problems[0].reason}")
+    return listing.without(problems), np.stack(found)
+
+
+def measured_template(
+    detector: dict, crops: np.ndarray, *, min_faces: int = 8
+) -> tuple[tuple[float, float], ...] | None:
+    """Where the landmarks lie in crops that were aligned by somebody else.
+
+    Args:
+        detector: variables of MTCNN's networks.
+        crops: `[N, S, S, 3]` uint8; a few dozen are enough.
+        min_faces: how many faces the detector must find.
+
+    Returns:
+        The median landmarks, five (y, x); None where too few faces were found.
+    """
+    found = (detect.main_face(detect.detect_faces(detector, crop), crop.shape) for crop in crops)
+    landmarks = [faces.landmarks[0] for faces in found if len(faces.boxes)]
+    if len(landmarks) < min_faces:
+        return None
+    return tuple((float(y), float(x)) for y, x in np.median(landmarks, axis=0))
+
+
+@functools.partial(jax.jit, static_argnames="side")
+def _warp(image, transform, side):
+    return images.to_uint8(align.warp(image, transform, size=side))

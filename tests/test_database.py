@@ -1,0 +1,233 @@
+"""The reference database: transactions, replacing, refusing, searching."""
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from afr_jax.recognition import database
+
+_TAG = database.ExtractorTag("dlib", "ab" * 32, 8, "euclidean")
+_STRANGE = ["O'Brien", 'a "quoted" one', "Zoë; DROP TABLE faces", "new\nline", "100 %", "李雷", " "]
+
+
+def _entries(names, *, seed=0, size=8, first=0):
+    rng = np.random.default_rng(seed)
+    count = len(names)
+    return database.Entries(
+        identities=list(names),
+        images=[f"{name}/{first + i}.jpg" for i, name in enumerate(names)],
+        digests=[f"{i:064x}" for i in range(count)],
+        faces=[0] * count,
+        boxes=rng.uniform(0, 100, (count, 4)).astype(np.float32),
+        vectors=rng.normal(size=(count, size)).astype(np.float32),
+    )
+
+
+@pytest.fixture
+def filled(tmp_path):
+    opened = database.open_database(tmp_path / "db", tag=_TAG, create=True)
+    opened.append(_entries(["ann", "bob", "ann"]))
+    return opened
+
+
+def test_what_is_appended_is_read_back(filled):
+    entries = _entries(["ann", "bob", "ann"])
+    again = database.open_database(filled.uri, tag=_TAG).entries()
+    assert again.identities == entries.identities and again.images == entries.images
+    np.testing.assert_array_equal(again.vectors, entries.vectors)
+    np.testing.assert_array_equal(again.boxes, entries.boxes)
+    assert filled.identities() == {"ann": 2, "bob": 1}
+    assert filled.images()["bob/1.jpg"] == (entries.digests[1], "bob")
+
+
+@pytest.mark.parametrize("name", _STRANGE)
+def test_strange_names_are_enrolled_replaced_and_deleted_exactly(filled, name):
+    filled.append(_entries([name], seed=1))
+    filled.replace_identity(name, _entries([name, name], seed=2, first=5))
+    assert filled.identities() == {"ann": 2, "bob": 1, name: 2}
+    kept = filled.entries()
+    mine = [i for i, identity in enumerate(kept.identities) if identity == name]
+    np.testing.assert_array_equal(kept.vectors[mine], _entries([name] * 2, seed=2).vectors)
+    assert filled.delete_identities([name]) == 2
+    assert filled.identities() == {"ann": 2, "bob": 1}
+
+
+def test_replacing_a_photo_drops_its_old_faces_only(filled):
+    entries = _entries(["ann"], seed=3)._replace(digests=["new"])
+    filled.replace_images(entries)
+    assert filled.images()["ann/0.jpg"] == ("new", "ann")
+    assert filled.identities() == {"ann": 2, "bob": 1}
+    filled.delete_images(["ann/0.jpg", "not there"])
+    assert filled.identities() == {"ann": 1, "bob": 1}
+
+
+def test_another_extractor_or_other_weights_are_refused(filled):
+    for other in (_TAG._replace(name="facenet_casia"), _TAG._replace(weights="cd" * 32)):
+        with pytest.raises(database.DatabaseError, match="cannot be mixed"):
+            database.open_database(filled.uri, tag=other, create=True)
+    assert len(filled) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"identities": ["ann", ""]}, "without a name"),
+        ({"identities": ["ann", "unknown"]}, "nobody may be called 'unknown'"),
+        ({"vectors": np.full((2, 8), np.nan, np.float32)}, "not finite"),
+        ({"vectors": np.zeros((2, 9), np.float32)}, "size 8"),
+        ({"boxes": np.zeros((1, 4), np.float32)}, "boxes"),
+    ],
+)
+def test_bad_entries_change_nothing(filled, change, message):
+    with pytest.raises(database.DatabaseError, match=message):
+        filled.append(_entries(["ann", "bob"])._replace(**change))
+    assert len(filled) == 3
+
+
+def test_replacing_one_person_with_another_is_refused(filled):
+    with pytest.raises(database.DatabaseError, match="not all of 'bob'"):
+        filled.replace_identity("bob", _entries(["ann"]))
+
+
+def test_deleting_somebody_unknown_deletes_nobody(filled):
+    with pytest.raises(database.DatabaseError, match="'carl'"):
+        filled.delete_identities(["ann", "carl"])
+    assert len(filled) == 3
+
+
+@pytest.mark.parametrize("purge", [True, False])
+def test_purging_removes_the_bytes(filled, tmp_path, purge):
+    vector = _entries(["ann", "bob", "ann"]).vectors[1].tobytes()
+
+    def is_on_disk():
+        files = [path for path in (tmp_path / "db").rglob("*") if path.is_file()]
+        return any(vector in path.read_bytes() for path in files)
+
+    assert is_on_disk()
+    assert filled.delete_identities(["bob"], purge=purge) == 1
+    assert is_on_disk() is not purge
+    again = database.open_database(filled.uri, tag=_TAG)
+    assert again.identities() == filled.identities() == {"ann": 2}
+
+
+def test_a_folder_that_is_no_database(tmp_path):
+    with pytest.raises(database.DatabaseError, match="there is no database"):
+        database.open_database(tmp_path / "absent")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(database.DatabaseError, match="file"):
+        database.open_database(tmp_path / "file", tag=_TAG, create=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(database.DatabaseError, match="holds no reference database"):
+        database.open_database(tmp_path / "empty")
+
+
+def test_somebody_elses_table_is_refused(tmp_path):
+    import lancedb
+
+    table = pa.table({"vector": pa.array([[1.0]], pa.list_(pa.float32(), 1))})
+    lancedb.connect(tmp_path).create_table(database.TABLE, table)
+    with pytest.raises(database.DatabaseError, match="not made by afr_jax"):
+        database.open_database(tmp_path)
+
+
+def test_an_empty_database_cannot_be_searched(tmp_path):
+    opened = database.open_database(tmp_path, tag=_TAG, create=True)
+    with pytest.raises(database.DatabaseError, match="nobody is enrolled"):
+        opened.search(np.zeros((1, 8), np.float32), k=1)
+    with pytest.raises(database.DatabaseError, match="size 8"):
+        opened.search(np.zeros((1, 9), np.float32), k=1)
+
+
+def test_exact_search_by_numpy(filled):
+    entries = filled.entries()
+    probes = np.random.default_rng(5).normal(size=(4, 8)).astype(np.float32)
+    hits = filled.search(probes, k=9)
+    apart = np.linalg.norm(probes[:, None].astype(np.float64) - entries.vectors[None], axis=-1)
+    order = np.argsort(apart, axis=1)
+    np.testing.assert_allclose(hits.distances, np.sort(apart, axis=1), rtol=1e-5)
+    assert hits.images == [[entries.images[i] for i in row] for row in order]
+    assert hits.identities == [[entries.identities[i] for i in row] for row in order]
+    np.testing.assert_array_equal(hits.boxes, entries.boxes[order])
+    none = filled.search(probes[:0], k=2)
+    assert none.identities == [] and none.distances.shape == (0, 2)
+
+
+def test_the_index_finds_what_the_exact_search_finds(tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "INDEX_FROM", 2000)
+    opened = database.open_database(tmp_path, tag=_TAG, create=True)
+    opened.append(_entries(["p"] * 1999))
+    opened.maintain()
+    probes = np.random.default_rng(7).normal(size=(20, 8)).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opened, "_search_index", None)  # Below the limit there is no index to use.
+        opened.search(probes, k=1)
+    opened.append(_entries(["q"] * 3001, seed=1))
+    opened.maintain()
+    exact = opened.search(probes, k=3, exact=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opened, "_search_exactly", None)  # The index is used.
+        # All cells looked through: nothing is missed.
+        found = opened.search(probes, k=3, num_probes=200)
+        few = opened.search(probes, k=3, num_probes=8)
+    assert found.images == exact.images
+    np.testing.assert_allclose(found.distances, exact.distances, rtol=1e-4)
+    np.testing.assert_allclose(found.boxes, exact.boxes)
+    first = [a[0] == b[0] for a, b in zip(few.images, exact.images, strict=True)]
+    assert np.mean(first) >= 0.5
+    # Rows that came after the index was made are found as well.
+    new = _entries(["r"], seed=9)
+    opened.append(new)
+    assert opened.search(new.vectors, k=1).identities == [["r"]]
+    assert opened.search(probes, k=3, metric="cosine").distances.shape == (20, 3)
+
+
+def test_kills_while_appending_leave_whole_rows(tmp_path):
+    script = textwrap.dedent(
+        """
+        import sys
+        import numpy as np
+        from afr_jax.recognition import database
+
+        tag = database.ExtractorTag("dlib", "ab" * 32, 64, "euclidean")
+        opened = database.open_database(sys.argv[1], tag=tag, create=True)
+        print("open", flush=True)
+        number = len(opened)
+        while True:
+            count = 2000
+            opened.append(
+                database.Entries(
+                    ["p"] * count,
+                    [f"{number + i}" for i in range(count)],
+                    ["d"] * count,
+                    [0] * count,
+                    np.zeros((count, 4), np.float32),
+                    np.repeat(np.arange(number, number + count, dtype=np.float32)[:, None], 64, 1),
+                )
+            )
+            number += count
+        """
+    )
+    rng = np.random.default_rng(0)
+    counts = []
+    for _ in range(3):
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE
+        )
+        child.stdout.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(rng.uniform(0.05, 0.5))
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        opened = database.open_database(tmp_path)
+        entries = opened.entries()
+        counts.append(len(entries.images))
+        assert counts[-1] % 2000 == 0
+        numbers = np.array([int(image) for image in entries.images])
+        np.testing.assert_array_equal(np.sort(numbers), np.arange(counts[-1]))
+        np.testing.assert_array_equal(entries.vectors, np.repeat(numbers[:, None], 64, 1))
+    assert counts[-1] > 0 and counts == sorted(counts)
