@@ -85,9 +85,8 @@ def identify_program() -> tuple[dict[str, Any], int]:
         scores = _scores(split, [item.embeddings[name] for item in found], metric)
         curves[name] = identification.rate_curve(scores)
         rows.append({"extractor": name, "metric": metric, **_row(scores, split)})
-    provenance = machine.provenance(
-        "experiments.identify", sys.argv[1:], names={"AFR_SHARED": os.environ.get("AFR_SHARED")}
-    )
+    names = {"AFR_SHARED": os.environ.get("AFR_SHARED"), "WORKDIR": flags.FLAGS.workdir}
+    provenance = machine.provenance("experiments.identify", sys.argv[1:], names=names)
     result = {
         **provenance,
         "people_enrolled": len({person for _, person in split.gallery}),

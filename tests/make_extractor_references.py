@@ -3,9 +3,9 @@
     peers/bin/python tests/make_extractor_references.py [mobilefacenet.json mobilefacenet.npz]
 
 Runs under the Python of the peers (experiments/peers/README.md) and writes tests/references: the
-embeddings of each network, whose weights and chips both sides make from seeds (`random_weights.py`),
-and small weight files as torch and Keras write them. With the published MobileFaceNet, its list of
-layers and its arrays, also that one's embeddings.
+embeddings of each network, whose weights and chips both sides make from seeds
+(`random_weights.py`), and small weight files as torch and Keras write them. With the published
+MobileFaceNet, its list of layers and its arrays, also that one's embeddings.
 """
 
 import os
@@ -23,6 +23,8 @@ import random_weights  # noqa: E402
 
 SEED = 7
 NUM_CHIPS = 2
+# Of an embedding, its first values are kept.
+MAX_STORED = 512
 # Residual units a stage of an IResNet that compiles fast; it has every kind of layer.
 SMALL_BLOCKS = (1, 2, 1, 1)
 # Side of the chips, and whether the network takes them in [-1, 1] instead of [0, 1].
@@ -78,8 +80,7 @@ def main() -> None:
     found = {}
     for name in NETWORKS:
         network = extractor_peers._make(name, SEED, "", "")
-        found[name] = network.embed(chips(name).astype(np.float32))
-        print(name, found[name].shape, np.abs(found[name]).mean())
+        found[name] = network.embed(chips(name).astype(np.float32))[:, :MAX_STORED]
     if len(sys.argv) == 3:
         network = extractor_peers._make("mobilefacenet_graph", SEED, *sys.argv[1:])
         found["mobilefacenet_y1"] = network.embed(255 * published_chips())

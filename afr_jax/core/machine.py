@@ -45,7 +45,8 @@ def provenance(
     shown = []
     for argument in arguments:
         flag, equals, value = argument.partition("=")
-        parts = [_named(part, names) for part in value.split(",")]
+        # Of a list NAME=PATH,NAME=PATH as well.
+        parts = ["=".join(_named(p, names) for p in part.split("=")) for part in value.split(",")]
         shown.append(_named(flag, names) + equals + ",".join(parts))
     return {
         "command": " ".join(["python", "-m", module, *shown]),

@@ -8,7 +8,7 @@ position. Small data sets are better loaded whole (`load_all`).
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -16,18 +16,12 @@ import numpy as np
 from afr_jax.core import parallel
 from afr_jax.data import identity_tree, sampling
 
-
-class Source(Protocol):
-    """A data set with random access."""
-
-    def __len__(self) -> int:
-        """Number of examples."""
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """Image `[S, S, 3]` uint8 and label of an example; called from several threads."""
+# A data set with random access: image `[S, S, 3]` uint8 and label of an example by its index, from
+# several threads.
+Source = Sequence[tuple[np.ndarray, int]]
 
 
-class FileSource:
+class FileSource(Source):
     """The photos of a listing, decoded when they are asked for, as squares."""
 
     def __init__(self, listing: identity_tree.Listing, side: int):
@@ -47,7 +41,7 @@ class FileSource:
         return identity_tree.read_square(path, self._side), int(self._labels[index])
 
 
-class RecordSource:
+class RecordSource(Source):
     """The examples of a TFDS data source (`array_records.open_source`), as squares."""
 
     def __init__(self, examples: Sequence[dict], side: int):

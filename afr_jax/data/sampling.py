@@ -4,28 +4,30 @@ Nothing is remembered between two steps, so a run resumes anywhere by its step a
 process of several computes the same batch and takes its share (`local_rows`). Host code.
 """
 
+import abc
 import dataclasses
 import functools
 import hashlib
-from typing import Protocol
 
 import jax
 import numpy as np
 
 
-class Batches(Protocol):
+class Batches(abc.ABC):
     """What gives the rows of each step."""
 
     @property
+    @abc.abstractmethod
     def steps_per_epoch(self) -> int:
         """Steps in which (nearly) every example is seen once."""
 
+    @abc.abstractmethod
     def rows(self, step: int) -> np.ndarray:
         """Rows `[B]` int32 of the data set that make up the batch of a step, from 0 on."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ShuffledBatches:
+class ShuffledBatches(Batches):
     """Every epoch in an order of its own; what does not fill a batch is left out that time.
 
     Attributes:
@@ -56,7 +58,7 @@ class ShuffledBatches:
 
 
 @dataclasses.dataclass(frozen=True)
-class IdentityBatches:
+class IdentityBatches(Batches):
     """Batches of P identities with K examples each, for losses that compare within a batch.
 
     Both are drawn anew in each step, without replacement; identities with fewer than K examples

@@ -118,6 +118,24 @@ def plot_curves(path: str | os.PathLike[str], curves: Mapping[str, Curve], *, ti
     _save(figure, path)
 
 
+def plot_rocs(
+    path: str | os.PathLike[str],
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+) -> None:
+    """Draws ROC curves, (false, true acceptance rates) by name, over the diagonal of guessing."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
+    for name, (far, tar) in lines.items():
+        axes.plot(far, tar, label=name)
+    axes.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
+    axes.set(xlabel="false acceptance rate", ylabel="true acceptance rate", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    _save(figure, path)
+
+
 def plot_matrix(
     path: str | os.PathLike[str],
     values: np.ndarray,

@@ -1,7 +1,8 @@
 """Victims: classifiers trained on clean, protected or partly protected images, epoch by epoch.
 
-One run is `train_victim`; many small ones at once are in `many_victims`. The recipe is Huang et al. 2021's for CIFAR-10: SGD 0.1,
-momentum 0.9, weight decay 5e-4, cosine to zero, batch 128, crop and flip, no normalisation.
+One run is `train_victim`; many small ones at once are in `many_victims`. The recipe is Huang et al.
+2021's for CIFAR-10: SGD 0.1, momentum 0.9, weight decay 5e-4, cosine to zero, batch 128, crop and
+flip, no normalisation.
 
 Images are uint8 on the devices; accuracy is measured on clean test images after every epoch, as are
 the last and the peak of the curve (`learnability`).
@@ -103,6 +104,19 @@ def make_recipe(
         weight_decay=options.weight_decay,
     )
     return train.Recipe(net, heads.Logits(), optimizer, augment.Augmentation(**changes))
+
+
+def source_recipe(options: VictimOptions, *, num_classes: int, image_px: int) -> train.Recipe:
+    """The source network of a noise search: the same nets, a learning rate that does not fall.
+
+    Args:
+        options: architecture, learning rate and decay count.
+        num_classes: of the data.
+        image_px: side of the images.
+    """
+    recipe = make_recipe(options, num_classes=num_classes, num_examples=1, image_px=image_px)
+    optimizer = dataclasses.replace(recipe.optimizer, schedule="constant")
+    return dataclasses.replace(recipe, optimizer=optimizer, augmentation=augment.Augmentation())
 
 
 def protect_part(

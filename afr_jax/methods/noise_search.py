@@ -17,6 +17,7 @@ one `SearchState`, saved together. With BatchNorm, theta trains on statistics of
 noise is found with the running ones.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -172,7 +173,7 @@ def refine(
         chunk: by default the signed steps of one call on CPU (1), elsewhere all of them for 50
             batches; the result does not depend on it but by rounding.
     """
-    count = len(data.labels)
+    count, num_steps = len(data.labels), options.num_steps
     order = np.arange(count)
     if options.granularity == "class":
         order = np.random.default_rng([seed, int(state.round)]).permutation(count)
@@ -184,13 +185,14 @@ def refine(
     rows = rows.reshape(-1, size)
     key = jax.random.fold_in(state.key, state.round)
     theta = state.train.params, state.train.batch_stats
+    options = _compiled(options)
     static = {"recipe": recipe, "options": options, "mesh": mesh}
     noise, chunk = state.noise, chunk or loop.chunk_length()
     if chunk == 1:
         for part in rows:
             part = parallel.shard_batch(sampling.local_rows(part), mesh)
             work = noise_steps.start_batch(data, noise, part, target_of, options=options)
-            for step in range(options.num_steps):
+            for step in range(num_steps):
                 work = noise_steps.advance_batch(
                     key, theta, work, np.int32(step), recipe=recipe, options=options
                 )
@@ -215,7 +217,7 @@ def training_error(
     """Share of noisy training images whose largest logit is not that of their target."""
     count = len(data.labels)
     size = _batch_size(options, count, mesh)
-    correct = []
+    correct, options = [], _compiled(options)
     theta = state.train.params, state.train.batch_stats
     for start in range(0, count, size):
         rows, mask = parallel.pad_batch(
@@ -244,11 +246,25 @@ def _train(state, data, batches, num_steps, recipe, options, mesh, *, clean=Fals
             state.noise,
             parallel.shard_batch(rows, mesh),
             recipe=recipe,
-            options=options,
+            options=_compiled(options),
             mesh=mesh,
             clean=clean,
         )
     return state._replace(train=theta)
+
+
+def _compiled(options: noise_steps.SearchOptions) -> noise_steps.SearchOptions:
+    """The options without what compiled programs do not depend on: fewer compilations."""
+    return dataclasses.replace(
+        options,
+        permuted=False,
+        source_steps=0,
+        train_steps=0,
+        class_share=1.0,
+        batch_size=1,
+        max_rounds=1,
+        stop_error=None,
+    )
 
 
 def _targets(seed: int, num_classes: int, options: noise_steps.SearchOptions) -> np.ndarray:

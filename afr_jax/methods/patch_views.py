@@ -51,7 +51,7 @@ class LevelOptions:
     min_face_px: float = 20.0
     scale_factors: tuple[float, ...] = (0.709, 0.82, 0.9, 0.95)
     window_ratios: tuple[float, ...] = (0.4, 0.75, 1.3, 2.2)
-    draws: int = 3
+    draws: int = 2
     scale_jitter: float = 0.1
 
     def __post_init__(self):

@@ -48,12 +48,11 @@ class _LocallyConnected(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         rows, columns = ((n - self.kernel) // self.stride + 1 for n in x.shape[1:3])
         height, width = ((n - 1) * self.stride + 1 for n in (rows, columns))
-        taps = [
-            x[:, i : i + height : self.stride, j : j + width : self.stride]
-            for i in range(self.kernel)
-            for j in range(self.kernel)
-        ]
-        patches = jnp.concatenate(taps, axis=-1)
+        # Rows, then columns: far fewer operations than all taps of the window one by one.
+        taps = [x[:, i : i + height : self.stride] for i in range(self.kernel)]
+        x = jnp.stack(taps, axis=3)
+        taps = [x[:, :, j : j + width : self.stride] for j in range(self.kernel)]
+        patches = jnp.stack(taps, axis=4).reshape(x.shape[0], rows, columns, -1)
         shape = (rows, columns, patches.shape[-1], self.features)
         kernel = self.param("kernel", _initialise_local, shape)
         bias = self.param("bias", nn.initializers.zeros, (rows, columns, self.features))

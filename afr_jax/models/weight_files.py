@@ -24,12 +24,13 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: it is a folder or a device.
     """
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no weight file {path}")
-    if path.is_dir():
-        return "unknown"
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
     with open(path, "rb") as file:
         head = file.read(64)
     if head.startswith(_HDF5):
@@ -95,7 +96,11 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def _read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in file.files}
+        # A member of the archive that is no array comes as bytes.
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("it holds other things than arrays")
+        return arrays
     # Whatever zip, zlib and the header of an array raise: the file is damaged or no npz.
     except Exception as error:
         raise ValueError(f"{path} is not a readable npz file: {error}") from error

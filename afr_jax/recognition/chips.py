@@ -18,6 +18,8 @@ from afr_jax.recognition import align, detect
 _LADDER = (160, 256, 384)
 # Photos that are decoded and in memory at a time.
 _GROUP = 64
+# The detector's smallest face is 20 px, and a crop is not all face.
+_MIN_CROP_PX = 32
 
 
 def template_for(side: int) -> tuple[tuple[float, float], ...]:
@@ -121,8 +123,11 @@ def measured_template(
         min_faces: how many faces the detector must find.
 
     Returns:
-        The median landmarks, five (y, x); None where too few faces were found.
+        The median landmarks, five (y, x); None where the crops are too small to look for faces in,
+        or too few were found.
     """
+    if crops.shape[1] < _MIN_CROP_PX:
+        return None
     found = (detect.main_face(detect.detect_faces(detector, crop), crop.shape) for crop in crops)
     landmarks = [faces.landmarks[0] for faces in found if len(faces.boxes)]
     if len(landmarks) < min_faces:

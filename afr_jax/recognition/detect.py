@@ -72,6 +72,14 @@ class Faces(NamedTuple):
     landmarks: np.ndarray
 
 
+class Stages(NamedTuple):
+    """Boxes `[N, 4]` that are left after P-Net and after R-Net, and the faces after O-Net."""
+
+    proposals: np.ndarray
+    refined: np.ndarray
+    faces: Faces
+
+
 class _Candidates(NamedTuple):
     """A fixed number of boxes `[K, 4]`, falling scores `[K]`, and `[K]` bool: which are real."""
 
@@ -112,12 +120,29 @@ def detect_faces(
     Returns:
         The faces; empty arrays where there is none.
     """
+    return detect_stages(variables, pixels, options=options).faces
+
+
+def detect_stages(
+    variables: dict, pixels: np.ndarray, *, options: DetectorOptions = DetectorOptions()
+) -> Stages:
+    """Finds the faces of one photo, and says what was left after each network.
+
+    Args:
+        variables: of the three networks (`mtcnn.read_weights`).
+        pixels: `[H, W, 3]` uint8 RGB.
+        options: settings of the cascade.
+
+    Returns:
+        The boxes after each network's threshold and suppression; those of the first two are squares
+        and may reach out of the photo.
+    """
     chex.assert_rank(pixels, 3)
     chex.assert_type(pixels, np.uint8)
     height, width = pixels.shape[:2]
     scales = pyramid_scales(height, width, options)
     if not scales:
-        return no_faces()
+        return _nothing()
     bucket = tuple(images.bucket_size(side, _SIDE_LADDER) for side in (height, width))
     size = jnp.array([height, width], jnp.int32)
     canvas = jnp.asarray(images.pad_to(pixels, bucket))
@@ -128,13 +153,14 @@ def detect_faces(
         variables["pnet"], canvas, size, jnp.array(sizes, jnp.int32), bucket_scales, options
     )
     if not (num := int(maps.count)):
-        return no_faces()
+        return _nothing()
     num = images.bucket_size(num, _PROPOSAL_LADDER)
-    candidates, landmarks = jax.device_get(
+    proposed, refined, candidates, landmarks = jax.device_get(
         _cascade(variables["rnet"], variables["onet"], image, size, maps, num, options)
     )
     kept = candidates.mask
-    return Faces(candidates.boxes[kept], candidates.scores[kept], landmarks[kept])
+    faces = Faces(candidates.boxes[kept], candidates.scores[kept], landmarks[kept])
+    return Stages(proposed.boxes[proposed.mask], refined.boxes[refined.mask], faces)
 
 
 def detect_photos(
@@ -253,7 +279,7 @@ def _level_proposals(params, level, size, scale):
 
 @functools.partial(jax.jit, static_argnames=("num", "options"))
 def _cascade(rnet, onet, image, size, maps, num, options):
-    """Suppression of proposals, R-Net and O-Net: final candidates and landmarks `[K, 5, 2]`."""
+    """Suppression of proposals, R-Net and O-Net: what each leaves, and landmarks `[K, 5, 2]`."""
     num = min(num, maps.scores.size)
     scores, index = jax.lax.top_k(maps.scores, num)
     boxes, levels = maps.boxes[index], maps.levels[index]
@@ -261,7 +287,7 @@ def _cascade(rnet, onet, image, size, maps, num, options):
     found = found._replace(mask=_suppress(found, options.overlaps[0], groups=levels))
     found = _sorted(found)
     found = found._replace(mask=_suppress(found, options.overlaps[1]))
-    found = _sorted(found._replace(boxes=_square(found.boxes)))
+    found = proposed = _sorted(found._replace(boxes=_square(found.boxes)))
 
     def refine(boxes):
         return mtcnn.RNet().apply(rnet, _crops(image, size, boxes, 24))
@@ -270,7 +296,7 @@ def _cascade(rnet, onet, image, size, maps, num, options):
     mask = found.mask & (scores > options.thresholds[1])
     found = _sorted(_Candidates(_move(found.boxes, regression), scores, mask))
     found = found._replace(mask=_suppress(found, options.overlaps[2]))
-    found = _sorted(found._replace(boxes=_square(found.boxes)))
+    found = refined = _sorted(found._replace(boxes=_square(found.boxes)))
 
     def output(boxes):
         return mtcnn.ONet().apply(onet, _crops(image, size, boxes, 48))
@@ -285,7 +311,8 @@ def _cascade(rnet, onet, image, size, maps, num, options):
     found = _take(moved, order)
     found = found._replace(mask=_suppress(found, options.overlaps[3], of_smaller=True))
     limit = jnp.concatenate([size, size])[None] - 1.0
-    return found._replace(boxes=jnp.clip(found.boxes, 0.0, limit)), landmarks[order]
+    final = found._replace(boxes=jnp.clip(found.boxes, 0.0, limit))
+    return proposed, refined, final, landmarks[order]
 
 
 def _in_chunks(net_fn, candidates, size):
@@ -370,3 +397,8 @@ def _crops(image, size, boxes, side):
     low, high = boxes[:, :2] * shrink, boxes[:, 2:] * shrink
     grid = low[:, :, None] + (high - low)[:, :, None] * steps[None, None]
     return images.bilinear_crops(image, grid[:, 0], grid[:, 1], size)
+
+
+def _nothing() -> Stages:
+    faces = no_faces()
+    return Stages(faces.boxes, faces.boxes, faces)

@@ -382,7 +382,10 @@ def _init_state(key: jax.Array, recipe: Recipe, image_shape: tuple[int, ...]) ->
     # Two examples: some BatchNorm implementations divide by the number less one.
     images = jnp.zeros((2, *image_shape), jnp.float32)
     variables = recipe.net.init(net_key, images, train=False)
-    outputs = recipe.net.apply(variables, images, train=False)
+    # The head's parameters depend on the shape alone; running the network on constants here would
+    # be worked out by the compiler, slowly.
+    outputs = jax.eval_shape(lambda v: recipe.net.apply(v, images, train=False), variables)
+    outputs = jnp.zeros(outputs.shape, outputs.dtype)
     head = recipe.head.init(head_key, outputs, jnp.zeros(2, jnp.int32))
     params = {"net": variables["params"], "head": head.get("params", {})}
     opt_state = optimizers.make_optimizer(recipe.optimizer).init(params)

@@ -43,7 +43,7 @@ def evaluate(
     for part, mask in _parts(data, rows, mesh, batch_size):
         placed = parallel.shard_batch(_local((part, mask)), mesh)
         sums.append(_sums(state, data, *placed, recipe=recipe))
-    correct, loss, count = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
+    correct, loss, count = np.sum(np.array(jax.device_get(sums), np.float64), axis=0).tolist()
     return {"accuracy": correct / count, "loss": loss / count, "count": int(count)}
 
 
