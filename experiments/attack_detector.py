@@ -37,8 +37,8 @@ from absl import flags, logging
 
 from afr_jax.core import machine, run
 from afr_jax.data import video
-from afr_jax.evaluation import misdetection, patch_study
-from afr_jax.methods import mtcnn_patch, patch_markers, patch_training, patch_views
+from afr_jax.evaluation import misdetection, patch_study, peer
+from afr_jax.methods import mtcnn_patch, patch_markers, patch_placing, patch_training, patch_views
 from afr_jax.models import mtcnn
 from afr_jax.perturb import transformations
 from afr_jax.recognition import detect
@@ -77,6 +77,8 @@ _YUNET = flags.DEFINE_string("yunet", None, "ONNX file of OpenCV's YuNet, to try
 _HAAR = flags.DEFINE_string("haar", None, "XML file of a Haar cascade, to try it as well")
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python of an environment with mtcnn")
 
+_PEER_SCRIPT = pathlib.Path(__file__).resolve().parent / "peers" / "mtcnn_peer.py"
+_NO_FACE = "no face of the person"
 _TOY_PX, _TOY_FACE_PX = 160, 60
 _TOY_SHIFTS = {"train": (0, 16, 32), "test": (8, 24), "transfer": (4,)}
 
@@ -139,15 +141,16 @@ def attack_program() -> tuple[dict[str, Any], int]:
             result["transfer"][pathlib.Path(path).name] = study.transfer(frames)
             test.skipped.extend(strangers.skipped)
     if _PEER_PYTHON.value:
-        result["peer"] = study.ask_peer(pathlib.Path(_PEER_PYTHON.value).expanduser())
+        python = pathlib.Path(_PEER_PYTHON.value).expanduser()
+        try:
+            result["peer"] = study.ask_peer(python, _PEER_SCRIPT)
+        except peer.PeerError as error:
+            raise run.UsageError(f"--peer_python: {error}") from error
     skipped = [{"frame": name, "reason": why} for name, why in (*train.skipped, *test.skipped)]
     result["num_skipped"], result["skipped"] = len(skipped), skipped
     work.write_result(result)
     unreadable = [item for item in skipped if item["reason"] != _NO_FACE]
     return result, run.EXIT_PARTIAL if unreadable else run.EXIT_OK
-
-
-_NO_FACE = "no face of the person"
 
 
 def _options() -> tuple[mtcnn_patch.PatchOptions, dict[str, Any]]:
@@ -250,7 +253,7 @@ def _placed(
     for person in shown.people:
         try:
             grids = _grids(person, options, corners)
-            placed = patch_views.place(
+            placed = patch_placing.place(
                 person.pixels, person.box, person.landmarks,
                 placement=options.placement, grids=grids,
             )  # fmt: skip

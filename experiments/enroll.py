@@ -37,7 +37,9 @@ from afr_jax.recognition import database, detect, recognise
 _GALLERY = flags.DEFINE_string("gallery", None, "folder with a folder of photos for each person")
 _CSV = flags.DEFINE_string("csv", None, "CSV with the columns image, identity; paths in --gallery")
 _DATABASE = flags.DEFINE_string("database", None, "folder or object-store address of the database")
-_EXTRACTOR = flags.DEFINE_enum("extractor", "dlib", sorted(zoo.EXTRACTORS), "extractor")
+_EXTRACTOR = flags.DEFINE_string(
+    "extractor", "dlib", f"{', '.join(zoo.EXTRACTORS)}, or the folder of a trained one"
+)
 _WEIGHTS = flags.DEFINE_string("weights", None, "file of its weights; default: its usual source")
 _REPLACE = flags.DEFINE_bool("replace", False, "drop what is enrolled of the gallery's people")
 _DELETE = flags.DEFINE_multi_string("delete", [], "identity to remove; may be repeated")

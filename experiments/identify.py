@@ -33,7 +33,9 @@ from afr_jax.models import zoo
 from afr_jax.recognition import match, recognise
 
 _DATA = flags.DEFINE_string("data", None, "folder with a folder of photos for each person")
-_EXTRACTORS = flags.DEFINE_list("extractors", ["dlib"], f"of {', '.join(sorted(zoo.EXTRACTORS))}")
+_EXTRACTORS = flags.DEFINE_list(
+    "extractors", ["dlib"], f"of {', '.join(zoo.EXTRACTORS)}, or folders of trained ones"
+)
 _WEIGHTS = flags.DEFINE_list("weights", [], "weight files: NAME=FILE, or FILE for one extractor")
 _METRIC = flags.DEFINE_enum(
     "metric", None, zoo.METRICS, "how embeddings are compared; default: as each extractor's"

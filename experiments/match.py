@@ -44,7 +44,11 @@ _METRIC = flags.DEFINE_enum(
 _THRESHOLD = flags.DEFINE_float(
     "threshold", None, "distance below which it is the same person; default: the extractor's"
 )
-_WEIGHTS = flags.DEFINE_string("weights", None, "the weight file that the database was made with")
+_WEIGHTS = flags.DEFINE_string(
+    "weights",
+    None,
+    "weight file, or folder of the trained extractor, that the database is made with",
+)
 _EXACT = flags.DEFINE_bool("exact", None, "search all faces even if there is an index")
 _MIN_FACE = flags.DEFINE_integer("min_face_px", 20, "side of the smallest face looked for", 12)
 _MIN_CONFIDENCE = flags.DEFINE_float(
@@ -63,13 +67,16 @@ def match_program() -> tuple[dict[str, Any], int]:
     try:
         reference = database.open_database(_DATABASE.value)
         reference.check_not_empty()
+        name, weights = reference.tag.name, _WEIGHTS.value
+        if name not in zoo.EXTRACTORS and weights:
+            name, weights = weights, None
         recogniser = recognise.load(
-            [reference.tag.name],
-            weights={reference.tag.name: _WEIGHTS.value} if _WEIGHTS.value else None,
+            [name],
+            weights={name: weights} if weights else None,
             options=detect.DetectorOptions(min_face_px=_MIN_FACE.value),
         )
-        reference.check_tag(recognise.tag(recogniser, reference.tag.name))
-        extractor = recogniser.extractors[reference.tag.name]
+        reference.check_tag(recognise.tag(recogniser, name))
+        extractor = recogniser.extractors[name]
         metric = _METRIC.value or extractor.metric
         threshold = _THRESHOLD.value
         if threshold is None:
@@ -89,7 +96,7 @@ def match_program() -> tuple[dict[str, Any], int]:
     )
     found = list(run.progress(found, description="query photos", total=len(inputs)))
     names = [item.relative.as_posix() for item in inputs]
-    probes = [item.embeddings[extractor.name] for item in found]
+    probes = [item.embeddings[name] for item in found]
     hits = reference.search(
         np.concatenate(probes), k=_TOP_K.value, metric=metric, exact=_EXACT.value
     )

@@ -31,7 +31,7 @@ from absl import flags
 from afr_jax.core import machine, run
 from afr_jax.data import photo_files, video
 from afr_jax.evaluation import misdetection, patch_study
-from afr_jax.methods import mtcnn_patch, patch_training, patch_views
+from afr_jax.methods import mtcnn_patch, patch_placing, patch_training, patch_views
 from afr_jax.models import mtcnn
 
 _TRAIN = flags.DEFINE_list("train", [], "films, folders and photos to train on")
@@ -165,7 +165,7 @@ def _frames(variables, flag, paths, count) -> list[patch_study.Shown]:
     shown = []
     for number in video.spread(len(people), min(count, len(people))):
         one = people[number]
-        place = patch_views.place(one.pixels, one.box, one.landmarks, placement=_PLACEMENT.value)
+        place = patch_placing.place(one.pixels, one.box, one.landmarks, placement=_PLACEMENT.value)
         shown.append(patch_study.Shown(one, place))
     return shown
 

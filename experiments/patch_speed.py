@@ -8,7 +8,7 @@ the grid; the other side (experiments/peers/patch_peer.py: eager, facenet-pytorc
 whole levels with noise alone, so it does less of the one and more of the other. The environment:
 
     python3.11 -m venv peers
-    peers/bin/pip install torch==2.13.0
+    peers/bin/pip install torch==2.13.0 torchvision requests tqdm pillow
     peers/bin/pip install --no-deps facenet-pytorch==2.6.0
 
 Writes `result.json` and the table of standard error, `speed.md`, into the work folder, by default
@@ -33,7 +33,7 @@ from absl import flags
 from afr_jax.core import machine, run
 from afr_jax.data import photo_files, video
 from afr_jax.evaluation import misdetection, peer, timing
-from afr_jax.methods import mtcnn_patch, patch_views
+from afr_jax.methods import mtcnn_patch, patch_placing, patch_views
 from afr_jax.models import mtcnn
 from afr_jax.perturb import loop
 
@@ -108,7 +108,7 @@ def speed_program() -> tuple[dict[str, Any], int]:
     return result, run.EXIT_OK
 
 
-def _placed(variables: dict) -> list[patch_views.Placed]:
+def _placed(variables: dict) -> list[patch_placing.Placed]:
     if flags.FLAGS.toy and not _TRAIN.value:
         frames = [video.Frame("portrait", skimage.data.astronaut()[:256, 96:352])]
         shown, _ = misdetection.find_person(variables, frames, is_film=False)
@@ -128,7 +128,8 @@ def _placed(variables: dict) -> list[patch_views.Placed]:
     shown = [one for one in shown if one.pixels.shape == shown[0].pixels.shape]
     chosen = [shown[n] for n in video.spread(len(shown), min(_FRAMES.value, len(shown)))]
     return [
-        patch_views.place(one.pixels, one.box, one.landmarks, placement="cheeks") for one in chosen
+        patch_placing.place(one.pixels, one.box, one.landmarks, placement="cheeks")
+        for one in chosen
     ]
 
 
@@ -183,7 +184,7 @@ def _theirs(other, placed, options, epochs, folder):
     return measure
 
 
-def _coordinates(item: patch_views.Placed) -> np.ndarray:
+def _coordinates(item: patch_placing.Placed) -> np.ndarray:
     """Where in each patch a photo's pixel looks, `[P, H, W, 2]` (x, y) in [-1, 1]; 2: nowhere."""
     found = []
     for name in sorted(item.grids):

@@ -39,7 +39,15 @@ from afr_jax.core import checkpoint, parallel, run
 from afr_jax.data import augment, identity_tree, loaders, sampling
 from afr_jax.evaluation import verification
 from afr_jax.models import heads, mtcnn
-from afr_jax.recognition import chips, optimizers, train, train_scores, trained, training_set
+from afr_jax.recognition import (
+    chips,
+    optimizers,
+    train,
+    train_scores,
+    train_stream,
+    trained,
+    training_set,
+)
 
 _DATA = flags.DEFINE_string("data", None, "folder with a folder of photos for each person")
 _CSV = flags.DEFINE_string("csv", None, "CSV with the columns image, identity; paths in --data")
@@ -298,7 +306,7 @@ def _train(settings, workdir, mesh, faces, pairs, batches, recipe) -> train.Trai
             options = {"recipe": recipe, "mesh": mesh, "num_steps": num_steps}
             options["report_fn"] = bar.update
             if faces.images is None:
-                state, metrics = train.run_streamed(key, state, stream, **options)
+                state, metrics = train_stream.run_streamed(key, state, stream, **options)
             else:
                 state, metrics = train.run_steps(key, state, data, batches=batches, **options)
             step += num_steps

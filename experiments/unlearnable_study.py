@@ -87,20 +87,21 @@ _SCALES = {
     ),
     "full": _Scale(None, None, victims.VictimOptions(), {}),
     "toy": _Scale(
-        train_images=160,
-        test_images=160,
+        train_images=320,
+        test_images=320,
         victim=victims.VictimOptions(
-            "small_resnet", width=8, num_epochs=8, batch_size=32, augmented=False
+            "small_resnet", width=8, num_epochs=12, batch_size=32, augmented=False
         ),
         search={
             f"{method}/{granularity}": {
                 "batch_size": 32,
-                "train_steps": 0 if method in ("error_max", "tap") else 10,
-                "source_steps": 20 if method in ("error_max", "tap") else 0,
+                "train_steps": 0 if method in ("error_max", "tap") else 20,
+                "source_steps": 60 if method in ("error_max", "tap") else 0,
                 "num_steps": 4 if granularity == "sample" else 1,
                 "step_levels": 2.0,
                 "class_share": 1.0,
-                "max_rounds": 3 if granularity == "sample" else 8,
+                "max_rounds": 4 if granularity == "sample" else 8,
+                "stop_error": None,
                 "views": 1 if method == "rem" else 0,
                 "adversary_steps": 2,
             }

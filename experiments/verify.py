@@ -33,7 +33,9 @@ from afr_jax.recognition import detect, match, recognise
 _PAIR = flags.DEFINE_list("pair", None, "two photos")
 _PAIRS = flags.DEFINE_string("pairs", None, "CSV with the columns image_a, image_b, same")
 _IMAGES = flags.DEFINE_string("images", ".", "folder that the paths of --pairs are below")
-_EXTRACTOR = flags.DEFINE_enum("extractor", "dlib", sorted(zoo.EXTRACTORS), "extractor")
+_EXTRACTOR = flags.DEFINE_string(
+    "extractor", "dlib", f"{', '.join(zoo.EXTRACTORS)}, or the folder of a trained one"
+)
 _WEIGHTS = flags.DEFINE_string("weights", None, "file of its weights; default: its usual source")
 _METRIC = flags.DEFINE_enum(
     "metric", None, zoo.METRICS, "how embeddings are compared; default: as the extractor's"
@@ -81,7 +83,7 @@ def _verify_pair(recogniser, metric, threshold) -> tuple[dict[str, Any], int]:
         "verified": distance < threshold,
         "distance": distance,
         "threshold": threshold,
-        "model": _EXTRACTOR.value,
+        "model": recogniser.extractors[_EXTRACTOR.value].name,
         "detector_backend": "mtcnn",
         "similarity_metric": metric,
         "facial_areas": areas,
@@ -116,7 +118,7 @@ def _verify_pairs(recogniser, metric, threshold) -> tuple[dict[str, Any], int]:
     curve = verification.roc(distances, same)
     accuracies = verification.fold_accuracies(distances, same)
     result = {
-        "extractor": _EXTRACTOR.value,
+        "extractor": recogniser.extractors[_EXTRACTOR.value].name,
         "similarity_metric": metric,
         "pairs": len(rows),
         "photos": len(names),

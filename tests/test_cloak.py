@@ -25,8 +25,9 @@ class _ToyNet(nn.Module):
 @pytest.fixture(scope="module")
 def surrogates():
     template = ((7.0, 7.5), (7.0, 16.5), (12.0, 12.0), (16.5, 8.0), (16.5, 16.0))
+    thresholds = zoo.Thresholds(0.6, None, None)
     toy = zoo.Extractor(
-        "toy", _ToyNet(), 24, template, 1.0, 0.0, 8, False, 0.6, lambda: {}, "test", "test"
+        "toy", _ToyNet(), 24, template, 1.0, 0.0, 8, False, thresholds, lambda: {}, "test", "test"
     )
     variables = toy.module.init(jax.random.key(0), jnp.zeros((1, 24, 24, 3)))
     return cloak.Surrogates((toy,), (variables,))

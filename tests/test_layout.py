@@ -39,7 +39,7 @@ _DOORS = {
     "absl.flags": ("afr_jax.core.run", "experiments."),
     "absl.app": ("afr_jax.core.run",),
     "tensorflow": ("experiments.peers.",),
-    "torch": (),
+    "torch": ("experiments.peers.",),
     "mtcnn": ("experiments.peers.",),
     "face_recognition_models": (),
     # A restricted `pickle.Unpickler` is fine; what runs foreign code is not.

@@ -14,6 +14,37 @@ from afr_jax.data import image_sets, noise_files
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
+# Calls a program with several command lines in one process; prints what it says of each.
+_DRIVER = """
+import importlib, json, sys
+from absl import flags
+from absl.testing import flagsaver
+from afr_jax.core import run
+
+program = importlib.import_module(f"experiments.{sys.argv[1]}")
+run.define_flags()
+flags.FLAGS(["program"])
+for line in json.loads(sys.argv[3]):
+    with flagsaver.flagsaver():
+        flags.FLAGS(["program", *line])
+        try:
+            print(json.dumps(getattr(program, sys.argv[2])()[0]))
+        except run.UsageError as error:
+            print(json.dumps(str(error)))
+"""
+
+
+def _messages(module, function, lines):
+    done = subprocess.run(
+        [sys.executable, "-c", _DRIVER, module, function, json.dumps(lines)],
+        cwd=_ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
 
 def _run(module, *arguments):
     done = subprocess.run(
@@ -80,14 +111,16 @@ def test_originals_stay_and_a_second_run_writes_the_same(made, tree):
 
 def test_wrong_usage_is_said(tree, tmp_path):
     output = f"--output_dir={tmp_path / 'out'}"
-    for arguments, message in (
+    cases = [
         ([output], "--data"),
         ([f"--data={tree}", f"--output_dir={tree / 'out'}"], "within each other"),
         ([f"--data={tree}", output, "--method=cuda"], "one filter a class"),
         ([f"--data={tree}", output, "--image_px=64"], "64 x 64"),
-    ):
-        done, _ = _run("make_unlearnable", *arguments)
-        assert done.returncode == 2 and message in done.stderr, done.stderr
+    ]
+    lines = [arguments for arguments, _ in cases]
+    messages = _messages("make_unlearnable", "make_unlearnable_program", lines)
+    for message, (_, part) in zip(messages, cases, strict=True):
+        assert part in message
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +142,10 @@ def test_a_victim_learns_clean_data_and_not_error_min_data(study):
     """The acceptance run in small: made-up images, four classes."""
     result, _ = study["float32"]
     last = {row["data"]: row["last_accuracy"] for row in result["rows"]}
-    assert last["clean"] > 0.7, last
+    assert last["clean"] > 0.8, last
     for granularity in ("sample", "class"):
-        assert last[f"error_min {granularity}"] < 0.5, last
+        assert last[f"error_min {granularity}"] < 0.6, last
+        assert last[f"random {granularity}"] > last[f"error_min {granularity}"] + 0.15, last
     assert all(result["verdict"].values()), result["verdict"]
 
 
@@ -119,7 +153,7 @@ def test_bfloat16_does_not_change_the_conclusion(study):
     result, _ = study["bfloat16"]
     assert result["settings"]["victim"]["bfloat16"]
     last = {row["data"]: row["last_accuracy"] for row in result["rows"]}
-    assert last["clean"] > 0.7 and last["error_min class"] < 0.5, last
+    assert last["clean"] > 0.8 and last["error_min class"] < 0.6, last
 
 
 def test_a_study_goes_on_cell_by_cell(study):

@@ -68,7 +68,7 @@ def made_up(
     texture = np.cos(rows[:, :, :, None] + columns[:, :, None, :])
     signal = np.einsum("nwrc,nwk->nrck", texture, colours[labels])
     noise = generator.normal(0, 1, (num_images, side, side, 3))
-    images = np.clip(127.5 + 12 * signal + 20 * noise, 0, 255).astype(np.uint8)
+    images = np.clip(127.5 + 13 * signal + 20 * noise, 0, 255).astype(np.uint8)
     classes = tuple(f"class_{number:02d}" for number in range(num_classes))
     ids = [f"{classes[k]}/{split}_{i:05d}" for i, k in enumerate(labels)]
     order = np.argsort(ids, kind="stable")

@@ -1,6 +1,6 @@
 """Corner grids of patches from outside: a JSON file, or markers printed on what is worn.
 
-Grids are `[R + 1, C + 1, 2]` (y, x) in photo pixels, by patch, as `patch_views.place` takes them.
+Grids are `[R + 1, C + 1, 2]` (y, x) in photo pixels, by patch, as `patch_placing.place` takes them.
 Markers need OpenCV, which is optional. Host code.
 """
 

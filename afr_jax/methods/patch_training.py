@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from afr_jax.core import checkpoint, parallel, run
-from afr_jax.methods import mtcnn_patch, patch_views
+from afr_jax.methods import mtcnn_patch, patch_placing, patch_views
 from afr_jax.perturb import loop
 
 # Parts of the random views that can be switched off: name -> (options, its fields and neutral
@@ -54,7 +54,7 @@ def without(options: mtcnn_patch.PatchOptions, names: Sequence[str]) -> mtcnn_pa
 def train(
     key: jax.Array,
     variables: dict,
-    placed: Sequence[patch_views.Placed],
+    placed: Sequence[patch_placing.Placed],
     options: mtcnn_patch.PatchOptions,
     *,
     work: run.Workdir,

@@ -16,7 +16,7 @@ import numpy as np
 from afr_jax.core import parallel
 from afr_jax.data import photos
 from afr_jax.models import mtcnn, zoo
-from afr_jax.recognition import database, detect, embed
+from afr_jax.recognition import database, detect, embed, trained
 
 _GROUP = 64
 NO_FACE = "no face was found"
@@ -28,7 +28,7 @@ class Recogniser(NamedTuple):
     Attributes:
         detector: variables of MTCNN's three networks.
         options: of the detector.
-        extractors: entries of the zoo, by name.
+        extractors: entries of the zoo and the like, by the name that was asked for.
         variables: theirs, by name.
     """
 
@@ -65,7 +65,7 @@ def load(
     """Loads the detector and extractors.
 
     Args:
-        names: of extractors in the zoo.
+        names: of extractors in the zoo, or folders of trained ones (`trained.write_extractor`).
         weights: file of an extractor's weights, by its name; its default source otherwise.
         options: of the detector; its defaults if None.
 
@@ -77,7 +77,7 @@ def load(
     for name in weights:
         if name not in names:
             raise ValueError(f"weights are given for {name!r}, which is not among the extractors")
-    extractors = {name: zoo.get(name) for name in names}
+    extractors = {name: find_extractor(name) for name in names}
     return Recogniser(
         detector=jax.tree.map(jnp.asarray, mtcnn.read_weights(mtcnn.find_weights())),
         options=options or detect.DetectorOptions(),
@@ -89,11 +89,23 @@ def load(
     )
 
 
+def find_extractor(name: str) -> zoo.Extractor:
+    """An extractor by its name in the zoo, or by the folder of a trained one.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name not in zoo.EXTRACTORS and pathlib.Path(name).exists():
+        return trained.read_extractor(name)
+    return zoo.get(name)
+
+
 def tag(recogniser: Recogniser, name: str) -> database.ExtractorTag:
     """What a reference database notes of the extractor that filled it."""
     extractor = recogniser.extractors[name]
     weights = zoo.fingerprint(recogniser.variables[name])
-    return database.ExtractorTag(name, weights, extractor.embedding_size, extractor.metric)
+    size = extractor.embedding_size
+    return database.ExtractorTag(extractor.name, weights, size, extractor.metric)
 
 
 def parse_weights(values: Sequence[str], names: Sequence[str]) -> dict[str, str]:

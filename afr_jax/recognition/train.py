@@ -23,7 +23,7 @@ Images are float RGB in [0, 1] or uint8; what the network itself wants is `Recip
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -35,7 +35,7 @@ import optax
 
 from afr_jax.core import images as image_ops
 from afr_jax.core import parallel
-from afr_jax.data import augment, loaders, sampling
+from afr_jax.data import augment, sampling
 from afr_jax.perturb import loop
 from afr_jax.recognition import optimizers
 
@@ -259,24 +259,6 @@ def train_chunk(
     return jax.lax.scan(one, state, rows.T)
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "mesh"), donate_argnames="state")
-def train_batch(
-    key: jax.Array,
-    state: TrainState,
-    images: jax.Array,
-    labels: jax.Array,
-    *,
-    recipe: Recipe,
-    mesh: parallel.Mesh,
-) -> tuple[TrainState, Metrics]:
-    """`train_step`, compiled, on a batch from the host; state donated, images split over devices.
-
-    The images and labels are placed by `parallel.shard_batch`.
-    """
-    state, metrics = train_step(key, state, images, labels, recipe=recipe)
-    return jax.lax.with_sharding_constraint(state, parallel.replicated(mesh)), metrics
-
-
 def run_steps(
     key: jax.Array,
     state: TrainState,
@@ -322,57 +304,23 @@ def run_steps(
         parts.append(metrics)
         if report_fn is not None:
             report_fn(len(steps))
-    return state, _fetched(parts, first)
+    return state, fetch_metrics(parts, first_step=first)
 
 
-def run_streamed(
-    key: jax.Array,
-    state: TrainState,
-    host_batches: Iterator[loaders.HostBatch],
-    *,
-    recipe: Recipe,
-    mesh: parallel.Mesh,
-    num_steps: int,
-    report_fn: Callable[[int], None] | None = None,
-) -> tuple[TrainState, Metrics]:
-    """`run_steps` for a data set that does not fit on the device.
+def fetch_metrics(parts: list[Metrics], *, first_step: int = 0) -> Metrics:
+    """The metrics of some calls on the host, one after the other.
 
     Args:
-        key: of the whole run.
-        state: donated.
-        host_batches: from `loaders.batch_iterator`, standing at the state's step.
-        recipe: the run.
-        mesh: of the run.
-        num_steps: to take, at least 1.
-        report_fn: called after each step with 1.
-
-    Returns:
-        As `run_steps`; the same values by rounding.
+        parts: of each call, `[steps]`; at least one.
+        first_step: number of the first of them, for the message.
 
     Raises:
-        FloatingPointError: a loss was not finite.
-        ValueError: the batches stand at another step.
+        FloatingPointError: a loss is not finite.
     """
-    first = int(state.step)
-    parts = []
-    for step in range(first, first + num_steps):
-        batch = next(host_batches)
-        if batch.step != step:
-            raise ValueError(f"the state is at step {step}, the batches at {batch.step}")
-        placed = parallel.shard_batch((batch.images, batch.labels), mesh)
-        state, metrics = train_batch(key, state, *placed, recipe=recipe, mesh=mesh)
-        parts.append(jax.tree.map(lambda value: value[None], metrics))
-        if report_fn is not None:
-            report_fn(1)
-    return state, _fetched(parts, first)
-
-
-def _fetched(parts: list[Metrics], first: int) -> Metrics:
-    """The metrics of all steps on the host; the first one is step `first`."""
     metrics = jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(parts))
     if not np.isfinite(metrics.loss).all():
         at = int(np.argmin(np.isfinite(metrics.loss)))
-        raise FloatingPointError(f"the loss of step {first + at} is {metrics.loss[at]}")
+        raise FloatingPointError(f"the loss of step {first_step + at} is {metrics.loss[at]}")
     return metrics
 
 
