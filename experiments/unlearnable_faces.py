@@ -141,7 +141,7 @@ def _options() -> tuple[victims.VictimOptions, noise_steps.SearchOptions]:
         architecture="small_resnet" if toy else _ARCHITECTURE.value,
         width=8 if toy else _WIDTH.value,
         stem="cifar" if toy else _STEM.value,
-        num_epochs=6 if toy else _EPOCHS.value,
+        num_epochs=16 if toy else _EPOCHS.value,
         batch_size=16 if toy else _BATCH.value,
         learning_rate=_LEARNING_RATE.value,
         augmented=not toy,
@@ -154,8 +154,8 @@ def _options() -> tuple[victims.VictimOptions, noise_steps.SearchOptions]:
         class_share=1.0,
         stop_error=0.1,
         batch_size=victim.batch_size,
-        train_steps=10 if toy else _TRAIN_STEPS.value,
-        max_rounds=8 if toy else _ROUNDS.value,
+        train_steps=20 if toy else _TRAIN_STEPS.value,
+        max_rounds=10 if toy else _ROUNDS.value,
     )
     return victim, search
 
@@ -166,7 +166,7 @@ def _count(value: int, in_toy: int) -> int:
 
 def _read() -> image_sets.ImageSet:
     if flags.FLAGS.toy and not _DATA.value:
-        return image_sets.made_up(flags.FLAGS.seed, 192, num_classes=6)
+        return image_sets.made_up(flags.FLAGS.seed, 288, num_classes=6)
     if not _DATA.value:
         raise ValueError("--data is needed: a folder with one folder of face crops per identity")
     root = pathlib.Path(_DATA.value).expanduser()

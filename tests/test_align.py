@@ -1,5 +1,6 @@
 """Alignment: the transform against scikit-image, the warp against plain sampling in float64."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -81,6 +82,23 @@ def test_similarity_transform_does_not_mirror():
 _PENTAGON = np.stack(
     [np.sin(2 * np.pi * np.arange(5) / 5), np.cos(2 * np.pi * np.arange(5) / 5)], 1
 )
+
+
+@pytest.mark.parametrize("stretch", [1.0, 1.25])
+def test_a_stretched_chip_shows_wider_faces(stretch):
+    extractor = dataclasses.replace(zoo.get("dlib"), stretch=stretch)
+    squeezed = _TEMPLATE.copy()
+    squeezed[:, 1] = 74.5 + (squeezed[:, 1] - 74.5) / stretch
+    photo = _transform(0.7, 0.3, (40.0, 60.0))
+    transform = align.chip_transform(extractor, _apply(photo, squeezed))
+    # Exact landmarks of a face that is as wide as the template is, once stretched.
+    np.testing.assert_allclose(_apply(transform, _TEMPLATE), _apply(photo, squeezed), atol=1e-9)
+    np.testing.assert_allclose(
+        _apply(transform, np.array([[74.5, 74.5]])), _apply(photo, np.array([[74.5, 74.5]]))
+    )
+    # A step along the chip's columns is shorter in the photo, one along its rows is not.
+    np.testing.assert_allclose(np.linalg.norm(transform[:, 1]), 0.7 / stretch)
+    assert align.transform_scale(transform) == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def cut_chips(
         if number >= len(faces):
             span = np.ptp(landmarks, axis=0).max()
             landmarks = landmarks + generator.normal(0.0, 0.04 * span, landmarks.shape)
-        transform = align.similarity_transform(landmarks, np.array(extractor.template))
+        transform = align.chip_transform(extractor, landmarks)
         factor = align.pool_factor(align.transform_scale(transform))
         bounds = align.chip_bounds(transform, extractor.input_px)
         canvas = align.cut_canvas(pixels, bounds, factor=factor, ladder=_CANVAS_LADDER)

@@ -175,9 +175,7 @@ def _plan(extractors, photo, index, number, targets, config) -> _Plan:
     shape = photo.pixels.shape[:2]
     transforms, bounds = [], [_grown(photo.faces.boxes[number])]
     for extractor in extractors:
-        transform = align.similarity_transform(
-            photo.faces.landmarks[number], np.array(extractor.template)
-        )
+        transform = align.chip_transform(extractor, photo.faces.landmarks[number])
         transforms.append(transform)
         bounds.append(align.chip_bounds(transform, extractor.input_px))
     bounds = np.array(bounds)

@@ -68,6 +68,7 @@ class Extractor:
         source: where the weights come from.
         licence: of the weights.
         read: reads the variables from a file of the original's format.
+        stretch: how much wider a face is in its chips than in a photo.
         is_bgr: whether the network takes the colours in the order blue, green, red.
     """
 
@@ -84,6 +85,7 @@ class Extractor:
     source: str
     licence: str
     read: Callable[[str | os.PathLike[str]], dict] | None = None
+    stretch: float = 1.0
     is_bgr: bool = False
 
     @property

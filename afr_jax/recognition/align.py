@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from afr_jax.core import images
+from afr_jax.models import zoo
 
 
 class Canvas(NamedTuple):
@@ -108,9 +109,30 @@ def similarity_transform(landmarks: np.ndarray, template: np.ndarray) -> np.ndar
     )
 
 
+def chip_transform(extractor: zoo.Extractor, landmarks: np.ndarray) -> np.ndarray:
+    """The transform `[2, 3]` float64 from an extractor's chip to a photo.
+
+    A similarity transform to the extractor's template, stretched in the chip's columns where the
+    extractor learned from faces that were.
+
+    Args:
+        extractor: whose chip.
+        landmarks: `[5, 2]` (y, x) in the photo.
+
+    Raises:
+        ValueError: the landmarks span no face.
+    """
+    centre, stretch = (extractor.input_px - 1) / 2, extractor.stretch
+    template = np.array(extractor.template)
+    template[:, 1] = centre + (template[:, 1] - centre) / stretch
+    transform = similarity_transform(landmarks, template)
+    squeeze = np.array([[1, 0, 0], [0, 1 / stretch, centre - centre / stretch], [0, 0, 1]])
+    return np.vstack([transform, [0, 0, 1]])[:2] @ squeeze
+
+
 def transform_scale(transform: np.ndarray) -> float:
-    """Photo pixels per chip pixel."""
-    return float(np.hypot(transform[0, 0], transform[0, 1]))
+    """Photo pixels per chip pixel, from row to row of the chip."""
+    return float(np.hypot(transform[0, 0], transform[1, 0]))
 
 
 def chip_bounds(transform: np.ndarray, size: int) -> np.ndarray:

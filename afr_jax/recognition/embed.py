@@ -66,7 +66,7 @@ def _embed_batch(variables, canvases, transforms, extractor):
 
 def _face_canvas(extractor, pixels, landmarks):
     """The piece of the photo under the chip, averaged to the chip's scale, and its transform."""
-    transform = align.similarity_transform(landmarks, np.array(extractor.template))
+    transform = align.chip_transform(extractor, landmarks)
     bounds = align.chip_bounds(transform, extractor.input_px)
     factor = align.pool_factor(align.transform_scale(transform))
     margin = 2 * factor
