@@ -20,7 +20,7 @@ person is lost to classification, yet the features learned from others still tel
 
 Every trained victim is a file in `cells/`, so a run that was cut goes on where it stopped. Writes
 `result.json` and `roc.png`. Inception-ResNet-v1 wants an accelerator (not measured); on two CPU
-cores --architecture=small_resnet --width=32 --image_px=56 --max_photos=100 --epochs=15 (not
+cores add --architecture=small_resnet --width=32 --image_px=56 --max_photos=100 --epochs=15 (not
 measured). --toy: made-up pictures, seconds.
 """
 
