@@ -41,7 +41,7 @@ def measure(
     counts: Sequence[int],
     *,
     dimension: int = 128,
-    num_probes: int = 256,
+    num_probes: int = 512,
     index_probes: int | None = None,
     repeats: int = 5,
     seed: int = 0,

@@ -59,7 +59,7 @@ def _pointwise(inputs, kernel, window_strides, padding, **_):
 def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
     """Convolution of each channel by itself, as a sum of shifted products that fuse into one pass.
 
-    XLA runs a grouped convolution on CPU 25 times slower forward and 10 to 60 times slower
+    XLA runs a grouped convolution on CPU 15 to 25 times slower forward, and 2 to 60 times slower
     backward.
 
     Args:

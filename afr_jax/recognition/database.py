@@ -250,7 +250,7 @@ class Database:
             metric: one of `zoo.METRICS`; by default that of the extractor. Others than the
                 extractor's are searched exactly.
             exact: whether to look at all entries; by default where there is no index.
-            num_probes: cells of the index to look through; an eighth of them by default.
+            num_probes: cells of the index to look through; a quarter of them by default.
 
         Raises:
             DatabaseError: nobody is enrolled, or the probes are of another size.
@@ -268,7 +268,7 @@ class Database:
         if exact or not len(probes):
             return self._search_exactly(probes, k, metric)
         if num_probes is None:
-            num_probes = max(32, num_partitions(len(self)) // 8)
+            num_probes = max(32, num_partitions(len(self)) // 4)
         return self._search_index(probes, k, num_probes)
 
     def _search_exactly(self, probes: np.ndarray, k: int, metric: str) -> Hits:
