@@ -234,8 +234,8 @@ EXTRACTORS = {
         ),
         # deepface's Facenet512 is this network.
         _facenet("facenet_vggface2", Thresholds(23.56, 1.04, 0.30)),
-        # Of highest accuracy on 3,000 LFW pairs (98.7 %). deepface has none: its Facenet, with 0.80,
-        # is another network, of 128 dimensions.
+        # Of highest accuracy on 3,000 LFW pairs (98.7 %). deepface has none: its Facenet, with
+        # 0.80, is another network, of 128 dimensions.
         _facenet("facenet_casia", Thresholds(None, 1.116, 0.623)),
         _deepface(
             "vggface",
