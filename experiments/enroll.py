@@ -32,7 +32,7 @@ from absl import flags, logging
 from afr_jax.core import run
 from afr_jax.data import identity_tree
 from afr_jax.models import zoo
-from afr_jax.recognition import database, detect, recognise
+from afr_jax.recognition import database, detect, match, recognise
 
 _GALLERY = flags.DEFINE_string("gallery", None, "folder with a folder of photos for each person")
 _CSV = flags.DEFINE_string("csv", None, "CSV with the columns image, identity; paths in --gallery")
@@ -68,6 +68,13 @@ def _enrol() -> tuple[dict[str, Any], int]:
     root = _GALLERY.value
     listing = (
         identity_tree.list_csv(_CSV.value, root) if _CSV.value else identity_tree.list_tree(root)
+    )
+    listing = listing.without(
+        [
+            identity_tree.Problem(sample.sample_id, reason)
+            for sample in listing.samples
+            if (reason := _name_problem(sample))
+        ]
     )
     items = list(listing.samples[:_TOY_PHOTOS] if flags.FLAGS.toy else listing.samples)
     workdir = run.open_workdir(flags.FLAGS.workdir, _config()) if flags.FLAGS.workdir else None
@@ -161,6 +168,16 @@ def _entries(pairs) -> database.Entries:
         boxes=np.stack([seen.faces.boxes[0] for _, seen in pairs]),
         vectors=np.stack([seen.embeddings[_EXTRACTOR.value][0] for _, seen in pairs]),
     )
+
+
+def _name_problem(sample: identity_tree.Sample) -> str | None:
+    if sample.identity == match.UNKNOWN:
+        return f"nobody may be called {match.UNKNOWN!r}: it says that none matched"
+    try:
+        sample.sample_id.encode("utf-8")
+    except UnicodeEncodeError:
+        return "the name is not Unicode"
+    return None
 
 
 def _config() -> dict[str, Any]:

@@ -106,12 +106,17 @@ def test_new_changed_gone_and_replaced_photos(gallery, tmp_path):
     _save(gallery / "p0" / "2.png", (0, 0, 0))
     (gallery / "p1" / "3.png").unlink()
     (gallery / "p2" / "broken.jpg").write_bytes(b"\xff\xd8\xff nonsense")
+    _save(gallery / "unknown" / "x.png", (5, 5, 5))
+    latin = os.fsdecode(b"p2/caf\xe9.png")
+    _save(gallery / latin, (5, 5, 5))
     code, result = _drive(*flags)
     assert code == 3
     assert (result["added"], result["changed"], result["unchanged"]) == (1, 1, 17)
     assert {item["image"]: item["reason"][:12] for item in result["not_handled"]} == {
         "p0/2.png": "no face was ",
         "p2/broken.jpg": "the JPEG fil",
+        "unknown/x.png": "nobody may b",
+        latin: "the name is ",
     }
     rows = _expected(gallery) | {"p9/new.png": ("p9", (9, 9, 9))}
     rows["p0/1.png"] = ("p0", (77, 1, 9))

@@ -10,85 +10,26 @@ or nothing. Boxes are `[y0, x0, y1, x1]` in pixels of the upright photo.
 """
 
 import datetime
-import json
-import logging
 import math
 import os
 import pathlib
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
 import lancedb
 import numpy as np
 import pyarrow as pa
 from lancedb.index import IvfFlat
 
-from afr_jax.recognition import match
+from afr_jax.recognition import enrolled, match
+from afr_jax.recognition.enrolled import DatabaseError, Entries, ExtractorTag, Hits
 
 TABLE = "faces"
 # From this many rows on searches go through an index (an exact one takes under 50 ms below it).
 INDEX_FROM = 100_000
-_METADATA_KEY = b"afr_jax"
 _INDEX = "vector_idx"
 _MAX_PARTITIONS = 4096
-
-
-class DatabaseError(Exception):
-    """A database that cannot be opened, or that does not take what it is given."""
-
-
-class ExtractorTag(NamedTuple):
-    """What made the embeddings of a table.
-
-    Attributes:
-        name: of the extractor in the zoo.
-        weights: fingerprint of its variables (`zoo.fingerprint`).
-        embedding_size: D.
-        metric: in which its embeddings are compared, one of `zoo.METRICS`.
-    """
-
-    name: str
-    weights: str
-    embedding_size: int
-    metric: str
-
-
-class Entries(NamedTuple):
-    """N enrolled faces.
-
-    Attributes:
-        identities: `[N]` whose faces they are; any text that is not empty.
-        images: `[N]` name of the photo each was found in.
-        digests: `[N]` SHA-256 of the photo's file, hexadecimal.
-        faces: `[N]` number of the face in its photo, from 0.
-        boxes: `[N, 4]` float32.
-        vectors: `[N, D]` float32 embeddings.
-    """
-
-    identities: Sequence[str]
-    images: Sequence[str]
-    digests: Sequence[str]
-    faces: Sequence[int]
-    boxes: np.ndarray
-    vectors: np.ndarray
-
-
-class Hits(NamedTuple):
-    """The k nearest entries of Q probes, nearest first.
-
-    Attributes:
-        identities: `[Q][k]`.
-        images: `[Q][k]`.
-        boxes: `[Q, k, 4]` float32.
-        distances: `[Q, k]` float32, in the metric that was asked for.
-    """
-
-    identities: list[list[str]]
-    images: list[list[str]]
-    boxes: np.ndarray
-    distances: np.ndarray
 
 
 class Database:
@@ -99,7 +40,7 @@ class Database:
         self.uri = uri
         self._connection = connection
         self._table = table
-        self.tag = _tag_of(table.schema, uri)
+        self.tag = enrolled.read_tag(table.schema, uri)
         self._entries: tuple[int, Entries] | None = None
         self._gallery: tuple[Entries, match.Gallery] | None = None
 
@@ -140,8 +81,8 @@ class Database:
                 rows["image"].to_pylist(),
                 rows["digest"].to_pylist(),
                 rows["face"].to_pylist(),
-                _matrix(rows["box"], 4),
-                _matrix(rows["vector"], self.tag.embedding_size),
+                enrolled.matrix(rows["box"], 4),
+                enrolled.matrix(rows["vector"], self.tag.embedding_size),
             )
             self._entries = version, entries
         return self._entries[1]
@@ -152,7 +93,7 @@ class Database:
         Raises:
             DatabaseError: vectors that are not finite or of another size, an empty identity.
         """
-        self._table.add(self._rows(entries))
+        self._table.add(enrolled.to_table(entries, self.tag))
 
     def replace_images(self, entries: Entries) -> None:
         """Puts faces in the place of everything enrolled from the same photos."""
@@ -304,7 +245,7 @@ class Database:
                 continue
             identities.append(rows["identity"].to_pylist())
             images.append(rows["image"].to_pylist())
-            boxes.append(_matrix(rows["box"], 4))
+            boxes.append(enrolled.matrix(rows["box"], 4))
             # LanceDB's "l2" is the squared distance; that of unit vectors is the metric's.
             squared = rows["_distance"].to_numpy()
             distances.append(np.sqrt(np.maximum(squared, 0)).astype(np.float32))
@@ -322,38 +263,7 @@ class Database:
             .when_matched_update_all()
             .when_not_matched_insert_all()
             .when_not_matched_by_source_delete(scope)
-            .execute(self._rows(entries))
-        )
-
-    def _rows(self, entries: Entries) -> pa.Table:
-        count = len(entries.identities)
-        vectors = np.ascontiguousarray(entries.vectors, np.float32)
-        boxes = np.ascontiguousarray(entries.boxes, np.float32)
-        if vectors.shape != (count, self.tag.embedding_size) or boxes.shape != (count, 4):
-            raise DatabaseError(
-                f"{count} entries with vectors {vectors.shape} and boxes {boxes.shape}; "
-                f"embeddings here have size {self.tag.embedding_size}"
-            )
-        if not np.isfinite(vectors).all():
-            raise DatabaseError("an embedding is not finite")
-        if not all(entries.identities) or not all(entries.images):
-            raise DatabaseError("an identity or image without a name")
-        if match.UNKNOWN in entries.identities:
-            raise DatabaseError(
-                f"nobody may be called {match.UNKNOWN!r}: it says that none matched"
-            )
-        return pa.table(
-            [
-                _lists(vectors),
-                pa.array(entries.identities, pa.string()),
-                pa.array(entries.images, pa.string()),
-                pa.array(entries.digests, pa.string()),
-                pa.array(entries.faces, pa.int32()),
-                _lists(boxes),
-                pa.array([self.tag.name] * count, pa.string()),
-                pa.array([self.tag.weights] * count, pa.string()),
-            ],
-            schema=self._table.schema,
+            .execute(enrolled.to_table(entries, self.tag))
         )
 
 
@@ -391,7 +301,7 @@ def open_database(
         except ValueError as error:
             if not create or tag is None:
                 raise DatabaseError(f"{uri} holds no reference database ({error})") from error
-            table = connection.create_table(TABLE, schema=_schema(tag), exist_ok=True)
+            table = connection.create_table(TABLE, schema=enrolled.schema(tag), exist_ok=True)
         database = Database(connection, table, uri)
     except (OSError, RuntimeError, ValueError) as error:
         raise DatabaseError(f"{uri} cannot be used as a database: {error}") from error
@@ -405,36 +315,6 @@ def num_partitions(count: int) -> int:
     return min(max(round(math.sqrt(count)), 16), _MAX_PARTITIONS)
 
 
-def _schema(tag: ExtractorTag) -> pa.Schema:
-    return pa.schema(
-        [
-            pa.field("vector", pa.list_(pa.float32(), tag.embedding_size)),
-            pa.field("identity", pa.string()),
-            pa.field("image", pa.string()),
-            pa.field("digest", pa.string()),
-            pa.field("face", pa.int32()),
-            pa.field("box", pa.list_(pa.float32(), 4)),
-            pa.field("extractor", pa.string()),
-            pa.field("weights", pa.string()),
-        ],
-        metadata={_METADATA_KEY: json.dumps(tag._asdict())},
-    )
-
-
-def _tag_of(schema: pa.Schema, uri: str) -> ExtractorTag:
-    try:
-        fields = json.loads((schema.metadata or {})[_METADATA_KEY])
-        tag = ExtractorTag(**fields)
-        expected = _schema(tag)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DatabaseError(f"the table {TABLE!r} of {uri} was not made by afr_jax") from error
-    if not schema.equals(expected):
-        missing = sorted(set(expected.names) ^ set(schema.names))
-        logging.info("columns of %s that differ: %s", uri, missing)
-        raise DatabaseError(f"the table {TABLE!r} of {uri} has other columns than expected")
-    return tag
-
-
 def _spoken(tag: ExtractorTag) -> str:
     return f"{tag.name} (weights {tag.weights[:12]}, {tag.embedding_size} numbers)"
 
@@ -442,14 +322,3 @@ def _spoken(tag: ExtractorTag) -> str:
 def _quoted(text: str) -> str:
     """A text as SQL writes it."""
     return "'" + text.replace("'", "''") + "'"
-
-
-def _lists(matrix: np.ndarray) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), matrix.shape[1])
-
-
-def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
-    """A column of lists of `width` float32 as `[N, width]`."""
-    parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    flat = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-    return flat.reshape(-1, width).astype(np.float32, copy=False)
