@@ -231,3 +231,15 @@ def test_kills_while_appending_leave_whole_rows(tmp_path):
         np.testing.assert_array_equal(np.sort(numbers), np.arange(counts[-1]))
         np.testing.assert_array_equal(entries.vectors, np.repeat(numbers[:, None], 64, 1))
     assert counts[-1] > 0 and counts == sorted(counts)
+
+
+@pytest.mark.parametrize("scheme", ["file://{}", "memory://faces"])
+def test_an_address_serves_as_well_as_a_folder(tmp_path, scheme):
+    uri = scheme.format(tmp_path / "db")
+    opened = database.open_database(uri, tag=_TAG, create=True)
+    opened.append(_entries(["ann", "bob"]))
+    opened.replace_identity("bob", _entries(["bob"] * 3, first=4))
+    assert opened.identities() == {"ann": 1, "bob": 3}
+    assert opened.search(_entries(["x"]).vectors, k=1).distances.shape == (1, 1)
+    if scheme.startswith("file"):  # What is in memory is gone with its connection.
+        assert database.open_database(uri, tag=_TAG).identities() == {"ann": 1, "bob": 3}

@@ -183,21 +183,50 @@ def test_killed_enrolments_leave_whole_rows_and_are_completed(gallery, tmp_path,
     assert _rows(tmp_path / "db") == _expected(gallery)
 
 
+# Runs one command line after the other in one process; prints what each is told.
+_USAGE_DRIVER = """
+import importlib, json, sys
+from absl import flags
+from absl.testing import flagsaver
+from afr_jax.core import run
+
+program = importlib.import_module(f"experiments.{sys.argv[1]}")
+run.define_flags()
+flags.FLAGS(["program"])
+for line in json.loads(sys.argv[2]):
+    with flagsaver.flagsaver():
+        flags.FLAGS(["program", *line])
+        try:
+            getattr(program, f"{sys.argv[1]}_program")()
+        except run.UsageError as error:
+            print(json.dumps(str(error)))
+"""
+
+
 def test_wrong_usage(gallery, tmp_path):
     _drive(f"--gallery={gallery}", f"--database={tmp_path / 'db'}")
     (tmp_path / "empty").mkdir()
-    for program, flags, message in [
-        ("enroll", [f"--gallery={gallery}"], "--database is needed"),
-        ("enroll", [f"--database={tmp_path / 'db'}"], "one of --gallery and --delete"),
-        ("enroll", ["--gallery=x", f"--database={tmp_path / 'new'}"], "x"),
-        ("enroll", [f"--gallery={tmp_path / 'empty'}", f"--database={tmp_path / 'n'}"], "empty"),
-        ("enroll", [f"--database={tmp_path / 'db'}", "--delete=nobody"], "no identity 'nobody'"),
-        ("match", [f"--queries={gallery}", f"--database={tmp_path / 'no'}"], "no database"),
-        ("match", [f"--database={tmp_path / 'db'}"], "--queries is needed"),
-    ]:
-        done = _call("-m", f"experiments.{program}", *flags)
-        assert done.returncode == 2 and done.stdout == "", done.stderr
-        assert message in done.stderr.splitlines()[-1]
+    cases = {
+        "enroll": [
+            ([f"--gallery={gallery}"], "--database is needed"),
+            ([f"--database={tmp_path / 'db'}"], "one of --gallery and --delete"),
+            (["--gallery=x", f"--database={tmp_path / 'new'}"], "x does not exist"),
+            ([f"--gallery={tmp_path / 'empty'}", f"--database={tmp_path / 'n'}"], "no photo"),
+            ([f"--database={tmp_path / 'db'}", "--delete=nobody"], "no identity 'nobody'"),
+            ([f"--database={tmp_path / 'no'}", "--delete=p0"], "there is no database"),
+        ],
+        "match": [
+            ([f"--queries={gallery}", f"--database={tmp_path / 'no'}"], "there is no database"),
+            ([f"--database={tmp_path / 'db'}"], "--queries is needed"),
+            ([f"--queries={tmp_path / 'empty'}", f"--database={tmp_path / 'db'}"], "no files"),
+        ],
+    }
+    for program, lines in cases.items():
+        done = _call("-c", _USAGE_DRIVER, program, json.dumps([flags for flags, _ in lines]))
+        told = [json.loads(line) for line in done.stdout.splitlines()]
+        assert len(told) == len(lines), done.stderr
+        for text, (_, message) in zip(told, lines, strict=True):
+            assert message in text
     assert len(_rows(tmp_path / "db")) == 20
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from afr_jax.models import zoo
-from afr_jax.recognition import detect, embed, recognise
+from afr_jax.recognition import detect, embed, recognise, trained
 
 
 class _MeanColour(nn.Module):
@@ -143,3 +143,22 @@ def test_the_tag_names_extractor_and_weights(recogniser):
     assert (first.name, first.embedding_size, first.metric) == ("a", 3, "euclidean")
     other = recogniser._replace(variables={"a": {"params": {"w": np.ones(2, np.float32)}}})
     assert recognise.tag(other, "a").weights != first.weights
+
+
+def test_a_trained_extractor_is_found_by_its_folder(tmp_path):
+    card = trained.Card(
+        "resnet6", 32, 16, width=4, template=_extractor("t").template, threshold=0.9
+    )
+    network = trained.make_network("resnet6", input_px=32, embedding_size=16, width=4)
+    variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    trained.write_extractor(folder, card, variables)
+    name = str(folder)
+    loaded = recognise.load([name])
+    extractor = loaded.extractors[name]
+    assert (extractor.name, extractor.threshold) == ("trained:mine", 0.9)
+    expected = zoo.fingerprint(jax.device_get(variables))
+    assert recognise.tag(loaded, name) == ("trained:mine", expected, 16, "euclidean_l2")
+    with pytest.raises(ValueError, match="no extractor"):
+        recognise.find_extractor(str(tmp_path / "absent"))
