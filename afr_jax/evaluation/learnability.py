@@ -107,14 +107,14 @@ def write_curves(path: str | os.PathLike[str], curves: Mapping[str, Curve]) -> N
 def plot_curves(path: str | os.PathLike[str], curves: Mapping[str, Curve], *, title: str) -> None:
     """Draws clean test accuracy (solid) and training accuracy (dotted) by epoch."""
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7.5, 4), layout="constrained")
     for name, curve in curves.items():
         epochs = np.arange(1, len(curve.test_accuracy) + 1)
         (line,) = axes.plot(epochs, 100 * curve.test_accuracy, label=name)
         axes.plot(epochs, 100 * curve.train_accuracy, ":", color=line.get_color(), linewidth=1)
     axes.set(xlabel="epoch", ylabel="accuracy, % (dotted: training)", ylim=(0, 101), title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     _save(figure, path)
 
 
@@ -146,7 +146,8 @@ def plot_matrix(
 ) -> None:
     """Draws a heat map of accuracies `[R, C]` in [0, 1] with their figures; NaN is empty."""
     pyplot = _pyplot()
-    size = 1.6 + 0.75 * len(column_names), 1.4 + 0.4 * len(row_names)
+    # Room for the title above few columns.
+    size = max(4.5, 1.6 + 0.75 * len(column_names)), 1.4 + 0.4 * len(row_names)
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     axes.imshow(100 * values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(column_names)), column_names, rotation=40, ha="right", fontsize=8)
