@@ -24,9 +24,7 @@ Expected on two CPU cores: 2,000 epochs on 20 frames of 640 x 480 in about 15 mi
 test frame and variant. --toy: a minute, on a sample portrait, unless photos are given.
 """
 
-import os
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +33,7 @@ import jax.numpy as jnp
 import skimage.data
 from absl import flags, logging
 
-from afr_jax.core import machine, run
+from afr_jax.core import run
 from afr_jax.data import video
 from afr_jax.evaluation import misdetection, patch_study, peer
 from afr_jax.methods import mtcnn_patch, patch_markers, patch_placing, patch_training, patch_views
@@ -124,7 +122,7 @@ def attack_program() -> tuple[dict[str, Any], int]:
         work=work,
     )
     result = {
-        **_provenance(),
+        **run.provenance("experiments.attack_detector"),
         "settings": settings,
         "training": {"num_frames": count, **trained.record},
         "test": study.measure(),
@@ -278,15 +276,6 @@ def _grids(person: misdetection.Person, options: mtcnn_patch.PatchOptions, corne
     if person.name not in corners:
         raise ValueError("the file of --corners does not name it")
     return corners[person.name]
-
-
-def _provenance() -> dict[str, Any]:
-    names = {
-        "AFR_SHARED": os.environ.get("AFR_SHARED"),
-        "PEER_PYTHON": _PEER_PYTHON.value,
-        "WORKDIR": flags.FLAGS.workdir,
-    }
-    return machine.provenance("experiments.attack_detector", sys.argv[1:], names=names)
 
 
 if __name__ == "__main__":

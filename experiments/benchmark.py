@@ -27,7 +27,6 @@ peers; --toy: half a minute without them.
 """
 
 import contextlib
-import os
 import pathlib
 import sys
 import tempfile
@@ -39,7 +38,7 @@ import jax.numpy as jnp
 import skimage.data
 from absl import flags
 
-from afr_jax.core import machine, run
+from afr_jax.core import run
 from afr_jax.data import photo_files
 from afr_jax.evaluation import (
     benchmark_photos,
@@ -111,12 +110,7 @@ def benchmark_program() -> tuple[dict[str, Any], int]:
     workdir = run.open_workdir(
         flags.FLAGS.workdir or "out/benchmark", settings, resumable=settings._fields
     )
-    names = {
-        "AFR_SHARED": os.environ.get("AFR_SHARED"),
-        "PEER_PYTHON": _PEER_PYTHON.value,
-        "WORKDIR": flags.FLAGS.workdir,
-    }
-    provenance = machine.provenance("experiments.benchmark", sys.argv[1:], names=names)
+    provenance = run.provenance("experiments.benchmark")
     try:
         detector = jax.tree.map(jnp.asarray, mtcnn.read_weights(mtcnn.find_weights()))
     except (FileNotFoundError, ValueError) as error:

@@ -12,9 +12,7 @@ Expected on two CPU cores: 1 s a photo. Expected on 280 photos of WIDER FACE and
 found by both. --toy compares on two photos of at most 160 px.
 """
 
-import os
 import pathlib
-import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +23,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from afr_jax.core import machine, run
+from afr_jax.core import run
 from afr_jax.data import photo_files, photos
 from afr_jax.evaluation import detector_peer, peer
 from afr_jax.models import mtcnn
@@ -52,12 +50,7 @@ def agreement_program() -> tuple[dict[str, Any], int]:
     workdir = run.open_workdir(
         flags.FLAGS.workdir or "out/detector_agreement", settings, resumable=settings
     )
-    names = {
-        "AFR_SHARED": os.environ.get("AFR_SHARED"),
-        "PEER_PYTHON": _PEER_PYTHON.value,
-        "WORKDIR": flags.FLAGS.workdir,
-    }
-    provenance = machine.provenance("experiments.detector_agreement", sys.argv[1:], names=names)
+    provenance = run.provenance("experiments.detector_agreement")
     try:
         variables = jax.tree.map(jnp.asarray, mtcnn.read_weights(mtcnn.find_weights()))
     except (FileNotFoundError, ValueError) as error:

@@ -16,9 +16,7 @@ environment of the originals: experiments/peers/README.md. Expected on two CPU c
 chip, one minute.
 """
 
-import os
 import pathlib
-import sys
 import tempfile
 import time
 from typing import Any
@@ -28,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from afr_jax.core import machine, run
+from afr_jax.core import run
 from afr_jax.evaluation import peer
 from afr_jax.models import mobilefacenet, zoo
 
@@ -71,12 +69,7 @@ def agreement_program() -> tuple[dict[str, Any], int]:
     workdir = run.open_workdir(
         flags.FLAGS.workdir or "out/extractor_agreement", settings, resumable=settings
     )
-    names = {
-        "AFR_SHARED": os.environ.get("AFR_SHARED"),
-        "PEER_PYTHON": _PEER_PYTHON.value,
-        "WORKDIR": flags.FLAGS.workdir,
-    }
-    provenance = machine.provenance("experiments.extractor_agreement", sys.argv[1:], names=names)
+    provenance = run.provenance("experiments.extractor_agreement")
     rows, failed = [], []
     for network in run.progress(networks, description="networks"):
         # A process for each: torch and TensorFlow stay apart, and memory is given back.

@@ -17,16 +17,14 @@ Expected on LFW (212 people enrolled, 300 strangers) with dlib: rank-1 0.98, 3 m
 cores. --toy takes 4 people and 4 strangers.
 """
 
-import os
 import pathlib
-import sys
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from absl import flags
 
-from afr_jax.core import machine, metrics, run
+from afr_jax.core import metrics, run
 from afr_jax.data import identity_tree
 from afr_jax.evaluation import identification
 from afr_jax.models import zoo
@@ -87,8 +85,7 @@ def identify_program() -> tuple[dict[str, Any], int]:
         scores = _scores(split, [item.embeddings[name] for item in found], metric)
         curves[name] = identification.rate_curve(scores)
         rows.append({"extractor": name, "metric": metric, **_row(scores, split)})
-    names = {"AFR_SHARED": os.environ.get("AFR_SHARED"), "WORKDIR": flags.FLAGS.workdir}
-    provenance = machine.provenance("experiments.identify", sys.argv[1:], names=names)
+    provenance = run.provenance("experiments.identify")
     result = {
         **provenance,
         "people_enrolled": len({person for _, person in split.gallery}),

@@ -17,7 +17,6 @@ few epochs, on a sample portrait, in a minute.
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from typing import Any
@@ -28,7 +27,7 @@ import numpy as np
 import skimage.data
 from absl import flags
 
-from afr_jax.core import machine, run
+from afr_jax.core import run
 from afr_jax.data import photo_files, video
 from afr_jax.evaluation import misdetection, patch_study
 from afr_jax.methods import mtcnn_patch, patch_placing, patch_training, patch_views
@@ -84,9 +83,8 @@ def ablation_program() -> tuple[dict[str, Any], int]:
     table = {"clean": _rates(variables, test, None)}
     for name in run.progress(chosen, description="rows"):
         table[name] = _kept(name, rows, variables, train, test, work)
-    names = {"AFR_SHARED": os.environ.get("AFR_SHARED"), "WORKDIR": flags.FLAGS.workdir}
     result = {
-        **machine.provenance("experiments.patch_ablation", sys.argv[1:], names=names),
+        **run.provenance("experiments.patch_ablation"),
         "settings": settings,
         "epochs": rows["full"].options.num_steps,
         "num_train": len(train),

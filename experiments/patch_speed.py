@@ -17,7 +17,6 @@ Measure on an idle machine. Expected on two CPU cores: 5 minutes with the other 
 portrait, a few epochs, a minute.
 """
 
-import os
 import pathlib
 import sys
 import tempfile
@@ -30,7 +29,7 @@ import numpy as np
 import skimage.data
 from absl import flags
 
-from afr_jax.core import machine, run
+from afr_jax.core import run
 from afr_jax.data import photo_files, video
 from afr_jax.evaluation import misdetection, peer, timing
 from afr_jax.methods import mtcnn_patch, patch_placing, patch_views
@@ -87,13 +86,8 @@ def speed_program() -> tuple[dict[str, Any], int]:
     minutes = [value * _EPOCHS_OF_A_RUN / 60 for value in times["ours"]]
     quantity = f"minutes for {_EPOCHS_OF_A_RUN} epochs"
     rows.append(timing.state("patch training", quantity, timing.spread(minutes), None))
-    names = {
-        "AFR_SHARED": os.environ.get("AFR_SHARED"),
-        "PEER_PYTHON": _PEER_PYTHON.value,
-        "WORKDIR": flags.FLAGS.workdir,
-    }
     result = {
-        **machine.provenance("experiments.patch_speed", sys.argv[1:], names=names),
+        **run.provenance("experiments.patch_speed"),
         "settings": settings,
         "num_frames": len(placed),
         "frame_size": placed[0].pixels.shape[:2],

@@ -27,9 +27,7 @@ measured). --toy: made-up pictures, seconds.
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -37,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from afr_jax.core import checkpoint, machine, parallel, run
+from afr_jax.core import checkpoint, parallel, run
 from afr_jax.data import image_sets, noise_files
 from afr_jax.evaluation import learnability, protected_faces, verification, victims
 from afr_jax.methods import noise_steps, unlearnable
@@ -120,9 +118,8 @@ def faces_program() -> tuple[dict[str, Any], int]:
     problems += (
         [] if pairs is None else [{"image": p.name, "reason": p.reason} for p in pairs.problems]
     )
-    names = {"AFR_SHARED": os.environ.get("AFR_SHARED"), "WORKDIR": flags.FLAGS.workdir}
     result = {
-        **machine.provenance("experiments.unlearnable_faces", sys.argv[1:], names=names),
+        **run.provenance("experiments.unlearnable_faces"),
         "config": config,
         "seeds": seeds,
         "settings": {setting: _summary(found) for setting, found in cells.items()},

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from afr_jax.core import machine, parallel, run
+from afr_jax.core import parallel, run
 from afr_jax.data import photo_files
 from afr_jax.evaluation import peer, timing, victims
 from afr_jax.methods import noise_search, unlearnable
@@ -67,8 +67,7 @@ def speed_program() -> tuple[dict[str, Any], int]:
     workdir = run.open_workdir(
         flags.FLAGS.workdir or "out/speed", settings, resumable=tuple(settings)
     )
-    names = {"PEER_PYTHON": _PEER_PYTHON.value, "WORKDIR": flags.FLAGS.workdir}
-    provenance = machine.provenance("experiments.unlearnable_speed", sys.argv[1:], names=names)
+    provenance = run.provenance("experiments.unlearnable_speed")
     generator = np.random.default_rng(flags.FLAGS.seed)
     images = generator.integers(0, 256, (settings["num_images"], _SIDE, _SIDE, 3)).astype(np.uint8)
     labels = (np.arange(len(images)) % _CLASSES).astype(np.int32)

@@ -27,14 +27,12 @@ was cut goes on where it stopped, and more seeds or methods can be added to a fi
 import dataclasses
 import itertools
 import json
-import os
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags, logging
 
-from afr_jax.core import checkpoint, machine, parallel, run
+from afr_jax.core import checkpoint, parallel, run
 from afr_jax.data import image_sets, noise_files
 from afr_jax.evaluation import (
     countermeasures,
@@ -160,9 +158,8 @@ def study_program() -> tuple[dict[str, Any], int]:
     curves = {cell: _read_cell(workdir, cell) for cell in cells}
     chance = 1 / len(train_set.classes)
     rows = learnability_matrix.rows_of(curves)
-    names = {"AFR_SHARED": os.environ.get("AFR_SHARED"), "WORKDIR": flags.FLAGS.workdir}
     result = {
-        **machine.provenance("experiments.unlearnable_study", sys.argv[1:], names=names),
+        **run.provenance("experiments.unlearnable_study"),
         "settings": settings,
         "chance": chance,
         "interval_of_one_half": learnability.interval(0.5, len(test_set.labels)),

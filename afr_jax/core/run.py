@@ -35,7 +35,7 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-from afr_jax.core import distributed
+from afr_jax.core import distributed, machine
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -100,6 +100,21 @@ def main(
     logging.get_absl_logger().addFilter(_is_worth_showing)
     app.run(call, argv=None if argv is None else list(argv), flags_parser=_parse_flags)
     raise AssertionError("absl.app.run returned")
+
+
+def provenance(module: str) -> dict[str, Any]:
+    """Says how the result of this program came about; see `machine.provenance`.
+
+    Paths below $AFR_SHARED, of --workdir and of --peer_python appear under these names.
+
+    Args:
+      module: the program, "experiments.benchmark" say.
+    """
+    values = flags.FLAGS
+    names = {"AFR_SHARED": os.environ.get("AFR_SHARED"), "WORKDIR": values.workdir}
+    if "peer_python" in values:
+        names["PEER_PYTHON"] = values.peer_python
+    return machine.provenance(module, sys.argv[1:], names=names)
 
 
 def enable_compilation_cache() -> pathlib.Path | None:
