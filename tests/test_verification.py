@@ -61,9 +61,23 @@ def test_best_threshold_and_folds(pairs):
     assert best == max(verification.accuracy(distances, same, t) for t in np.arange(0, 1.5, 0.005))
     folds = verification.fold_accuracies(distances, same)
     assert folds.shape == (10,) and best - 0.1 < folds.mean() <= best
-    held = np.arange(200) % 10 == 3
+    held = np.zeros(200, bool)
+    for kind in (True, False):
+        held[np.flatnonzero(same == kind)[3::10]] = True
     threshold = verification.best_threshold(distances[~held], same[~held])
     assert folds[3] == verification.accuracy(distances[held], same[held], threshold)
+
+
+def test_folds_hold_both_kinds_in_whatever_order_the_pairs_come(pairs):
+    distances, same = pairs
+    expected = verification.fold_accuracies(distances, same)
+    kinds = np.flatnonzero(same), np.flatnonzero(~same)
+    count = min(map(len, kinds))
+    alternating = np.stack([kind[:count] for kind in kinds], axis=1).ravel()
+    rest = np.concatenate([kind[count:] for kind in kinds])
+    for order in (np.concatenate(kinds), np.concatenate([alternating, rest])):
+        found = verification.fold_accuracies(distances[order], same[order])
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_perfect_and_missing_pairs():

@@ -69,7 +69,8 @@ def tar_at_far(curve: Roc, far: float) -> float:
 def fold_accuracies(distances: np.ndarray, same: np.ndarray, *, num_folds: int = 10) -> np.ndarray:
     """Accuracy on each fold with the threshold that is best on the others (LFW's protocol).
 
-    Huang et al. 2007, "Labeled Faces in the Wild", view 2. Folds are every `num_folds`-th pair.
+    Huang et al. 2007, "Labeled Faces in the Wild", view 2. A fold is every `num_folds`-th pair of
+    each kind, so that all folds hold both kinds in equal shares, in whatever order the pairs come.
 
     Args:
         distances: `[N]`.
@@ -80,7 +81,8 @@ def fold_accuracies(distances: np.ndarray, same: np.ndarray, *, num_folds: int =
         `[num_folds]`.
     """
     distances, same = np.asarray(distances, np.float64), np.asarray(same, bool)
-    fold = np.arange(len(distances)) % num_folds
+    rank = np.where(same, np.cumsum(same), np.cumsum(~same)) - 1
+    fold = rank % num_folds
     return np.array(
         [
             accuracy(
@@ -106,7 +108,9 @@ def best_threshold(distances: np.ndarray, same: np.ndarray) -> float:
     right = np.concatenate([[0], np.cumsum(positive)]) + np.concatenate(
         [np.cumsum(~positive[::-1])[::-1], [0]]
     )
-    k = int(np.argmax(right))
+    # Equal distances are accepted together.
+    apart = np.concatenate([[True], ranked[1:] > ranked[:-1], [True]])
+    k = int(np.argmax(np.where(apart, right, -1)))
     low = ranked[k - 1] if k > 0 else ranked[0] - 1.0
     high = ranked[k] if k < len(ranked) else low + 1.0
     return float((low + high) / 2) if np.isfinite(high) else float(low + 1e-6)
