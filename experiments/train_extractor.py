@@ -120,6 +120,7 @@ def train_program() -> tuple[dict[str, Any], int]:
     _plot(workdir)
     problems = [*faces.listing.problems, *(pairs.problems if pairs else ())]
     result = {
+        **run.provenance("experiments.train_extractor"),
         "architecture": settings["architecture"],
         "head": settings["head"],
         "steps": int(state.step),
