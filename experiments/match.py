@@ -68,7 +68,9 @@ def match_program() -> tuple[dict[str, Any], int]:
         reference = database.open_database(_DATABASE.value)
         reference.check_not_empty()
         name, weights = reference.tag.name, _WEIGHTS.value
-        if name not in zoo.EXTRACTORS and weights:
+        if name not in zoo.EXTRACTORS:
+            if not weights:
+                raise run.UsageError(f"{reference.uri} was made with {name}: give its --weights")
             name, weights = weights, None
         recogniser = recognise.load(
             [name],
