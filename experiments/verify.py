@@ -26,6 +26,7 @@ import numpy as np
 from absl import flags
 
 from afr_jax.core import run
+from afr_jax.data import pairs
 from afr_jax.evaluation import verification
 from afr_jax.models import zoo
 from afr_jax.recognition import detect, match, recognise
@@ -142,22 +143,14 @@ def _verify_pairs(recogniser, metric, threshold) -> tuple[dict[str, Any], int]:
 
 def _read_pairs(path: pathlib.Path) -> tuple[list[tuple[str, str]], np.ndarray]:
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        pairs = [(row["image_a"], row["image_b"]) for row in rows]
-        same = np.array([{"0": False, "1": True}[row["same"]] for row in rows], bool)
-    except OSError as error:
-        raise run.UsageError(f"--pairs={path}: {error.strerror}") from error
-    except (KeyError, UnicodeDecodeError, csv.Error) as error:
-        raise run.UsageError(
-            f"--pairs={path} must be a CSV with the columns image_a, image_b, same (0 or 1): "
-            f"{error}"
-        ) from error
+        names, same = pairs.read_pairs(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise run.UsageError(f"--pairs: {error}") from error
     if flags.FLAGS.toy:
-        pairs, same = pairs[:40], same[:40]
-    if len(pairs) < 20 or same.all() or not same.any():
+        names, same = names[:40], same[:40]
+    if len(names) < 20 or same.all() or not same.any():
         raise run.UsageError(f"--pairs={path} needs 20 pairs or more, of both kinds")
-    return pairs, same
+    return names, same
 
 
 def _pair_distance(embeddings, first: str, second: str, metric: str) -> float:
