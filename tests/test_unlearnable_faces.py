@@ -149,7 +149,7 @@ def test_wrong_usage_is_said(world, tmp_path):
         ([], "--data"),
         ([data, "--num_auxiliary=6"], "6 people"),
         ([data, "--seeds=x"], "x"),
-        ([data, "--toy", "--pairs=missing.csv", "--crop=centre"], "columns"),
+        ([data, "--toy", "--pairs=missing.csv", "--crop=centre"], "does not exist"),
     ]
     lines = [[*arguments, work] for arguments, _ in cases]
     for message, (_, part) in zip(

@@ -5,7 +5,6 @@ of auxiliary people who are not in the victim's data; the victim trains on prote
 people, and is judged on clean photos that it has not seen. Host code, but for the embeddings.
 """
 
-import csv
 import functools
 import io
 import pathlib
@@ -20,7 +19,7 @@ from PIL import Image
 
 from afr_jax.core import images as image_ops
 from afr_jax.core import parallel
-from afr_jax.data import identity_tree, image_sets, photo_files, photos, sampling
+from afr_jax.data import identity_tree, image_sets, pairs, photo_files, photos, sampling
 from afr_jax.recognition import align, detect, train
 
 # Five points (y, x) of ArcFace's crops of 112 px, as insightface publishes them; eyes, nose, mouth.
@@ -211,14 +210,10 @@ def read_pairs(
         ValueError: no such table, fewer than 20 pairs or of one kind only, or no readable photo.
     """
     try:
-        with open(table, encoding="utf-8", newline="") as file:
-            lines = list(csv.DictReader(file))[:limit]
-        named = [(line["image_a"], line["image_b"]) for line in lines]
-        same = np.array([{"0": False, "1": True}[line["same"]] for line in lines], bool)
-    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(
-            f"{table} must be a CSV with the columns image_a, image_b, same (0 or 1): {error}"
-        ) from error
+        named, same = pairs.read_pairs(table)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+    named, same = named[:limit], same[:limit]
     if len(named) < 20 or same.all() or not same.any():
         raise ValueError(f"{table} needs 20 pairs or more, of both kinds")
     names = sorted({name for pair in named for name in pair})
