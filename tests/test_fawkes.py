@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ import pytest
 import skimage.metrics
 
 from afr_jax.core import parallel, ssim
-from afr_jax.methods import fawkes
+from afr_jax.methods import face_cloaks, fawkes
 from afr_jax.models import zoo
 from afr_jax.perturb import loop
 from afr_jax.recognition import align
@@ -19,7 +20,13 @@ from afr_jax.recognition import align
 _SIDE = 40
 # Every other configuration or batch size below costs a compilation of seconds.
 _CONFIG = fawkes.FawkesConfig(
-    num_steps=60, dssim_budget=0.01, linf_limit=0.1, learning_rate=0.01, align_jitter=0.0
+    num_steps=60,
+    dssim_budget=0.01,
+    linf_limit=0.1,
+    learning_rate=0.01,
+    align_jitter=0.0,
+    blur_px=0.0,
+    jpeg_quality=None,
 )
 _REGION, _BOX = (3, 2, 38, 39), (10, 9, 31, 32)
 
@@ -46,7 +53,7 @@ _TOY = zoo.Extractor(
     source="",
     licence="",
 )
-_SURROGATES = (fawkes.Surrogate(_TOY, 1),)
+_SURROGATES = (face_cloaks.Surrogate(_TOY, 1),)
 
 
 @functools.cache
@@ -72,7 +79,7 @@ def _image(number: int) -> np.ndarray:
     return np.clip(image, 0, 1).astype(np.float32)
 
 
-def _face(number: int, *, views: int = 1, grey: bool = False, **changes) -> fawkes.Face:
+def _face(number: int, *, views: int = 1, grey: bool = False, **changes) -> face_cloaks.Face:
     image = _image(number)
     if grey:
         image = np.repeat(image.mean(axis=-1, keepdims=True), 3, axis=-1)
@@ -87,25 +94,25 @@ def _face(number: int, *, views: int = 1, grey: bool = False, **changes) -> fawk
     limit[15:18, 20:30] = 0
     limit[30:34, :] *= 0.25
     blank = np.zeros(_TOY.embedding_size, np.float32)
-    face = fawkes.Face(
+    face = face_cloaks.Face(
         image=image,
         limit=limit,
         boxes=np.array([_REGION, _BOX], np.int32),
-        views=(fawkes.FaceView(_transform(number), blank, blank),) * views,
+        views=(face_cloaks.FaceView(_transform(number), blank, blank),) * views,
         has_target=np.float32(0),
         grey=np.float32(grey),
     )
     return face._replace(**changes)
 
 
-def _batch(*faces: fawkes.Face) -> fawkes.Face:
+def _batch(*faces: face_cloaks.Face) -> face_cloaks.Face:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *faces)
 
 
 def _cloak(faces, *, config=_CONFIG, surrogates=_SURROGATES, seed=0):
     keys = jax.random.split(jax.random.key(seed), faces.image.shape[0])
     variables = tuple(_variables(number) for number in range(len(surrogates)))
-    deltas, distances = fawkes.cloak_faces(
+    deltas, distances = face_cloaks.cloak_faces(
         keys, variables, faces, surrogates=surrogates, config=config
     )
     return np.asarray(deltas), np.asarray(distances)
@@ -230,9 +237,9 @@ def test_a_target_that_does_not_count_changes_nothing(faces, cloaks):
     np.testing.assert_array_equal(_cloak(faces._replace(views=views))[0], cloaks[0])
 
 
-def test_two_surrogates_are_both_moved_and_jitter_is_for_the_steps_only():
+def test_two_surrogates_are_both_moved_and_random_views_are_for_the_steps_only():
     """The distances told are those of the chips as they are."""
-    config = dataclasses.replace(_CONFIG, align_jitter=0.02)
+    config = dataclasses.replace(_CONFIG, align_jitter=0.01, blur_px=0.5, jpeg_quality=(80, 95))
     faces = _batch(_face(0, views=2), _face(1, views=2))
     deltas, distances = _cloak(faces, surrogates=_SURROGATES * 2, config=config)
     assert distances.shape == (2, 2)
@@ -257,7 +264,7 @@ def test_a_face_that_never_fits_the_budget_is_left_alone(faces, monkeypatch):
 def test_a_batch_is_its_faces_one_at_a_time(faces, cloaks):
     one = jax.tree.map(lambda leaf: leaf[2:3], faces)
     keys = jax.random.split(jax.random.key(0), 4)
-    deltas, distances = fawkes.cloak_faces(
+    deltas, distances = face_cloaks.cloak_faces(
         keys[2:3], (_variables(),), one, surrogates=_SURROGATES, config=_CONFIG
     )
     _assert_same_cloaks(deltas, distances, cloaks[0][2:3], cloaks[1][2:3])
@@ -274,7 +281,7 @@ def _assert_same_cloaks(deltas, distances, expected_deltas, expected_distances):
 def test_four_devices_give_the_cloaks_of_one(faces, cloaks):
     mesh = parallel.make_mesh()
     keys = jax.random.split(jax.random.key(0), 4)
-    deltas, distances = fawkes.cloak_faces(
+    deltas, distances = face_cloaks.cloak_faces(
         parallel.shard_batch(keys, mesh),
         parallel.replicate((_variables(),), mesh),
         parallel.shard_batch(faces, mesh),
@@ -301,7 +308,12 @@ def test_a_face_depends_on_its_own_key_and_pixels_only(faces, cloaks):
 
 
 def test_another_batch_of_the_shape_does_not_compile_again(cloaks):
-    compiled = (fawkes._embed_batch, fawkes._references, fawkes._start, fawkes._advance)
+    compiled = (
+        face_cloaks._embed_batch,
+        face_cloaks._references,
+        face_cloaks._start,
+        face_cloaks._advance,
+    )
     counts = [fn._cache_size() for fn in compiled]
     assert min(counts) > 0
     _cloak(_batch(*(_face(number) for number in range(5, 9))), seed=3)
@@ -310,7 +322,7 @@ def test_another_batch_of_the_shape_does_not_compile_again(cloaks):
 
 def test_progress_is_told(faces, cloaks):
     steps = []
-    fawkes.cloak_faces(
+    face_cloaks.cloak_faces(
         jax.random.split(jax.random.key(0), 4),
         (_variables(),),
         faces,
@@ -342,7 +354,7 @@ def test_the_objective(size, fits, has_target):
     )
     own, cloaked = np.asarray(embeddings, np.float64)
     target = rng.normal(size=own.shape)
-    view = fawkes.FaceView(transform, own.astype(np.float32), target.astype(np.float32))
+    view = face_cloaks.FaceView(transform, own.astype(np.float32), target.astype(np.float32))
     face = face._replace(views=(view,), has_target=np.float32(has_target))
     reference = ssim.ssim_reference(jnp.asarray(face.image))
     config = dataclasses.replace(_CONFIG, dssim_budget=0.02, repel_weight=0.5, attract_weight=2.0)
@@ -364,7 +376,7 @@ def test_the_objective(size, fits, has_target):
 def test_project_is_idempotent(grey):
     face = _face(1, grey=grey)
     delta = np.random.default_rng(0).normal(0, 0.1, face.image.shape).astype(np.float32)
-    project = jax.jit(fawkes.project)
+    project = jax.jit(face_cloaks.project)
     once = project(delta, face)
     np.testing.assert_allclose(project(once, face), once, atol=1e-7)
 
@@ -396,11 +408,13 @@ def test_the_learning_rate_falls_to_a_tenth():
         {"repel_weight": -0.1},
         {"attract_weight": float("nan")},
         {"align_jitter": -0.1},
+        {"blur_px": 1.6},
+        {"jpeg_quality": (0, 50)},
     ],
 )
 def test_options_are_checked(changes):
     ((name, value),) = changes.items()
-    with pytest.raises(ValueError, match=f"{name} is {value}"):
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value}")):
         fawkes.FawkesConfig(**changes)
 
 

@@ -18,7 +18,7 @@ import skimage.metrics
 
 from afr_jax.core import images
 from afr_jax.evaluation import peer, timing
-from afr_jax.methods import fawkes
+from afr_jax.methods import face_cloaks, fawkes
 from afr_jax.models import dlib_resnet, zoo
 from afr_jax.recognition import align
 
@@ -151,8 +151,10 @@ def _cloak(extractor, variables, chips, config, batch, seed) -> np.ndarray:
         canvas = images.to_float(jnp.asarray(chips[start : start + batch]))
         count = len(canvas)
         nothing = jnp.zeros((count, extractor.embedding_size))
-        view = fawkes.FaceView(jnp.tile(jnp.eye(2, 3), (count, 1, 1)), own=nothing, target=nothing)
-        faces = fawkes.Face(
+        view = face_cloaks.FaceView(
+            jnp.tile(jnp.eye(2, 3), (count, 1, 1)), own=nothing, target=nothing
+        )
+        faces = face_cloaks.Face(
             image=canvas,
             limit=jnp.full((count, side, side), _LINF),
             boxes=jnp.tile(jnp.array([0, 0, side, side]), (count, 2, 1)),
@@ -160,11 +162,11 @@ def _cloak(extractor, variables, chips, config, batch, seed) -> np.ndarray:
             has_target=jnp.zeros(count),
             grey=jnp.zeros(count),
         )
-        delta, _ = fawkes.cloak_faces(
+        delta, _ = face_cloaks.cloak_faces(
             keys[start : start + batch],
             (variables,),
             faces,
-            surrogates=(fawkes.Surrogate(extractor, 1),),
+            surrogates=(face_cloaks.Surrogate(extractor, 1),),
             config=config,
         )
         cloaked.append(np.asarray(images.to_uint8(canvas + delta)))

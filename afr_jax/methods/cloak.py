@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from afr_jax.core import images, parallel, ssim
-from afr_jax.methods import fawkes
+from afr_jax.methods import face_cloaks
 from afr_jax.models import zoo
 from afr_jax.recognition import align, detect
 
@@ -74,7 +74,7 @@ class _Plan(NamedTuple):
     box: np.ndarray
     canvas: align.Canvas
     pools: tuple[int, ...]
-    face: fawkes.Face
+    face: face_cloaks.Face
     seed: tuple[int, int]
 
 
@@ -106,7 +106,7 @@ def cloak_photos(
     surrogates: Surrogates,
     photos: Sequence[PhotoFaces],
     *,
-    config: fawkes.FawkesConfig,
+    config: face_cloaks.CloakConfig,
     targets: Mapping[str, np.ndarray] | None = None,
     mesh: parallel.Mesh | None = None,
     report_fn: Callable[[int], None] | None = None,
@@ -195,10 +195,10 @@ def _plan(extractors, photo, index, number, targets, config) -> _Plan:
         pools.append(align.pool_factor(align.transform_scale(moved)))
         empty = np.zeros(extractor.embedding_size, np.float32)
         target = empty if targets is None else np.asarray(targets[extractor.name], np.float32)
-        views.append(fawkes.FaceView(moved.astype(np.float32), empty, target))
+        views.append(face_cloaks.FaceView(moved.astype(np.float32), empty, target))
     inner = np.concatenate([box[:2] - region[:2], box[2:] - region[:2]])
     boxes = np.array([[0, 0, *canvas.size], _canvas_box(inner, factor, canvas.size)], np.int32)
-    face = fawkes.Face(
+    face = face_cloaks.Face(
         image=canvas.image,
         limit=images.pad_to(limit, (side, side)),
         boxes=boxes,
@@ -240,10 +240,10 @@ def _cloak_batch(key, surrogates, plans, config, mesh, report_fn):
         *np.array([plans[i].seed for i in filled], np.uint32).T
     )
     statics = tuple(
-        fawkes.Surrogate(extractor, pool)
+        face_cloaks.Surrogate(extractor, pool)
         for extractor, pool in zip(surrogates.extractors, plans[0].pools, strict=True)
     )
-    return fawkes.cloak_faces(
+    return face_cloaks.cloak_faces(
         parallel.shard_batch(keys, mesh),
         parallel.replicate(surrogates.variables, mesh),
         parallel.shard_batch(faces, mesh),

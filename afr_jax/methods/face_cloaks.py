@@ -1,0 +1,187 @@
+"""What methods that cloak faces share: faces, surrogates, limits, and the loop over a batch.
+
+A method is a config (`CloakConfig`): it says what a change of one face gains (`problem`), and the
+rest is here. Functions work on face canvases (`afr_jax.recognition.align.Canvas`); whole photos are
+in `afr_jax.methods.cloak`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from afr_jax.core import ssim
+from afr_jax.models import zoo
+from afr_jax.perturb import loop, projections
+from afr_jax.recognition import align
+
+
+class Surrogate(NamedTuple):
+    """An extractor that a cloak is made against (static): zoo entry and the warp's box average."""
+
+    extractor: zoo.Extractor
+    pool: int
+
+
+class FaceView(NamedTuple):
+    """How one surrogate sees one face: transform `[2, 3]` chip to canvas, and embeddings `[D]`."""
+
+    transform: jax.Array
+    own: jax.Array
+    target: jax.Array
+
+
+class Face(NamedTuple):
+    """One face to cloak; a batch has a leading axis on every leaf.
+
+    Attributes:
+        image: canvas `[S, S, 3]`, float in [0, 1].
+        limit: `[S, S]`, largest change of each pixel in [0, 1] units; 0 where none is allowed.
+        boxes: `[2, 4]` int (y0, x0, y1, x1) on the canvas: the region that may change, and the
+            detector's box inside it. The budget holds for both, so that a wide region cannot dilute
+            the distortion of the face.
+        views: one for each surrogate.
+        has_target: float, 1 where `target` counts, else 0.
+        grey: float, 1 where the change must be equal in all channels, else 0.
+    """
+
+    image: jax.Array
+    limit: jax.Array
+    boxes: jax.Array
+    views: tuple[FaceView, ...]
+    has_target: jax.Array
+    grey: jax.Array
+
+
+class CloakConfig(Protocol):
+    """A method with its options: frozen and hashable, a static argument of jitted functions.
+
+    Attributes:
+        dssim_budget: largest DSSIM of a face, > 0.
+        linf_limit: largest change of a pixel, in [0, 1] units.
+        num_steps: gradient steps, >= 0.
+        start_noise: half width of the uniform start, in [0, 1] units (a distance from the own
+            embedding has no gradient at zero).
+    """
+
+    dssim_budget: float
+    linf_limit: float
+    num_steps: int
+    start_noise: float
+
+    def problem(
+        self,
+        variables: tuple[dict, ...],
+        face: Face,
+        reference: ssim.SsimReference,
+        surrogates: tuple[Surrogate, ...],
+    ) -> loop.Problem:
+        """The search for a change `[S, S, 3]` of one face (without batch axis).
+
+        Args:
+            variables: of each surrogate's module.
+            face: to cloak.
+            reference: of its canvas.
+            surrogates: static.
+        """
+
+
+def cloak_faces(
+    keys: jax.Array,
+    variables: tuple[dict, ...],
+    faces: Face,
+    *,
+    surrogates: tuple[Surrogate, ...],
+    config: CloakConfig,
+    report_fn: Callable[[int], None] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Cloaks a batch of faces.
+
+    Args:
+        keys: `[B]`, one for each face: a face's result depends on its own key alone.
+        variables: of each surrogate's module.
+        faces: the batch; the views' `own` embeddings need not be filled in, they are computed here.
+        surrogates: static; compiled programs are shared by all batches of one shape.
+        config: the method.
+        report_fn: called with the number of steps taken, for progress.
+
+    Returns:
+        The changes `[B, S, S, 3]` in [0, 1] units, within all limits and budgets, and the distances
+        from the clean embedding that they reach, `[B, number of surrogates]`.
+    """
+    transforms = tuple(view.transform for view in faces.views)
+    own = _embed_batch(variables, faces.image, transforms, surrogates)
+    views = [view._replace(own=vector) for view, vector in zip(faces.views, own, strict=True)]
+    faces = faces._replace(views=tuple(views))
+    references = _references(faces.image)
+    state = _start(keys, faces, config)
+
+    def advance(state, num_steps):
+        return _advance(
+            keys, variables, faces, references, state, surrogates, config, num_steps=num_steps
+        )
+
+    state = loop.drive(advance, state, num_steps=config.num_steps, report_fn=report_fn)
+    delta, score = loop.best(state)
+    # Where no iterate met the budget, nothing is changed: honest, and rare.
+    delta = jnp.where(jnp.isfinite(score)[:, None, None, None], delta, 0.0)
+    reached = _embed_batch(variables, faces.image + delta, transforms, surrogates)
+    distances = [zoo.distance(new, old) for new, old in zip(reached, own, strict=True)]
+    return delta, jnp.stack(distances, axis=1)
+
+
+def dssim(cloaked: jax.Array, face: Face, reference: ssim.SsimReference) -> jax.Array:
+    """DSSIM of a canvas `[S, S, 3]`: the larger of those of the face's two boxes."""
+    similarity = ssim.ssim_map(cloaked, reference)
+    return jnp.maximum(*(ssim.box_dssim(similarity, box) for box in face.boxes))
+
+
+def project(delta: jax.Array, face: Face) -> jax.Array:
+    """The nearest allowed change: grey where asked, within the pixel limits and the image box."""
+    delta = jnp.where(face.grey > 0, projections.grey(delta), delta)
+    delta = projections.linf_box(delta, face.limit[..., None])
+    return projections.image_box(delta, face.image)
+
+
+def chip(surrogate: Surrogate, image: jax.Array, transform: jax.Array) -> jax.Array:
+    """The chip `[side, side, 3]` that a surrogate sees of a canvas `[S, S, 3]`."""
+    return align.warp(image, transform, size=surrogate.extractor.input_px, pool=surrogate.pool)
+
+
+@functools.partial(jax.jit, static_argnames="surrogates")
+def _embed_batch(variables, canvases, transforms, surrogates):
+    """Embeddings `[B, D]` of canvases `[B, S, S, 3]` by each surrogate."""
+
+    def embed(surrogate, params, transforms):
+        chips = jax.vmap(functools.partial(chip, surrogate))(canvases, transforms)
+        return zoo.embed(surrogate.extractor, params, chips)
+
+    return tuple(map(embed, surrogates, variables, transforms))
+
+
+@jax.jit
+def _references(images):
+    return jax.vmap(ssim.ssim_reference)(images)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _start(keys, faces, config):
+    def one(key, face):
+        shape = face.image.shape
+        noise = jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * config.start_noise
+        return loop.start(config.problem((), face, (), ()), noise)
+
+    return jax.vmap(one)(keys, faces)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("surrogates", "config", "num_steps"), donate_argnames="state"
+)
+def _advance(keys, variables, faces, references, state, surrogates, config, *, num_steps):
+    def one(key, face, reference, state):
+        problem = config.problem(variables, face, reference, surrogates)
+        return loop.advance(key, problem, state, num_steps=num_steps)
+
+    return jax.vmap(one)(keys, faces, references, state)
