@@ -1,4 +1,4 @@
-"""Cloaks photos: moves every face's embedding away while the photo keeps looking the same.
+r"""Cloaks photos: moves every face's embedding away while the photo keeps looking the same.
 
     python -m experiments.cloak --images=photos --output_dir=cloaked --mode=mid
 
@@ -10,18 +10,25 @@ on with what was interrupted. Originals are never touched.
 another person (towards that person as well), or `farthest` (the person of --gallery, a folder of
 one folder per person, who is farthest from all photos of this run).
 
+Every face is measured on the written file, and on it after JPEG of quality 75, by the extractors it
+was made against and by those of --check, which had no part in it:
+
+    python -m experiments.cloak --images=photos --check=facenet_casia,mobilefacenet \
+        --weights=facenet_casia=FILE,mobilefacenet=FILE
+
+--surrogates and --check take names of the zoo and folders of trained or hardened extractors. With
+another --check a finished run measures its files again and leaves them as they are.
+
 Expected on two CPU cores: about 25 ms per face and step, so 3 s a face, after half a minute of
 compilation in the first run. Expected on the sample portrait at --mode=mid: dlib distance about 0.9
 at DSSIM 0.007; below 0.6 dlib takes two faces for the same person.
 """
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,11 +37,11 @@ import tqdm
 from absl import flags, logging
 
 from afr_jax.core import parallel, run
-from afr_jax.data import photo_files, photos
-from afr_jax.evaluation import cloak_check, report
+from afr_jax.data import photos
+from afr_jax.evaluation import cloak_check, cloak_records, cloak_words, report
 from afr_jax.methods import cloak, fawkes, targets
-from afr_jax.models import mtcnn, zoo
-from afr_jax.recognition import detect, embed
+from afr_jax.models import zoo
+from afr_jax.recognition import detect, recognise
 
 _IMAGES = flags.DEFINE_list(
     "images", [], "photos and folders of photos; default: a sample portrait"
@@ -45,7 +52,11 @@ _OUTPUT_DIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode", "mid", sorted(fawkes.MODES), "DSSIM budget: low 0.004, mid 0.007, high 0.012"
 )
-_SURROGATES = flags.DEFINE_list("surrogates", ["dlib"], "extractors to cloak against, by name")
+_SURROGATES = flags.DEFINE_list(
+    "surrogates", ["dlib"], "extractors to cloak against: names, or folders of trained ones"
+)
+_CHECK = flags.DEFINE_list("check", [], "further extractors that judge the cloak, likewise")
+_WEIGHTS = flags.DEFINE_list("weights", [], "weight files: NAME=FILE, or FILE for one extractor")
 _TARGET = flags.DEFINE_string("target", "repel", "repel, farthest, or a folder of another person")
 _GALLERY = flags.DEFINE_string("gallery", None, "folder per person, for --target=farthest")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 100, "gradient steps per face", lower_bound=0)
@@ -61,32 +72,27 @@ _KEEP_METADATA = flags.DEFINE_bool("keep_metadata", False, "keep EXIF data, the 
 _GROUP = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class _Models:
-    """Everything that is loaded once."""
+class _Models(NamedTuple):
+    """Everything that is loaded, once; extractors by their own names.
 
-    detector: dict
-    surrogates: cloak.Surrogates
+    Attributes:
+        eyes: the detector, the surrogates and the extractors of --check.
+        surrogates: names of the extractors to cloak against.
+        checks: of the others.
+        weights: fingerprint of each extractor's weights.
+    """
 
-    def by_name(self) -> dict[str, tuple[zoo.Extractor, dict]]:
-        pairs = zip(self.surrogates.extractors, self.surrogates.variables, strict=True)
-        return {extractor.name: (extractor, variables) for extractor, variables in pairs}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """One input with its output and the place of its record."""
-
-    source: photo_files.PhotoInput
-    output: pathlib.Path
-    record: pathlib.Path
+    eyes: recognise.Recogniser
+    surrogates: list[str]
+    checks: list[str]
+    weights: dict[str, str]
 
 
 @dataclasses.dataclass
 class _Loaded:
     """A photo in memory on its way through a group."""
 
-    job: _Job
+    job: cloak_records.Job
     sha256: str
     photo: photos.Photo
     task: cloak.PhotoFaces
@@ -99,22 +105,25 @@ def cloak_program() -> tuple[dict[str, Any], int]:
     output_dir = pathlib.Path(_OUTPUT_DIR.value).expanduser().absolute()
     if output_dir.exists() and not output_dir.is_dir():
         raise run.UsageError(f"--output_dir={_OUTPUT_DIR.value} is not a folder")
-    settings = _settings()
+    _check_flags()
+    models = _load_models()
+    settings = _settings(models)
     workdir = _open_workdir(flags.FLAGS.workdir or output_dir / ".cloak", settings)
-    jobs = _jobs(output_dir, workdir.path)
-    session = _Session(settings, workdir, output_dir)
+    sample = pathlib.Path(skimage.__file__).parent / "data" / "astronaut.png"
+    try:
+        jobs = cloak_records.list_jobs(_IMAGES.value or [sample], output_dir, workdir.path)
+    except FileNotFoundError as error:
+        raise run.UsageError(f"--images: {error}") from error
+    if not jobs:
+        raise run.UsageError(f"--images={','.join(_IMAGES.value)} holds no files")
+    session = _Session(models, settings, workdir, output_dir)
     session.work(jobs)
     return session.conclude(jobs)
 
 
-def _settings() -> dict[str, Any]:
-    """The options that decide the bytes of the outputs, checked."""
-    try:
-        surrogates = [zoo.get(name).name for name in _SURROGATES.value]
-    except ValueError as error:
-        raise run.UsageError(f"--surrogates: {error}") from error
-    if not surrogates or len(set(surrogates)) < len(surrogates):
-        raise run.UsageError(f"--surrogates={_SURROGATES.value} must name each extractor once")
+def _check_flags() -> None:
+    if not _SURROGATES.value:
+        raise run.UsageError("--surrogates must name an extractor")
     if (_TARGET.value == "farthest") != (_GALLERY.value is not None):
         raise run.UsageError("--target=farthest and --gallery need each other")
     if _TARGET.value not in ("repel", "farthest") and not pathlib.Path(_TARGET.value).is_dir():
@@ -123,12 +132,43 @@ def _settings() -> dict[str, Any]:
         raise run.UsageError(f"--gallery={_GALLERY.value} is not a folder")
     if 0 < _MIN_FACE.value < 20:
         raise run.UsageError(f"--min_face_px={_MIN_FACE.value} must be 0 or at least 20")
+
+
+def _load_models() -> _Models:
+    asked = [*_SURROGATES.value, *_CHECK.value]
+    try:
+        weights = recognise.parse_weights(_WEIGHTS.value, asked)
+        eyes = recognise.load(asked, weights=weights)
+        names = [eyes.extractors[name].name for name in asked]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name} must be named once in --surrogates and --check together")
+        for extractor in eyes.extractors.values():
+            _ = extractor.threshold  # Raises if it is not known: then nothing can be judged.
+    except FileNotFoundError as error:
+        hint = "--weights=NAME=FILE names the file of an extractor's weights"
+        raise run.UsageError(f"{error} ({hint})") from error
+    except ValueError as error:
+        raise run.UsageError(str(error)) from error
+    variables = {name: eyes.variables[key] for name, key in zip(names, asked, strict=True)}
+    eyes = eyes._replace(
+        extractors={extractor.name: extractor for extractor in eyes.extractors.values()},
+        variables=variables,
+    )
+    weights = {name: zoo.fingerprint(each)[:16] for name, each in variables.items()}
+    count = len(_SURROGATES.value)
+    return _Models(eyes, names[:count], names[count:], weights)
+
+
+def _settings(models: _Models) -> dict[str, Any]:
+    """The options that decide the bytes of the outputs."""
     num_steps = min(_NUM_STEPS.value, 4) if flags.FLAGS.toy else _NUM_STEPS.value
     config = fawkes.FawkesConfig(dssim_budget=fawkes.MODES[_MODE.value], num_steps=num_steps)
     return {
         "mode": _MODE.value,
         **dataclasses.asdict(config),
-        "surrogates": surrogates,
+        "surrogates": models.surrogates,
+        "weights": {name: models.weights[name] for name in models.surrogates},
         "target": _TARGET.value,
         "gallery": _GALLERY.value,
         "min_confidence": _MIN_CONFIDENCE.value,
@@ -145,42 +185,23 @@ def _open_workdir(path: pathlib.Path, settings: dict[str, Any]) -> run.Workdir:
     except run.UsageError as error:
         if not _OVERWRITE.value or not (path / "config.json").exists():
             raise run.UsageError(f"{error} (or pass --overwrite to replace its outputs)") from error
-    for record in (path / "records").glob("*.json"):
-        record.unlink()
+    cloak_records.forget(path)
+    (path / "target.json").unlink(missing_ok=True)
     (path / "config.json").unlink()
     return run.open_workdir(path, settings)
-
-
-def _jobs(output_dir: pathlib.Path, workdir: pathlib.Path) -> list[_Job]:
-    """All inputs with their outputs; products of an earlier run are no inputs."""
-    sample = pathlib.Path(skimage.__file__).parent / "data" / "astronaut.png"
-    earlier = {}
-    for path in sorted((workdir / "records").glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            known = json.loads(path.read_text())
-            earlier[known["source"]] = str(output_dir / known["output"])
-    own = [pathlib.Path(path) for path in earlier.values()]
-    own += [output_dir / name for name in ("report.json", "report.html")]
-    try:
-        inputs = photo_files.list_photos(_IMAGES.value or [sample], exclude=[output_dir, *own])
-    except FileNotFoundError as error:
-        raise run.UsageError(f"--images: {error}") from error
-    if not inputs:
-        raise run.UsageError(f"--images={','.join(_IMAGES.value)} holds no files")
-    outputs = photo_files.output_paths(inputs, output_dir, taken=earlier)
-    jobs = []
-    for source, output in zip(inputs, outputs, strict=True):
-        digest = hashlib.sha256(str(source.path).encode("utf-8", "surrogateescape")).hexdigest()
-        jobs.append(_Job(source, output, workdir / "records" / f"{digest[:32]}.json"))
-    return jobs
 
 
 class _Session:
     """One run of the program over its jobs, group by group."""
 
     def __init__(
-        self, settings: dict[str, Any], workdir: run.Workdir, output_dir: pathlib.Path
+        self,
+        models: _Models,
+        settings: dict[str, Any],
+        workdir: run.Workdir,
+        output_dir: pathlib.Path,
     ) -> None:
+        self._models = models
         self._settings = settings
         self._workdir = workdir
         self._output_dir = output_dir
@@ -189,32 +210,42 @@ class _Session:
             **{name: value for name, value in settings.items() if name in fields}
         )
         self._key = jax.random.key(settings["seed"])
-        self._models: _Models | None = None
+        eyes = models.eyes
+        self._surrogates = cloak.Surrogates(
+            tuple(eyes.extractors[name] for name in models.surrogates),
+            tuple(eyes.variables[name] for name in models.surrogates),
+        )
         self._targets: dict[str, np.ndarray] | None = None
-        self._target_name: str | None = None
 
-    def work(self, jobs: Sequence[_Job]) -> None:
+    def work(self, jobs: Sequence[cloak_records.Job]) -> None:
         """Brings every job to a record; a group with nothing left to do is skipped."""
-        (self._workdir.path / "records").mkdir(exist_ok=True)
         groups = [jobs[start : start + _GROUP] for start in range(0, len(jobs), _GROUP)]
-        open_groups = [group for group in groups if not all(self._is_done(job) for job in group)]
-        if open_groups:
-            self._load_models(jobs)
+        is_open = [not all(map(cloak_records.is_done, group)) for group in groups]
+        if any(is_open) and self._settings["target"] != "repel":
+            self._targets = self._choose_target(jobs)
         bar = tqdm.tqdm(total=len(jobs), desc="photos", unit="photo", disable=None)
-        bar.update(sum(len(group) for group in groups if group not in open_groups))
-        for group in open_groups:
-            self._work_on_group(group, bar)
+        for group, has_work in zip(groups, is_open, strict=True):
+            if has_work:
+                self._work_on_group(group)
+            for job in group:
+                self._judge_again(job)
             bar.update(len(group))
         bar.close()
 
-    def conclude(self, jobs: Sequence[_Job]) -> tuple[dict[str, Any], int]:
+    def conclude(self, jobs: Sequence[cloak_records.Job]) -> tuple[dict[str, Any], int]:
         """Writes the reports from the records of all jobs."""
-        records = [json.loads(job.record.read_text())["image"] for job in jobs]
+        records = [cloak_records.read(job)["image"] for job in jobs]
         summary = {
             status: sum(record["status"] == status for record in records)
             for status in ("cloaked", "no_face", "unreadable", "failed")
         }
-        settings = {**self._settings, "linf_limit": self._config.linf_limit}
+        settings = {
+            **self._settings,
+            "check": self._models.checks,
+            "weights": self._models.weights,
+            "linf_limit": self._config.linf_limit,
+            "reencoding": cloak_check.REENCODING,
+        }
         target_file = self._workdir.path / "target.json"
         if target_file.exists():
             settings["target_identity"] = json.loads(target_file.read_text())["identity"]
@@ -236,8 +267,8 @@ class _Session:
             for record in records
             if record["status"] in ("unreadable", "failed")
         ]
-        for record in records:
-            logging.info("%s: %s", record["image"], _in_words(record))
+        for line in cloak_words.lines(whole):
+            logging.info("%s", line)
         result = {
             "summary": summary,
             "not_handled": incomplete,
@@ -247,39 +278,7 @@ class _Session:
         self._workdir.write_result(result)
         return result, run.EXIT_PARTIAL if incomplete else run.EXIT_OK
 
-    def _load_models(self, jobs: Sequence[_Job]) -> None:
-        names = self._settings["surrogates"]
-        try:
-            detector = jax.tree.map(jax.numpy.asarray, mtcnn.read_weights(mtcnn.find_weights()))
-            variables = tuple(
-                jax.tree.map(jax.numpy.asarray, zoo.get(name).load()) for name in names
-            )
-        except (FileNotFoundError, ValueError) as error:
-            raise run.UsageError(str(error)) from error
-        surrogates = cloak.Surrogates(tuple(zoo.get(name) for name in names), variables)
-        self._models = _Models(detector, surrogates)
-        if self._settings["target"] != "repel":
-            self._targets = self._choose_target(jobs)
-
-    def _is_done(self, job: _Job) -> bool:
-        """Whether a record says so and the files are still those it speaks of."""
-        try:
-            known = json.loads(job.record.read_text())
-            image = known["image"]
-            if image["status"] == "failed" or known.get("pending"):
-                return False
-            if job.source.problem is None:
-                if known["sha256"] != _sha256_of(photos.read_photo_bytes(job.source.path)):
-                    return False
-            if image["status"] == "cloaked":
-                return _sha256_of(job.output.read_bytes()) == known["output_sha256"]
-            return True
-        except photos.PhotoError as error:
-            return image["status"] == "unreadable" and image["reason"] == str(error)
-        except (OSError, ValueError, KeyError):
-            return False
-
-    def _work_on_group(self, group: Sequence[_Job], bar: tqdm.tqdm) -> None:
+    def _work_on_group(self, group: Sequence[cloak_records.Job]) -> None:
         loaded = [item for item in parallel.overlapped(self._load, group) if item is not None]
         num_faces = sum(len(item.task.faces.boxes) for item in loaded)
         steps = tqdm.tqdm(
@@ -289,7 +288,7 @@ class _Session:
         try:
             results = cloak.cloak_photos(
                 self._key,
-                self._models.surrogates,
+                self._surrogates,
                 tasks,
                 config=self._config,
                 targets=self._targets,
@@ -298,54 +297,41 @@ class _Session:
         except Exception as error:  # One photo's trouble must not cost the others theirs.
             if len(group) == 1 or isinstance(error, MemoryError):
                 for item in loaded:
-                    self._write_record(item.job, item.sha256, "failed", f"{error}", [])
+                    cloak_records.write(item.job, "failed", f"{error}", [], sha256=item.sha256)
                 logging.exception("could not cloak %s", [str(job.source.path) for job in group])
                 return
             logging.warning("working photo by photo after: %s", error)
             for job in group:
-                self._work_on_group([job], bar)
+                self._work_on_group([job])
             return
         finally:
             steps.close()
         for item, (pixels, faces) in zip(loaded, results, strict=True):
-            if not self._is_done(item.job):
+            if not cloak_records.is_done(item.job):
                 self._finish(item, pixels, faces)
 
-    def _load(self, job: _Job) -> _Loaded | None:
+    def _load(self, job: cloak_records.Job) -> _Loaded | None:
         """Reads a photo and finds its faces; None, with a record, if nothing is to cloak."""
-        if job.source.problem is not None:
-            self._write_record(job, None, "unreadable", job.source.problem, [])
-            return None
         sha256 = None
         try:
+            if job.source.problem is not None:
+                raise photos.PhotoError(job.source.problem)
             data = photos.read_photo_bytes(job.source.path)
-            sha256 = _sha256_of(data)
+            sha256 = cloak_records.sha256_of(data)
             photo = photos.decode_photo(data)
         except photos.PhotoError as error:
-            self._write_record(job, sha256, "unreadable", str(error), [])
+            cloak_records.write(job, "unreadable", str(error), [], sha256=sha256)
             return None
         options = self._detector_options(photo.pixels.shape)
-        found = detect.detect_faces(self._models.detector, photo.pixels, options=options)
+        found = detect.detect_faces(self._models.eyes.detector, photo.pixels, options=options)
         sure = found.confidences >= self._settings["min_confidence"]
         kept = sure & cloak.is_large_enough(found.boxes)
-        skipped = [
-            {
-                "box": np.concatenate([np.floor(box[:2]), np.ceil(box[2:])]).astype(int).tolist(),
-                "detection": box.tolist(),
-                "confidence": float(confidence),
-                "status": "skipped",
-                "reason": "it is too small to be recognised"
-                if confident
-                else f"confidence {confidence:.2f} is below {self._settings['min_confidence']}",
-            }
-            for box, confidence, confident, keep in zip(
-                found.boxes, found.confidences, sure, kept, strict=True
-            )
-            if not keep
-        ]
+        skipped = cloak_check.skipped_faces(
+            found, kept, min_confidence=self._settings["min_confidence"]
+        )
         if not kept.any():
             reason = "no face was found" if not skipped else "no face was found with confidence"
-            self._write_record(job, sha256, "no_face", reason, skipped)
+            cloak_records.write(job, "no_face", reason, skipped, sha256=sha256)
             return None
         visible = None if photo.alpha is None else photo.alpha > 0
         task = cloak.PhotoFaces(
@@ -361,14 +347,14 @@ class _Session:
         self, item: _Loaded, pixels: np.ndarray, faces: Sequence[cloak.CloakedFace]
     ) -> None:
         """Encodes, reads back, measures, publishes and records one photo."""
-        job = item.job
+        job, sha256 = item.job, item.sha256
         data = photos.encode_png(item.photo, pixels, keep_metadata=self._settings["keep_metadata"])
         records = cloak_check.check_photo(
-            self._models.detector,
-            self._models.by_name(),
+            self._models.eyes,
             item.task,
             photos.decode_photo(data).pixels,
             faces,
+            surrogates=self._models.surrogates,
             dssim_budget=self._config.dssim_budget,
             options=item.options,
         )
@@ -379,146 +365,73 @@ class _Session:
         ]
         records += item.skipped
         if problems:
-            self._write_record(job, item.sha256, "failed", "; ".join(problems), records)
+            cloak_records.write(job, "failed", "; ".join(problems), records, sha256=sha256)
             return
         try:
-            self._publish(job, item.sha256, data, records)
+            cloak_records.publish(
+                job,
+                data,
+                records,
+                overwrite=_OVERWRITE.value,
+                sha256=sha256,
+                found=item.task.faces,
+                judges=self._models.weights,
+            )
         except FileExistsError:
             reason = "the output exists and is not of this run; pass --overwrite to replace it"
-            self._write_record(job, item.sha256, "failed", reason, [])
+            cloak_records.write(job, "failed", reason, [], sha256=sha256)
         except OSError as error:
             reason = f"could not write the output: {error.strerror or error}"
-            self._write_record(job, item.sha256, "failed", reason, [])
+            cloak_records.write(job, "failed", reason, [], sha256=sha256)
 
-    def _publish(self, job: _Job, sha256: str, data: bytes, records: list[dict]) -> None:
-        """Gives the file its name; the record goes first, so a killed run knows its own file."""
-        output_sha256 = _sha256_of(data)
-        ours = _OVERWRITE.value
-        if job.output.exists() and not ours:
-            existing = _sha256_of(job.output.read_bytes())
-            ours = existing in (output_sha256, _recorded_output(job))
-            if not ours:
-                raise FileExistsError(job.output)
-        self._write_record(
-            job, sha256, "cloaked", None, records, output_sha256=output_sha256, pending=True
+    def _judge_again(self, job: cloak_records.Job) -> None:
+        """Measures a finished output anew if other extractors than now have judged it."""
+        known = cloak_records.read(job)
+        image, judges = known["image"], self._models.weights
+        if image["status"] != "cloaked" or known["judges"] == judges:
+            return
+        pixels = photos.read_photo(job.source.path).pixels
+        found = {name: np.array(rows, np.float32) for name, rows in known["found"].items()}
+        faces = cloak_check.judge_again(
+            self._models.eyes,
+            pixels,
+            detect.Faces(**found),
+            photos.read_photo(job.output).pixels,
+            image["faces"],
+            surrogates=self._models.surrogates,
+            options=self._detector_options(pixels.shape),
         )
-        photo_files.write_atomically(job.output, data, overwrite=ours)
-        if _sha256_of(job.output.read_bytes()) != output_sha256:
-            raise OSError(0, "the file reads back differently")
-        self._write_record(job, sha256, "cloaked", None, records, output_sha256=output_sha256)
-
-    def _write_record(
-        self, job: _Job, sha256, status, reason, faces, *, output_sha256=None, pending=False
-    ) -> None:
-        output = job.output.relative_to(self._output_dir).as_posix()
-        record = {
-            "source": str(job.source.path),
-            "output": output,
-            "sha256": sha256,
-            "output_sha256": output_sha256,
-            "pending": pending,
-            "image": {
-                "image": job.source.relative.as_posix(),
-                "output": output if status == "cloaked" else None,
-                "status": status,
-                "reason": reason,
-                "faces": faces,
-            },
-        }
-        run.write_json(job.record, record)
+        kept = {name: known[name] for name in ("sha256", "output_sha256", "found")}
+        cloak_records.write(job, "cloaked", None, faces, judges=judges, **kept)
 
     def _detector_options(self, shape: Sequence[int]) -> detect.DetectorOptions:
         smallest = self._settings["min_face_px"] or max(30, max(shape[:2]) / 80)
         return detect.DetectorOptions(min_face_px=smallest)
 
-    def _faces_below(self, folder: pathlib.Path) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The most confident face of every readable photo of a folder, with its landmarks."""
-        faces = []
-        for source in photo_files.list_photos([folder]):
-            try:
-                pixels = photos.read_photo(source.path).pixels
-            except photos.PhotoError as error:
-                logging.warning("%s: %s", source.path, error)
-                continue
-            options = self._detector_options(pixels.shape)
-            found = detect.detect_faces(self._models.detector, pixels, options=options)
-            if len(found.boxes):
-                faces.append((pixels, found.landmarks[0]))
-        return faces
-
-    def _embed(self, faces) -> dict[str, np.ndarray]:
-        return {
-            name: embed.embed_faces(extractor, variables, faces)
-            for name, (extractor, variables) in self._models.by_name().items()
-        }
-
-    def _choose_target(self, jobs: Sequence[_Job]) -> dict[str, np.ndarray]:
+    def _choose_target(self, jobs: Sequence[cloak_records.Job]) -> dict[str, np.ndarray]:
         """The target's centroid for each surrogate; chosen once and kept for resumed runs."""
         stored = self._workdir.path / "target.json"
         if stored.exists():
             known = json.loads(stored.read_text())["centroids"]
             return {name: np.array(vector, np.float32) for name, vector in known.items()}
-        if self._settings["target"] == "farthest":
-            identity, centroids = self._farthest(jobs)
-        else:
-            folder = pathlib.Path(self._settings["target"])
-            faces = self._faces_below(folder)
-            if not faces:
-                raise run.UsageError(f"--target={folder} holds no photo with a face")
-            identity = folder.name
-            centroids = {
-                name: targets.centroid(found) for name, found in self._embed(faces).items()
-            }
+        own = {name: self._models.eyes.extractors[name] for name in self._models.surrogates}
+        eyes = self._models.eyes._replace(extractors=own)
+        target, options_fn = self._settings["target"], self._detector_options
+        try:
+            if target == "farthest":
+                identity, centroids = targets.farthest_in_gallery(
+                    eyes,
+                    self._settings["gallery"],
+                    [job.source.path for job in jobs],
+                    options_fn=options_fn,
+                )
+            else:
+                identity = pathlib.Path(target).name
+                centroids = targets.folder_centroids(eyes, target, options_fn=options_fn)
+        except ValueError as error:
+            raise run.UsageError(f"--target={target}: {error}") from error
         run.write_json(stored, {"identity": identity, "centroids": centroids})
         return centroids
-
-    def _farthest(self, jobs: Sequence[_Job]) -> tuple[str, dict[str, np.ndarray]]:
-        gallery = {}
-        for folder in sorted(pathlib.Path(self._settings["gallery"]).iterdir()):
-            if folder.is_dir() and not folder.name.startswith("."):
-                if faces := self._faces_below(folder):
-                    found = self._embed(faces)
-                    gallery[folder.name] = {n: targets.centroid(e) for n, e in found.items()}
-        own = []
-        for job in jobs:
-            with contextlib.suppress(photos.PhotoError):
-                pixels = photos.read_photo(job.source.path).pixels
-                options = self._detector_options(pixels.shape)
-                found = detect.detect_faces(self._models.detector, pixels, options=options)
-                own += [(pixels, landmarks) for landmarks in found.landmarks]
-        thresholds = {name: zoo.get(name).threshold for name in self._settings["surrogates"]}
-        if not own:
-            raise run.UsageError("--target=farthest: no face was found in --images")
-        try:
-            identity = targets.farthest_identity(self._embed(own), gallery, thresholds)
-        except ValueError as error:
-            raise run.UsageError(f"--gallery={self._settings['gallery']}: {error}") from error
-        return identity, gallery[identity]
-
-
-def _recorded_output(job: _Job) -> str | None:
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return json.loads(job.record.read_text())["output_sha256"]
-    return None
-
-
-def _sha256_of(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _in_words(record: dict[str, Any]) -> str:
-    """One line for a person, with what was measured."""
-    if record["status"] != "cloaked":
-        return f"{record['status']} ({record['reason']})"
-    parts = []
-    for face in record["faces"]:
-        for name, found in face.get("extractors", {}).items():
-            verdict = "still the same person" if found["same_person"] else "another person"
-            parts.append(
-                f"{name} {found['distance']:.2f} of {found['threshold']:.2f} ({verdict}), "
-                f"DSSIM {face['dssim']:.4f}"
-            )
-    return "cloaked; " + "; ".join(parts)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,22 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 import skimage.data
 from PIL import Image, ImageCms, ImageOps
 
 from afr_jax.core import ssim
+from afr_jax.recognition import trained
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -221,9 +226,6 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path):
     ("flags", "message"),
     [
         (["--images=missing.jpg"], "missing.jpg"),
-        (["--surrogates=nobody"], "nobody"),
-        (["--target=farthest"], "--gallery"),
-        (["--target=nowhere"], "nowhere"),
         (["--mode=extreme"], "extreme"),
         (["stray"], "stray"),
     ],
@@ -231,6 +233,87 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path):
 def test_wrong_usage_exits_with_2(tmp_path, flags, message):
     _, result, stderr = _run(tmp_path, *flags, check=2)
     assert result is None and message in stderr
+
+
+def _save_extractor(folder, seed):
+    """A trained extractor that was not trained; returns its folder."""
+    template = ((9.0, 10.0), (9.0, 22.0), (16.0, 16.0), (22.0, 11.0), (22.0, 21.0))
+    card = trained.Card("resnet6", 32, 16, width=4, template=template, threshold=0.01)
+    network = trained.make_network("resnet6", input_px=32, embedding_size=16, width=4)
+    variables = jax.jit(network.init)(jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))
+    folder.mkdir()
+    trained.write_extractor(folder, card, variables)
+    return folder
+
+
+def test_wrong_usage_is_told_before_any_work(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    known = _save_extractor(tmp_path / "known", 0)
+    unknown = tmp_path / "unknown"
+    shutil.copytree(known, unknown)
+    card = json.loads((unknown / "extractor.json").read_text())
+    (unknown / "extractor.json").write_text(json.dumps(card | {"threshold": None}))
+    cases = [
+        (["--surrogates=nobody"], "nobody"),
+        (["--surrogates="], "--surrogates"),
+        (["--check=nobody"], "nobody"),
+        (["--check=dlib"], "dlib must be named once in --surrogates and --check together"),
+        ([f"--check={known},{known}"], "trained:known must be named once"),
+        ([f"--check={unknown}"], "the threshold of trained:unknown"),
+        ([f"--check={tmp_path}"], "there is no trained extractor"),
+        (["--check=mobilefacenet"], "mobilefacenet"),
+        (["--check=mobilefacenet", "--weights=mobilefacenet=no.npz"], "no.npz"),
+        (["--check=mobilefacenet", "--weights=no.npz"], "must be NAME=FILE, NAME one of dlib, mob"),
+        (["--weights=mobilefacenet=no.npz"], "no.npz"),
+        (["--target=farthest"], "--gallery"),
+        (["--target=nowhere"], "nowhere"),
+    ]
+    cases = [([f"--output_dir={out}", *flags], message) for flags, message in cases]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no downloads"))
+    programs.assert_refused("cloak.cloak_program", cases)
+    assert not out.exists()
+
+
+def test_another_check_measures_again_and_leaves_the_files(tmp_path):
+    photo = tmp_path / "p.png"
+    _portrait(144).save(photo)
+    made, other = (_save_extractor(tmp_path / name, seed) for seed, name in enumerate("ab"))
+    flags = [f"--images={photo}", f"--surrogates={made}", "--num_steps=1"]
+    asked = f"--check={other}"
+
+    ((result, code),) = programs.drive(
+        "cloak.cloak_program", [*flags, f"--output_dir={tmp_path / 'first'}"]
+    )
+    assert code == 0 and result["summary"]["cloaked"] == 1
+    records, report = _report(tmp_path, "first")
+    assert list(records["p.png"]["faces"][0]["extractors"]) == ["trained:a"]
+    assert "judged only by" in (tmp_path / "first" / "report.html").read_text()
+    path = tmp_path / "first" / "p_cloaked.png"
+    before = path.stat().st_mtime_ns, path.read_bytes()
+
+    answers = programs.drive(
+        "cloak.cloak_program",
+        [*flags, asked, f"--output_dir={tmp_path / 'first'}"],
+        [*flags, asked, f"--output_dir={tmp_path / 'straight'}"],
+    )
+    assert [code for _, code in answers] == [0, 0]
+    assert (path.stat().st_mtime_ns, path.read_bytes()) == before
+    for name in ("p_cloaked.png", "report.json", "report.html"):
+        pair = [(tmp_path / output / name).read_bytes() for output in ("first", "straight")]
+        assert pair[0] == pair[1], name
+    records, report = _report(tmp_path, "first")
+    entries = records["p.png"]["faces"][0]["extractors"]
+    assert {name: entry["surrogate"] for name, entry in entries.items()} == {
+        "trained:a": True,
+        "trained:b": False,
+    }
+    for entry in (*entries.values(), *(entry["after_jpeg75"] for entry in entries.values())):
+        assert entry["same_person"] == (entry["distance"] < 0.01)
+    assert report["settings"]["check"] == ["trained:b"]
+    assert report["settings"]["reencoding"].startswith("JPEG quality 75 (4:2:0) was checked")
+    page = (tmp_path / "first" / "report.html").read_text()
+    assert "had no part in making the cloak" in page and "judged only by" not in page
+    assert "protect" not in page.lower()
 
 
 def test_targets_pull_towards_another_person(tmp_path):

@@ -41,9 +41,11 @@ def _methods(owner):
 
 
 def _has_free_signature(owner):
-    """Dataclasses, Flax modules and NamedTuples get their __init__ from their fields."""
+    """Dataclasses, Flax modules, NamedTuples and protocols do not write their __init__."""
     is_tuple = issubclass(owner, tuple) and hasattr(owner, "_fields")
-    return dataclasses.is_dataclass(owner) or issubclass(owner, nn.Module) or is_tuple
+    is_protocol = getattr(owner, "_is_protocol", False)
+    is_made = dataclasses.is_dataclass(owner) or issubclass(owner, nn.Module)
+    return is_made or is_tuple or is_protocol
 
 
 def _is_generated(owner, name):

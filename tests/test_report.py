@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from afr_jax.evaluation import cloak_words, report_pictures
 from afr_jax.evaluation import report as report_lib
 
 _HOSTILE = "album/<img src=x onerror=\"document.title='owned'\">&'.jpg"
@@ -19,6 +20,10 @@ _VOID = {"meta", "img", "input", "br"}
 
 def _extractor(distance, threshold=0.6, **more):
     return {"distance": distance, "threshold": threshold, "metric": "l2"} | more
+
+
+def _after(distance, same_person, reason=None):
+    return {"distance": distance, "same_person": same_person, "reason": reason}
 
 
 def _face(box=(8, 8, 24, 24), extractors=None, **more):
@@ -103,10 +108,10 @@ def test_amplified_difference_is_ten_times_the_change_around_mid_grey():
     cloaked[:8] = np.clip(original[:8].astype(int) + rng.integers(-14, 15, (8, 16, 3)), 0, 255)
     change = cloaked.astype(np.float64) - original.astype(np.float64)
     for gain in (1, 10):
-        shown = report_lib.amplified_difference(original, cloaked, gain=gain)
+        shown = report_pictures.amplified_difference(original, cloaked, gain=gain)
         assert shown.dtype == np.uint8
         np.testing.assert_array_equal(shown, np.clip(128 + gain * change, 0, 255))
-    np.testing.assert_array_equal(report_lib.amplified_difference(original, original), 128)
+    np.testing.assert_array_equal(report_pictures.amplified_difference(original, original), 128)
 
 
 def test_small_face_is_shown_at_native_pixels_without_loss():
@@ -175,21 +180,107 @@ def test_a_face_counts_as_moved_only_if_number_and_verdict_agree(entry, expected
 
 def test_verdicts_name_extractor_distance_and_threshold():
     extractors = {
-        "dlib": _extractor(1.02, same_person=False, distance_before_budget=1.15, other_key=[1]),
-        "facenet": _extractor(0.31, threshold=0.9, same_person=True),
+        "dlib": _extractor(
+            1.02,
+            same_person=False,
+            surrogate=True,
+            distance_before_budget=1.15,
+            other_key=[1],
+            after_jpeg75=_after(0.58, True),
+        ),
+        "facenet": _extractor(0.31, threshold=0.9, same_person=True, surrogate=False),
         "close": _extractor(0.5998, same_person=True),
         "mute": _extractor(None),
+        "lost": _extractor(0.9, surrogate=False, after_jpeg75=_after(None, None, "not found")),
     }
     words = _render(_report(_image("a.png", [_face(extractors=extractors)]))).words
-    assert "dlib no longer takes this for the same person (distance 1.02, threshold 0.60)." in words
-    assert "facenet still takes this for the same person (distance 0.31, threshold 0.90)." in words
+    assert (
+        "dlib the cloak was made against it PNG as written: another person at this threshold "
+        "(distance 1.02, threshold 0.60). After JPEG quality 75: still the same person at this "
+        "threshold (distance 0.58, threshold 0.60)."
+    ) in words
+    assert (
+        "facenet had no part in making the cloak PNG as written: still the same person at this "
+        "threshold (distance 0.31, threshold 0.90)."
+    ) in words
     # Two digits would print the same number twice and hide which side it is on.
     assert "(distance 0.5998, threshold 0.6000)" in words
-    assert "mute gave no distance for this face." in words
+    assert "mute PNG as written: no distance." in words
+    assert "After JPEG quality 75: no distance, not found." in words
     assert "rounding to 8 bits (circle) 1.15, after 1.02" in words
-    assert "dlib the cloak was made against it 1 of 1 face no longer the same person" in words
-    assert "facenet had no part in making the cloak 0 of 1 face no longer" in words
-    assert "moved in 1 of 4 checks" in words
+    # Five on the written file and two after JPEG.
+    assert "moved in 2 of 7 checks" in words
+
+
+def _two_faces(**more):
+    """Two faces in two extractors, the second of which lost a face to JPEG."""
+    made = {"surrogate": True, **more}
+    rows = [
+        {
+            "dlib": _extractor(1.0, after_jpeg75=_after(0.9, False), **made),
+            "other": _extractor(0.7, surrogate=False, after_jpeg75=_after(0.5, True)),
+        },
+        {
+            "dlib": _extractor(0.5, same_person=True, after_jpeg75=_after(0.4, True), **made),
+            "other": _extractor(0.8, surrogate=False, after_jpeg75=_after(None, None, "gone")),
+        },
+    ]
+    return _report(*(_image(f"{i}.png", [_face(extractors=row)]) for i, row in enumerate(rows)))
+
+
+def test_shares_of_moved_faces_are_counted_for_each_extractor():
+    rows = {row["name"]: row for row in report_lib.count_moved(_two_faces()["images"])}
+    assert list(rows) == ["dlib", "other"]
+    expected = {
+        ("dlib", "written"): (2, 1, 0, "50\xa0%", "0.75"),
+        ("dlib", "after"): (2, 1, 0, "50\xa0%", "0.65"),
+        ("other", "written"): (2, 2, 0, "100\xa0%", "0.75"),
+        ("other", "after"): (1, 0, 1, "0\xa0%", "0.50"),
+    }
+    for (name, key), values in expected.items():
+        assert tuple(rows[name][key].values()) == values
+    assert [rows[name]["made_against"] for name in rows] == [True, False]
+    words = _render(_two_faces()).words
+    assert (
+        "Extractor PNG as written After JPEG quality 75 dlib the cloak was made against it "
+        "threshold 0.60 1 of 2 faces (50 %) median distance 0.75 1 of 2 faces (50 %) median "
+        "distance 0.65 other had no part in making the cloak threshold 0.60 2 of 2 faces (100 %) "
+        "median distance 0.75 0 of 1 face (0 %) median distance 0.50 no distance for 1 face"
+    ) in words
+    assert "other had no part in making the cloak: what it says is nearest" in words
+    assert "judged only by" not in words
+    assert "on the PNG file as written and after JPEG quality 75." in words
+
+
+def test_a_cloak_that_nobody_else_judged_is_called_so():
+    report = _report(_image("a.png", [_face(extractors={"dlib": _extractor(1, surrogate=True)})]))
+    words = _render(report).words
+    assert "the cloak was judged only by the extractor it was made against." in words
+    assert "No extractor that had no part in making the cloak was asked." in words
+    assert "not looked at" in words  # after JPEG
+
+
+def test_the_log_says_what_the_page_says():
+    lines = list(cloak_words.lines(_two_faces()))
+    assert lines[0] == "0.png: cloaked, out/0.png_cloaked.png"
+    assert lines[2] == (
+        "    dlib (the cloak was made against it): 1.00 of 0.60, another person at this threshold; "
+        "after JPEG 75: 0.90 of 0.60, another person at this threshold"
+    )
+    assert lines[7] == (
+        "    other (not used to make the cloak): 0.80 of 0.60, another person at this threshold; "
+        "after JPEG 75: no distance (gone)"
+    )
+    assert lines[-1] == (
+        "other (not used to make the cloak): another person at its threshold: 2 of 2 faces; "
+        "after JPEG 75: 0 of 1 face (1 without a distance)"
+    )
+    own = {"dlib": _extractor(1.0, surrogate=True, after_jpeg75=_after(0.9, False))}
+    skipped = {"status": "skipped", "reason": "tiny"}
+    images = [_image("a.png", [_face(extractors=own), skipped]), _image("b.png", [], "failed", "r")]
+    lines = list(cloak_words.lines(_report(*images)))
+    assert lines[3:5] == ["  face 2: skipped (tiny)", "b.png: failed (r)"]
+    assert "judged only by the extractors it was made against" in lines[-1]
 
 
 def test_bars_are_drawn_to_scale():
@@ -205,6 +296,13 @@ def test_bars_are_drawn_to_scale():
     assert bars[1] / marks[1] == pytest.approx(0.0084 / 0.007, rel=1e-3)
     assert max(*marks, *bars, circle) <= 100
     assert "over budget" in text
+    entry = _extractor(1.02, after_jpeg75=_after(1.4, False))
+    text = report_lib.cloak_report_html(
+        _report(_image("a.png", [_face(extractors={"dlib": entry})])), lambda _: _pair()
+    )
+    both = [float(x) for x in re.findall(r'<rect class="bar[^>]* width="([\d.]+)%"', text)][:2]
+    assert both[1] / both[0] == pytest.approx(1.4 / 1.02, rel=1e-3)
+    assert both[1] <= 100
 
 
 def test_photos_and_faces_without_a_cloak_are_named_with_their_reason():
@@ -268,7 +366,7 @@ def test_every_photo_is_there_and_loaded_lazily_one_at_a_time():
 def test_a_pair_that_cannot_be_shown_leaves_the_figures(pair, message):
     page = _render(_report(_image("a.png", [_face()])), lambda _: pair)
     assert message in page.words
-    assert "dlib no longer takes" in page.words
+    assert "PNG as written: another person at this threshold" in page.words
     assert not page.pictures("before")
 
 

@@ -15,8 +15,6 @@ distance reaches the threshold and the recorded verdict agrees.
 import base64
 import collections
 import hashlib
-import io
-import json
 import math
 import pathlib
 import re
@@ -26,12 +24,10 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image
+
+from afr_jax.evaluation import report_pictures
 
 LoadPair = Callable[[Mapping[str, Any]], "tuple[np.ndarray, np.ndarray] | None"]
-
-GAIN = 10
-MID_GREY = 128
 
 _IMAGE_STATUSES = {
     "cloaked": "cloaked",
@@ -39,28 +35,6 @@ _IMAGE_STATUSES = {
     "unreadable": "unreadable",
     "failed": "failed",
 }
-_SMALL_FACE = 0.5  # of the photo's long side; a smaller face is also shown by itself
-_FACE_MARGIN = 0.15  # of the box's long side, added on each side of that crop
-_PNG_PIXELS = 256 * 256  # crops up to this size are stored without loss
-_ENLARGED_PX = 480  # smaller crops are drawn with whole-number enlargement up to this
-_TALL_PX = 640  # no picture is drawn higher than this
-
-
-def amplified_difference(
-    original: np.ndarray, cloaked: np.ndarray, *, gain: int = GAIN
-) -> np.ndarray:
-    """The change of each pixel, enlarged around mid grey: clip(128 + gain * (cloaked - original)).
-
-    Args:
-      original: uint8 [H, W, 3].
-      cloaked: uint8 [H, W, 3].
-      gain: the factor; a change of more than 127 / gain levels is cut off.
-
-    Returns:
-      uint8 [H, W, 3]; 128 where nothing changed.
-    """
-    change = cloaked.astype(np.int32) - original.astype(np.int32)
-    return np.clip(MID_GREY + gain * change, 0, 255).astype(np.uint8)
 
 
 def still_same_person(entry: Mapping[str, Any]) -> bool | None:
@@ -78,6 +52,74 @@ def still_same_person(entry: Mapping[str, Any]) -> bool | None:
     if distance is None or threshold is None:
         return None
     return distance < threshold or bool(entry.get("same_person", False))
+
+
+def after_jpeg(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an extractor's entry says of the face after JPEG quality 75, in the entry's own form.
+
+    Args:
+      entry: as in `still_same_person`, perhaps with `after_jpeg75`.
+
+    Returns:
+      `after_jpeg75` with the entry's threshold, or None if that was not looked at.
+    """
+    after = entry.get("after_jpeg75")
+    return None if after is None else {**after, "threshold": entry.get("threshold")}
+
+
+def count_moved(images: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Counts for each extractor the faces that are another person at its threshold.
+
+    Args:
+      images: of report.json.
+
+    Returns:
+      A row for each extractor, those that the cloaks were made against first: `name`;
+      `made_against`, None where the report does not say; `threshold`, text; `written` and `after`
+      (None if no face was looked at after JPEG quality 75), each with `num_measured`, `num_moved`,
+      `num_missing` (faces without a distance), `share` and `median` of the distances, texts.
+    """
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for image in images:
+        for face in _cloaked_faces(image):
+            for name, entry in (face.get("extractors") or {}).items():
+                found.setdefault(name, []).append(entry)
+    rows = []
+    for name, entries in found.items():
+        compressed = [after for entry in entries if (after := after_jpeg(entry)) is not None]
+        thresholds = {_number(entry.get("threshold")) for entry in entries} - {None}
+        rows.append(
+            {
+                "name": name,
+                "made_against": entries[0].get("surrogate"),
+                "threshold": ", ".join(f"{threshold:.2f}" for threshold in sorted(thresholds)),
+                "written": _tally(entries),
+                "after": _tally(compressed) if compressed else None,
+            }
+        )
+    return sorted(rows, key=lambda row: (row["made_against"] is False, row["name"]))
+
+
+def _tally(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    measured = [entry for entry in entries if still_same_person(entry) is not None]
+    num_moved = sum(still_same_person(entry) is False for entry in measured)
+    distances = [float(entry["distance"]) for entry in measured]
+    return {
+        "num_measured": len(measured),
+        "num_moved": num_moved,
+        "num_missing": len(entries) - len(measured),
+        "share": f"{100 * num_moved / len(measured):.0f}\N{NO-BREAK SPACE}%" if measured else None,
+        "median": f"{statistics.median(distances):.2f}" if measured else None,
+    }
+
+
+def apart(distance: float, threshold: float) -> tuple[str, str]:
+    """Both numbers with two digits, or as many as it takes to tell them apart."""
+    for digits in range(2, 7):
+        texts = f"{distance:.{digits}f}", f"{threshold:.{digits}f}"
+        if texts[0] != texts[1]:
+            return texts
+    return f"{distance:.2f}", f"{threshold:.2f}"
 
 
 def cloak_report_html(
@@ -141,14 +183,8 @@ def _page(report: Mapping[str, Any], load_pair: LoadPair, preview_px: int) -> di
     records = report.get("images") or []
     report = _printable(report)
     images, settings = report.get("images") or [], report.get("settings") or {}
-    surrogates = _names(settings.get("surrogates"))
-    entries = [
-        (name, entry)
-        for image in images
-        for face in _cloaked_faces(image)
-        for name, entry in (face.get("extractors") or {}).items()
-    ]
-    axis = _axis([entry for _, entry in entries])
+    rows = count_moved(images)
+    axis = _axis(images)
     counts = collections.Counter(image.get("status") for image in images)
     statuses = list(_IMAGE_STATUSES) + sorted(
         str(status) for status in counts if status not in _IMAGE_STATUSES
@@ -164,18 +200,19 @@ def _page(report: Mapping[str, Any], load_pair: LoadPair, preview_px: int) -> di
         "num_faces_cloaked": sum(len(_cloaked_faces(image)) for image in images),
         "not_cloaked": [head for head in heads if not head["cloaked"]],
         "partly_cloaked": [head for head in heads if head["cloaked"] and head["left_faces"]],
-        "extractors": _extractor_rows(entries, surrogates),
-        "surrogates": surrogates,
-        "checked": sorted({name for name, _ in entries}),
+        "extractors": rows,
+        "surrogates": _names(settings.get("surrogates")),
+        "others": [row["name"] for row in rows if row["made_against"] is False],
+        "all_made_against": bool(rows) and all(row["made_against"] for row in rows),
         "reencoding": settings.get("reencoding"),
-        "settings": [(key, _plain(value)) for key, value in settings.items()],
+        "settings": [
+            (key, _plain(value)) for key, value in settings.items() if key != "reencoding"
+        ],
         "summary": [(key, _plain(value)) for key, value in (report.get("summary") or {}).items()],
         "heads": [head for head in heads if head["cloaked"]],
-        "photos": _photos(
-            records, images, heads, load_pair, preview_px, settings, surrogates, axis
-        ),
-        "gain": GAIN,
-        "gain_limit": (255 - MID_GREY) // GAIN,
+        "photos": _photos(records, images, heads, load_pair, preview_px, settings, axis),
+        "gain": report_pictures.GAIN,
+        "gain_limit": (255 - report_pictures.MID_GREY) // report_pictures.GAIN,
     }
 
 
@@ -186,7 +223,6 @@ def _photos(
     load_pair: LoadPair,
     preview_px: int,
     settings: Mapping[str, Any],
-    surrogates: Sequence[str],
     axis: float,
 ) -> Iterator[dict[str, Any]]:
     """Yields one cloaked photo after the other, its pictures encoded."""
@@ -195,7 +231,7 @@ def _photos(
             continue
         budget = _number(settings.get("dssim_budget"))
         faces = [
-            _face(number, face, budget, surrogates, axis)
+            _face(number, face, budget, axis)
             for number, face in enumerate(image.get("faces") or [], 1)
         ]
         photo = {**head, "faces": faces, "pictures": None, "problem": None}
@@ -207,7 +243,7 @@ def _photos(
                 "The two files differ in size, so they cannot be laid over one another."
             )
         else:
-            photo["pictures"] = _pictures(*pair, faces, preview_px)
+            photo["pictures"] = report_pictures.photo_pictures(*pair, faces, preview_px)
         del pair
         yield photo
 
@@ -217,9 +253,11 @@ def _head(number: int, image: Mapping[str, Any]) -> dict[str, Any]:
     name = str(image.get("image"))
     faces = image.get("faces") or []
     verdicts = [
-        still_same_person(entry)
+        still_same_person(view)
         for face in _cloaked_faces(image)
         for entry in (face.get("extractors") or {}).values()
+        for view in (entry, after_jpeg(entry))
+        if view is not None
     ]
     return {
         "id": f"photo-{number}",
@@ -242,11 +280,7 @@ def _head(number: int, image: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _face(
-    number: int,
-    face: Mapping[str, Any],
-    budget: float | None,
-    surrogates: Sequence[str],
-    axis: float,
+    number: int, face: Mapping[str, Any], budget: float | None, axis: float
 ) -> dict[str, Any]:
     """The figures of one face, formatted."""
     dssim, linf = _number(face.get("dssim")), _number(face.get("linf"))
@@ -277,167 +311,61 @@ def _face(
             }
     if view["cloaked"]:
         view["extractors"] = [
-            _extractor(name, entry, surrogates, axis)
-            for name, entry in (face.get("extractors") or {}).items()
+            _extractor(name, entry, axis) for name, entry in (face.get("extractors") or {}).items()
         ]
     return view
 
 
-def _extractor(
-    name: str, entry: Mapping[str, Any], surrogates: Sequence[str], axis: float
-) -> dict[str, Any]:
-    same = still_same_person(entry)
+def _extractor(name: str, entry: Mapping[str, Any], axis: float) -> dict[str, Any]:
+    after, before = after_jpeg(entry), _number(entry.get("distance_before_budget"))
+    written = _verdict(entry)
     view: dict[str, Any] = {
         "name": name,
-        "same": same,
         "metric": entry.get("metric"),
-        "made_against": (name in surrogates) if surrogates else None,
+        "made_against": entry.get("surrogate"),
+        "written": written,
+        "after": None if after is None else _verdict(after),
+        "before": None if before is None else f"{before:.2f}",
+        "chart": None,
     }
-    if same is None:
+    if written["same"] is None:
         return view
-    distance, threshold = float(entry["distance"]), float(entry["threshold"])
-    before = _number(entry.get("distance_before_budget"))
-    view["distance"], view["threshold"] = _apart(distance, threshold)
-    view["before"] = None if before is None else f"{before:.2f}"
+    threshold = float(entry["threshold"])
     if threshold > 0:
+
+        def place(distance: float | None) -> str | None:
+            return None if distance is None else _percent(distance / threshold / axis)
+
         view["chart"] = {
-            "bar": _percent(distance / threshold / axis),
+            "bar": place(float(entry["distance"])),
+            "after": place(_number((after or {}).get("distance"))),
             "mark": _percent(1 / axis),
-            "before": None if before is None else _percent(before / threshold / axis),
+            "before": place(before),
         }
-    else:
-        view["chart"] = None
     return view
 
 
-def _extractor_rows(
-    entries: Sequence[tuple[str, Mapping[str, Any]]], surrogates: Sequence[str]
-) -> list[dict[str, Any]]:
-    """One row for each extractor: how many of its faces are not the same person to it any more."""
-    rows = []
-    for name in sorted({name for name, _ in entries}):
-        own = [entry for other, entry in entries if other == name]
-        measured = [entry for entry in own if still_same_person(entry) is not None]
-        thresholds = sorted({float(entry["threshold"]) for entry in measured})
-        rows.append(
-            {
-                "name": name,
-                "made_against": (name in surrogates) if surrogates else None,
-                "num_measured": len(measured),
-                "num_moved": sum(still_same_person(entry) is False for entry in measured),
-                "median": f"{statistics.median(float(e['distance']) for e in measured):.2f}"
-                if measured
-                else None,
-                "threshold": ", ".join(f"{threshold:.2f}" for threshold in thresholds),
-            }
-        )
-    return rows
+def _verdict(entry: Mapping[str, Any]) -> dict[str, Any]:
+    same = still_same_person(entry)
+    if same is None:
+        return {"same": None, "reason": entry.get("reason")}
+    distance, threshold = apart(float(entry["distance"]), float(entry["threshold"]))
+    return {"same": same, "distance": distance, "threshold": threshold}
 
 
-def _pictures(
-    original: np.ndarray, cloaked: np.ndarray, faces: Sequence[dict[str, Any]], preview_px: int
-) -> dict[str, Any]:
-    """Encodes a photo, counts on its pixels, and puts each small face's crop into its view."""
-    for array in (original, cloaked):
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-            raise ValueError(
-                f"load_pair must return uint8 [H, W, 3], got {array.dtype} {list(array.shape)}"
-            )
-    height, width = original.shape[:2]
-    changed = np.any(original != cloaked, axis=-1)
-    outside = changed.copy()
-    for face in faces:
-        if not face["box"] or not face["cloaked"]:
-            continue
-        y0, x0, y1, x1 = face["box"]
-        outside[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = False
-        small = max(y1 - y0, x1 - x0) < _SMALL_FACE * max(height, width)
-        if small or max(height, width) > preview_px:
-            face["crop"] = _crop(original, cloaked, face["box"], preview_px)
-    return {
-        **_picture_set(original, cloaked, preview_px, lossless=False),
-        "identical": not changed.any(),
-        "num_outside": int(outside.sum()),
-    }
-
-
-def _crop(
-    original: np.ndarray, cloaked: np.ndarray, box: Sequence[int], preview_px: int
-) -> dict[str, Any] | None:
-    """A face and a margin around it, at the photo's own resolution where that fits."""
-    margin = round(_FACE_MARGIN * max(box[2] - box[0], box[3] - box[1]))
-    y0, x0 = max(box[0] - margin, 0), max(box[1] - margin, 0)
-    rows, columns = slice(y0, max(box[2] + margin, 0)), slice(x0, max(box[3] + margin, 0))
-    before, after = original[rows, columns], cloaked[rows, columns]
-    if not before.size:
-        return None
-    lossless = before.shape[0] * before.shape[1] <= _PNG_PIXELS
-    pictures = _picture_set(before, after, preview_px, lossless=lossless)
-    enlarged = max(_ENLARGED_PX // max(pictures["width"], pictures["height"]), 1)
-    pictures |= {key: enlarged * pictures[key] for key in ("width", "height")}
-    return pictures | {"enlarged": enlarged, "x": x0, "y": y0}
-
-
-def _picture_set(
-    original: np.ndarray, cloaked: np.ndarray, preview_px: int, *, lossless: bool
-) -> dict[str, Any]:
-    """The three pictures of one view as data URIs, with their drawn and their native size."""
-    native_height, native_width = original.shape[:2]
-    scale = min(preview_px / max(native_height, native_width), 1.0)
-    size = (max(round(native_width * scale), 1), max(round(native_height * scale), 1))
-    arrays = {
-        "before": original,
-        "after": cloaked,
-        "difference": amplified_difference(original, cloaked),
-    }
-    uris = {key: _data_uri(array, size, lossless=lossless) for key, array in arrays.items()}
-    drawn = min(_TALL_PX / size[1], 1.0)
-    return {
-        **uris,
-        "width": max(round(size[0] * drawn), 1),
-        "height": max(round(size[1] * drawn), 1),
-        "native_width": native_width,
-        "native_height": native_height,
-        "reduced": scale < 1,
-        "enlarged": 1,
-        "x": 0,
-        "y": 0,
-    }
-
-
-def _data_uri(image: np.ndarray, size: tuple[int, int], *, lossless: bool) -> str:
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    if lossless:
-        picture.save(buffer, format="PNG", optimize=True)
-    else:
-        # Full colour resolution: halved chroma alone would change a face by more than a cloak does.
-        picture.save(buffer, format="JPEG", quality=92, subsampling=0, optimize=True)
-    kind = "png" if lossless else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-
-
-def _axis(entries: Sequence[Mapping[str, Any]]) -> float:
+def _axis(images: Sequence[Mapping[str, Any]]) -> float:
     """End of every distance axis on the page, in thresholds: the longest bar and some air."""
     longest = 1.5
-    for entry in entries:
-        threshold = _number(entry.get("threshold"))
-        if threshold is None or threshold <= 0:
-            continue
-        for key in ("distance", "distance_before_budget"):
-            longest = max(longest, (_number(entry.get(key)) or 0.0) / threshold)
+    for image in images:
+        for face in _cloaked_faces(image):
+            for entry in (face.get("extractors") or {}).values():
+                threshold = _number(entry.get("threshold"))
+                if threshold is None or threshold <= 0:
+                    continue
+                distances = [entry.get(key) for key in ("distance", "distance_before_budget")]
+                distances.append((after_jpeg(entry) or {}).get("distance"))
+                longest = max(longest, *((_number(d) or 0.0) / threshold for d in distances))
     return 1.08 * longest
-
-
-def _apart(distance: float, threshold: float) -> tuple[str, str]:
-    """Both numbers with two digits, or as many as it takes to tell them apart."""
-    for digits in range(2, 7):
-        texts = f"{distance:.{digits}f}", f"{threshold:.{digits}f}"
-        if texts[0] != texts[1]:
-            return texts
-    return f"{distance:.2f}", f"{threshold:.2f}"
 
 
 def _cloaked_faces(image: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -488,7 +416,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(_plain(item) for item in value) or "none"
     if isinstance(value, Mapping):
-        return json.dumps(value, default=str, ensure_ascii=False)
+        return "; ".join(f"{key}: {_plain(item)}" for key, item in value.items()) or "none"
     return str(value)
 
 
