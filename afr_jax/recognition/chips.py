@@ -47,13 +47,26 @@ def face_chip(
     Raises:
         ValueError: landmarks that span no face.
     """
-    transform = align.similarity_transform(landmarks, np.asarray(template))
-    factor = align.pool_factor(align.transform_scale(transform))
-    margin = 2 * factor * np.array([-1, -1, 1, 1])
-    bounds = align.chip_bounds(transform, side) + margin
-    canvas = align.cut_canvas(pixels, bounds, factor=factor, ladder=_LADDER)
-    moved = align.canvas_transform(transform, canvas).astype(np.float32)
-    return np.asarray(_warp(canvas.image, moved, side))
+    return _cut_chip(pixels, align.similarity_transform(landmarks, np.asarray(template)), side)
+
+
+def extractor_chip(
+    extractor: zoo.Extractor, pixels: np.ndarray, landmarks: np.ndarray
+) -> np.ndarray:
+    """The chip of a face as an extractor of the zoo wants it, its stretch included.
+
+    Args:
+        extractor: whose chip, of side S.
+        pixels: photo `[H, W, 3]` uint8.
+        landmarks: `[5, 2]` (y, x) in it.
+
+    Returns:
+        `[S, S, 3]` uint8; black beyond the photo.
+
+    Raises:
+        ValueError: landmarks that span no face.
+    """
+    return _cut_chip(pixels, align.chip_transform(extractor, landmarks), extractor.input_px)
 
 
 def aligned_chips(
@@ -82,18 +95,51 @@ def aligned_chips(
     Raises:
         ValueError: no photo shows a face.
     """
+
+    def cut(sample: identity_tree.Sample, pixels: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
+        del sample
+        return face_chip(pixels, landmarks, template, side)
+
+    return cut_faces(detector, listing, cut, options=options, report_fn=report_fn)
+
+
+def cut_faces(
+    detector: dict,
+    listing: identity_tree.Listing,
+    cut_fn: Callable[[identity_tree.Sample, np.ndarray, np.ndarray], np.ndarray],
+    *,
+    options: detect.DetectorOptions | None = None,
+    report_fn: Callable[[int], None] | None = None,
+) -> tuple[identity_tree.Listing, np.ndarray]:
+    """Detects the main face of every photo and makes an array of each.
+
+    Args:
+        detector: variables of MTCNN's networks.
+        listing: the photos.
+        cut_fn: takes a photo of the listing, its pixels `[H, W, 3]` uint8 and the landmarks
+            `[5, 2]` of its main face to an array; a ValueError says why it cannot.
+        options: of the detector; its defaults if None.
+        report_fn: called with the number of photos that were handled since (progress).
+
+    Returns:
+        The listing without the photos that cannot be read, show no face or cannot be cut, which
+        become problems, and the arrays of the others, stacked in its order.
+
+    Raises:
+        ValueError: no photo is left.
+    """
     options = options or detect.DetectorOptions()
 
     def chip(sample: identity_tree.Sample) -> np.ndarray | str:
         try:
             pixels = photos.read_photo(sample.path).pixels
-        except photos.PhotoError as error:
+            found = detect.detect_faces(detector, pixels, options=options)
+            found = detect.main_face(found, pixels.shape)
+            if not len(found.boxes):
+                return "no face was found"
+            return cut_fn(sample, pixels, found.landmarks[0])
+        except (photos.PhotoError, ValueError) as error:
             return str(error)
-        found = detect.detect_faces(detector, pixels, options=options)
-        found = detect.main_face(found, pixels.shape)
-        if not len(found.boxes):
-            return "no face was found"
-        return face_chip(pixels, found.landmarks[0], template, side)
 
     results: list[np.ndarray | str] = []
     for start in range(0, len(listing.samples), _GROUP):
@@ -133,6 +179,15 @@ def measured_template(
     if len(landmarks) < min_faces:
         return None
     return tuple((float(y), float(x)) for y, x in np.median(landmarks, axis=0))
+
+
+def _cut_chip(pixels: np.ndarray, transform: np.ndarray, side: int) -> np.ndarray:
+    factor = align.pool_factor(align.transform_scale(transform))
+    margin = 2 * factor * np.array([-1, -1, 1, 1])
+    bounds = align.chip_bounds(transform, side) + margin
+    canvas = align.cut_canvas(pixels, bounds, factor=factor, ladder=_LADDER)
+    moved = align.canvas_transform(transform, canvas).astype(np.float32)
+    return np.asarray(_warp(canvas.image, moved, side))
 
 
 @functools.partial(jax.jit, static_argnames="side")

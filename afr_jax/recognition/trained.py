@@ -1,8 +1,8 @@
 """Extractors that were trained here: the table of architectures, and weights with a card.
 
-A trained extractor is two files in a folder: `extractor.safetensors`, the variables of the network
-without its head, and `extractor.json`, a `Card` with all that is needed to use it: architecture,
-input, alignment, threshold, and what it was trained on and reached.
+A trained or hardened extractor is two files in a folder: `extractor.safetensors`, the variables of
+the network without its head, and `extractor.json`, a `Card` with all that is needed to use it:
+architecture, input, alignment, threshold, and what it was trained on and reached.
 """
 
 import dataclasses
@@ -46,12 +46,14 @@ class Card:
         stem: of a ResNet, "cifar" or "imagenet".
         template: landmarks (y, x) in a chip; None where they are not known, then photos cannot be
             aligned for it.
-        threshold: L2 distance of unit embeddings, below which two chips are one person; None where
-            it was not measured.
+        threshold: L2 distance of unit embeddings (of a `base`: in its own metric), below which two
+            chips are one person; None where it was not measured.
         identities: names it was trained on.
         head: what it was trained for.
         scores: what it reached, by name.
         training: settings of the run.
+        base: entry of the zoo that was hardened, whose network, input and alignment it has; then
+            `architecture` is its name, and `width` and `stem` count for nothing.
     """
 
     architecture: str
@@ -65,6 +67,7 @@ class Card:
     head: str = "softmax"
     scores: dict[str, Any] = dataclasses.field(default_factory=dict)
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    base: str | None = None
 
 
 def default_input_px(architecture: str) -> int:
@@ -104,22 +107,47 @@ def make_network(
     raise ValueError(f"no architecture {architecture!r}; there are: {', '.join(ARCHITECTURES)}")
 
 
-def write_extractor(folder: str | os.PathLike[str], card: Card, variables: dict) -> pathlib.Path:
+def base_card(name: str) -> Card:
+    """The card of what was hardened from an entry of the zoo, without scores.
+
+    Raises:
+        ValueError: there is no such entry.
+    """
+    entry = zoo.get(name)
+    return Card(
+        architecture=name,
+        input_px=entry.input_px,
+        embedding_size=entry.embedding_size,
+        template=entry.template,
+        threshold=getattr(entry.thresholds, entry.metric),
+        head="none",
+        base=name,
+    )
+
+
+def write_extractor(
+    folder: str | os.PathLike[str], card: Card, variables: dict, *, dtype: str | None = None
+) -> pathlib.Path:
     """Writes a trained extractor, over an earlier one if there is one.
 
     Args:
         folder: exists.
         card: about it.
         variables: {"params", "batch_stats"} of its network.
+        dtype: "float16" halves the file; None keeps what the arrays have.
 
     Returns:
         The path of the card.
     """
     folder = pathlib.Path(folder)
     host = jax.device_get(variables)
-    weights.write_safetensors(folder / WEIGHTS_NAME, host)
-    fields = {"version": _CARD_VERSION, "weights": WEIGHTS_NAME, "input_scale": INPUT_SCALE}
-    fields |= {"input_offset": INPUT_OFFSET, **dataclasses.asdict(card)}
+    weights.write_safetensors(folder / WEIGHTS_NAME, host, dtype=dtype)
+    scale, offset = INPUT_SCALE, INPUT_OFFSET
+    if card.base is not None:
+        entry = zoo.get(card.base)
+        scale, offset = entry.input_scale, entry.input_offset
+    fields = {"version": _CARD_VERSION, "weights": WEIGHTS_NAME, "input_scale": scale}
+    fields |= {"input_offset": offset, **dataclasses.asdict(card)}
     text = json.dumps(fields, indent=2, allow_nan=False) + "\n"
     photo_files.write_atomically(folder / CARD_NAME, text.encode(), overwrite=True)
     return folder / CARD_NAME
@@ -164,6 +192,17 @@ def read_extractor(path: str | os.PathLike[str]) -> zoo.Extractor:
     if card.template is None:
         raise ValueError(f"{path} does not say how photos are aligned for the extractor")
     load = functools.partial(_read_variables, path.with_name(WEIGHTS_NAME), card)
+    if card.base is not None:
+        entry = zoo.get(card.base)
+        own = {entry.metric: card.threshold}
+        return dataclasses.replace(
+            entry,
+            name=f"hardened:{path.parent.name}",
+            thresholds=zoo.Thresholds(**{name: own.get(name) for name in zoo.METRICS}),
+            load=load,
+            read=None,
+            source=str(path),
+        )
     return zoo.Extractor(
         name=f"trained:{path.parent.name}",
         module=_network(card),
@@ -181,6 +220,8 @@ def read_extractor(path: str | os.PathLike[str]) -> zoo.Extractor:
 
 
 def _network(card: Card) -> nn.Module:
+    if card.base is not None:
+        return zoo.get(card.base).module
     return make_network(
         card.architecture,
         input_px=card.input_px,

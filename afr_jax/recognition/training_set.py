@@ -123,17 +123,44 @@ def aligned_faces(
     Raises:
         ValueError: the file is of other photos, or no photo shows a face.
     """
+    template = chips.template_for(side)
+
+    def make() -> tuple[identity_tree.Listing, np.ndarray]:
+        return chips.aligned_chips(detector, listing, template, side, report_fn=report_fn)
+
+    return kept_chips(cache, listing, side, make)
+
+
+def kept_chips(
+    cache: str | os.PathLike[str],
+    listing: identity_tree.Listing,
+    side: int,
+    make_fn: Callable[[], tuple[identity_tree.Listing, np.ndarray]],
+) -> tuple[identity_tree.Listing, np.ndarray]:
+    """Chips from a file, or made and written to it, since detection takes time.
+
+    Args:
+        cache: an `.npz` file; read if it is there, else written.
+        listing: the photos.
+        side: of the chips `[..., side, side, 3]`.
+        make_fn: gives the listing without the photos that show no face, and an array of each.
+
+    Returns:
+        What `make_fn` gives.
+
+    Raises:
+        ValueError: the file is of other photos or another size.
+    """
     cache = pathlib.Path(cache)
     if cache.exists():
         with np.load(cache, allow_pickle=False) as kept:
             problems = [identity_tree.Problem(str(n), str(r)) for n, r in kept["problems"]]
             found, images = listing.without(problems), kept["images"]
             same_photos = found.sample_ids == kept["sample_ids"].tolist()
-        if not same_photos or images.shape[1] != side:
+        if not same_photos or images.shape[-2] != side:
             raise ValueError(f"{cache} is of other photos or another size: remove it")
         return found, images
-    template = chips.template_for(side)
-    found, images = chips.aligned_chips(detector, listing, template, side, report_fn=report_fn)
+    found, images = make_fn()
     problems = [(p.name, p.reason) for p in found.problems[len(listing.problems) :]]
     buffer = io.BytesIO()
     np.savez(
@@ -173,16 +200,37 @@ def listed_pairs(
         FileNotFoundError: there is no such CSV.
         ValueError: it is no such CSV, or too few pairs are usable.
     """
+
+    def read(listing: identity_tree.Listing) -> tuple[identity_tree.Listing, np.ndarray]:
+        if detector is None:
+            return identity_tree.read_samples(listing, side)
+        return chips.aligned_chips(detector, listing, chips.template_for(side), side)
+
+    return pairs_through(table, root, read)
+
+
+def pairs_through(
+    table: str | os.PathLike[str],
+    root: str | os.PathLike[str],
+    read_fn: Callable[[identity_tree.Listing], tuple[identity_tree.Listing, np.ndarray]],
+) -> Pairs:
+    """The pairs of a CSV, with images that a function makes of its photos.
+
+    Args:
+        table: the CSV.
+        root: folder that its paths are below.
+        read_fn: takes the listing of all photos to the listing of the usable ones and their images
+            `[N, S, S, 3]` uint8.
+
+    Raises:
+        FileNotFoundError: there is no such CSV.
+        ValueError: it is no such CSV, or too few pairs are usable.
+    """
     names, same = pairs.read_pairs(table)
     root = pathlib.Path(root)
     photo_names = sorted({name for pair in names for name in pair})
     samples = [identity_tree.Sample(name, "", root / name) for name in photo_names]
-    listing = identity_tree.Listing(tuple(samples))
-    if detector is None:
-        found, images = identity_tree.read_samples(listing, side)
-    else:
-        template = chips.template_for(side)
-        found, images = chips.aligned_chips(detector, listing, template, side)
+    found, images = read_fn(identity_tree.Listing(tuple(samples)))
     row_of = {name: row for row, name in enumerate(found.sample_ids)}
     usable = np.array([a in row_of and b in row_of for a, b in names], bool)
     rows = [(row_of[a], row_of[b]) for a, b in names if a in row_of and b in row_of]
