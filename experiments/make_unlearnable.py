@@ -4,10 +4,12 @@ r"""Makes a folder of images unlearnable: noise by sample id or class, and the i
     python -m experiments.make_unlearnable --data=cifar10 --cifar10_dir=cifar-10-batches-bin \
         --method=error_min --granularity=sample --output_dir=out/cifar10_error_min
 
---data is a folder with one folder of images per class, or cifar10 (the training set, read from
---cifar10_dir; --split=test for the other one). Writes into --output_dir:
+--data is a folder with one folder of images per class; cifar10, read from --cifar10_dir; or
+tfds:NAME, a TFDS data set in --tfds_dir with an image and a class label, stored as ArrayRecord
+(tfds:NAME:SPLIT, or --split; the training set by default). Writes into --output_dir:
   images/<class>/<id>.png   the protected images, lossless, in the folders of the originals
-  noise.npz                 names (sample ids or classes), signed grey levels, settings
+  noise.npz                 names (sample ids or classes), signed grey levels, settings; with
+                            --noise_format=array_record a TFDS data set in noise/ instead
   result.json               what was done, the course of the search, files that were left out
 
 All images have one size, --image_px; by default that of the commonest square images. Images of
@@ -42,13 +44,21 @@ from afr_jax.evaluation import learnability, victims
 from afr_jax.methods import noise_steps, unlearnable
 from afr_jax.models import classifiers
 
-_DATA = flags.DEFINE_string("data", None, "folder with one folder of images per class, or cifar10")
+_DATA = flags.DEFINE_string(
+    "data", None, "folder with one folder of images per class, cifar10, or tfds:NAME[:SPLIT]"
+)
 _CIFAR10 = flags.DEFINE_string("cifar10_dir", None, "folder of CIFAR-10, for --data=cifar10")
-_SPLIT = flags.DEFINE_enum("split", "train", ["train", "test"], "part of CIFAR-10")
+_TFDS = flags.DEFINE_string(
+    "tfds_dir", None, "folder of TFDS data sets; default ~/tensorflow_datasets"
+)
+_SPLIT = flags.DEFINE_string("split", "train", "part of CIFAR-10 or of a TFDS set")
 _NUM_IMAGES = flags.DEFINE_integer(
     "num_images", None, "at most so many images, drawn evenly from the classes; default: all", 1
 )
 _OUTPUT = flags.DEFINE_string("output_dir", None, "folder of the results; originals stay")
+_FORMAT = flags.DEFINE_enum(
+    "noise_format", "npz", ["npz", "array_record"], "how the noise is stored"
+)
 _METHOD = flags.DEFINE_enum("method", "error_min", unlearnable.METHODS, "how noise is made")
 _GRANULARITY = flags.DEFINE_enum(
     "granularity", "sample", ["sample", "class"], "one noise an image, or one a class"
@@ -105,7 +115,10 @@ def make_unlearnable_program() -> tuple[dict[str, Any], int]:
     workdir = run.open_workdir(flags.FLAGS.workdir or output / "work", settings)
     made = _make(data, options, workdir)
     noise = made.noise
-    noise_files.write_noise(output / "noise.npz", noise, run.to_jsonable(settings))
+    if _FORMAT.value == "npz":
+        noise_files.write_noise(output / "noise.npz", noise, run.to_jsonable(settings))
+    else:
+        noise_files.write_noise_records(output / "noise", noise, run.to_jsonable(settings))
     of_sample = [data.classes[label] for label in data.labels]
     protected = noise_files.apply(data.images, noise, data.sample_ids, of_sample)
     noise_files.write_images(output / "images", data.sample_ids, protected)
@@ -129,11 +142,7 @@ def make_unlearnable_program() -> tuple[dict[str, Any], int]:
 
 
 def _read(output: pathlib.Path) -> image_sets.ImageSet:
-    if _DATA.value == "cifar10":
-        if not _CIFAR10.value:
-            raise ValueError("--data=cifar10 needs --cifar10_dir, the folder it is in")
-        data = image_sets.read_cifar10(_CIFAR10.value, split=_SPLIT.value)
-    else:
+    if _DATA.value != "cifar10" and not _DATA.value.startswith("tfds:"):
         root = pathlib.Path(_DATA.value).expanduser().absolute()
         images = output / "images"
         if root == images or images in root.parents or root in (output, *output.parents):
@@ -141,7 +150,14 @@ def _read(output: pathlib.Path) -> image_sets.ImageSet:
                 f"--output_dir={output} and --data={root} lie within each other: the results would "
                 "be taken for originals"
             )
-        data = image_sets.read_tree(root, image_px=_IMAGE_PX.value, resize=_RESIZE.value)
+    data = image_sets.read(
+        _DATA.value,
+        cifar10_dir=_CIFAR10.value,
+        tfds_dir=_TFDS.value,
+        split=_SPLIT.value,
+        image_px=_IMAGE_PX.value,
+        resize=_RESIZE.value,
+    )
     if _NUM_IMAGES.value is not None:
         rows = image_sets.spread_rows(data.labels, _NUM_IMAGES.value, seed=flags.FLAGS.seed)
         data = image_sets.take(data, rows)

@@ -42,7 +42,7 @@ _TRAIN_FRAMES = flags.DEFINE_integer("train_frames", 20, "frames to train on", l
 _TEST_FRAMES = flags.DEFINE_integer("test_frames", 40, "frames to measure on", lower_bound=1)
 _FACTOR = flags.DEFINE_float("scale_factor", 0.82, "of the detector that is measured")
 
-_COARSE = (1.0, 2.2)
+_COARSE = (1.0, 2.0)
 _TOY_ROWS, _TOY_EPOCHS, _TOY_FACE_PX = ("full", "no noise"), 3, 60
 
 
@@ -132,7 +132,7 @@ def _rows() -> dict[str, _Row]:
     for weight in (0.1, 1.0):
         rows[f"black area {weight}"] = change(black_weight=weight)
     rows["maximum loss"] = change(loss="max")
-    rows["R-Net and O-Net too"] = change(stage_weight=1.0)
+    rows["P-Net alone"] = change(stage_weight=0.0)
     rows["Adam"] = change(optimiser="adam")
     rows["levels of 0.709 only"] = change_levels(scale_factors=(0.709,))
     rows["coarse levels only"] = change_levels(window_ratios=_COARSE)
@@ -145,7 +145,7 @@ def _rows() -> dict[str, _Row]:
 def _frames(variables, flag, paths, count) -> list[patch_study.Shown]:
     """Evenly spread frames of the person of each path, with the patches placed."""
     if not paths and flags.FLAGS.toy:
-        portrait = skimage.data.astronaut()[:160, 96:256]
+        portrait = skimage.data.astronaut()[:160, 128:288]
         films = [([video.Frame("portrait", portrait)], False)]
     elif not paths:
         raise run.UsageError(f"--{flag} is needed")

@@ -4,10 +4,10 @@ r"""Trains a victim on clean, protected or partly protected images and measures 
     python -m experiments.train_victim --data=cifar10 --cifar10_dir=cifar-10-batches-bin \
         --noise=out/cifar10_error_min/noise.npz --countermeasure=grayscale --workdir=out/victim
 
---data is the training set: a folder with one folder of images per class, or cifar10. It is used as
-it is, or with --noise, which is added by sample id or class to a share of the samples
-(--poison_rate), all or of some classes (--poison_classes=cat,dog). --test_data holds clean images
-of the same classes; with --data=cifar10 it is CIFAR-10's test set.
+--data is the training set, as in make_unlearnable: a folder with one folder of images per class,
+cifar10, or tfds:NAME[:SPLIT]. It is used as it is, or with --noise, which is added by sample id or
+class to a share of the samples (--poison_rate), all or of some classes (--poison_classes=cat,dog).
+--test_data holds clean images of the same classes; with --data=cifar10 it is CIFAR-10's test set.
 
 --countermeasure: what the victim does against the noise. Conversions of its stored images
 (grayscale, jpeg10, jpeg50, jpeg75, blur, bit_depth), which --convert_test also does to what it is
@@ -35,13 +35,20 @@ from afr_jax.data import image_sets, noise_files
 from afr_jax.evaluation import countermeasures, learnability, victims
 from afr_jax.models import classifiers
 
-_DATA = flags.DEFINE_string("data", None, "folder with one folder of images per class, or cifar10")
-_TEST_DATA = flags.DEFINE_string("test_data", None, "clean images of the same classes, a folder")
+_DATA = flags.DEFINE_string(
+    "data", None, "folder with one folder of images per class, cifar10, or tfds:NAME[:SPLIT]"
+)
+_TEST_DATA = flags.DEFINE_string("test_data", None, "clean images of the same classes; like --data")
 _CIFAR10 = flags.DEFINE_string("cifar10_dir", None, "folder of CIFAR-10, for --data=cifar10")
+_TFDS = flags.DEFINE_string(
+    "tfds_dir", None, "folder of TFDS data sets; default ~/tensorflow_datasets"
+)
 _NUM_IMAGES = flags.DEFINE_integer("num_images", None, "at most so many training images", 2)
 _IMAGE_PX = flags.DEFINE_integer("image_px", None, "side of the images; default: the commonest", 8)
 _RESIZE = flags.DEFINE_bool("resize", False, "crop and resize images of other sizes")
-_NOISE = flags.DEFINE_string("noise", None, "noise.npz of make_unlearnable, to be added to --data")
+_NOISE = flags.DEFINE_string(
+    "noise", None, "noise.npz or folder noise of make_unlearnable, to be added to --data"
+)
 _RATE = flags.DEFINE_float("poison_rate", 1.0, "share of the samples that get the noise", 0, 1)
 _CLASSES = flags.DEFINE_list("poison_classes", [], "classes that get the noise; default: all")
 _ARCHITECTURE = flags.DEFINE_enum("architecture", "resnet18", classifiers.NAMES, "of the victim")
@@ -155,24 +162,15 @@ def _read() -> tuple[image_sets.ImageSet, image_sets.ImageSet]:
     """Training and test set, with the same classes."""
     if not _DATA.value:
         raise ValueError("--data is needed")
-    if _DATA.value == "cifar10":
-        if not _CIFAR10.value:
-            raise ValueError("--data=cifar10 needs --cifar10_dir, the folder it is in")
-        train_set = image_sets.read_cifar10(_CIFAR10.value)
-    else:
-        options = {"image_px": _IMAGE_PX.value, "resize": _RESIZE.value}
-        train_set = image_sets.read_tree(pathlib.Path(_DATA.value).expanduser(), **options)
-    if _TEST_DATA.value:
-        test_set = image_sets.read_tree(
-            pathlib.Path(_TEST_DATA.value).expanduser(),
-            image_px=train_set.images.shape[1],
-            resize=_RESIZE.value,
-            classes=train_set.classes,
-        )
-    elif _DATA.value == "cifar10":
-        test_set = image_sets.read_cifar10(_CIFAR10.value, split="test")
-    else:
+    places = {"cifar10_dir": _CIFAR10.value, "tfds_dir": _TFDS.value, "resize": _RESIZE.value}
+    train_set = image_sets.read(_DATA.value, image_px=_IMAGE_PX.value, **places)
+    test_data = _TEST_DATA.value or (_DATA.value if _DATA.value == "cifar10" else None)
+    if not test_data:
         raise ValueError("--test_data is needed: clean images of the same classes")
+    side, classes = train_set.images.shape[1], train_set.classes
+    test_set = image_sets.read(test_data, split="test", image_px=side, classes=classes, **places)
+    if test_set.classes != classes or test_set.images.shape[1] != side:
+        raise ValueError(f"--test_data={test_data} has other classes or image sizes than --data")
     if _NUM_IMAGES.value is not None:
         rows = image_sets.spread_rows(train_set.labels, _NUM_IMAGES.value, seed=flags.FLAGS.seed)
         train_set = image_sets.take(train_set, rows)

@@ -69,6 +69,7 @@ class _Scale(NamedTuple):
 
 
 _REDUCED_SEARCH = {"batch_size": 128, "train_steps": 20, "max_rounds": 15}
+_REDUCED_ROBUST = _REDUCED_SEARCH | {"views": 1, "adversary_steps": 3}
 _REDUCED_SOURCE = {"batch_size": 128, "source_steps": 400, "class_share": 1.0}
 _SCALES = {
     "reduced": _Scale(
@@ -89,9 +90,10 @@ _SCALES = {
             "error_max/sample": _REDUCED_SOURCE
             | {"max_rounds": 1, "num_steps": 8, "step_levels": 2.0},
             "error_max/class": _REDUCED_SOURCE | {"max_rounds": 8, "step_levels": 1.6},
-            "rem/sample": _REDUCED_SEARCH | {"views": 1, "adversary_steps": 3},
-            "rem/class": _REDUCED_SEARCH | {"views": 1, "adversary_steps": 3},
-            "tap/sample": _REDUCED_SOURCE | {"max_rounds": 1},
+            "rem/sample": _REDUCED_ROBUST
+            | {"max_rounds": 8, "train_steps": 40, "num_steps": 4, "step_levels": 2.0},
+            "rem/class": _REDUCED_ROBUST | {"class_share": 1.0},
+            "tap/sample": _REDUCED_SOURCE | {"max_rounds": 4},
             "tap/class": _REDUCED_SOURCE | {"max_rounds": 30},
         },
     ),

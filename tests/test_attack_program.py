@@ -30,6 +30,27 @@ for line in json.loads(sys.argv[1]):
             print(json.dumps(str(error)))
 """
 
+# Places patches on two frames, one of which they leave: how many are left, and what is said.
+_PLACER = """
+import json
+import numpy as np
+from afr_jax.core import run
+from afr_jax.evaluation import misdetection
+from afr_jax.methods import mtcnn_patch
+from experiments import attack_detector
+pixels = np.full((200, 200, 3), 128, np.uint8)
+points = np.array([[80, 80], [80, 120], [105, 100], [125, 82], [125, 118]], np.float32)
+inside = misdetection.Person("inside", pixels, np.array([60, 70, 140, 130.0]), points)
+outside = inside._replace(name="outside", landmarks=points + np.array([[0, 100]], np.float32))
+options = mtcnn_patch.PatchOptions()
+shown = attack_detector._People([inside, outside], [("before", "no face")])
+count = len(attack_detector._placed(shown, options, None))
+try:
+    attack_detector._placed(attack_detector._People([outside], []), options, None)
+except run.UsageError as error:
+    print(json.dumps([count, shown.skipped, str(error)]))
+"""
+
 
 def _call(*command):
     return subprocess.run(
@@ -82,6 +103,16 @@ def test_a_second_run_goes_on_where_the_first_ended(attack, work):
     assert first["test"] == second["test"]
     steps = [json.loads(line)["step"] for line in (work / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 9))
+
+
+def test_a_frame_that_a_patch_leaves_is_skipped_with_its_reason():
+    done = _call("-c", _PLACER)
+    assert done.returncode == 0, done.stderr
+    count, skipped, message = json.loads(done.stdout)
+    assert count == 1
+    assert [name for name, _ in skipped] == ["before", "outside"]
+    assert "is not in it" in skipped[1][1]
+    assert "on no frame" in message
 
 
 def test_wrong_usage_is_named(tmp_path):

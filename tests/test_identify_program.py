@@ -1,69 +1,8 @@
 """The identify and verify programs from the outside, with a stand-in for detector and extractor."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
+import programs
 import pytest
-from PIL import Image
-
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-# The embedding is the colour of the photo's first pixel; a black photo has no face.
-_DRIVER = """
-import json, sys
-import numpy as np
-from absl import flags
-from absl.testing import flagsaver
-from afr_jax.core import run
-from afr_jax.recognition import detect, embed
-import experiments.{program} as program
-
-def detect_faces(variables, pixels, *, options):
-    found = detect.Faces(
-        np.array([[1, 2, 9, 8]], np.float32),
-        np.ones(1, np.float32),
-        np.arange(10, dtype=np.float32).reshape(1, 5, 2),
-    )
-    return found if pixels.max() else detect.no_faces()
-
-def embed_faces(extractor, variables, faces):
-    vectors = [np.resize(pixels[0, 0], extractor.embedding_size) for pixels, _ in faces]
-    return np.array(vectors, np.float32).reshape(-1, extractor.embedding_size)
-
-detect.detect_faces, embed.embed_faces = detect_faces, embed_faces
-run.define_flags()
-flags.FLAGS(["program"])
-for line in json.loads(sys.argv[1]):
-    with flagsaver.flagsaver():
-        flags.FLAGS(["program", *line])
-        try:
-            result = program.{program}_program()
-        except run.UsageError as error:
-            result = str(error)
-        print(json.dumps(run.to_jsonable(result)))
-"""
-
-
-def _drive(program, *lines):
-    lines = json.dumps([[str(flag) for flag in line] for line in lines])
-    done = subprocess.run(
-        [sys.executable, "-c", _DRIVER.format(program=program), lines],
-        cwd=_ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def _save(path, colour):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (16, 16), colour).save(path)
 
 
 @pytest.fixture(scope="module")
@@ -74,21 +13,24 @@ def people(tmp_path_factory):
     for person in range(8):
         for number in range(6):
             colour = np.array([20 + 25 * person, 100, 50]) + rng.integers(-2, 3, 3)
-            _save(root / f"p{person}" / f"{number}.png", tuple(int(c) for c in colour))
+            programs.save_photo(
+                root / f"p{person}" / f"{number}.png", tuple(int(c) for c in colour)
+            )
     for stranger in range(10):
-        _save(root / f"s{stranger}" / "0.png", (20 + 20 * stranger, 200, 200))
+        programs.save_photo(root / f"s{stranger}" / "0.png", (20 + 20 * stranger, 200, 200))
     # A stranger who looks like person 3, and a probe or enrolled photo without a face.
-    _save(root / "double" / "0.png", (95, 100, 50))
-    _save(root / "p7" / "5.png", (0, 0, 0))
+    programs.save_photo(root / "double" / "0.png", (95, 100, 50))
+    programs.save_photo(root / "p7" / "5.png", (0, 0, 0))
     return root
 
 
 def test_identification_of_well_separated_people(people, tmp_path):
-    (result, code), toy, no_strangers = _drive(
-        "identify",
+    (result, code), toy, no_strangers = programs.drive(
+        "identify.identify_program",
         [f"--data={people}", f"--workdir={tmp_path / 'out'}"],
         [f"--data={people}", f"--workdir={tmp_path / 'toy'}", "--toy"],
         [f"--data={people}", "--min_photos=7", f"--workdir={tmp_path / 'none'}"],
+        setup=programs.STAND_INS,
     )
     assert code == 3
     assert result["not_handled"] == [{"image": "p7/5.png", "reason": "no face was found"}]
@@ -116,14 +58,15 @@ def test_verification_in_every_metric(people, tmp_path):
     rows = ["image_a,image_b,same", *(",".join(map(str, pair)) for pair in pairs)]
     table.write_text("\n".join(rows))
     common = [f"--pairs={table}", f"--images={people}"]
-    results = _drive(
-        "verify",
+    results = programs.drive(
+        "verify.verify_program",
         [*common, f"--workdir={tmp_path / 'a'}"],
         [*common, f"--workdir={tmp_path / 'b'}", "--metric=cosine", "--threshold=0.01"],
         [f"--pair={people / 'p0/0.png'},{people / 'p0/1.png'}", "--threshold=15"],
         [f"--pair={people / 'p0/0.png'},{people / 'p7/5.png'}"],
         [f"--pair={people / 'p0/0.png'}"],
         [*common, "--pair=a,b"],
+        setup=programs.STAND_INS,
     )
     (plain, code), (cosine, _), (pair, _), (no_face, no_face_code), one, both = results
     assert code == 0 and plain["accuracy"] == plain["auc"] == 1.0 and plain["eer"] == 0.0

@@ -1,69 +1,18 @@
 """The make_unlearnable and unlearnable_study programs from the outside, on toy data."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
+import programs
 import pytest
 from PIL import Image
 
-from afr_jax.data import image_sets, noise_files
-
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-# Calls a program with several command lines in one process; prints what it says of each.
-_DRIVER = """
-import importlib, json, sys
-from absl import flags
-from absl.testing import flagsaver
-from afr_jax.core import run
-
-program = importlib.import_module(f"experiments.{sys.argv[1]}")
-run.define_flags()
-flags.FLAGS(["program"])
-for line in json.loads(sys.argv[3]):
-    with flagsaver.flagsaver():
-        flags.FLAGS(["program", *line])
-        try:
-            print(json.dumps(getattr(program, sys.argv[2])()[0]))
-        except run.UsageError as error:
-            print(json.dumps(str(error)))
-"""
-
-
-def _messages(module, function, lines):
-    done = subprocess.run(
-        [sys.executable, "-c", _DRIVER, module, function, json.dumps(lines)],
-        cwd=_ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def _run(module, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
-        cwd=_ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
-    result = json.loads(done.stdout) if done.stdout else None
-    return done, result
+from afr_jax.data import array_records, identity_tree, image_sets, noise_files
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """Three classes of eight images; a grey one, a larger one and half a file among them."""
     folder = tmp_path_factory.mktemp("tree")
-    data = image_sets.made_up(0, 24, num_classes=3)
-    noise_files.write_images(folder, data.sample_ids, data.images)
+    programs.save_made_up(folder, 24, num_classes=3)
     Image.new("L", (16, 16), 90).save(folder / "class_00/grey.png")
     Image.new("RGB", (40, 30), (9, 9, 9)).save(folder / "class_01/large.png")
     (folder / "class_02/half.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 50)
@@ -74,7 +23,9 @@ def tree(tmp_path_factory):
 def made(tree, tmp_path_factory):
     """A search, its process, result and output folder."""
     output = tmp_path_factory.mktemp("made") / "out"
-    return *_run("make_unlearnable", f"--data={tree}", f"--output_dir={output}", "--toy"), output
+    return *programs.run(
+        "make_unlearnable", f"--data={tree}", f"--output_dir={output}", "--toy"
+    ), output
 
 
 def test_images_noise_and_result_belong_together(made, tree):
@@ -104,9 +55,45 @@ def test_originals_stay_and_a_second_run_writes_the_same(made, tree):
         for path in [*tree.rglob("*.png"), *output.rglob("*.*")]
         if path.is_file() and "work" not in path.parts
     }
-    done, again = _run("make_unlearnable", f"--data={tree}", f"--output_dir={output}", "--toy")
+    done, again = programs.run(
+        "make_unlearnable", f"--data={tree}", f"--output_dir={output}", "--toy"
+    )
     assert again == result, done.stderr
     assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_a_tfds_set_is_protected_like_its_tree(tmp_path):
+    programs.save_made_up(tmp_path / "tree", 24, num_classes=3)
+    listing = identity_tree.list_tree(tmp_path / "tree")
+    array_records.write_listing(listing, tmp_path / "sets", name="toy")
+    name = "make_unlearnable.make_unlearnable_program"
+    shared = ["--method=random", f"--tfds_dir={tmp_path / 'sets'}"]
+    outputs = [tmp_path / name for name in ("npz", "records", "other")]
+    (of_tree, _), (of_set, _), (other, _), message = programs.drive(
+        name,
+        [f"--data={tmp_path / 'tree'}", f"--output_dir={outputs[0]}", *shared],
+        ["--data=tfds:toy", f"--output_dir={outputs[1]}", *shared, "--noise_format=array_record"],
+        ["--data=tfds:toy", f"--output_dir={outputs[2]}", *shared, "--seed=1"],
+        ["--data=tfds:missing", f"--output_dir={tmp_path / 'none'}", *shared],
+        # It defines flags, which are lost after the first command line that imports it.
+        setup="import array_record.python.array_record_data_source",
+    )
+    assert "no data set missing" in message
+    assert of_tree["images"] == of_set["images"] == 24
+    images = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.png")}
+        for folder in outputs
+    ]
+    assert images[0] == images[1] and len(images[0]) == 24
+    assert images[0].keys() == images[2].keys() and images[0] != images[2]
+    (noise, _), (again, settings) = (
+        noise_files.read_noise(outputs[0] / "noise.npz"),
+        noise_files.read_noise(outputs[1] / "noise"),
+    )
+    assert again.names == noise.names and again.granularity == noise.granularity
+    assert settings["data"] == "tfds:toy" and settings["method"] == "random"
+    np.testing.assert_array_equal(again.levels, noise.levels)
+    assert not (outputs[1] / "noise.npz").exists()
 
 
 def test_wrong_usage_is_said(tree, tmp_path):
@@ -117,10 +104,7 @@ def test_wrong_usage_is_said(tree, tmp_path):
         ([f"--data={tree}", output, "--method=cuda"], "one filter a class"),
         ([f"--data={tree}", output, "--image_px=64"], "64 x 64"),
     ]
-    lines = [arguments for arguments, _ in cases]
-    messages = _messages("make_unlearnable", "make_unlearnable_program", lines)
-    for message, (_, part) in zip(messages, cases, strict=True):
-        assert part in message
+    programs.assert_refused("make_unlearnable.make_unlearnable_program", cases)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +114,7 @@ def study(tmp_path_factory):
     found = {}
     for name, flags in (("float32", []), ("bfloat16", ["--bfloat16", "--granularities=class"])):
         work = folder / name
-        done, result = _run(
+        done, result = programs.run(
             "unlearnable_study", "--toy", "--methods=error_min,random", f"--workdir={work}", *flags
         )
         assert done.returncode == 0, done.stderr
@@ -163,7 +147,7 @@ def test_a_study_goes_on_cell_by_cell(study):
     times = {path: path.stat().st_mtime_ns for path in cells[1:]}
     first = cells[0].read_bytes()
     cells[0].unlink()
-    done, again = _run(
+    done, again = programs.run(
         "unlearnable_study", "--toy", "--methods=error_min,random", f"--workdir={work}"
     )
     assert done.returncode == 0, done.stderr

@@ -123,6 +123,9 @@ def test_pictures_are_files_that_open():
     missed = patch_pictures.annotate(pixels, np.zeros((0, 4)), box, is_found=False)
     found = patch_pictures.annotate(pixels, box[None], box, is_found=True)
     assert missed.getpixel((10, 15)) != found.getpixel((10, 15)) != (0, 0, 0)
+    near = patch_pictures.close_up(found, box, sides=1.2)
+    # 36 px about the middle of the box, at (17.5, 25), moved into the frame.
+    assert near.size == (36, 36) and near.getpixel((3, 5)) == found.getpixel((10, 5)) != (0, 0, 0)
     sheet = patch_pictures.contact_sheet([[missed, found], [found]], cell_px=30)
     assert Image.open(io.BytesIO(sheet)).size == (60, 40)
     film = Image.open(io.BytesIO(patch_pictures.film([missed, found], width_px=30)))

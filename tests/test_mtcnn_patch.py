@@ -23,7 +23,7 @@ _LEVELS = patch_views.LevelOptions(
     scale_jitter=0.0,
 )  # fmt: skip
 _OPTIONS = mtcnn_patch.PatchOptions(
-    patch_px=10, num_steps=6, levels=_LEVELS, views=_STILL,
+    patch_px=10, num_steps=6, stage_weight=0.0, levels=_LEVELS, views=_STILL,
     turns=patch_views.TurnOptions(0.0, 0.0, 0.0, 0.0),
 )  # fmt: skip
 
@@ -74,17 +74,17 @@ def test_landmarks_that_fall_together_are_refused():
         patch_geometry.estimate_pose(np.zeros((5, 2)))
 
 
-def test_cheeks_lie_between_eyes_and_mouth_and_mirror():
+def test_cheeks_lie_below_the_eyes_beside_the_mouth_and_mirror():
     points = patch_geometry.LANDMARKS_MM[:, :2] + 200
     pose = patch_geometry.estimate_pose(points[:, ::-1])
     areas = patch_geometry.PLACEMENTS["cheeks"]
     left, right = (patch_geometry.face_grid(pose, areas[f"{s}_cheek"]) for s in ("left", "right"))
-    assert left[..., 0].min() > points[0, 1] and left[..., 0].max() < points[3, 1]
-    assert left[..., 1].max() < points[2, 0] < right[..., 1].min()
+    assert left[..., 0].min() > points[0, 1]
+    assert left[..., 1].max() < points[3, 0] and points[4, 0] < right[..., 1].min()
     np.testing.assert_allclose(left[:, ::-1, 1] + right[..., 1], 2 * 200, atol=0.5)
     tall, wide = patch_geometry.paper_size(areas["left_cheek"])
     # Bent paper is wider than it looks, and a wider face needs more of it.
-    assert wide > 44 and 50 < tall < 60
+    assert wide > 30 and 50 < tall < 60
     assert patch_geometry.paper_size(areas["left_cheek"], face_width_mm=70 * 2.4)[1] > wide
 
 
@@ -157,6 +157,36 @@ def test_every_texel_has_a_gradient_through_views_and_levels(placed, variables):
         assert np.isfinite(leaf).all() and (np.asarray(leaf) != 0).mean() > 0.9
 
 
+def test_the_later_networks_see_the_face_as_the_detector_crops_it(placed, variables, monkeypatch):
+    net, side = mtcnn.RNet(), 24
+    monkeypatch.setattr(mtcnn_patch, "_STAGES", {"rnet": (net, side, (1.2, 1.2), 0.0)})
+    options = dataclasses.replace(_SMALL, stage_weight=1.0, margin=0.1)
+    scenes = patch_views.make_scenes(placed[:1], options.levels)
+    sizes = patch_views.view_sizes(scenes, options.turns)
+    patches = mtcnn_patch.random_patches(jax.random.key(0), options)
+    parts = mtcnn_patch.loss_parts(
+        jax.random.key(0), variables, patches, scenes, options=options, sizes=sizes
+    )
+    texture = patch_placing.printed(jax.tree.map(np.asarray, patches), placed[0].paper)
+    worn = patch_placing.draw(placed[0].pixels, texture, placed[0].grids) / 1.0
+    middle = (_BOX[:2] + _BOX[2:]) / 2
+    length = 1.2 * np.sqrt(np.prod(_BOX[2:] - _BOX[:2]))
+    rows, columns = (middle[:, None] + np.linspace(-0.5, 0.5, side) * length).astype(np.float64)
+    top, left = np.floor(rows).astype(int), np.floor(columns).astype(int)
+    y, x = (rows - top)[:, None, None], (columns - left)[None, :, None]
+    corners = [[worn[np.ix_(top + i, left + j)] for j in range(2)] for i in range(2)]
+    upper, lower = (pair[0] * (1 - x) + pair[1] * x for pair in corners)
+    crop = jnp.asarray(upper * (1 - y) + lower * y, jnp.float32)
+    score = net.apply(variables["rnet"], mtcnn.normalise(crop[None]))[0][0]
+    np.testing.assert_allclose(parts.stages, max(float(score) - 0.1, 0) ** 2, atol=0.01)
+    assert parts.stages > 0.05
+    without = dataclasses.replace(options, stage_weight=0.0)
+    none = mtcnn_patch.loss_parts(
+        jax.random.key(0), variables, patches, scenes, options=without, sizes=sizes
+    )
+    assert none.stages == 0
+
+
 def test_penalties_on_known_patches():
     board = jnp.asarray(np.indices((4, 6)).sum(0) % 2, jnp.float32)
     np.testing.assert_allclose(mtcnn_patch.total_variation(board), 2.0)
@@ -190,7 +220,7 @@ def test_training_descends_keeps_ink_and_is_the_same_on_four_devices(placed, var
         last = judge_fn(states.delta)
         results.append((jax.tree.map(np.asarray, states.delta), np.array(losses), first, last))
     (patches, losses, first, last), (others, *_) = results
-    assert (np.asarray(last) < 0.7 * np.asarray(first)).all()
+    assert (np.asarray(last) < 0.9 * np.asarray(first)).all()
     assert np.abs(losses[0, 0] - losses[0, 1]) > 0
     low, high = _SMALL.ink
     for name, patch in patches.items():

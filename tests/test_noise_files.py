@@ -4,9 +4,10 @@ import io
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
-from afr_jax.data import image_sets, noise_files
+from afr_jax.data import array_records, identity_tree, image_sets, noise_files
 
 
 def _save(path, pixels, mode="RGB"):
@@ -59,33 +60,113 @@ def test_unusable_trees_say_why(tree, tmp_path):
     assert any(problem.reason == "cat is none of the classes" for problem in known.problems)
 
 
-def test_cifar10_binary_and_mosaics(tmp_path):
-    generator = np.random.default_rng(1)
-    images = generator.integers(0, 256, (1000, 32, 32, 3)).astype(np.uint8)
-    labels = (np.arange(1000) % 10).astype(np.uint8)
-    records = np.concatenate([labels[:, None], images.transpose(0, 3, 1, 2).reshape(1000, -1)], 1)
-    (tmp_path / "binary").mkdir()
-    records.tofile(tmp_path / "binary/test_batch.bin")
-    (tmp_path / "mosaics").mkdir()
-    grid = images.reshape(25, 40, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(800, 1280, 3)
-    Image.fromarray(grid).save(tmp_path / "mosaics/test_00.webp", lossless=True)
-    np.savez(tmp_path / "mosaics/test_labels.npz", label=labels)
-    found = [image_sets.read_cifar10(tmp_path / n, split="test") for n in ("binary", "mosaics")]
-    for data in found:
-        row = data.sample_ids.index("cat/test_00013")
-        np.testing.assert_array_equal(data.images[row], images[13])
-        assert data.classes[data.labels[row]] == "cat"
-        assert list(data.sample_ids) == sorted(data.sample_ids)
-    np.testing.assert_array_equal(found[0].images, found[1].images)
-    with pytest.raises(FileNotFoundError, match="cifar-10-binary"):
-        image_sets.read_cifar10(tmp_path)
+@pytest.fixture
+def cifar_file(tmp_path):
+    """A folder with a test set of 20 images in CIFAR-10's binary form, and the images."""
+    images = np.random.default_rng(1).integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
+    labels = (np.arange(20) % 10).astype(np.uint8)
+    records = np.concatenate([labels[:, None], images.transpose(0, 3, 1, 2).reshape(20, -1)], 1)
+    (tmp_path / "bin").mkdir()
+    for name in ("test_batch.bin", *(f"data_batch_{number}.bin" for number in range(1, 6))):
+        records.tofile(tmp_path / "bin" / name)
+    return tmp_path / "bin", images
 
 
-@pytest.mark.shared
-def test_the_shared_mosaics_are_cifar10(shared):
-    data = image_sets.read_cifar10(shared / "data/cifar10", split="test")
-    assert data.images.shape == (10000, 32, 32, 3)
-    assert np.bincount(data.labels).tolist() == [1000] * 10
+def test_images_of_cifar10_are_filed_under_their_classes(cifar_file, tmp_path):
+    folder, images = cifar_file
+    data = image_sets.read_cifar10(folder, split="test")
+    row = data.sample_ids.index("cat/test_00013")
+    np.testing.assert_array_equal(data.images[row], images[13])
+    assert data.classes[data.labels[row]] == "cat"
+    assert list(data.sample_ids) == sorted(data.sample_ids)
+    again = image_sets.read("cifar10", cifar10_dir=str(folder), split="test")
+    assert again.sample_ids == data.sample_ids
+    with pytest.raises(FileNotFoundError):
+        image_sets.read_cifar10(tmp_path / "missing")
+    with pytest.raises(ValueError, match="cifar10_dir"):
+        image_sets.read("cifar10")
+
+
+def _same(data, other):
+    assert data.sample_ids == other.sample_ids and data.classes == other.classes
+    np.testing.assert_array_equal(data.labels, other.labels)
+    np.testing.assert_array_equal(data.images, other.images)
+
+
+def test_a_tfds_set_is_the_tree_it_was_made_from(tree, tmp_path_factory):
+    """Damaged files, other sizes and grey images included; the order of the records is another."""
+    folder = tmp_path_factory.mktemp("sets")
+    listing = identity_tree.list_tree(tree)
+    listing = listing.without([identity_tree.Problem("cat/notes.txt", "")])
+    examples = [
+        array_records.Example(sample.sample_id, sample.path.read_bytes(), sample.identity)
+        for sample in listing.samples
+    ]
+    (tree / "cat/notes.txt").unlink()
+    (tree / "stray.png").unlink()
+    found = {}
+    for name, rows in (("few", slice(None)), ("again", slice(None, None, -1))):
+        array_records.write_examples(
+            {"whole": iter(examples[rows])}, ("dog", "cat"), folder, name=name
+        )
+        found[name] = image_sets.read(f"tfds:{name}:whole", tfds_dir=str(folder))
+    expected = image_sets.read_tree(tree)
+    for data in found.values():
+        _same(data, expected)
+        assert sorted(data.problems, key=lambda p: p.name) == list(expected.problems)
+    resized = image_sets.read_records(folder, "few", split="whole", resize=True)
+    _same(resized, image_sets.read_tree(tree, resize=True))
+    for source, match in (("few", "splits"), ("few:test", "splits"), ("many", "no data set many")):
+        with pytest.raises((FileNotFoundError, ValueError), match=match):
+            image_sets.read(f"tfds:{source}", tfds_dir=str(folder))
+
+
+def test_cifar10_as_records_keeps_its_ids(cifar_file, tmp_path):
+    folder, _ = cifar_file
+    array_records.write_cifar10(folder, tmp_path / "sets")
+    for split in ("train", "test"):
+        data = image_sets.read_records(tmp_path / "sets", "cifar10", split=split)
+        _same(data, image_sets.read_cifar10(folder, split=split))
+
+
+def _write_set(folder, name, features, examples):
+    keyed = ((str(number), example) for number, example in enumerate(examples))
+    return array_records.write_records({"train": keyed}, features, folder, name=name)
+
+
+def test_foreign_tfds_sets(tmp_path):
+    """Ids of their own or none, grey images, names that are no folders, features that are wrong."""
+    label = tfds.features.ClassLabel(names=["b/c", "a"])
+    grey = tfds.features.Image(shape=(12, 12, 1))
+    names = ("x_1", "/../y", "z.png")
+
+    def example(number):
+        buffer = io.BytesIO()
+        Image.new("L", (12, 12), number).save(buffer, "PNG")
+        buffer.seek(0)
+        return {"image": buffer, "label": number % 2}
+
+    features = {"image": grey, "label": label}
+    named = [example(number) | {"id": name} for number, name in enumerate(names)]
+    named += [example(1) | {"id": "y"}, example(1) | {"id": "w", "label": -1}]
+    _write_set(tmp_path, "named", features | {"id": tfds.features.Text()}, named)
+    data = image_sets.read_records(tmp_path, "named")
+    assert data.sample_ids == ("a/y", "b_c/x_1", "b_c/z") and data.classes == ("a", "b_c")
+    assert data.images.shape == (3, 12, 12, 3) and data.labels.tolist() == [0, 1, 1]
+    reasons = [(problem.name, problem.reason.split()[0]) for problem in data.problems]
+    assert reasons == [("a/y", "has"), ("unlabelled/w", "unlabelled")]
+    assert data.images[:, 5, 5].tolist() == [[1] * 3, [0] * 3, [2] * 3]
+    _write_set(tmp_path, "unnamed", features, map(example, range(3)))
+    ids = image_sets.read_records(tmp_path, "unnamed").sample_ids
+    assert sorted(name.split("/")[1] for name in ids) == [f"train_0000{n}" for n in range(3)]
+    _write_set(tmp_path, "text", {"label": tfds.features.Text()}, [{"label": "a"}])
+    with pytest.raises(ValueError, match="label of classes"):
+        image_sets.read_records(tmp_path, "text")
+    # TFDS's own default form, which TensorFlow alone reads.
+    info = tmp_path / "named/1.0.0/dataset_info.json"
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(ValueError, match="stored as tfrecord"):
+        image_sets.read_records(tmp_path, "named")
 
 
 def test_rows_are_spread_over_the_classes():
@@ -130,13 +211,44 @@ def test_noise_belongs_to_ids_and_keeps_its_sign(tmp_path):
 @pytest.mark.parametrize("largest", [8, 200])
 def test_noise_files_round_trip_with_equal_bytes(tmp_path, largest):
     levels = np.random.default_rng(2).integers(-largest, largest + 1, (3, 4, 4, 3)).astype(np.int16)
-    noise = noise_files.Noise(("a", "ä/b", "c"), levels, "sample")
-    for name in ("one.npz", "two.npz"):
-        noise_files.write_noise(tmp_path / name, noise, {"seed": 3})
-    found, settings = noise_files.read_noise(tmp_path / "one.npz")
-    assert found.names == noise.names and settings == {"seed": 3}
-    np.testing.assert_array_equal(found.levels, levels)
+    noise = noise_files.Noise(("a", "c", "ä/b"), levels, "sample")
+    for name in ("one", "two"):
+        noise_files.write_noise(tmp_path / f"{name}.npz", noise, {"seed": 3})
+        noise_files.write_noise_records(tmp_path / name, noise, {"seed": 3})
+    for name in ("one.npz", "one"):
+        found, settings = noise_files.read_noise(tmp_path / name)
+        assert found.names == noise.names and found.granularity == "sample"
+        assert settings == {"seed": 3} and found.levels.dtype == np.int16
+        np.testing.assert_array_equal(found.levels, levels)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    files = [path for path in (tmp_path / "one").rglob("*") if path.is_file()]
+    assert len(files) == 4  # One shard and three of metadata.
+    for path in files:
+        other = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        assert path.read_bytes() == other.read_bytes()
+
+
+def test_records_of_noise_keep_their_names_through_shuffling_and_resharding(tmp_path):
+    levels = np.arange(40, dtype=np.int16)[:, None, None, None] - np.zeros((2, 2, 3), np.int16)
+    noise = noise_files.Noise(tuple(f"c/{number:02d}" for number in range(40)), levels, "sample")
+    order = np.random.default_rng(0).permutation(40)
+    shuffled = noise._replace(
+        names=tuple(noise.names[row] for row in order), levels=noise.levels[order]
+    )
+    folder = tmp_path / "noise"
+    for source, num_shards in ((noise, 1), (shuffled, 1), (shuffled, 7)):
+        # Each takes the place of the one before.
+        noise_files.write_noise_records(folder, source, {}, num_shards=num_shards)
+        assert len(list(folder.rglob("*.array_record*"))) == num_shards
+        found, _ = noise_files.read_noise(folder)
+        assert found.names == noise.names
+        np.testing.assert_array_equal(found.levels, noise.levels)
+    assert [path.name for path in tmp_path.iterdir()] == ["noise"]
+    # Another reader of TFDS gets what belongs together, in an order of its own.
+    examples = array_records.open_source(tmp_path, "noise", "noise")
+    pairs = [(examples[row]["name"].decode(), examples[row]["levels"]) for row in range(40)]
+    assert [name for name, _ in pairs] != list(noise.names)
+    assert all((values == int(name[2:])).all() for name, values in pairs)
 
 
 def test_other_files_are_no_noise(tmp_path):
@@ -146,8 +258,14 @@ def test_other_files_are_no_noise(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match="no noise file"):
             noise_files.read_noise(tmp_path / name)
-    with pytest.raises(FileNotFoundError):
-        noise_files.read_noise(tmp_path / "missing.npz")
+    (tmp_path / "folder").mkdir()
+    for name in ("missing.npz", "folder"):
+        with pytest.raises(FileNotFoundError, match=name):
+            noise_files.read_noise(tmp_path / name)
+    features = {"name": tfds.features.Text()}
+    array_records.write_records({"train": [("a", {"name": "a"})]}, features, tmp_path, name="names")
+    with pytest.raises(ValueError, match="no noise file"):
+        noise_files.read_noise(tmp_path / "names")
 
 
 def test_written_images_are_lossless_and_keep_their_folders(tmp_path):

@@ -3,54 +3,19 @@
 import dataclasses
 import functools
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
+import programs
 import pytest
 
 from afr_jax.core import checkpoint, parallel
 from afr_jax.data import image_sets, noise_files
 from afr_jax.evaluation import many_victims, victims
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
 _OPTIONS = victims.VictimOptions(
     "small_resnet", width=4, num_epochs=2, batch_size=20, augmented=False
 )
-
-# Calls a program with several command lines in one process; prints what it says of each.
-_DRIVER = """
-import importlib, json, sys
-from absl import flags
-from absl.testing import flagsaver
-from afr_jax.core import run
-
-program = importlib.import_module(f"experiments.{sys.argv[1]}")
-run.define_flags()
-flags.FLAGS(["program"])
-for line in json.loads(sys.argv[3]):
-    with flagsaver.flagsaver():
-        flags.FLAGS(["program", *line])
-        try:
-            print(json.dumps(getattr(program, sys.argv[2])()[0]))
-        except run.UsageError as error:
-            print(json.dumps(str(error)))
-"""
-
-
-def _messages(module, function, lines):
-    done = subprocess.run(
-        [sys.executable, "-c", _DRIVER, module, function, json.dumps(lines)],
-        cwd=_ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def _mesh(count=1):
@@ -157,34 +122,23 @@ def test_options_are_checked():
 
 
 @pytest.fixture(scope="module")
-def trees(tmp_path_factory, sets):
+def trees(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trees")
-    for name, data in zip(("train", "test"), sets, strict=True):
-        noise_files.write_images(folder / name, data.sample_ids, data.images)
+    for name in ("train", "test"):
+        data = programs.save_made_up(folder / name, 80, side=8, split=name)
     (folder / "test" / "class_00" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     levels = np.full((4, 8, 8, 3), 8, np.int16)
-    noise = noise_files.Noise(sets[0].classes, levels, "class")
-    noise_files.write_noise(folder / "noise.npz", noise, {"method": "flat"})
+    noise = noise_files.Noise(data.classes, levels, "class")
+    noise_files.write_noise_records(folder / "noise", noise, {"method": "flat"})
     return folder
-
-
-def _run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.train_victim", *map(str, arguments)],
-        cwd=_ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
 
 
 def test_the_program_measures_writes_and_resumes(trees, tmp_path):
     flags = [f"--data={trees / 'train'}", f"--test_data={trees / 'test'}", "--toy"]
-    flags += [f"--noise={trees / 'noise.npz'}", "--poison_rate=0.5", "--poison_classes=class_01"]
+    flags += [f"--noise={trees / 'noise'}", "--poison_rate=0.5", "--poison_classes=class_01"]
     flags += ["--countermeasure=grayscale", f"--workdir={tmp_path / 'work'}", "--noaugment"]
-    done = _run(*flags)
+    done, result = programs.run("train_victim", *flags)
     assert done.returncode == 3, done.stderr
-    result = json.loads(done.stdout)
     assert json.loads((tmp_path / "work/result.json").read_text()) == result
     assert (result["train_images"], result["protected_images"], result["test_images"]) == (
         80,
@@ -196,8 +150,7 @@ def test_the_program_measures_writes_and_resumes(trees, tmp_path):
     assert [item["image"] for item in result["not_handled"]] == ["class_00/broken.png"]
     assert len((tmp_path / "work/curve.csv").read_text().splitlines()) == 3
     assert (tmp_path / "work/curve.png").stat().st_size > 5000
-    again = _run(*flags)
-    assert json.loads(again.stdout) == result
+    assert programs.run("train_victim", *flags)[1] == result
 
 
 def test_wrong_usage_is_said(trees, tmp_path):
@@ -209,7 +162,5 @@ def test_wrong_usage_is_said(trees, tmp_path):
         ([tree], "--test_data"),
         ([tree, f"--test_data={trees / 'train'}", "--poison_rate=0.5"], "--noise"),
     ]
-    lines = [[*arguments, work] for arguments, _ in cases]
-    messages = _messages("train_victim", "train_victim_program", lines)
-    for message, (_, part) in zip(messages, cases, strict=True):
-        assert part in message
+    lines = [([*arguments, work], part) for arguments, part in cases]
+    programs.assert_refused("train_victim.train_victim_program", lines)

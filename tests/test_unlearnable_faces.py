@@ -1,59 +1,11 @@
 """The face study: who is who, aligned crops, pairs; the programs on made-up pictures."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
+import programs
 import pytest
 
-from afr_jax.data import image_sets, noise_files
+from afr_jax.data import image_sets
 from afr_jax.evaluation import protected_faces
-
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-# Calls a program with several command lines in one process; prints what it says of each.
-_DRIVER = """
-import importlib, json, sys
-from absl import flags
-from absl.testing import flagsaver
-from afr_jax.core import run
-
-program = importlib.import_module(f"experiments.{sys.argv[1]}")
-run.define_flags()
-flags.FLAGS(["program"])
-for line in json.loads(sys.argv[3]):
-    with flagsaver.flagsaver():
-        flags.FLAGS(["program", *line])
-        try:
-            print(json.dumps(getattr(program, sys.argv[2])()[0]))
-        except run.UsageError as error:
-            print(json.dumps(str(error)))
-"""
-
-
-def _messages(module, function, lines):
-    done = subprocess.run(
-        [sys.executable, "-c", _DRIVER, module, function, json.dumps(lines)],
-        cwd=_ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def _run(module, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
-        cwd=_ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
 
 
 def test_people_and_photos_are_divided_without_overlap():
@@ -108,10 +60,8 @@ def test_the_middle_of_an_lfw_photo_has_the_template_s_scale():
 def world(tmp_path_factory):
     """Six made-up people, and pairs of strangers; one photo of the pairs is broken."""
     folder = tmp_path_factory.mktemp("world")
-    data = image_sets.made_up(0, 288, num_classes=6, side=32)
-    noise_files.write_images(folder / "people", data.sample_ids, data.images)
-    strangers = image_sets.made_up(7, 24, num_classes=4, side=60)
-    noise_files.write_images(folder / "strangers", strangers.sample_ids, strangers.images)
+    programs.save_made_up(folder / "people", 288, num_classes=6, side=32)
+    strangers = programs.save_made_up(folder / "strangers", 24, seed=7, num_classes=4, side=60)
     lines = ["image_a,image_b,same"]
     names = [f"{name}.png" for name in strangers.sample_ids]
     for step in (1, 7):
@@ -127,9 +77,8 @@ def world(tmp_path_factory):
 def test_protected_people_are_lost_and_others_kept(world, tmp_path):
     flags = [f"--data={world / 'people'}", f"--pairs={world / 'pairs.csv'}", "--crop=centre"]
     flags += [f"--images={world / 'strangers'}", "--toy", f"--workdir={tmp_path / 'work'}"]
-    done = _run("unlearnable_faces", *flags)
+    done, result = programs.run("unlearnable_faces", *flags)
     assert done.returncode == 3, done.stderr
-    result = json.loads(done.stdout)
     assert [item["image"] for item in result["not_handled"]] == ["class_00/train_00000.png"]
     clean, partial, full = (result["settings"][name] for name in ("clean", "partial", "full"))
     protected, others = "accuracy_of_protected_people", "accuracy_of_other_people"
@@ -139,8 +88,7 @@ def test_protected_people_are_lost_and_others_kept(world, tmp_path):
     for setting in (clean, partial, full):
         assert 0 <= setting["auc"]["mean"] <= 1 and setting["seeds"] == 1
     assert (tmp_path / "work/roc.png").stat().st_size > 5000
-    again = _run("unlearnable_faces", *flags)
-    assert json.loads(again.stdout) == result
+    assert programs.run("unlearnable_faces", *flags)[1] == result
 
 
 def test_wrong_usage_is_said(world, tmp_path):
@@ -151,16 +99,13 @@ def test_wrong_usage_is_said(world, tmp_path):
         ([data, "--seeds=x"], "x"),
         ([data, "--toy", "--pairs=missing.csv", "--crop=centre"], "does not exist"),
     ]
-    lines = [[*arguments, work] for arguments, _ in cases]
-    for message, (_, part) in zip(
-        _messages("unlearnable_faces", "faces_program", lines), cases, strict=True
-    ):
-        assert part in message
+    lines = [([*arguments, work], part) for arguments, part in cases]
+    programs.assert_refused("unlearnable_faces.faces_program", lines)
 
 
 def test_the_speed_program_measures_both_kinds_of_work(tmp_path):
-    done = _run("unlearnable_speed", "--toy", f"--workdir={tmp_path / 'work'}")
+    done, result = programs.run("unlearnable_speed", "--toy", f"--workdir={tmp_path / 'work'}")
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["rows"]
+    rows = result["rows"]
     assert {row["row"] for row in rows} == {"noise, one pass", "victim, one epoch"}
     assert all(row["ours"] for row in rows) and all(row["peer"] is None for row in rows)

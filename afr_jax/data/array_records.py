@@ -11,8 +11,8 @@ A data set has the splits it is given; each example is {"image": uint8 [H, W, 3]
 import io
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -35,8 +35,8 @@ class Example(NamedTuple):
     label: str
 
 
-class ImageFolderRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A TFDS builder of examples that are already at hand; see `write_examples`."""
+class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A TFDS builder of examples that are already at hand; see `write_records`."""
 
     VERSION = tfds.core.Version("1.0.0")
     # Nothing is downloaded; TFDS would look for checksums with a package that it does not require.
@@ -47,61 +47,79 @@ class ImageFolderRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True
         *,
         data_dir: str | os.PathLike[str],
         dataset_name: str,
-        classes: Sequence[str],
-        splits: Mapping[str, Iterator[Example]],
+        features: Mapping[str, tfds.features.FeatureConnector],
+        splits: Mapping[str, Iterable[tuple[str, Mapping[str, Any]]]],
+        metadata: Mapping[str, Any] | None = None,
     ):
-        """Takes what is to be written.
-
-        Args:
-            data_dir: folder of data sets; this one goes to `<data_dir>/<dataset_name>/1.0.0`.
-            dataset_name: letters, digits and underscores.
-            classes: names, in the order of the labels.
-            splits: examples of each split, read once.
-        """
+        """Takes what is to be written; see `write_records`."""
         self.name = dataset_name
-        self._classes, self._splits = tuple(classes), splits
+        self._features, self._splits, self._metadata = features, splits, metadata
         super().__init__(data_dir=os.fspath(data_dir), file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return self.dataset_info_from_configs(
-            description="Images of classes or identities.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "label": tfds.features.ClassLabel(names=self._classes),
-                    "sample_id": tfds.features.Text(),
-                }
-            ),
-            supervised_keys=("image", "label"),
+        supervised = ("image", "label") if {"image", "label"} <= set(self._features) else None
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(dict(self._features)),
+            supervised_keys=supervised,
+            metadata=tfds.core.MetadataDict(self._metadata or {}),
         )
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        return {split: self._generate_examples(part) for split, part in self._splits.items()}
+        return {split: iter(examples) for split, examples in self._splits.items()}
 
-    def _generate_examples(self, examples):
-        for example in examples:
-            yield (
-                example.sample_id,
-                {
-                    "image": io.BytesIO(_encoded(example.image)),
-                    "label": example.label,
-                    "sample_id": example.sample_id,
-                },
-            )
+    def _generate_examples(self):
+        """Not called: the splits are iterators already."""
+
+
+def write_records(
+    splits: Mapping[str, Iterable[tuple[str, Mapping[str, Any]]]],
+    features: Mapping[str, tfds.features.FeatureConnector],
+    data_dir: str | os.PathLike[str],
+    *,
+    name: str,
+    metadata: Mapping[str, Any] | None = None,
+    num_shards: int | None = None,
+) -> pathlib.Path:
+    """Writes a data set of any features; the same examples give the same bytes.
+
+    Args:
+        splits: (unique key, features by name) of the examples of each split, read once. TFDS
+            stores them in the order of the keys' hashes.
+        features: what an example consists of.
+        data_dir: folder of data sets; this one goes to `<data_dir>/<name>/1.0.0`.
+        name: letters, digits and underscores.
+        metadata: kept beside the examples; what JSON can say.
+        num_shards: files of a split; by default as many as TFDS finds right.
+
+    Returns:
+        The folder of the data set.
+
+    Raises:
+        FileExistsError: it is there already.
+    """
+    builder = Records(
+        data_dir=data_dir, dataset_name=name, features=features, splits=splits, metadata=metadata
+    )
+    if pathlib.Path(builder.data_dir).exists():
+        raise FileExistsError(f"{builder.data_dir} exists; remove it, or choose another name")
+    config = tfds.download.DownloadConfig(num_shards=num_shards)
+    builder.download_and_prepare(download_config=config)
+    return pathlib.Path(builder.data_dir)
 
 
 def write_examples(
-    splits: Mapping[str, Iterator[Example]],
+    splits: Mapping[str, Iterable[Example]],
     classes: Sequence[str],
     data_dir: str | os.PathLike[str],
     *,
     name: str,
 ) -> pathlib.Path:
-    """Writes a data set.
+    """Writes a data set of labelled images.
 
     Args:
-        splits: examples of each split ("train", ...).
+        splits: examples of each split ("train", ...), read once.
         classes: names, in the order of the labels.
         data_dir: folder of data sets.
         name: of the data set.
@@ -112,13 +130,13 @@ def write_examples(
     Raises:
         FileExistsError: it is there already.
     """
-    builder = ImageFolderRecords(
-        data_dir=data_dir, dataset_name=name, classes=classes, splits=splits
-    )
-    if pathlib.Path(builder.data_dir).exists():
-        raise FileExistsError(f"{builder.data_dir} exists; remove it, or choose another name")
-    builder.download_and_prepare()
-    return pathlib.Path(builder.data_dir)
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=tuple(classes)),
+        "sample_id": tfds.features.Text(),
+    }
+    keyed = {split: map(_keyed, examples) for split, examples in splits.items()}
+    return write_records(keyed, features, data_dir, name=name)
 
 
 def write_listing(
@@ -171,34 +189,74 @@ def write_cifar10(
 
 
 def open_source(
-    data_dir: str | os.PathLike[str], name: str, split: str
-) -> Sequence[dict[str, object]]:
-    """The examples of a split, by random access: {"image", "label", "sample_id"}.
+    data_dir: str | os.PathLike[str], name: str, split: str, *, decode: bool = True
+) -> Sequence[dict[str, Any]]:
+    """The examples of a split, by random access; what `write_examples` wrote or TFDS prepared.
+
+    Args:
+        data_dir: folder of data sets.
+        name: of the data set, or "name/config"; its newest version is opened.
+        split: its name.
+        decode: False leaves "image" as the bytes of its file, so that a damaged one is no error.
 
     Raises:
         FileNotFoundError: there is no such data set.
-        ValueError: it has no such split.
+        ValueError: it has no such split, or has no random access (is not stored as ArrayRecord).
     """
-    try:
-        builder = tfds.builder_from_directory(_version_folder(data_dir, name))
-    except tfds.core.DatasetNotFoundError as error:
-        raise FileNotFoundError(f"{data_dir} holds no data set {name}") from error
+    builder = tfds.builder_from_directory(find_folder(data_dir, name))
     if split not in builder.info.splits:
         raise ValueError(f"{name} has the splits {sorted(builder.info.splits)}, not {split!r}")
-    return builder.as_data_source(split)
+    stored = builder.info.file_format.value
+    if stored != "array_record":
+        raise ValueError(
+            f"{name} is stored as {stored}, which needs TensorFlow; prepare it with "
+            'tfds.builder(..., file_format="array_record")'
+        )
+    decoders = None if decode else {"image": tfds.decode.SkipDecoding()}
+    return builder.as_data_source(split, decoders=decoders)
 
 
 def classes_of(data_dir: str | os.PathLike[str], name: str) -> tuple[str, ...]:
-    """Names of the classes of a data set, in the order of its labels."""
-    builder = tfds.builder_from_directory(_version_folder(data_dir, name))
-    return tuple(builder.info.features["label"].names)
+    """Names of the classes of a data set of images, in the order of its labels.
+
+    Raises:
+        FileNotFoundError: there is no such data set.
+        ValueError: it has no 8-bit images, or no labels of classes.
+    """
+    builder = tfds.builder_from_directory(find_folder(data_dir, name))
+    features = dict(builder.info.features.items())
+    image, label = features.get("image"), features.get("label")
+    is_usual = isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
+    if not is_usual or not isinstance(label, tfds.features.ClassLabel):
+        raise ValueError(f"{name} has {sorted(features)}; needed: image of uint8, label of classes")
+    return tuple(label.names)
 
 
-def _version_folder(data_dir: str | os.PathLike[str], name: str) -> str:
-    folder = pathlib.Path(data_dir) / name / str(ImageFolderRecords.VERSION)
-    if not (folder / "dataset_info.json").exists():
+def metadata_of(data_dir: str | os.PathLike[str], name: str) -> dict[str, Any]:
+    """What was given to `write_records` as metadata; raises FileNotFoundError."""
+    return dict(tfds.builder_from_directory(find_folder(data_dir, name)).info.metadata or {})
+
+
+def find_folder(data_dir: str | os.PathLike[str], name: str) -> str:
+    """The folder of the newest version of a data set, "name" or "name/config".
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    root = pathlib.Path(data_dir) / name
+    versions = {}
+    for info in root.glob("*/dataset_info.json"):
+        if tfds.core.Version.is_valid(info.parent.name):
+            versions[tfds.core.Version(info.parent.name)] = info.parent
+    if not versions:
         raise FileNotFoundError(f"{data_dir} holds no data set {name}")
-    return os.fspath(folder)
+    return os.fspath(versions[max(versions)])
+
+
+def _keyed(example: Example) -> tuple[str, dict[str, Any]]:
+    image = io.BytesIO(_encoded(example.image))
+    fields = {"image": image, "label": example.label, "sample_id": example.sample_id}
+    return example.sample_id, fields
 
 
 def _encoded(image: bytes | np.ndarray) -> bytes:

@@ -77,7 +77,8 @@ def load(source: str | os.PathLike[str], split: str) -> ImageSet:
     if (source / split).is_dir():
         return read_folders(source / split, split=split)
     raise ValueError(
-        f"{source} holds no CIFAR-10: neither .bin files nor mosaics nor folders train and test"
+        f"{source} holds no CIFAR-10: neither .bin files (of {_URL}) nor mosaics nor folders train "
+        "and test"
     )
 
 

@@ -1,28 +1,21 @@
-"""Labelled image sets in memory: a folder per class, or CIFAR-10; every image of one square size.
+"""Labelled image sets in memory, every image of one square size.
 
-A sample's id is stable: for a tree the path below its root without the extension ("cat/0001"), for
-CIFAR-10 "<class>/<split>_<number>" with the number in the order of the files. Sets are sorted by
-id, so nothing depends on the order in which a file system lists them. Host code.
+They come from a folder per class, a TFDS data set stored as ArrayRecord, or CIFAR-10. A sample's id
+is stable and names its class's folder: for a tree the path below its root without the extension
+("cat/0001"), for CIFAR-10 "<class>/<split>_<number>" with the number in the order of the files, for
+TFDS "<class>/<id>" (see `read_records`). Sets are sorted by id, so nothing depends on the order in
+which a file system lists them or TFDS shuffled them. Host code.
 """
 
 import pathlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from afr_jax.core import parallel
-from afr_jax.data import identity_tree, photos
-
-CIFAR10_CLASSES = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-)
-_SIDE = 32
-# Layout of the lossless mosaics: 25 rows x 40 columns of images in a file.
-_MOSAIC = (25, 40)
+from afr_jax.data import array_records, cifar10, identity_tree, photos
 
 
 class ImageSet(NamedTuple):
@@ -96,6 +89,43 @@ def spread_rows(labels: np.ndarray, count: int, *, seed: int = 0) -> np.ndarray:
     return np.sort(order[np.argsort(rank[order], kind="stable")][:count])
 
 
+def read(
+    source: str,
+    *,
+    cifar10_dir: str | None = None,
+    tfds_dir: str | None = None,
+    split: str = "train",
+    image_px: int | None = None,
+    resize: bool = False,
+    classes: Sequence[str] | None = None,
+) -> ImageSet:
+    """Reads the set that a word names, as the programs' flags do.
+
+    Args:
+        source: "cifar10", "tfds:NAME" or "tfds:NAME:SPLIT", or a folder for `read_tree`.
+        cifar10_dir: where CIFAR-10 is.
+        tfds_dir: folder of TFDS data sets; default `~/tensorflow_datasets`.
+        split: of CIFAR-10, and of a TFDS set without one.
+        image_px: see `read_tree`.
+        resize: see `read_tree`.
+        classes: see `read_tree`; CIFAR-10 has its own.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it cannot be used.
+    """
+    if source == "cifar10":
+        if not cifar10_dir:
+            raise ValueError("cifar10 needs --cifar10_dir, the folder it is in")
+        return read_cifar10(cifar10_dir, split=split)
+    options = {"image_px": image_px, "resize": resize, "classes": classes}
+    if not source.startswith("tfds:"):
+        return read_tree(pathlib.Path(source).expanduser(), **options)
+    name, _, own_split = source.removeprefix("tfds:").partition(":")
+    folder = pathlib.Path(tfds_dir or "~/tensorflow_datasets").expanduser()
+    return read_records(folder, name, split=own_split or split, **options)
+
+
 def read_tree(
     root: str | pathlib.Path,
     *,
@@ -123,81 +153,151 @@ def read_tree(
     """
     listing = identity_tree.list_tree(root)
 
-    def read(sample: identity_tree.Sample) -> np.ndarray | str:
+    paths = [sample.path for sample in listing.samples]
+    found = parallel.overlapped(_or_reason(photos.read_photo), paths, width=num_threads)
+    items = [
+        _Item(sample.sample_id, sample.identity, pixels)
+        for sample, pixels in zip(listing.samples, found, strict=True)
+    ]
+    names = classes or listing.identities
+    return _squares(
+        items, names, str(root), image_px=image_px, resize=resize, problems=listing.problems
+    )
+
+
+def read_records(
+    data_dir: str | pathlib.Path,
+    name: str,
+    *,
+    split: str = "train",
+    image_px: int | None = None,
+    resize: bool = False,
+    classes: Sequence[str] | None = None,
+    num_threads: int = 4,
+) -> ImageSet:
+    """Reads a TFDS data set with the features "image" (uint8) and "label", without TensorFlow.
+
+    Ids come from the feature "sample_id" or "id", and do not depend on the order of the examples or
+    on the number of files: its path, without the extension, if the last folder of that is the
+    class, else "<class>/" and the path with "_" for "/". So what `array_records` wrote from a tree
+    or from CIFAR-10 has the ids of `read_tree` and `read_cifar10`. A set without such a feature is
+    numbered in its own order: "<class>/<split>_<number>".
+
+    Args:
+        data_dir: folder of data sets.
+        name: of the set, or "name/config"; its newest version is read.
+        split: its name.
+        image_px: as in `read_tree`, like everything below.
+        resize: likewise.
+        classes: likewise.
+        num_threads: that decode.
+
+    Raises:
+        FileNotFoundError: there is no such data set.
+        ValueError: no such split or features, not stored as ArrayRecord, no usable image.
+    """
+    found_classes = array_records.classes_of(data_dir, name)
+    examples = array_records.open_source(data_dir, name, split, decode=False)
+    folders = [found.replace("/", "_") for found in found_classes]
+
+    def read_one(row: int) -> _Item:
+        example = examples[row]
+        own = example.get("sample_id", example.get("id"))
+        own = f"{split}_{row:05d}" if own is None else _text(own)
+        label = int(example["label"])
+        class_name = folders[label] if label >= 0 else "unlabelled"
+        pixels = _or_reason(photos.decode_photo)(example["image"])
+        return _Item(_path_in_class(own, class_name), class_name, pixels)
+
+    items = parallel.overlapped(read_one, range(len(examples)), width=num_threads)
+    return _squares(items, classes or folders, f"{name}:{split}", image_px=image_px, resize=resize)
+
+
+def read_cifar10(
+    folder: str | pathlib.Path, *, split: Literal["train", "test"] = "train"
+) -> ImageSet:
+    """Reads CIFAR-10 from whatever `cifar10.load` reads.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: it holds no CIFAR-10, or a damaged one.
+    """
+    found = cifar10.load(folder, split)
+    ids = [f"{found.classes[k]}/{split}_{i:05d}" for i, k in enumerate(found.labels)]
+    order = np.argsort(ids, kind="stable")
+    images = np.ascontiguousarray(found.images[order])
+    return ImageSet(tuple(ids[i] for i in order), images, found.labels[order], found.classes)
+
+
+class _Item(NamedTuple):
+    """An image that was found: its path with extension, its class, pixels or why there are none."""
+
+    name: str
+    class_name: str
+    pixels: np.ndarray | str
+
+
+def _or_reason(decode_fn: Callable[..., photos.Photo]) -> Callable[..., np.ndarray | str]:
+    """Pixels of what is decoded, or the reason why it cannot be."""
+
+    def decode(source) -> np.ndarray | str:
         try:
-            return photos.read_photo(sample.path).pixels
+            return decode_fn(source).pixels
         except photos.PhotoError as error:
             return str(error)
 
-    found = parallel.overlapped(read, listing.samples, width=num_threads)
-    shapes = [pixels.shape[:2] for pixels in found if not isinstance(pixels, str)]
+    return decode
+
+
+def _squares(
+    items: Iterable[_Item],
+    classes: Sequence[str],
+    origin: str,
+    *,
+    image_px: int | None,
+    resize: bool,
+    problems: Sequence[identity_tree.Problem] = (),
+) -> ImageSet:
+    """The set of what has one size and a known class; the rest become problems."""
+    shapes = [item.pixels.shape[:2] for item in items if not isinstance(item.pixels, str)]
     if not shapes:
-        raise ValueError(f"{root} holds no image that can be read")
+        raise ValueError(f"{origin} holds no image that can be read")
     side = image_px or _commonest_side(shapes)
-    classes = tuple(sorted(classes or listing.identities))
-    problems, kept = list(listing.problems), {}
-    for sample, pixels in zip(listing.samples, found, strict=True):
+    classes = tuple(sorted(classes))
+    problems, kept = list(problems), {}
+    for name, class_name, pixels in sorted(items, key=lambda item: item.name):
+        sample_id = _unused_id(name, kept)
         if isinstance(pixels, str):
             reason = pixels
-        elif sample.identity not in classes:
-            reason = f"{sample.identity} is none of the classes"
+        elif class_name not in classes:
+            reason = f"{class_name} is none of the classes"
         elif pixels.shape[:2] != (side, side) and not resize:
             height, width = pixels.shape[:2]
             reason = f"is {height} x {width} px, not {side} x {side}"
+        elif sample_id in kept:
+            reason = "has the id of another image"
         else:
-            sample_id = _unused_id(sample.sample_id, kept)
-            kept[sample_id] = (identity_tree.fit_square(pixels, side), sample.identity)
+            kept[sample_id] = (identity_tree.fit_square(pixels, side), class_name)
             continue
-        problems.append(identity_tree.Problem(sample.sample_id, reason))
+        problems.append(identity_tree.Problem(name, reason))
     if not kept:
-        raise ValueError(f"{root} holds no image of {side} x {side} px")
+        raise ValueError(f"{origin} holds no image of {side} x {side} px")
     ids = tuple(sorted(kept))
     index = {name: label for label, name in enumerate(classes)}
     labels = np.array([index[kept[name][1]] for name in ids], np.int32)
     return ImageSet(ids, np.stack([kept[i][0] for i in ids]), labels, classes, tuple(problems))
 
 
-def read_cifar10(
-    folder: str | pathlib.Path, *, split: Literal["train", "test"] = "train"
-) -> ImageSet:
-    """Reads CIFAR-10, as the official binary version or as lossless mosaics.
-
-    The binary version is `data_batch_{1..5}.bin` and `test_batch.bin` of
-    `cifar-10-binary.tar.gz`; mosaics are `{train,test}_NN.webp`, 25 rows x 40 columns of images,
-    with `label` in `{train,test}_labels.npz`.
-
-    Raises:
-        FileNotFoundError: the folder holds neither.
-    """
-    folder = pathlib.Path(folder)
-    names = sorted(folder.glob("data_batch_[1-5].bin" if split == "train" else "test_batch.bin"))
-    mosaics = sorted(folder.glob(f"{split}_[0-9][0-9].webp"))
-    if names:
-        records = np.concatenate([np.fromfile(name, np.uint8) for name in names])
-        records = records.reshape(-1, 1 + 3 * _SIDE * _SIDE)
-        labels = records[:, 0].astype(np.int32)
-        images = records[:, 1:].reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)
-    elif mosaics:
-        images = np.concatenate(parallel.overlapped(_read_mosaic, mosaics))
-        with np.load(folder / f"{split}_labels.npz", allow_pickle=False) as table:
-            labels = table["label"].astype(np.int32)[: len(images)]
-    else:
-        raise FileNotFoundError(
-            f"{folder} holds neither data_batch_1.bin .. test_batch.bin of cifar-10-binary.tar.gz "
-            f"(https://www.cs.toronto.edu/~kriz/cifar.html) nor {split}_00.webp .."
-        )
-    ids = [f"{CIFAR10_CLASSES[k]}/{split}_{i:05d}" for i, k in enumerate(labels)]
-    order = np.argsort(ids, kind="stable")
-    images = np.ascontiguousarray(images[order])
-    return ImageSet(tuple(ids[i] for i in order), images, labels[order], CIFAR10_CLASSES)
+def _path_in_class(name: str, class_name: str) -> str:
+    """A relative path whose folder is the class, from an id that may be any text."""
+    parts = [part for part in pathlib.PurePosixPath(name).parts if part not in ("/", "..")]
+    if len(parts) > 1 and parts[-2] == class_name:
+        return "/".join(parts)
+    return f"{class_name}/{'_'.join(parts)}"
 
 
-def _read_mosaic(path: pathlib.Path) -> np.ndarray:
-    rows, columns = _MOSAIC
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    tiles = pixels.reshape(rows, _SIDE, columns, _SIDE, 3).transpose(0, 2, 1, 3, 4)
-    return tiles.reshape(-1, _SIDE, _SIDE, 3)
+def _text(value: bytes | str | int) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def _commonest_side(shapes: list[tuple[int, int]]) -> int:
@@ -211,4 +311,4 @@ def _unused_id(name: str, used: dict) -> str:
     """The path without its extension, or with it where two files differ in nothing else."""
     path = pathlib.PurePosixPath(name)
     short = path.with_suffix("").as_posix()
-    return short if short not in used else f"{short}_{path.suffix[1:]}"
+    return f"{short}_{path.suffix[1:]}" if short in used and path.suffix else short

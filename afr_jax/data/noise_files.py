@@ -1,7 +1,8 @@
 """Noise by sample id, and protected images: what the generators of unlearnable data write.
 
 Noise is signed and in whole grey levels, so that what is written stays within a budget exactly. It
-belongs to stable sample ids (see `image_sets`) or to class names, never to a position in a loader.
+belongs to stable sample ids (see `image_sets`) or to class names, never to a position in a loader
+or a file: it is read back in the order of its names, however a file is shuffled or cut into parts.
 Host code.
 """
 
@@ -9,15 +10,19 @@ import io
 import json
 import os
 import pathlib
+import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from afr_jax.core import parallel
-from afr_jax.data import photo_files
+from afr_jax.data import array_records, photo_files
+
+_RECORDS = "noise"  # Name of the data set, and of its only split.
 
 Granularity = Literal["sample", "class"]
 
@@ -104,11 +109,9 @@ def write_noise(path: str | os.PathLike[str], noise: Noise, settings: Mapping[st
         noise: what to write.
         settings: how it was made; what JSON can say.
     """
-    levels = noise.levels
-    fits = np.abs(levels).max(initial=0) <= 127
     arrays = {
         "names": np.array(noise.names, np.str_),
-        "levels": levels.astype(np.int8) if fits else levels,
+        "levels": _narrow(noise.levels),
         "granularity": np.array(noise.granularity),
         "settings": np.array(json.dumps(settings, sort_keys=True)),
     }
@@ -124,26 +127,97 @@ def write_noise(path: str | os.PathLike[str], noise: Noise, settings: Mapping[st
     photo_files.write_atomically(path, buffer.getvalue(), overwrite=True)
 
 
+def write_noise_records(
+    folder: str | os.PathLike[str],
+    noise: Noise,
+    settings: Mapping[str, Any],
+    *,
+    num_shards: int | None = None,
+) -> None:
+    """Writes a TFDS data set of ArrayRecord files: "name" and "levels" (int8 where they fit).
+
+    It is `<folder>/1.0.0`; granularity and settings are its metadata. The same noise gives the same
+    bytes. Loaders may shuffle and cut it up: an example carries its name.
+
+    Args:
+        folder: replaced once the new one is complete.
+        noise: what to write.
+        settings: how it was made; what JSON can say.
+        num_shards: files; by default as many as TFDS finds right.
+    """
+    folder = pathlib.Path(folder)
+    levels = _narrow(noise.levels)
+    encoding = tfds.features.Encoding.ZLIB
+    features = {
+        "name": tfds.features.Text(),
+        "levels": tfds.features.Tensor(
+            shape=levels.shape[1:], dtype=levels.dtype, encoding=encoding
+        ),
+    }
+    pairs = zip(noise.names, levels, strict=True)
+    examples = ((name, {"name": name, "levels": values}) for name, values in pairs)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".noise") as partial:
+        array_records.write_records(
+            {_RECORDS: examples},
+            features,
+            partial,
+            name=_RECORDS,
+            metadata={"granularity": noise.granularity, "settings": dict(settings)},
+            num_shards=num_shards,
+        )
+        if folder.exists():
+            folder.rename(pathlib.Path(partial) / "old")
+        (pathlib.Path(partial) / _RECORDS).rename(folder)
+
+
 def read_noise(path: str | os.PathLike[str]) -> tuple[Noise, dict[str, Any]]:
-    """Reads what `write_noise` wrote: the noise and its settings.
+    """Reads what `write_noise` or, if it is a folder, `write_noise_records` wrote.
+
+    Returns:
+        The noise, of records in the order of the names, and its settings.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no such file.
+        FileNotFoundError: there is no such file or folder.
+        ValueError: it is no such file or folder.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = tuple(str(name) for name in archive["names"])
-            levels = archive["levels"].astype(np.int16)
-            granularity = str(archive["granularity"])
-            settings = json.loads(str(archive["settings"]))
+        found = _read_records if pathlib.Path(path).is_dir() else _read_archive
+        noise, settings = found(pathlib.Path(path))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} does not exist") from error
+        raise FileNotFoundError(f"{path} does not exist, or is no folder of noise") from error
     except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no noise file: {error}") from error
-    if granularity not in ("sample", "class") or levels.ndim != 4 or len(names) != len(levels):
-        raise ValueError(f"{path} is no noise file: {granularity} noise {levels.shape}")
-    return Noise(names, levels, granularity), settings
+    shape = noise.levels.shape
+    if noise.granularity not in ("sample", "class") or len(shape) != 4:
+        raise ValueError(f"{path} is no noise file: {noise.granularity} noise {shape}")
+    if len(set(noise.names)) != len(noise.levels):
+        raise ValueError(f"{path} is no noise file: {len(noise.levels)} noises, not all of a name")
+    return noise, settings
+
+
+def _read_archive(path: pathlib.Path) -> tuple[Noise, dict[str, Any]]:
+    with np.load(path, allow_pickle=False) as archive:
+        names = tuple(str(name) for name in archive["names"])
+        levels = archive["levels"].astype(np.int16)
+        settings = json.loads(str(archive["settings"]))
+        return Noise(names, levels, str(archive["granularity"])), settings
+
+
+def _read_records(folder: pathlib.Path) -> tuple[Noise, dict[str, Any]]:
+    metadata = array_records.metadata_of(folder.parent, folder.name)
+    source = array_records.open_source(folder.parent, folder.name, _RECORDS)
+    found = {}
+    for row in range(len(source)):
+        example = source[row]
+        found[example["name"].decode()] = example["levels"]
+    names = tuple(sorted(found))
+    levels = np.stack([found[name] for name in names]).astype(np.int16)
+    return Noise(names, levels, metadata["granularity"]), metadata["settings"]
+
+
+def _narrow(levels: np.ndarray) -> np.ndarray:
+    return levels.astype(np.int8) if np.abs(levels).max(initial=0) <= 127 else levels
 
 
 def write_images(

@@ -55,8 +55,16 @@ def annotate(
     for box in boxes:
         pen.rectangle([float(box[k]) for k in (1, 0, 3, 2)], outline=_FOUND, width=2)
     if not is_found:
-        pen.rectangle([float(person[k]) for k in (1, 0, 3, 2)], outline=_MISSED, width=1)
+        pen.rectangle([float(person[k]) for k in (1, 0, 3, 2)], outline=_MISSED, width=2)
     return picture
+
+
+def close_up(picture: Image.Image, person: np.ndarray, *, sides: float = 3.0) -> Image.Image:
+    """A square of a frame about the person's box `[4]`, as many times its longer side wide."""
+    side = min(sides * float(np.max(person[2:] - person[:2])), *picture.size)
+    limit = np.array(picture.size[::-1]) - side
+    y, x = np.clip((person[:2] + person[2:] - side) / 2, 0, limit)
+    return picture.crop((round(x), round(y), round(x + side), round(y + side)))
 
 
 def contact_sheet(rows: Sequence[Sequence[Image.Image]], *, cell_px: int = 160) -> bytes:

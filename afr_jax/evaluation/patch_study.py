@@ -25,7 +25,7 @@ from afr_jax.methods import mtcnn_patch, patch_geometry, patch_placing
 from afr_jax.perturb import warps
 from afr_jax.recognition import detect
 
-_ROBUST_FRAMES, _OTHER_FRAMES, _TRANSFER_FRAMES, _PEER_FRAMES = 24, 40, 40, 40
+_ROBUST_FRAMES, _OTHER_FRAMES, _TRANSFER_FRAMES, _PEER_FRAMES = 24, 40, 40, 12
 _SHEET_COLUMNS, _FILM_FRAMES = 6, 60
 
 Alteration = Callable[[np.ndarray], np.ndarray]
@@ -139,7 +139,8 @@ class Study:
     def ask_peer(self, python: pathlib.Path, script: pathlib.Path) -> dict[str, Any]:
         """Rates of PyPI `mtcnn` itself, run by a Python of its own, on written frames.
 
-        Where the package itself fails there is its message instead of a rate.
+        It looks for faces of 20 px and more, or of 12 px where its pyramid would fail otherwise:
+        "min_face_px" says which. Where it fails nevertheless there is its message and no rate.
         """
         frames = self._some(_PEER_FRAMES)
         rows: dict[str, Any] = {"num_frames": len(frames)}
@@ -152,19 +153,20 @@ class Study:
                     np.save(paths[-1], worn(frame, patches))
                 rows[variant] = {}
                 for factor in self.options.levels.scale_factors:
-                    options = detect.DetectorOptions(scale_factor=factor)
+                    smallest = _peer_min_face(frames, factor)
+                    options = detect.DetectorOptions(min_face_px=smallest, scale_factor=factor)
                     try:
                         _, found = detector_peer.ask(other, paths, options)
                     except peer.PeerError as error:
-                        # The package builds levels that are too small for its own net at some
-                        # factors and sizes.
                         rows[variant][str(factor)] = {"failed": str(error)}
                         continue
                     misses = [
                         not misdetection.is_found(faces.boxes, frame.placed.box)
                         for faces, frame in zip(found, frames, strict=True)
                     ]
-                    rows[variant][str(factor)] = misdetection.rate(np.array(misses))
+                    rows[variant][str(factor)] = {
+                        **misdetection.rate(np.array(misses)), "min_face_px": smallest
+                    }  # fmt: skip
         return rows
 
     def write_pictures(self, *, face_width_mm: float) -> dict[str, Any]:
@@ -185,9 +187,13 @@ class Study:
             for kind, pixels in zip(("clean", "patched"), pair, strict=True):
                 self._write(f"frames/{kind}/{frame.person.name}.png", _png(pixels))
         self._write("misdetection.png", self._chart())
-        shown = [self._annotated(kept[n], pairs[n]) for n in _numbers(len(kept), _FILM_FRAMES)]
+        numbers = _numbers(len(kept), _FILM_FRAMES)
+        shown = [self._annotated(kept[n], pairs[n]) for n in numbers]
         self._write("patched.gif", patch_pictures.film([patched for _, patched in shown]))
-        rows = [shown[n] for n in _numbers(len(shown), _SHEET_COLUMNS)]
+        rows = [
+            [patch_pictures.close_up(one, kept[numbers[n]].placed.box) for one in shown[n]]
+            for n in _numbers(len(shown), _SHEET_COLUMNS)
+        ]
         columns = list(zip(*rows, strict=True))
         self._write("contact_sheet.png", patch_pictures.contact_sheet(columns, cell_px=240))
         return {"paper_mm": sizes, "face_width_mm": face_width_mm, "num_frames": len(kept)}
@@ -259,7 +265,8 @@ class Study:
             stored = json.loads(path.read_text(encoding="utf-8"))
             judged = {factor: np.array(rows, bool) for factor, rows in stored.items()}
             table[name] = misdetection.summarise(judged)
-        title = f"MTCNN, {self.options.placement}: {len(self.frames)} frames"
+        count = min(self.num_controls, len(self.frames))
+        title = f"MTCNN, {self.options.placement}: {len(self.frames)} frames, controls {count}"
         return patch_pictures.bar_chart(table, title=title)
 
     def _some(self, count):
@@ -275,6 +282,20 @@ def worn(frame: Shown, patches: Mapping[str, np.ndarray] | None) -> np.ndarray:
         return frame.placed.pixels
     textures = patch_placing.printed(patches, frame.placed.paper)
     return patch_placing.draw(frame.placed.pixels, textures, frame.placed.grids)
+
+
+def _peer_min_face(frames: Sequence[Shown], factor: float) -> float:
+    """Smallest face that PyPI `mtcnn` can be asked for, of 20 and 12 px.
+
+    The package counts its levels without regard to the smallest face, which at 20 px and most
+    factors leaves a last level smaller than P-Net's field.
+    """
+    for frame in frames:
+        side = min(frame.placed.pixels.shape[:2])
+        count = round(-(np.log(side / 12) / np.log(factor) + 1))
+        if int(side * 12 / 20 * factor ** (count - 1)) < 12:
+            return 12.0
+    return 20.0
 
 
 def _turned(frame: Shown, degrees: float) -> Shown:

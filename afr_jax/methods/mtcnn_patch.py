@@ -1,11 +1,13 @@
-"""Printable grey patches that hide a face from MTCNN: its first network then proposes nothing.
+"""Printable grey patches that hide a face from MTCNN.
 
 Kaziakhmedov, Kireev, Melnikov, Pautov, Petiushko: "Real-world attack on MTCNN face detection
 system", 2019. The loss is P-Net's face probability at every cell that looks at the face, on the
 levels that the detector really uses, plus total variation and a penalty on black. It differs from
 the authors' code in what keeps that from working: levels are area averages, those of all evaluated
 scale factors count, the hinge begins below the detector's threshold, patches bend with the head,
-and an epoch sees every photo in one new random view.
+and an epoch sees every photo in one new random view. Beyond the paper the face probabilities of
+R-Net and O-Net are added: P-Net with its four pyramids went on proposing the face, patches of this
+size only made the later networks reject it.
 
 A patch is `[h, w]` float in [0, 1], 0 black and 1 the paper's white. One epoch is one step: every
 training photo once, in one random view, at `LevelOptions.draws` random levels of each group.
@@ -29,7 +31,13 @@ from afr_jax.perturb import loop, steps, transformations
 Patches = dict[str, jax.Array]
 # The first part of the published schedule takes no account of total variation.
 _TV_FREE_SHARE = 0.05
-_CROP_SIDES = {"rnet": 24, "onet": 48}
+# What R-Net and O-Net are given: side in pixels; of the squares, drawn at random as the networks
+# before them place theirs, the sides and the largest shift, in sides of the face; how many a view.
+_STAGES = {
+    "rnet": (mtcnn.RNet(), 24, (0.8, 1.5), 0.2),
+    "onet": (mtcnn.ONet(), 48, (1.0, 1.3), 0.1),
+}
+_STAGE_DRAWS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +55,8 @@ class PatchOptions:
         margin: face probability from which a cell costs, below the detector's threshold (0.6).
         tv_weight: of total variation, the mean absolute difference of neighbouring texels.
         black_weight: of the mean squared distance from white.
-        stage_weight: of R-Net's and O-Net's face probability on the face's box; 0 leaves them out.
+        stage_weight: of R-Net's and O-Net's face probability on squares about the face, which the
+            paper does not use; 0 leaves them out.
         ink: (darkest, lightest) value of a texel.
         levels: pyramid levels to draw from.
         turns: how the worn patch moves.
@@ -58,12 +67,12 @@ class PatchOptions:
     patch_px: int = 48
     num_steps: int = 2000
     optimiser: str = "mi_fgsm"
-    learning_rate: float = 0.02
+    learning_rate: float = 0.06
     loss: str = "l2"
     margin: float = 0.3
     tv_weight: float = 0.1
     black_weight: float = 0.0
-    stage_weight: float = 0.0
+    stage_weight: float = 20.0
     ink: tuple[float, float] = (0.05, 0.95)
     levels: patch_views.LevelOptions = patch_views.LevelOptions()
     turns: patch_views.TurnOptions = patch_views.TurnOptions()
@@ -155,13 +164,16 @@ def loss_parts(
     """
 
     def one(number, scene):
-        view_key, level_key = jax.random.split(jax.random.fold_in(key, number))
+        view_key, level_key, box_key = jax.random.split(jax.random.fold_in(key, number), 3)
         seen = patch_views.view(
             view_key, patches, scene, turns=options.turns, views=options.views, sizes=sizes
         )
-        return seen, patch_views.level_crops(level_key, seen, scene, options.levels)
+        stages = jnp.zeros(())
+        if options.stage_weight:
+            stages = _stage_cost(box_key, variables, seen, scene, options.margin)
+        return patch_views.level_crops(level_key, seen, scene, options.levels), stages
 
-    seen, groups = jax.vmap(one)(jnp.arange(scenes.side.shape[0]), scenes)
+    groups, stages = jax.vmap(one)(jnp.arange(scenes.side.shape[0]), scenes)
     costs = []
     for crops in groups:
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), crops)
@@ -171,16 +183,9 @@ def loss_parts(
         inside = mtcnn.map_size(flat.sizes)[:, :, None] > cells[:, None, :]
         masks = flat.masks & inside[:, 0, :, None] & inside[:, 1, None, :]
         costs.append(jnp.mean(excess(scores, masks, options)))
-    stages = jnp.zeros(())
-    if options.stage_weight:
-        stages = jnp.mean(
-            jax.vmap(_stage_cost, in_axes=(None, 0, 0, None))(
-                variables, seen, scenes, options.margin
-            )
-        )
     return Parts(
         pnet=sum(costs) / len(costs),
-        stages=stages,
+        stages=jnp.mean(stages),
         variation=sum(map(total_variation, patches.values())) / len(patches),
         black=sum(map(blackness, patches.values())) / len(patches),
     )
@@ -227,8 +232,8 @@ class Trainer(NamedTuple):
 
     start_fn: `key, number of starts -> states`, every leaf with the starts as leading axis;
     advance_fn: `states, number of steps -> states, metrics [starts, steps]`; judge_fn:
-    `patches of the states -> [starts]`, P-Net's part of the loss on views that are the same for all
-    and not those of the training.
+    `patches of the states -> [starts]`, the networks' parts of the loss on views that are the same
+    for all and not those of the training.
     """
 
     start_fn: Callable[..., loop.State]
@@ -280,7 +285,7 @@ def make_trainer(
     def judge(patches, variables, scenes, key):
         def one(patches):
             parts = loss_parts(key, variables, patches, scenes, options=options, sizes=sizes)
-            return parts.pnet
+            return parts.pnet + options.stage_weight * parts.stages
 
         return jax.vmap(one)(patches)
 
@@ -304,17 +309,20 @@ def to_files(patches: Mapping[str, jax.Array], options: PatchOptions) -> dict[st
     }
 
 
-def _stage_cost(variables, seen, scene, margin):
-    """Hinged face probability of R-Net and O-Net on a square box about the face."""
+def _stage_cost(key, variables, seen, scene, margin):
+    """Hinged face probabilities of R-Net and O-Net on random squares about the face."""
     total = jnp.zeros(())
     size = jnp.array(seen.inner.shape[:2])
     middle = scene.centre - scene.origin - seen.low
     normal = mtcnn.normalise(255.0 * seen.inner)
-    for name, net in (("rnet", mtcnn.RNet()), ("onet", mtcnn.ONet())):
-        side = _CROP_SIDES[name]
-        offsets = (jnp.arange(side, dtype=jnp.float32) / (side - 1) - 0.5) * 1.2 * scene.side
-        rows, columns = (middle[axis] + offsets[None] for axis in range(2))
+    for number, (name, (net, pixels, sides, shift)) in enumerate(_STAGES.items()):
+        keys = jax.random.split(jax.random.fold_in(key, number))
+        low, high = sides
+        side = scene.side * jax.random.uniform(keys[0], (_STAGE_DRAWS, 1), minval=low, maxval=high)
+        moved = scene.side * shift * jax.random.uniform(keys[1], (2, _STAGE_DRAWS, 1), minval=-1.0)
+        places = (jnp.arange(pixels, dtype=jnp.float32) / (pixels - 1) - 0.5)[None]
+        rows, columns = (middle[axis] + moved[axis] + places * side for axis in range(2))
         crops = images.bilinear_crops(normal, rows, columns, size)
-        score = net.apply(variables[name], crops)[0][0]
-        total = total + jnp.maximum(score - margin, 0.0) ** 2
+        scores = net.apply(variables[name], crops)[0]
+        total = total + jnp.mean(jnp.maximum(scores - margin, 0.0) ** 2)
     return total

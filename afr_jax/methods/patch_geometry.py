@@ -53,12 +53,14 @@ class Area:
     cells: tuple[int, int] = (4, 4)
 
 
+# Patches keep clear of the nose, on the outer cheeks and the lower mask: closer to it plain black
+# ones alone hide the face, and a training would show nothing.
 PLACEMENTS = {
     "cheeks": {
-        "left_cheek": Area(-63.0, -19.0, 13.0, 66.0),
-        "right_cheek": Area(19.0, 63.0, 13.0, 66.0),
+        "left_cheek": Area(-64.0, -34.0, 26.0, 80.0),
+        "right_cheek": Area(34.0, 64.0, 26.0, 80.0),
     },
-    "mask": {"mask": Area(-56.0, 56.0, 28.0, 96.0, off_mm=12.0, cells=(4, 8))},
+    "mask": {"mask": Area(-52.0, 52.0, 42.0, 97.0, off_mm=12.0, cells=(4, 8))},
 }
 # The medical mask that the patch of the placement "mask" is printed on.
 MASK = Area(-65.0, 65.0, 20.0, 106.0, off_mm=10.0, cells=(4, 8))

@@ -46,7 +46,7 @@ class LevelOptions:
 
     min_face_px: float = 20.0
     scale_factors: tuple[float, ...] = (0.709, 0.82, 0.9, 0.95)
-    window_ratios: tuple[float, ...] = (0.4, 0.75, 1.3, 2.2)
+    window_ratios: tuple[float, ...] = (0.45, 0.8, 1.25, 2.0)
     draws: int = 2
     scale_jitter: float = 0.1
 
@@ -206,11 +206,14 @@ def view(
     shift = turns.shift * scene.side * _even(keys[2], (2,))
     ends = turns.print_contrast * jax.random.uniform(keys[3], (2,))
     origin, window = scene.origin + low, (sizes.window, sizes.window)
+    # In units of the paper's colour a patch is grey: one channel to draw instead of three.
+    paper = scene.paper.reshape(1, 1, 3)
+    inner = inner / paper
     for name in sorted(patches):
         shown = ends[0] + (1 - ends[0] - ends[1]) * patches[name]
-        texture = shown[..., None] * scene.paper.reshape(1, 1, 3)
         grid = warps.turn_grid(scene.grids[name], angles, scale=scale, shift=shift)
-        inner = warps.paste(inner, texture, grid, window=window, origin=origin)
+        inner = warps.paste(inner, shown[..., None], grid, window=window, origin=origin)
+    inner = inner * paper
     mean = jax.lax.stop_gradient(jnp.mean(inner))
     inner = transformations.random_light(keys[4], inner, views, mean=mean)
     inner = transformations.random_capture(keys[5], inner, views)

@@ -1,0 +1,349 @@
+"""Measures what cloaks are worth: surrogates x trackers x countermeasures, in one table.
+
+    python -m experiments.fawkes_evaluation --data=people --people=10 --workdir=out/evaluation
+
+--data is a folder with a folder of photos for each person. --people of them are protected, drawn by
+--seed: --cloaked_photos of each are published and enrolled by the tracker, --probes others, always
+clean, are what the tracker is asked about. --gallery_people others are enrolled clean with up to
+--gallery_photos each. One person is protected at a time, the other protected people are clean.
+
+A cell is a method, a set of surrogates and a DSSIM budget. --methods: `none`, `noise` (Gaussian,
+of equal DSSIM), `fawkes` (ours), `lowkey`, `fawkes_pypi` (the optimiser of PyPI `fawkes` with
+dlib's net, for its own extractors cannot be downloaded; needs --peer_python, see
+experiments/peers/README.md).
+--surrogates: sets of extractors joined by `+`; `all` is every tracker of the zoo, `leave_one_out`
+for each of them all others. --trackers: extractors of the zoo or folders of trained and hardened
+ones (adaptive trackers). For each: the nearest enrolled photo, with and without the extractor's
+threshold; a vote of the 5 nearest; a linear head (one for all protected people, whose published
+photos are as the cell has them); with --end_to_end=N the whole network, trained for the first N
+people (not measured).
+
+Published photos go through each of --countermeasures before the tracker detects, aligns and embeds
+them. --leaks are shares of the published photos that the tracker has clean, spread evenly: of five
+photos a person 0.1 is one photo of every other person. Scored: the share of probes that are not
+identified as the person, with 95 % intervals (bootstrap over people), the rank of the person, and
+distances.
+
+Writes into --workdir `result.json`, `table.csv`, `budgets.png`, `embeddings.png`, `distances.png`
+and for each cell `cells/<name>/` with its photos, `scores.json` and `matches.csv` (the nearest
+photo of each probe by each extractor, as `DeepFace.find` lists them). What a killed run has
+written is not made again; methods, surrogates, budgets, trackers, countermeasures and leaks may be
+added later. Expected on LFW without any
+cloak: 0 to 2 % of the probes missed. --toy: two made-up people, dlib alone.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from afr_jax.core import run
+from afr_jax.data import identity_tree
+from afr_jax.evaluation import (
+    peer,
+    protection_methods,
+    protection_photos,
+    protection_pictures,
+    protection_plots,
+    protection_split,
+    protection_study,
+    protection_views,
+    tracker_training,
+)
+from afr_jax.models import zoo
+from afr_jax.recognition import recognise
+
+_DATA = flags.DEFINE_string("data", None, "folder with a folder of photos for each person")
+_PEOPLE = flags.DEFINE_integer("people", 10, "people to protect", 1)
+_CLOAKED = flags.DEFINE_integer("cloaked_photos", 5, "published photos of each", 1)
+_PROBES = flags.DEFINE_integer("probes", 5, "clean photos of each that are asked about", 1)
+_GALLERY_PEOPLE = flags.DEFINE_integer("gallery_people", 190, "other people, enrolled clean", 1)
+_GALLERY_PHOTOS = flags.DEFINE_integer("gallery_photos", 5, "photos of each of them, at most", 1)
+_METHODS = flags.DEFINE_list(
+    "methods", ["none", "noise", "fawkes"], f"of {', '.join(protection_methods.METHODS)}"
+)
+_SURROGATES = flags.DEFINE_list(
+    "surrogates", ["leave_one_out", "all"], "sets of extractors: leave_one_out, all, or A+B"
+)
+_TRACKERS = flags.DEFINE_list(
+    "trackers",
+    ["dlib", "facenet_casia", "mobilefacenet"],
+    f"of {', '.join(zoo.EXTRACTORS)}, or folders of trained or hardened ones",
+)
+_WEIGHTS = flags.DEFINE_list("weights", [], "weight files: NAME=FILE")
+_BUDGETS = flags.DEFINE_list("budgets", ["0.004", "0.007", "0.012"], "DSSIM of a face")
+_COUNTERMEASURES = flags.DEFINE_list(
+    "countermeasures",
+    list(protection_views.COUNTERMEASURES),
+    f"of {', '.join(protection_views.COUNTERMEASURES)}",
+)
+_LEAKS = flags.DEFINE_list(
+    "leaks", ["0", "0.1", "0.25", "0.5"], "shares of published photos that the tracker has clean"
+)
+_NUM_STEPS = flags.DEFINE_integer(
+    "num_steps", None, "gradient steps of a cloak; default: each method's own", 0
+)
+_END_TO_END = flags.DEFINE_integer("end_to_end", 0, "people for trackers that train everything", 0)
+_EPOCHS = flags.DEFINE_integer("epochs", 3, "of their training", 0)
+_PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python of an environment with `fawkes`")
+
+_PEER_SCRIPT = pathlib.Path(__file__).parent / "peers" / "fawkes_peer.py"
+_TOY = {
+    **{"people": 2, "cloaked_photos": 2, "probes": 2, "gallery_people": 3, "gallery_photos": 2},
+    **{"num_steps": 2, "trackers": ["dlib"], "surrogates": ["all"], "budgets": ["0.007"]},
+    **{"countermeasures": ["none", "jpeg75"], "leaks": ["0", "0.5"]},
+}
+# What may be added to a run that is there.
+_GROWING = ("methods", "surrogate_sets", "trackers", "budgets", "countermeasures", "leaks")
+_GROWING += ("end_to_end", "epochs")
+_NOTES = {
+    "noise": "Gaussian, the largest that meets the DSSIM budget",
+    "fawkes_pypi": "the optimiser of PyPI fawkes with dlib's net, for its own extractors are not "
+    "to be had; the change of its chips is brought back to the photo and fitted to the budget",
+    "linear_head": "one head for all protected people, whose published photos are as the cell has "
+    "them",
+    "end_to_end": "one network for the people asked about; everybody else is enrolled clean",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What decides the result, checked; names as of the flags."""
+
+    data: str | None
+    people: int
+    cloaked_photos: int
+    probes: int
+    gallery_people: int
+    gallery_photos: int
+    methods: tuple[str, ...]
+    surrogate_sets: tuple[tuple[str, ...], ...]
+    trackers: tuple[str, ...]
+    budgets: tuple[float, ...]
+    countermeasures: tuple[str, ...]
+    leaks: tuple[float, ...]
+    num_steps: int | None
+    end_to_end: int
+    epochs: int
+    seed: int
+    toy: bool
+
+
+def evaluation_program() -> tuple[dict[str, Any], int]:
+    """Runs the program; returns its result and exit code."""
+    options = _options()
+    cells = protection_photos.cells_of(options.methods, options.surrogate_sets, options.budgets)
+    names = list(dict.fromkeys([*options.trackers, *(n for c in cells for n in c.surrogates)]))
+    files = [protection_methods.file_name(name) for name in names]
+    if len(set(files)) < len(files):
+        raise run.UsageError(f"each of {', '.join(names)} must have one name of its own")
+    cloaks = protection_methods.cloak_options(num_steps=options.num_steps)
+    config = {**dataclasses.asdict(options), "cloaks": cloaks}
+    workdir = run.open_workdir(flags.FLAGS.workdir or "out/evaluation", config, resumable=_GROWING)
+    split, problems = _split(options, workdir)
+    try:
+        weights = recognise.parse_weights(_WEIGHTS.value, names)
+        everything = recognise.load(names, weights=weights)
+        _check_weights(workdir, everything)
+        trackers = {name: everything.extractors[name] for name in options.trackers}
+        study = protection_study.open_study(
+            split, everything._replace(extractors=trackers), workdir.path / "clean"
+        )
+    except (FileNotFoundError, ValueError) as error:
+        raise run.UsageError(str(error)) from error
+    unseen = protection_study.without_faces(study)
+    problems += [{"image": name, "reason": recognise.NO_FACE} for name in unseen]
+    rows, photos_of = [], {}
+    with _open_package(options) as package:
+        for number, cell in enumerate(run.progress(cells, description="cells")):
+            start = time.perf_counter()
+            folder = workdir.path / "cells" / cell.name
+            paths, records = _photos(cell, study, everything, package, folder, options)
+            middle = time.perf_counter()
+            photos_of[cell] = paths
+            rows += _rows(cell, study, paths, records, folder, options)
+            for sample, record in zip(split.published, records, strict=False):
+                if record["problem"]:
+                    name = f"{cell.name}/{sample.sample_id}"
+                    problems.append({"image": name, "reason": record["problem"]})
+            seconds = {"photos": middle - start, "scores": time.perf_counter() - middle}
+            workdir.append_metrics({"step": number, "cell": cell.name, "seconds": seconds})
+    _draw(study, photos_of, rows, workdir.path)
+    protection_study.write_table(workdir.path / "table.csv", rows)
+    result = {
+        **run.provenance("experiments.fawkes_evaluation"),
+        "config": config,
+        "protected": [person.identity for person in split.protected],
+        "people_enrolled": len(split.identities),
+        "photos_enrolled": len(split.gallery) + len(split.published),
+        "notes": _NOTES,
+        "not_handled": problems,
+    }
+    workdir.write_result({**result, "table": rows})
+    keys = ("method", "surrogates", "budget", "extractor", "protection")
+    plain = ("nearest", "none", 0)
+    shown = [row for row in rows if (row["tracker"], row["countermeasure"], row["leak"]) == plain]
+    result["nearest"] = [{key: row[key] for key in keys} for row in shown]
+    return result, run.EXIT_PARTIAL if problems else run.EXIT_OK
+
+
+def _options() -> _Options:
+    def value_of(name: str) -> Any:
+        flag = flags.FLAGS[name]
+        is_toy = flags.FLAGS.toy and flag.using_default_value
+        value = _TOY.get(name, flag.value) if is_toy else flag.value
+        return tuple(value) if isinstance(value, list) else value
+
+    fields = [field.name for field in dataclasses.fields(_Options)]
+    values = {name: value_of(name) for name in fields if name != "surrogate_sets"}
+    try:
+        for name in ("budgets", "leaks"):
+            values[name] = tuple(sorted(float(value) for value in values[name]))
+        if not all(0 < value <= 1 for value in values["budgets"]) or not values["budgets"]:
+            raise ValueError("--budgets must lie in (0, 1]")
+        if not all(0 <= value <= 1 for value in values["leaks"]):
+            raise ValueError("--leaks must lie in [0, 1]")
+        for name, known in (
+            ("methods", protection_methods.METHODS),
+            ("countermeasures", protection_views.COUNTERMEASURES),
+        ):
+            if not values[name] or not set(values[name]) <= set(known):
+                raise ValueError(f"--{name}={','.join(values[name])}: of {', '.join(known)}")
+        if not [recognise.find_extractor(name) for name in values["trackers"]]:
+            raise ValueError("--trackers is needed: names of extractors")
+        sets = ()
+        if set(values["methods"]) & set(protection_methods.CLOAKS):
+            sets = protection_photos.surrogate_sets(value_of("surrogates"), values["trackers"])
+            if not sets:
+                raise ValueError("--surrogates is needed: sets of extractors")
+    except (FileNotFoundError, ValueError) as error:
+        raise run.UsageError(str(error)) from error
+    if "fawkes_pypi" in values["methods"] and not _PEER_PYTHON.value:
+        raise run.UsageError("--methods=fawkes_pypi needs --peer_python")
+    if not values["data"] and not values["toy"]:
+        raise run.UsageError("--data is needed: a folder with a folder of photos for each person")
+    return _Options(**values, surrogate_sets=sets)
+
+
+def _split(
+    options: _Options, workdir: run.Workdir
+) -> tuple[protection_split.Split, list[dict[str, str]]]:
+    """Who is who, without photos that cannot be read."""
+    root = options.data
+    if root is None:
+        root = workdir.path / "made_up"
+        protection_split.make_up(root, num_people=6, num_photos=4)
+    try:
+        listing = identity_tree.list_tree(root)
+        split, listing = protection_split.choose_readable(
+            listing,
+            num_people=options.people,
+            num_published=options.cloaked_photos,
+            num_probes=options.probes,
+            num_gallery_people=options.gallery_people,
+            num_gallery_photos=options.gallery_photos,
+            seed=options.seed,
+        )
+    except (FileNotFoundError, ValueError) as error:
+        raise run.UsageError(f"--data: {error}") from error
+    return split, [{"image": p.name, "reason": p.reason} for p in listing.problems]
+
+
+def _check_weights(workdir: run.Workdir, recogniser: recognise.Recogniser) -> None:
+    """Refuses an extractor whose weights are not those that the run's files were made with."""
+    path = workdir.path / "extractors.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    now = {name: zoo.fingerprint(v) for name, v in recogniser.variables.items()}
+    for name in now:
+        if known.get(name, now[name]) != now[name]:
+            raise ValueError(f"{workdir.path} was made with other weights of {name}")
+    run.write_json(path, known | now)
+
+
+def _photos(cell, study, everything, package, folder, options):
+    """Paths and records of a cell's photos; none for clean ones."""
+    if cell.method == "none":
+        return [], []
+    folder.mkdir(parents=True, exist_ok=True)
+    protect_fn = protection_methods.protect_fn(
+        cell,
+        everything,
+        covered=[scene.extractor for scene in study.scenes.values()],
+        package=package,
+        folder=folder,
+        num_steps=options.num_steps,
+        seed=options.seed,
+    )
+    return protection_photos.write_photos(
+        folder, study.split.published, everything.detector, protect_fn
+    )
+
+
+def _rows(cell, study, paths, records, folder, options) -> list[dict[str, Any]]:
+    """Rows of the table for a cell, from its file if that has been asked the same."""
+    path = folder / "scores.json"
+    asked = {
+        name: run.to_jsonable(getattr(options, name))
+        for name in ("trackers", "countermeasures", "leaks", "end_to_end", "epochs")
+    }
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        known = json.loads(path.read_text())
+        if known["asked"] == asked:
+            return known["rows"]
+    views = folder / "views"
+    rows = protection_study.score_cell(
+        study, cell, paths, views, countermeasures=options.countermeasures, leaks=options.leaks
+    )
+    for name in options.trackers if options.end_to_end else ():
+        rows.append(
+            protection_study.end_to_end(
+                study,
+                cell,
+                paths,
+                views,
+                name,
+                num_people=options.end_to_end,
+                options=tracker_training.TrainingOptions(num_epochs=options.epochs),
+                seed=options.seed,
+            )
+        )
+    dssims = [record["dssim"] for record in records if not record["problem"]] or [None]
+    mean = None if dssims[0] is None else float(np.mean(dssims))
+    rows = run.to_jsonable([{**row, "mean_dssim": mean} for row in rows])
+    protection_study.write_matches(study, cell, paths, views, folder / "matches.csv")
+    run.write_json(path, {"cell": cell, "asked": asked, "rows": rows})
+    return rows
+
+
+def _draw(study, photos_of, rows, folder: pathlib.Path) -> None:
+    protection_plots.plot_budgets(folder / "budgets.png", rows)
+    shown = {}
+    for name, cell in protection_pictures.shown_cells(list(photos_of), list(study.scenes)).items():
+        views = folder / "cells" / cell.name / "views"
+        seen = protection_study.cell_views(study, cell, photos_of[cell], views, "none")
+        shown[name] = cell, seen
+    protection_pictures.draw(study, shown, folder)
+
+
+@contextlib.contextmanager
+def _open_package(options: _Options) -> Iterator[peer.Peer | None]:
+    if "fawkes_pypi" not in options.methods:
+        yield None
+        return
+    try:
+        package = peer.Peer(pathlib.Path(_PEER_PYTHON.value).expanduser(), _PEER_SCRIPT)
+    except peer.PeerError as error:
+        raise run.UsageError(f"--peer_python: {error}") from error
+    with package:
+        yield package
+
+
+if __name__ == "__main__":
+    run.define_flags()
+    run.main(evaluation_program)

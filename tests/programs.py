@@ -1,0 +1,108 @@
+"""Running the programs from the outside, and the small pictures that they are given."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from PIL import Image
+
+from afr_jax.data import image_sets, noise_files
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Answers several command lines in one process, each with a line of JSON: [result, exit code], or
+# the message of a usage error. Arguments: module.function, the command lines, code to run first.
+_DRIVER = """
+import contextlib, importlib, json, sys
+from absl import flags
+from absl.testing import flagsaver
+from afr_jax.core import run
+
+module, function = sys.argv[1].split(".")
+program = importlib.import_module(f"experiments.{module}")
+exec(sys.argv[3])
+run.define_flags()
+flags.FLAGS(["program"])
+for line in json.loads(sys.argv[2]):
+    with flagsaver.flagsaver(), contextlib.redirect_stdout(sys.stderr):
+        flags.FLAGS(["program", *line])
+        try:
+            answer = getattr(program, function)()
+        except run.UsageError as error:
+            answer = str(error)
+    print(json.dumps(run.to_jsonable(answer)))
+"""
+
+# Code to run first: a detector and an extractor that need no compilation. There is one face in
+# every photo that is not black; its embedding is the colour of the photo's first pixel.
+STAND_INS = """
+import numpy as np
+from afr_jax.recognition import detect, embed
+
+def detect_faces(variables, pixels, *, options):
+    found = detect.Faces(
+        np.array([[1, 2, 9, 8]], np.float32),
+        np.ones(1, np.float32),
+        np.arange(10, dtype=np.float32).reshape(1, 5, 2),
+    )
+    return found if pixels.max() else detect.no_faces()
+
+def embed_faces(extractor, variables, faces):
+    vectors = [np.resize(pixels[0, 0], extractor.embedding_size) for pixels, _ in faces]
+    return np.array(vectors, np.float32).reshape(-1, extractor.embedding_size)
+
+detect.detect_faces, embed.embed_faces = detect_faces, embed_faces
+"""
+
+
+def run(module, *flags):
+    """The finished process of `python -m experiments.<module>`, and its result or None."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *map(str, flags)],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    return done, json.loads(done.stdout) if done.stdout else None
+
+
+def command(program, *lines, setup=""):
+    """The command of a process that answers command lines; see `drive`."""
+    lines = json.dumps([[str(flag) for flag in line] for line in lines])
+    return [sys.executable, "-c", _DRIVER, program, lines, setup]
+
+
+def drive(program, *lines, setup=""):
+    """What "module.function" answers to each list of flags: [result, exit code], or a message."""
+    done = subprocess.run(
+        command(program, *lines, setup=setup),
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def assert_refused(program, cases):
+    """Asserts that each (flags, part) is wrong usage with a message that has the part."""
+    answers = drive(program, *(flags for flags, _ in cases))
+    for answer, (flags, part) in zip(answers, cases, strict=True):
+        assert isinstance(answer, str) and part in answer, (flags, answer)
+
+
+def save_photo(path, colour, *, size=(24, 24)):
+    """Writes a photo of one colour, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def save_made_up(folder, num_images, *, seed=0, **options):
+    """Writes the images of `image_sets.made_up` as a folder per class; returns them."""
+    data = image_sets.made_up(seed, num_images, **options)
+    noise_files.write_images(folder, data.sample_ids, data.images)
+    return data
