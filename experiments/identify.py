@@ -20,13 +20,12 @@ cores. --toy takes 4 people and 4 strangers.
 import pathlib
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from absl import flags
 
 from afr_jax.core import metrics, run
 from afr_jax.data import identity_tree
-from afr_jax.evaluation import identification
+from afr_jax.evaluation import figures, identification
 from afr_jax.models import zoo
 from afr_jax.recognition import match, recognise
 
@@ -171,18 +170,14 @@ def _row(scores: identification.Identification, split: _Split) -> dict[str, Any]
 
 
 def _plot(path: pathlib.Path, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # After the backend is chosen.
-
-    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
+    figure, axes = figures.pyplot().subplots(figsize=(5, 4), layout="constrained")
     for name, (fpir, rate) in curves.items():
         axes.step(np.maximum(fpir, 1e-3), rate, where="post", label=name)
     axes.set(xscale="log", xlim=(2e-3, 1), ylim=(0, 1.01))
     axes.set(xlabel="false positive identification rate", ylabel="identification rate (DIR)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figures.save(figure, path)
 
 
 if __name__ == "__main__":

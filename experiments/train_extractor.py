@@ -30,14 +30,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import tqdm
 from absl import flags, logging
 
 from afr_jax.core import checkpoint, parallel, run
 from afr_jax.data import augment, identity_tree, loaders, sampling
-from afr_jax.evaluation import verification
+from afr_jax.evaluation import figures, verification
 from afr_jax.models import heads, mtcnn
 from afr_jax.recognition import (
     chips,
@@ -412,11 +411,10 @@ def _write_card(settings, workdir, faces, template, state, scores) -> pathlib.Pa
 
 
 def _plot(workdir: run.Workdir) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # After the backend is chosen.
-
     lines = workdir.read_metrics()
-    figure, (top, bottom) = pyplot.subplots(2, figsize=(6, 6), sharex=True, layout="constrained")
+    figure, (top, bottom) = figures.pyplot().subplots(
+        2, figsize=(6, 6), sharex=True, layout="constrained"
+    )
     epochs = [line["epoch"] for line in lines]
     top.plot(epochs, [line["loss"] for line in lines], label="training")
     top.set(ylabel="loss", yscale="log")
@@ -431,8 +429,7 @@ def _plot(workdir: run.Workdir) -> None:
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(workdir.path / "curve.png", dpi=120)
-    pyplot.close(figure)
+    figures.save(figure, workdir.path / "curve.png")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ person is lost to classification, yet the features learned from others still tel
 Every trained victim is a file in `cells/`, so a run that was cut goes on where it stopped. Writes
 `result.json` and `roc.png`. Inception-ResNet-v1 wants an accelerator (not measured); on two CPU
 cores add --architecture=small_resnet --width=32 --image_px=48 --max_photos=150 --epochs=25
---stop_error=0 --max_rounds=15: about 7 minutes of work for a seed. --toy: made-up pictures,
+--stop_error=0 --max_rounds=15: about 10 minutes of one core for a seed. --toy: made-up pictures,
 seconds.
 """
 

@@ -21,13 +21,12 @@ import pathlib
 import time
 from typing import Any
 
-import matplotlib
 import numpy as np
 from absl import flags
 
 from afr_jax.core import run
 from afr_jax.data import pairs
-from afr_jax.evaluation import verification
+from afr_jax.evaluation import figures, verification
 from afr_jax.models import zoo
 from afr_jax.recognition import detect, match, recognise
 
@@ -169,17 +168,13 @@ def _write_distances(path, rows, same, distances) -> None:
 
 
 def _plot(path: pathlib.Path, curve: verification.Roc, result: dict[str, Any]) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # After the backend is chosen.
-
-    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
+    figure, axes = figures.pyplot().subplots(figsize=(5, 4), layout="constrained")
     axes.plot(np.maximum(curve.far, 1e-5), curve.tar)
     axes.set(xscale="log", xlim=(3e-4, 1), ylim=(0.8, 1.003))
     axes.set(xlabel="false acceptance rate", ylabel="true acceptance rate")
     axes.set_title(f"{result['extractor']}: {result['pairs']} pairs, AUC {result['auc']:.4f}")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figures.save(figure, path)
 
 
 if __name__ == "__main__":

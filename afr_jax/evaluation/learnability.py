@@ -10,11 +10,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 
 from afr_jax.core import metrics
 from afr_jax.data import photo_files
+from afr_jax.evaluation import figures
 
 
 class Curve(NamedTuple):
@@ -106,7 +106,7 @@ def write_curves(path: str | os.PathLike[str], curves: Mapping[str, Curve]) -> N
 
 def plot_curves(path: str | os.PathLike[str], curves: Mapping[str, Curve], *, title: str) -> None:
     """Draws clean test accuracy (solid) and training accuracy (dotted) by epoch."""
-    pyplot = _pyplot()
+    pyplot = figures.pyplot()
     figure, axes = pyplot.subplots(figsize=(7.5, 4), layout="constrained")
     for name, curve in curves.items():
         epochs = np.arange(1, len(curve.test_accuracy) + 1)
@@ -115,7 +115,7 @@ def plot_curves(path: str | os.PathLike[str], curves: Mapping[str, Curve], *, ti
     axes.set(xlabel="epoch", ylabel="accuracy, % (dotted: training)", ylim=(0, 101), title=title)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def plot_rocs(
@@ -125,7 +125,7 @@ def plot_rocs(
     title: str,
 ) -> None:
     """Draws ROC curves, (false, true acceptance rates) by name, over the diagonal of guessing."""
-    pyplot = _pyplot()
+    pyplot = figures.pyplot()
     figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
     for name, (far, tar) in lines.items():
         axes.plot(far, tar, label=name)
@@ -133,7 +133,7 @@ def plot_rocs(
     axes.set(xlabel="false acceptance rate", ylabel="true acceptance rate", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def plot_matrix(
@@ -145,7 +145,7 @@ def plot_matrix(
     title: str,
 ) -> None:
     """Draws a heat map of accuracies `[R, C]` in [0, 1] with their figures; NaN is empty."""
-    pyplot = _pyplot()
+    pyplot = figures.pyplot()
     # Room for the title above few columns.
     size = max(4.5, 1.6 + 0.75 * len(column_names)), 1.4 + 0.4 * len(row_names)
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
@@ -165,18 +165,4 @@ def plot_matrix(
                 fontsize=8,
             )
     axes.set_title(title, fontsize=9)
-    _save(figure, path)
-
-
-def _pyplot():
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # After the backend is chosen.
-
-    return pyplot
-
-
-def _save(figure, path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    _pyplot().close(figure)
-    photo_files.write_atomically(path, buffer.getvalue(), overwrite=True)
+    figures.save(figure, path)

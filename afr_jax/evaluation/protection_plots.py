@@ -3,15 +3,13 @@
 Matplotlib on the host; every figure is one PNG with a panel for each extractor.
 """
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 
-from afr_jax.data import photo_files
+from afr_jax.evaluation import figures
 from afr_jax.recognition import match
 
 _METHOD_COLOURS = {
@@ -98,7 +96,7 @@ def plot_budgets(
         panel.legend(fontsize=7)
     axes[0].set_ylabel(f"probes not identified, % ({tracker})")
     figure.suptitle(f"solid: {countermeasures[0]}, dotted: {countermeasures[1]}", fontsize=9)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def plot_embeddings(path: str | os.PathLike[str], clouds: Sequence[Cloud]) -> None:
@@ -122,7 +120,7 @@ def plot_embeddings(path: str | os.PathLike[str], clouds: Sequence[Cloud]) -> No
         panel.set_title(cloud.title, fontsize=9)
         panel.set(xticks=[], yticks=[])
         panel.legend(fontsize=6)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def plot_distances(path: str | os.PathLike[str], found: Sequence[Distances]) -> None:
@@ -144,7 +142,7 @@ def plot_distances(path: str | os.PathLike[str], found: Sequence[Distances]) -> 
         panel.set(xlabel="distance of a probe")
         panel.legend(fontsize=7)
     axes[0].set_ylabel("probes")
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def principal_components(vectors: np.ndarray):
@@ -196,21 +194,7 @@ def _label(method: str, surrogates: str, extractor: str) -> str:
 
 
 def _panels(count: int, *, height: float):
-    pyplot = _pyplot()
+    pyplot = figures.pyplot()
     size = max(4.6 * count, 4.6), height
     figure, axes = pyplot.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
     return figure, list(axes[0])
-
-
-def _pyplot():
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # After the backend is chosen.
-
-    return pyplot
-
-
-def _save(figure, path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    _pyplot().close(figure)
-    photo_files.write_atomically(path, buffer.getvalue(), overwrite=True)

@@ -11,10 +11,11 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from afr_jax.core import ssim
 from afr_jax.models import zoo
-from afr_jax.perturb import loop, projections
+from afr_jax.perturb import controls, loop, projections
 from afr_jax.recognition import align
 
 
@@ -136,6 +137,43 @@ def dssim(cloaked: jax.Array, face: Face, reference: ssim.SsimReference) -> jax.
     """DSSIM of a canvas `[S, S, 3]`: the larger of those of the face's two boxes."""
     similarity = ssim.ssim_map(cloaked, reference)
     return jnp.maximum(*(ssim.box_dssim(similarity, box) for box in face.boxes))
+
+
+def within_budget(
+    gain: jax.Array, dssim: jax.Array, weight: jax.Array, config: CloakConfig, **metrics: jax.Array
+) -> loop.Evaluation:
+    """What a gain is worth under the budget.
+
+    Args:
+        gain: of a change, scalar.
+        dssim: of the change.
+        weight: multiplier of the DSSIM penalty.
+        config: the method.
+        **metrics: others to record.
+
+    Returns:
+        loss = weight * dssim / budget - gain, score = -gain within the budget and inf outside,
+        metrics `dssim`, `gain` and the others.
+    """
+    loss = weight * dssim / config.dssim_budget - gain
+    score = jnp.where(dssim <= config.dssim_budget, -gain, jnp.inf)
+    return loop.Evaluation(loss, score, {"dssim": dssim, "gain": gain, **metrics})
+
+
+def make_problem(
+    loss_fn: Callable[[jax.Array, jax.Array, jax.Array], loop.Evaluation],
+    tx: optax.GradientTransformation,
+    face: Face,
+    config: CloakConfig,
+) -> loop.Problem:
+    """A loss of `within_budget` with its step, the face's limits, and the penalty's multiplier."""
+    return loop.Problem(
+        loss_fn=loss_fn,
+        tx=tx,
+        project_fn=lambda delta: project(delta, face),
+        # Aims a little below the budget, so that the iterates around it are kept.
+        control=controls.hold_below("dssim", 0.97 * config.dssim_budget, start=0.5, rate=0.2),
+    )
 
 
 def project(delta: jax.Array, face: Face) -> jax.Array:

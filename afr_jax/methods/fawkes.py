@@ -24,7 +24,7 @@ import optax
 from afr_jax.core import ssim
 from afr_jax.methods import face_cloaks
 from afr_jax.models import zoo
-from afr_jax.perturb import controls, loop, transformations
+from afr_jax.perturb import loop, transformations
 from afr_jax.recognition import align
 
 # DSSIM budgets by mode. The paper's budget is 0.007; low is that of the last release's low mode,
@@ -97,13 +97,7 @@ class FawkesConfig:
                 key, delta, weight, variables, face, reference, surrogates=surrogates, config=self
             )
 
-        return loop.Problem(
-            loss_fn=loss_fn,
-            tx=step(self),
-            project_fn=lambda delta: face_cloaks.project(delta, face),
-            # Aims a little below the budget, so that the iterates around it are kept.
-            control=controls.hold_below("dssim", 0.97 * self.dssim_budget, start=0.5, rate=0.2),
-        )
+        return face_cloaks.make_problem(loss_fn, step(self), face, self)
 
 
 def evaluate(
@@ -157,10 +151,8 @@ def evaluate(
         distances.append(away)
         gain += config.repel_weight * away * scale
         gain -= config.attract_weight * face.has_target * left * scale
-    loss = weight * dssim / config.dssim_budget - gain
-    score = jnp.where(dssim <= config.dssim_budget, -gain, jnp.inf)
-    metrics = {"dssim": dssim, "gain": gain, "distances": jnp.stack(distances)}
-    return loop.Evaluation(loss, score, metrics)
+    stacked = jnp.stack(distances)
+    return face_cloaks.within_budget(gain, dssim, weight, config, distances=stacked)
 
 
 def step(config: FawkesConfig) -> optax.GradientTransformation:

@@ -20,7 +20,7 @@ import optax
 from afr_jax.core import ssim
 from afr_jax.methods import face_cloaks
 from afr_jax.models import zoo
-from afr_jax.perturb import controls, loop, transformations
+from afr_jax.perturb import loop, transformations
 
 # Of the chip, cut at 3 pixels: the authors' kernel of 7 x 7.
 _BLUR_SIGMA_PX = 3.0
@@ -64,12 +64,7 @@ class LowKeyConfig:
             del key  # Nothing is random.
             return evaluate(delta, weight, variables, face, reference, surrogates, self)
 
-        return loop.Problem(
-            loss_fn=loss_fn,
-            tx=optax.sign_sgd(self.step_size),
-            project_fn=lambda delta: face_cloaks.project(delta, face),
-            control=controls.hold_below("dssim", 0.97 * self.dssim_budget, start=0.5, rate=0.2),
-        )
+        return face_cloaks.make_problem(loss_fn, optax.sign_sgd(self.step_size), face, self)
 
 
 def evaluate(
@@ -97,6 +92,4 @@ def evaluate(
         moved = zoo.embed(surrogate.extractor, params, pair) - view.own[None]
         gains.append(jnp.mean(jnp.sum(moved**2, axis=-1)) / jnp.sum(view.own**2))
     gain = sum(gains) / len(gains)
-    loss = weight * dssim / config.dssim_budget - gain
-    score = jnp.where(dssim <= config.dssim_budget, -gain, jnp.inf)
-    return loop.Evaluation(loss, score, {"dssim": dssim, "gain": gain})
+    return face_cloaks.within_budget(gain, dssim, weight, config)
