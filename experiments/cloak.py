@@ -20,8 +20,9 @@ was made against and by those of --check, which had no part in it:
 another --check a finished run measures its files again and leaves them as they are.
 
 Expected on two CPU cores: some seconds a face, after half a minute of compilation in the first run
-(25 ms per face and step before a step saw blurred and compressed views; not measured with them). Expected on the sample portrait at --mode=mid: dlib distance about 0.9
-at DSSIM 0.007; below 0.6 dlib takes two faces for the same person.
+(25 ms per face and step before a step saw blurred and compressed views; not measured with them).
+Expected on the sample portrait at --mode=mid: dlib distance about 0.9 at DSSIM
+0.007; below 0.6 dlib takes two faces for the same person.
 """
 
 import dataclasses
