@@ -10,7 +10,7 @@ clean, are what the tracker is asked about. --gallery_people others are enrolled
 A cell is a method, a set of surrogates and a DSSIM budget. --methods: `none`, `noise` (Gaussian,
 of equal DSSIM), `fawkes` (ours), `lowkey`, `fawkes_pypi` (the optimiser of PyPI `fawkes` with
 dlib's net, for its own extractors cannot be downloaded; needs --peer_python, see
-experiments/peers/README.md).
+experiments/peers/README.md). `lowkey@0.007` is made at that budget alone.
 --surrogates: sets of extractors joined by `+`; `all` is every tracker of the zoo, `leave_one_out`
 for each of them all others. --trackers: extractors of the zoo or folders of trained and hardened
 ones (adaptive trackers). For each: the nearest enrolled photo, with and without the extractor's
@@ -138,7 +138,10 @@ class _Options:
 def evaluation_program() -> tuple[dict[str, Any], int]:
     """Runs the program; returns its result and exit code."""
     options = _options()
-    cells = protection_photos.cells_of(options.methods, options.surrogate_sets, options.budgets)
+    try:
+        cells = protection_photos.cells_of(options.methods, options.surrogate_sets, options.budgets)
+    except ValueError as error:
+        raise run.UsageError(f"--methods: {error}") from error
     names = list(dict.fromkeys([*options.trackers, *(n for c in cells for n in c.surrogates)]))
     files = [protection_methods.file_name(name) for name in names]
     if len(set(files)) < len(files):
@@ -209,26 +212,31 @@ def _options() -> _Options:
             raise ValueError("--budgets must lie in (0, 1]")
         if not all(0 <= value <= 1 for value in values["leaks"]):
             raise ValueError("--leaks must lie in [0, 1]")
-        for name, known in (
-            ("methods", protection_methods.METHODS),
-            ("countermeasures", protection_views.COUNTERMEASURES),
-        ):
-            if not values[name] or not set(values[name]) <= set(known):
-                raise ValueError(f"--{name}={','.join(values[name])}: of {', '.join(known)}")
+        known = protection_views.COUNTERMEASURES
+        if not values["countermeasures"] or not set(values["countermeasures"]) <= set(known):
+            found = ",".join(values["countermeasures"])
+            raise ValueError(f"--countermeasures={found}: of {', '.join(known)}")
+        if not values["methods"]:
+            raise ValueError("--methods is needed: how photos are protected")
         if not [recognise.find_extractor(name) for name in values["trackers"]]:
             raise ValueError("--trackers is needed: names of extractors")
         sets = ()
-        if set(values["methods"]) & set(protection_methods.CLOAKS):
+        if _names(values["methods"]) & set(protection_methods.CLOAKS):
             sets = protection_photos.surrogate_sets(value_of("surrogates"), values["trackers"])
             if not sets:
                 raise ValueError("--surrogates is needed: sets of extractors")
     except (FileNotFoundError, ValueError) as error:
         raise run.UsageError(str(error)) from error
-    if "fawkes_pypi" in values["methods"] and not _PEER_PYTHON.value:
+    if "fawkes_pypi" in _names(values["methods"]) and not _PEER_PYTHON.value:
         raise run.UsageError("--methods=fawkes_pypi needs --peer_python")
     if not values["data"] and not values["toy"]:
         raise run.UsageError("--data is needed: a folder with a folder of photos for each person")
     return _Options(**values, surrogate_sets=sets)
+
+
+def _names(methods: tuple[str, ...]) -> set[str]:
+    """The methods without their own budgets."""
+    return {method.partition("@")[0] for method in methods}
 
 
 def _split(
@@ -333,7 +341,7 @@ def _draw(study, photos_of, rows, folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _open_package(options: _Options) -> Iterator[peer.Peer | None]:
-    if "fawkes_pypi" not in options.methods:
+    if "fawkes_pypi" not in _names(options.methods):
         yield None
         return
     try:

@@ -12,7 +12,7 @@ import skimage.data
 from afr_jax.core import parallel, ssim
 from afr_jax.methods import cloak, fawkes
 from afr_jax.models import zoo
-from afr_jax.recognition import detect
+from afr_jax.recognition import detect, embed
 
 
 class _ToyNet(nn.Module):
@@ -55,6 +55,12 @@ def _cloak(surrogates, photos, config=_CONFIG, **options):
     return cloak.cloak_photos(jax.random.key(0), surrogates, photos, config=config, **options)
 
 
+def _embeddings(surrogates, photos):
+    (toy,), (variables,) = surrogates.extractors, surrogates.variables
+    faces = [(photo.pixels, photo.faces.landmarks[0]) for photo in photos]
+    return np.asarray(embed.embed_faces(toy, variables, faces), np.float64)
+
+
 def _check_budget(photo, pixels, faces):
     outside = np.ones(pixels.shape[:2], bool)
     for face in faces:
@@ -88,9 +94,12 @@ def test_changes_stay_in_regions_and_budgets(surrogates, photo):
     _check_budget(photo, pixels, faces)
 
 
-def test_photos_do_not_influence_each_other(surrogates):
+def test_people_do_not_influence_each_other(surrogates):
     """Each photo alone gives what it gives among others: same seeds, other batch sizes."""
-    photos = [_photo(name=str(i), centres=((90 + 5 * i, 100),)) for i in range(3)]
+    photos = [_photo(name=str(i), centres=((90 + 20 * i, 100),)) for i in range(3)]
+    embeddings = _embeddings(surrogates, photos)
+    apart = np.linalg.norm(embeddings[:, None] - embeddings, axis=-1)
+    assert apart[~np.eye(3, dtype=bool)].min() > surrogates.extractors[0].threshold
     together = _cloak(surrogates, photos)
     for photo, (pixels, _) in zip(photos, together, strict=True):
         ((alone, _),) = _cloak(surrogates, [photo])
@@ -98,6 +107,24 @@ def test_photos_do_not_influence_each_other(surrogates):
         assert np.abs(alone.astype(int) - pixels).max() <= 1
         assert np.mean(alone != pixels) < 0.02
     assert np.any(together[0][0] != together[1][0])
+
+
+def test_photos_of_a_person_are_moved_away_from_what_they_share(surrogates):
+    """The changes of two photos that are near and one that is not, by their plans."""
+    photos = [_photo(name=str(i), centres=((y, 100),)) for i, y in enumerate((90, 93, 130))]
+    embeddings = _embeddings(surrogates, photos)
+    near, far = np.linalg.norm(embeddings[0] - embeddings[1:], axis=-1)
+    assert near < surrogates.extractors[0].threshold < far
+    plans = [cloak._plan(surrogates.extractors, photo, 0, 0, None, _CONFIG) for photo in photos]
+    known = cloak._introduce(surrogates, plans, parallel.make_mesh())
+    steps = [plan.face.views[0].to_person for plan in known]
+    half = (embeddings[1] - embeddings[0]) / 2
+    # A chip for the steps comes from a canvas, one for `embed_faces` is rounded to 8 bits.
+    off = np.linalg.norm(np.subtract(steps, [half, -half, 0 * half]), axis=-1)
+    assert off.max() < 0.2 * np.linalg.norm(half)
+    config = dataclasses.replace(_CONFIG, num_steps=30)
+    together, alone = (_cloak(surrogates, some, config)[0][0] for some in (photos, photos[:1]))
+    assert np.mean(together != alone) > 0.02
 
 
 def test_one_device_equals_four(surrogates):

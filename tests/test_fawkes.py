@@ -98,7 +98,7 @@ def _face(number: int, *, views: int = 1, grey: bool = False, **changes) -> face
         image=image,
         limit=limit,
         boxes=np.array([_REGION, _BOX], np.int32),
-        views=(face_cloaks.FaceView(_transform(number), blank, blank),) * views,
+        views=(face_cloaks.FaceView(_transform(number), blank, blank, blank),) * views,
         has_target=np.float32(0),
         grey=np.float32(grey),
     )
@@ -309,7 +309,7 @@ def test_a_face_depends_on_its_own_key_and_pixels_only(faces, cloaks):
 
 def test_another_batch_of_the_shape_does_not_compile_again(cloaks):
     compiled = (
-        face_cloaks._embed_batch,
+        face_cloaks.embed_faces,
         face_cloaks._references,
         face_cloaks._start,
         face_cloaks._advance,
@@ -353,15 +353,16 @@ def test_the_objective(size, fits, has_target):
         _variables(), np.stack([face.image, face.image + delta]), np.stack([transform] * 2)
     )
     own, cloaked = np.asarray(embeddings, np.float64)
-    target = rng.normal(size=own.shape)
-    view = face_cloaks.FaceView(transform, own.astype(np.float32), target.astype(np.float32))
+    to_person, target = 0.3 * rng.normal(size=own.shape), rng.normal(size=own.shape)
+    vectors = [vector.astype(np.float32) for vector in (own, to_person, target)]
+    view = face_cloaks.FaceView(transform, *vectors)
     face = face._replace(views=(view,), has_target=np.float32(has_target))
     reference = ssim.ssim_reference(jnp.asarray(face.image))
     config = dataclasses.replace(_CONFIG, dssim_budget=0.02, repel_weight=0.5, attract_weight=2.0)
     found = _evaluate_fn(config)(
         jax.random.key(0), delta, jnp.float32(3.0), (_variables(),), face, reference
     )
-    away, left = np.linalg.norm(cloaked - own), np.linalg.norm(cloaked - target)
+    away, left = np.linalg.norm(cloaked - (own + to_person)), np.linalg.norm(cloaked - target)
     gain = (0.5 * away - has_target * 2.0 * left) / _TOY.threshold
     dssim = max(_dssim(face.image + delta, face.image, box) for box in (_REGION, _BOX))
     assert (dssim < 0.02) == fits

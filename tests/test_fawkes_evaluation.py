@@ -270,7 +270,7 @@ def test_wrong_usage_is_named(people, trained_folder, tmp_path):
         "no extractor 'vgg'": small("--trackers=toy_a,vgg", f"--workdir={tmp_path / 'b'}"),
         "does not exist": small(f"--data={tmp_path / 'nowhere'}", f"--workdir={tmp_path / 'c'}"),
         "--data is needed": small("--data="),
-        "--methods=none,magic: of none, noise": small("--methods=none,magic"),
+        "--methods: no method 'magic'; there are none, noise": small("--methods=none,magic"),
         "--countermeasures=sepia: of none": small("--countermeasures=sepia"),
         "--leaks must lie in": small("--leaks=0,2"),
         "--budgets must lie in": small("--budgets=0"),

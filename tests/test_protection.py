@@ -258,6 +258,14 @@ def test_sets_of_surrogates_and_cells():
     ]
 
 
+def test_a_method_may_have_a_budget_of_its_own():
+    cells = protection_photos.cells_of(["lowkey@0.007", "none"], [("dlib",)], [0.004, 0.012])
+    assert [cell.name for cell in cells] == ["none", "lowkey-dlib-0.007"]
+    for wrong in ("lowkey@0", "lowkey@high", "magic"):
+        with pytest.raises(ValueError):
+            protection_photos.cells_of([wrong], [("dlib",)], [0.004])
+
+
 def test_half_size_averages_and_the_others_are_the_conversions():
     pixels = np.random.default_rng(0).integers(0, 256, (10, 14, 3)).astype(np.uint8)
     half = protection_views.convert("half_size", pixels)

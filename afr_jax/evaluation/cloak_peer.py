@@ -152,7 +152,7 @@ def _cloak(extractor, variables, chips, config, batch, seed) -> np.ndarray:
         count = len(canvas)
         nothing = jnp.zeros((count, extractor.embedding_size))
         view = face_cloaks.FaceView(
-            jnp.tile(jnp.eye(2, 3), (count, 1, 1)), own=nothing, target=nothing
+            jnp.tile(jnp.eye(2, 3), (count, 1, 1)), own=nothing, to_person=nothing, target=nothing
         )
         faces = face_cloaks.Face(
             image=canvas,

@@ -57,18 +57,32 @@ def cells_of(
     """All cells: the plain ones first, every set of surrogates with every budget.
 
     Args:
-        methods: of `protection_methods.METHODS`.
+        methods: of `protection_methods.METHODS`; `lowkey@0.007` has that budget alone.
         surrogate_sets: what `fawkes` and `lowkey` are made against; `fawkes_pypi` knows dlib alone.
         budgets: DSSIM.
+
+    Raises:
+        ValueError: there is no such method, or a method's own budget does not lie in (0, 1].
     """
     cells = []
-    for method in sorted(methods, key=protection_methods.METHODS.index):
+    parsed = [_parse_method(text, budgets) for text in methods]
+    for method, budgets in sorted(parsed, key=lambda m: protection_methods.METHODS.index(m[0])):
         if method == "none":
             cells.append(Cell(method))
             continue
         sets = {"noise": [()], "fawkes_pypi": [("dlib",)]}.get(method, surrogate_sets)
         cells += [Cell(method, tuple(names), budget) for names in sets for budget in budgets]
     return cells
+
+
+def _parse_method(text: str, budgets: Sequence[float]) -> tuple[str, Sequence[float]]:
+    """A method, and its own budget if it has one."""
+    method, _, own = text.partition("@")
+    if method not in protection_methods.METHODS:
+        raise ValueError(f"no method {method!r}; there are {', '.join(protection_methods.METHODS)}")
+    if own and not 0 < float(own) <= 1:
+        raise ValueError(f"the budget of {text} must lie in (0, 1]")
+    return method, [float(own)] if own else budgets
 
 
 def write_photos(

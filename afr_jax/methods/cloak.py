@@ -17,7 +17,7 @@ from PIL import Image
 from afr_jax.core import images, parallel, ssim
 from afr_jax.methods import face_cloaks
 from afr_jax.models import zoo
-from afr_jax.recognition import align, detect
+from afr_jax.recognition import align, detect, match
 
 # Sides of face canvases. A face region larger than the last one carries its change at a whole
 # fraction of its resolution and is enlarged: what extractors see is coarser still.
@@ -113,6 +113,9 @@ def cloak_photos(
 ) -> list[tuple[np.ndarray, list[CloakedFace]]]:
     """Cloaks the faces of some photos together.
 
+    Faces of these photos that show the same person are moved away from what they have in common,
+    so one call should have all photos of a person, and they influence each other.
+
     Args:
         key: of the run.
         surrogates: to cloak against.
@@ -132,6 +135,7 @@ def cloak_photos(
         for number in range(len(photo.faces.boxes))
     ]
     mesh = parallel.make_mesh() if mesh is None else mesh
+    plans = _introduce(surrogates, plans, mesh)
     deltas, distances = [None] * len(plans), [None] * len(plans)
     for batch in _batches(plans, mesh.size):
         found = _cloak_batch(key, surrogates, [plans[i] for i in batch], config, mesh, report_fn)
@@ -195,7 +199,7 @@ def _plan(extractors, photo, index, number, targets, config) -> _Plan:
         pools.append(align.pool_factor(align.transform_scale(moved)))
         empty = np.zeros(extractor.embedding_size, np.float32)
         target = empty if targets is None else np.asarray(targets[extractor.name], np.float32)
-        views.append(face_cloaks.FaceView(moved.astype(np.float32), empty, target))
+        views.append(face_cloaks.FaceView(moved.astype(np.float32), empty, empty, target))
     inner = np.concatenate([box[:2] - region[:2], box[2:] - region[:2]])
     boxes = np.array([[0, 0, *canvas.size], _canvas_box(inner, factor, canvas.size)], np.int32)
     face = face_cloaks.Face(
@@ -231,26 +235,69 @@ def _batch_limit(num_devices: int) -> int:
 
 def _cloak_batch(key, surrogates, plans, config, mesh, report_fn):
     """Changes on the canvases of faces of one bucket, and the distances that they reach."""
-    count = len(plans)
-    # One face or a full batch: few shapes to compile. The last face is repeated to fill it.
-    size = mesh.size if count <= mesh.size else _batch_limit(mesh.size)
-    filled = list(range(count)) + [count - 1] * (size - count)
-    faces = jax.tree.map(lambda *leaves: np.stack(leaves), *[plans[i].face for i in filled])
+    faces, filled, statics = _stack(surrogates, plans, mesh)
     keys = jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(key, a), b))(
-        *np.array([plans[i].seed for i in filled], np.uint32).T
-    )
-    statics = tuple(
-        face_cloaks.Surrogate(extractor, pool)
-        for extractor, pool in zip(surrogates.extractors, plans[0].pools, strict=True)
+        *np.array([plan.seed for plan in filled], np.uint32).T
     )
     return face_cloaks.cloak_faces(
         parallel.shard_batch(keys, mesh),
         parallel.replicate(surrogates.variables, mesh),
-        parallel.shard_batch(faces, mesh),
+        faces,
         surrogates=statics,
         config=config,
-        report_fn=(lambda steps: report_fn(steps * count)) if report_fn else None,
+        report_fn=(lambda steps: report_fn(steps * len(plans))) if report_fn else None,
     )
+
+
+def _stack(surrogates, plans, mesh):
+    """Faces of one bucket as a batch on the devices, their plans, and the static surrogates."""
+    count = len(plans)
+    # One face or a full batch: few shapes to compile. The last face is repeated to fill it.
+    size = mesh.size if count <= mesh.size else _batch_limit(mesh.size)
+    filled = [*plans, *[plans[-1]] * (size - count)]
+    faces = jax.tree.map(lambda *leaves: np.stack(leaves), *[plan.face for plan in filled])
+    statics = tuple(
+        face_cloaks.Surrogate(extractor, pool)
+        for extractor, pool in zip(surrogates.extractors, plans[0].pools, strict=True)
+    )
+    return parallel.shard_batch(faces, mesh), filled, statics
+
+
+def _introduce(surrogates: Surrogates, plans: list[_Plan], mesh: parallel.Mesh) -> list[_Plan]:
+    """Plans whose faces know the person that they belong to.
+
+    Two faces belong together if their distance, in thresholds and averaged over the surrogates, is
+    below 1.
+    """
+    if len(plans) < 2:
+        return plans
+    variables = parallel.replicate(surrogates.variables, mesh)
+    embeddings = [
+        np.zeros((len(plans), extractor.embedding_size), np.float32)
+        for extractor in surrogates.extractors
+    ]
+    for batch in _batches(plans, mesh.size):
+        faces, _, statics = _stack(surrogates, [plans[i] for i in batch], mesh)
+        found = jax.device_get(face_cloaks.embed_faces(variables, faces, statics))
+        for vectors, new in zip(embeddings, found, strict=True):
+            vectors[batch] = new[: len(batch)]
+    apart = np.mean(
+        [
+            match.pairwise(vectors, vectors, metric="euclidean") / extractor.threshold
+            for extractor, vectors in zip(surrogates.extractors, embeddings, strict=True)
+        ],
+        axis=0,
+    )
+    share = (apart < 1) / np.sum(apart < 1, axis=1, keepdims=True)
+    steps = [(share @ vectors - vectors).astype(np.float32) for vectors in embeddings]
+    introduced = []
+    for number, plan in enumerate(plans):
+        views = tuple(
+            view._replace(to_person=step[number])
+            for view, step in zip(plan.face.views, steps, strict=True)
+        )
+        introduced.append(plan._replace(face=plan.face._replace(views=views)))
+    return introduced
 
 
 def _limit(photo: PhotoFaces, number: int, region: np.ndarray, factor: int) -> np.ndarray:

@@ -27,10 +27,19 @@ class Surrogate(NamedTuple):
 
 
 class FaceView(NamedTuple):
-    """How one surrogate sees one face: transform `[2, 3]` chip to canvas, and embeddings `[D]`."""
+    """How one surrogate sees one face.
+
+    Attributes:
+        transform: `[2, 3]`, chip to canvas.
+        own: `[D]`, embedding of the clean face.
+        to_person: `[D]`, from `own` to the mean over clean faces of the same person; zeros where
+            no other face of the person is known.
+        target: `[D]`, embedding of another person.
+    """
 
     transform: jax.Array
     own: jax.Array
+    to_person: jax.Array
     target: jax.Array
 
 
@@ -112,8 +121,7 @@ def cloak_faces(
         The changes `[B, S, S, 3]` in [0, 1] units, within all limits and budgets, and the distances
         from the clean embedding that they reach, `[B, number of surrogates]`.
     """
-    transforms = tuple(view.transform for view in faces.views)
-    own = _embed_batch(variables, faces.image, transforms, surrogates)
+    own = embed_faces(variables, faces, surrogates)
     views = [view._replace(own=vector) for view, vector in zip(faces.views, own, strict=True)]
     faces = faces._replace(views=tuple(views))
     references = _references(faces.image)
@@ -128,9 +136,27 @@ def cloak_faces(
     delta, score = loop.best(state)
     # Where no iterate met the budget, nothing is changed: honest, and rare.
     delta = jnp.where(jnp.isfinite(score)[:, None, None, None], delta, 0.0)
-    reached = _embed_batch(variables, faces.image + delta, transforms, surrogates)
+    reached = embed_faces(variables, faces._replace(image=faces.image + delta), surrogates)
     distances = [zoo.distance(new, old) for new, old in zip(reached, own, strict=True)]
     return delta, jnp.stack(distances, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="surrogates")
+def embed_faces(
+    variables: tuple[dict, ...], faces: Face, surrogates: tuple[Surrogate, ...]
+) -> tuple[jax.Array, ...]:
+    """Embeddings `[B, D]` of a batch of faces as they are, one array for each surrogate.
+
+    Args:
+        variables: of each surrogate's module.
+        faces: the batch.
+        surrogates: static.
+    """
+    found = []
+    for surrogate, params, view in zip(surrogates, variables, faces.views, strict=True):
+        chips = jax.vmap(functools.partial(chip, surrogate))(faces.image, view.transform)
+        found.append(zoo.embed(surrogate.extractor, params, chips))
+    return tuple(found)
 
 
 def dssim(cloaked: jax.Array, face: Face, reference: ssim.SsimReference) -> jax.Array:
@@ -186,17 +212,6 @@ def project(delta: jax.Array, face: Face) -> jax.Array:
 def chip(surrogate: Surrogate, image: jax.Array, transform: jax.Array) -> jax.Array:
     """The chip `[side, side, 3]` that a surrogate sees of a canvas `[S, S, 3]`."""
     return align.warp(image, transform, size=surrogate.extractor.input_px, pool=surrogate.pool)
-
-
-@functools.partial(jax.jit, static_argnames="surrogates")
-def _embed_batch(variables, canvases, transforms, surrogates):
-    """Embeddings `[B, D]` of canvases `[B, S, S, 3]` by each surrogate."""
-
-    def embed(surrogate, params, transforms):
-        chips = jax.vmap(functools.partial(chip, surrogate))(canvases, transforms)
-        return zoo.embed(surrogate.extractor, params, chips)
-
-    return tuple(map(embed, surrogates, variables, transforms))
 
 
 @jax.jit

@@ -5,8 +5,11 @@ Models", USENIX Security 2020. What differs from the paper and from the authors'
 
 * The perturbation lives on the photo's own pixels and the chip is warped out of them inside the
   loop (the code perturbs a 112 px crop and pastes an enlarged difference).
-* Objective: away from the face's own clean embedding (as the code's last release), towards a target
-  identity (as the paper), or both; summed over extractors, each in units of its own threshold.
+* Objective: away from the person, towards a target identity (as the paper), or both; summed over
+  extractors, each in units of its own threshold. The person is the mean of the clean embeddings of
+  those faces that are cloaked together and belong together; the code's last release moves each face
+  away from its own clean embedding alone, and much of that way leads to another picture of the
+  same person (`experiments/results/fawkes_attempts.md`).
 * Every step sees the photo as a tracker may get it: blurred or shrunk, compressed, and aligned by
   slightly other landmarks (Athalye et al. 2018; neither paper nor code have this). What survives
   that also carries over better to extractors that are not among the surrogates.
@@ -41,7 +44,7 @@ class FawkesConfig:
         num_steps: gradient steps, >= 0.
         learning_rate: of Adam at the start, in [0, 1] units; a cosine takes it to a tenth.
         linf_limit: largest change of a pixel, in [0, 1] units.
-        repel_weight: weight of the distance from the own clean embedding.
+        repel_weight: weight of the distance from the person.
         attract_weight: weight of the distance to the target embedding, where there is a target.
         align_jitter: standard deviation of the random misalignment of each chip at each step, as a
             share of its side (shift, and rotation and scale about its centre): the tracker's
@@ -146,7 +149,7 @@ def evaluate(
         chip = face_cloaks.chip(surrogate, seen, transform)
         embedding = zoo.embed(surrogate.extractor, params, chip[None])[0]
         scale = 1 / (surrogate.extractor.threshold * len(surrogates))
-        away = zoo.distance(embedding, view.own)
+        away = zoo.distance(embedding, view.own + view.to_person)
         left = zoo.distance(embedding, view.target)
         distances.append(away)
         gain += config.repel_weight * away * scale
