@@ -13,8 +13,8 @@ photos, and the extractor learns to see through them. That is an adaptive tracke
 
 A tenth of the photos is held out. On it the result says how far embeddings move under an attack,
 and, with --pairs (a CSV with the columns image_a, image_b, same, paths below --images), how well
-people are told apart, clean and with the second photo of each pair attacked; all of it before and
-after. A killed run goes on where it was. In the work directory:
+people are told apart, clean and with the second photo of each pair attacked (pairs with a person of
+--data are left out); all of it before and after. A killed run goes on where it was. In the work directory:
 
     extractor.safetensors, extractor.json   to be given as --extractor, --surrogates, --trackers
     result.json, metrics.jsonl              what was measured
@@ -29,6 +29,7 @@ one that it was trained against, and within the same radius unless the flags say
 import dataclasses
 import functools
 import math
+import pathlib
 from typing import Any
 
 import jax
@@ -106,9 +107,10 @@ _MEASURING = ("pairs", "images", "attacked_pairs", "probe_chips", "test_epsilon"
 
 @dataclasses.dataclass(frozen=True)
 class _Faces:
-    """The chips of a run `[N, V, S, S, 3]` uint8, rows for training, held-out rows, problems."""
+    """Chips `[N, V, S, S, 3]` uint8, names of their people, training and held-out rows, problems."""
 
     images: np.ndarray
+    people: frozenset[str]
     training: np.ndarray
     held_out: np.ndarray
     problems: tuple[identity_tree.Problem, ...]
@@ -278,7 +280,8 @@ def _read_faces(settings, workdir, extractor, detector) -> _Faces:
     size, count = settings["batch_size"], len(training)
     if count < size:
         raise run.UsageError(f"--batch_size={size} is more than the {count} training photos")
-    return _Faces(images, training, held_out, listing.problems)
+    people = frozenset(pathlib.PurePath(name).parent.name for name in listing.sample_ids)
+    return _Faces(images, people, training, held_out, listing.problems)
 
 
 def _read_pairs(settings, workdir, extractor, detector, faces) -> training_set.Pairs | None:
@@ -297,7 +300,9 @@ def _read_pairs(settings, workdir, extractor, detector, faces) -> training_set.P
         return found, images[:, 0]
 
     try:
-        return training_set.pairs_through(settings["pairs"], settings["images"], read)
+        return training_set.pairs_through(
+            settings["pairs"], settings["images"], read, known_people=faces.people
+        )
     except (FileNotFoundError, ValueError) as error:
         raise run.UsageError(f"--pairs: {error}") from error
 

@@ -125,6 +125,14 @@ def test_listed_pairs(tmp_path):
     usable = [row for row in rows if "broken" not in row[0] + row[1]]
     assert len(found.rows) == len(usable) and found.images.shape == (12, 8, 8, 3)
     np.testing.assert_array_equal(found.same, [bool(same) for _, _, same in usable])
+
+    def read(listing):
+        made = np.zeros((len(listing.samples), 8, 8, 3), np.uint8)
+        return identity_tree.Listing(listing.samples), made
+
+    # As many pairs as do not touch the person.
+    others = training_set.pairs_through(table, tmp_path, read, known_people={"person_1"})
+    assert len(others.rows) == sum("person_1" not in a + b for a, b, _ in rows) < len(rows)
     table.write_text("\n".join(lines[:5]))
     with pytest.raises(ValueError, match="usable pairs"):
         training_set.listed_pairs(table, tmp_path / "faces", 8)

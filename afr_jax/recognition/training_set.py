@@ -7,7 +7,7 @@ import dataclasses
 import io
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -213,6 +213,8 @@ def pairs_through(
     table: str | os.PathLike[str],
     root: str | os.PathLike[str],
     read_fn: Callable[[identity_tree.Listing], tuple[identity_tree.Listing, np.ndarray]],
+    *,
+    known_people: Collection[str] = (),
 ) -> Pairs:
     """The pairs of a CSV, with images that a function makes of its photos.
 
@@ -221,12 +223,18 @@ def pairs_through(
         root: folder that its paths are below.
         read_fn: takes the listing of all photos to the listing of the usable ones and their images
             `[N, S, S, 3]` uint8.
+        known_people: names of folders; pairs with a photo of one are left out, as they were
+            trained on.
 
     Raises:
         FileNotFoundError: there is no such CSV.
         ValueError: it is no such CSV, or too few pairs are usable.
     """
     names, same = pairs.read_pairs(table)
+    kept = [
+        all(pathlib.PurePath(n).parent.name not in known_people for n in pair) for pair in names
+    ]
+    names, same = [pair for pair, keep in zip(names, kept, strict=True) if keep], same[kept]
     root = pathlib.Path(root)
     photo_names = sorted({name for pair in names for name in pair})
     samples = [identity_tree.Sample(name, "", root / name) for name in photo_names]
