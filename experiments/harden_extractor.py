@@ -14,7 +14,8 @@ photos, and the extractor learns to see through them. That is an adaptive tracke
 A tenth of the photos is held out. On it the result says how far embeddings move under an attack,
 and, with --pairs (a CSV with the columns image_a, image_b, same, paths below --images), how well
 people are told apart, clean and with the second photo of each pair attacked (pairs with a person of
---data are left out); all of it before and after. A killed run goes on where it was. In the work directory:
+--data are left out); all of it before and after. A killed run goes on where it was. In the work
+directory:
 
     extractor.safetensors, extractor.json   to be given as --extractor, --surrogates, --trackers
     result.json, metrics.jsonl              what was measured
@@ -107,7 +108,7 @@ _MEASURING = ("pairs", "images", "attacked_pairs", "probe_chips", "test_epsilon"
 
 @dataclasses.dataclass(frozen=True)
 class _Faces:
-    """Chips `[N, V, S, S, 3]` uint8, names of their people, training and held-out rows, problems."""
+    """Chips `[N, V, S, S, 3]` uint8, their people's names, training and held-out rows, problems."""
 
     images: np.ndarray
     people: frozenset[str]
