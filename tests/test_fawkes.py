@@ -373,6 +373,20 @@ def test_the_objective(size, fits, has_target):
     np.testing.assert_allclose(found.score, -gain if fits else np.inf, rtol=1e-3)
 
 
+@pytest.mark.parametrize("sharpness", [0.0, 0.1, 8.0, 1e3])
+def test_surrogates_that_lag_behind_count_for_more(sharpness):
+    values = np.array([1.4, 0.3, -0.2])
+    found = float(fawkes.soft_minimum(jnp.asarray(values, jnp.float32), sharpness))
+    assert values.min() - 1e-5 <= found <= values.mean() + 1e-5
+    if sharpness:
+        expected = -np.log(np.mean(np.exp(-sharpness * values))) / sharpness
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+    gradient = jax.grad(fawkes.soft_minimum)(jnp.asarray(values, jnp.float32), sharpness)
+    np.testing.assert_allclose(np.sum(gradient), 1.0, rtol=1e-4)
+    assert np.all(np.diff(gradient) >= 0) and (sharpness < 1 or gradient[0] < 0.01)
+    np.testing.assert_allclose(fawkes.soft_minimum(jnp.array([0.7]), sharpness), 0.7, rtol=1e-5)
+
+
 @pytest.mark.parametrize("grey", [False, True])
 def test_project_is_idempotent(grey):
     face = _face(1, grey=grey)

@@ -5,8 +5,9 @@ Models", USENIX Security 2020. What differs from the paper and from the authors'
 
 * The perturbation lives on the photo's own pixels and the chip is warped out of them inside the
   loop (the code perturbs a 112 px crop and pastes an enlarged difference).
-* Objective: away from the person, towards a target identity (as the paper), or both; summed over
-  extractors, each in units of its own threshold. The person is the mean of the clean embeddings of
+* Objective: away from the person, towards a target identity (as the paper), or both, each in units
+  of the extractor's own threshold; several extractors by a soft minimum, as a sum is easily won on
+  the weakest of them alone. The person is the mean of the clean embeddings of
   those faces that are cloaked together and belong together; the code's last release moves each face
   away from its own clean embedding alone, and much of that way leads to another picture of the
   same person (`experiments/results/fawkes_attempts.md`).
@@ -46,6 +47,8 @@ class FawkesConfig:
         linf_limit: largest change of a pixel, in [0, 1] units.
         repel_weight: weight of the distance from the person.
         attract_weight: weight of the distance to the target embedding, where there is a target.
+        balance: how much surrogates that lag behind count for more: the gain is
+            -log(mean(exp(-balance * gains))) / balance; 0 is their mean.
         align_jitter: standard deviation of the random misalignment of each chip at each step, as a
             share of its side (shift, and rotation and scale about its centre): the tracker's
             landmarks differ a little from ours. 0 switches it off.
@@ -61,6 +64,7 @@ class FawkesConfig:
     linf_limit: float = 24 / 255
     repel_weight: float = 1.0
     attract_weight: float = 1.0
+    balance: float = 8.0
     align_jitter: float = 0.007
     blur_px: float = 1.5
     jpeg_quality: tuple[int, int] | None = (60, 95)
@@ -70,7 +74,7 @@ class FawkesConfig:
         for name in ("dssim_budget", "learning_rate", "linf_limit", "start_noise"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must lie in (0, 1]")
-        for name in ("num_steps", "repel_weight", "attract_weight", "align_jitter"):
+        for name in ("num_steps", "repel_weight", "attract_weight", "balance", "align_jitter"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 0")
         self.views()
@@ -134,7 +138,7 @@ def evaluate(
     dssim = face_cloaks.dssim(cloaked, face, reference)
     view_key, align_key = jax.random.split(key)
     seen = transformations.random_view(view_key, cloaked, config.views())
-    distances, gain = [], 0.0
+    distances, gains = [], []
     for number, (surrogate, params, view) in enumerate(
         zip(surrogates, variables, face.views, strict=True)
     ):
@@ -148,14 +152,22 @@ def evaluate(
             )
         chip = face_cloaks.chip(surrogate, seen, transform)
         embedding = zoo.embed(surrogate.extractor, params, chip[None])[0]
-        scale = 1 / (surrogate.extractor.threshold * len(surrogates))
         away = zoo.distance(embedding, view.own + view.to_person)
         left = zoo.distance(embedding, view.target)
         distances.append(away)
-        gain += config.repel_weight * away * scale
-        gain -= config.attract_weight * face.has_target * left * scale
+        gain = config.repel_weight * away - config.attract_weight * face.has_target * left
+        gains.append(gain / surrogate.extractor.threshold)
+    gain = soft_minimum(jnp.stack(gains), config.balance)
     stacked = jnp.stack(distances)
     return face_cloaks.within_budget(gain, dssim, weight, config, distances=stacked)
+
+
+def soft_minimum(values: jax.Array, sharpness: float) -> jax.Array:
+    """-log(mean(exp(-sharpness * values))) / sharpness of `[N]`; the mean where sharpness is 0."""
+    if sharpness == 0:
+        return jnp.mean(values)
+    log_mean = jax.nn.logsumexp(-sharpness * values) - jnp.log(values.shape[0])
+    return -log_mean / sharpness
 
 
 def step(config: FawkesConfig) -> optax.GradientTransformation:
