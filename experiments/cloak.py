@@ -6,7 +6,11 @@ writes `cloaked/<folders>/<stem>_cloaked.png` for every photo, `report.json` and
 Without flags it cloaks a sample portrait into `out/cloak`. A second run skips what is done and goes
 on with what was interrupted. Originals are never touched.
 
---target says where faces go: `repel` (away from themselves, the default), a folder with photos of
+Photos are worked on in groups of 8, in the order of their names. Faces of one group that show the
+same person are moved away from what they have in common, which carries over to unknown extractors
+better than away from each by itself: give all photos of a person together.
+
+--target says where faces go: `repel` (away from the person, the default), a folder with photos of
 another person (towards that person as well), or `farthest` (the person of --gallery, a folder of
 one folder per person, who is farthest from all photos of this run).
 
