@@ -138,10 +138,7 @@ class _Options:
 def evaluation_program() -> tuple[dict[str, Any], int]:
     """Runs the program; returns its result and exit code."""
     options = _options()
-    try:
-        cells = protection_photos.cells_of(options.methods, options.surrogate_sets, options.budgets)
-    except ValueError as error:
-        raise run.UsageError(f"--methods: {error}") from error
+    cells = protection_photos.cells_of(options.methods, options.surrogate_sets, options.budgets)
     names = list(dict.fromkeys([*options.trackers, *(n for c in cells for n in c.surrogates)]))
     files = [protection_methods.file_name(name) for name in names]
     if len(set(files)) < len(files):
@@ -236,7 +233,7 @@ def _options() -> _Options:
 
 def _names(methods: tuple[str, ...]) -> set[str]:
     """The methods without their own budgets."""
-    return {method.partition("@")[0] for method in methods}
+    return {protection_photos.parse_method(method)[0] for method in methods}
 
 
 def _split(

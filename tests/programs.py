@@ -77,13 +77,12 @@ def command(program, *lines, setup=""):
 
 def drive(program, *lines, setup=""):
     """What "module.function" answers to each list of flags: [result, exit code], or a message."""
-    done = subprocess.run(
-        command(program, *lines, setup=setup),
-        cwd=ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
+    return answers(command(program, *lines, setup=setup))
+
+
+def answers(command):
+    """The lines of JSON that a process prints."""
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -2,16 +2,12 @@
 
 import csv
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
 import numpy as np
+import programs
 import pytest
 from PIL import Image
-
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Two toy extractors, and a trained one in a folder. Every photo's face is in its middle, but for
 # black photos; an embedding is a projection of the photo at 4 x 4 pixels. A cloak is noise that
@@ -94,15 +90,7 @@ for line in json.loads(sys.argv[1]):
 
 def _drive(*lines):
     lines = json.dumps([[str(flag) for flag in line] for line in lines])
-    done = subprocess.run(
-        [sys.executable, "-c", _DRIVER, lines],
-        cwd=_ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return programs.answers([sys.executable, "-c", _DRIVER, lines])
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +258,7 @@ def test_wrong_usage_is_named(people, trained_folder, tmp_path):
         "no extractor 'vgg'": small("--trackers=toy_a,vgg", f"--workdir={tmp_path / 'b'}"),
         "does not exist": small(f"--data={tmp_path / 'nowhere'}", f"--workdir={tmp_path / 'c'}"),
         "--data is needed": small("--data="),
-        "--methods: no method 'magic'; there are none, noise": small("--methods=none,magic"),
+        "no method 'magic'; there are none, noise": small("--methods=none,magic"),
         "--countermeasures=sepia: of none": small("--countermeasures=sepia"),
         "--leaks must lie in": small("--leaks=0,2"),
         "--budgets must lie in": small("--budgets=0"),
@@ -286,15 +274,7 @@ def test_wrong_usage_is_named(people, trained_folder, tmp_path):
 
 
 def test_toy_runs_on_a_fresh_machine(tmp_path):
-    command = [sys.executable, "-m", "experiments.fawkes_evaluation", "--toy"]
-    done = subprocess.run(
-        [*command, f"--workdir={tmp_path}"],
-        cwd=_ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
+    done, result = programs.run("fawkes_evaluation", "--toy", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
     assert [row["method"] for row in result["nearest"]] == ["none", "noise", "fawkes"]
     assert result["people_enrolled"] == 5 and not result["not_handled"]

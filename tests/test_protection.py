@@ -259,7 +259,8 @@ def test_sets_of_surrogates_and_cells():
 
 
 def test_a_method_may_have_a_budget_of_its_own():
-    cells = protection_photos.cells_of(["lowkey@0.007", "none"], [("dlib",)], [0.004, 0.012])
+    methods = ["lowkey@0.007", "none", "lowkey@0.007"]
+    cells = protection_photos.cells_of(methods, [("dlib",)], [0.004, 0.012])
     assert [cell.name for cell in cells] == ["none", "lowkey-dlib-0.007"]
     for wrong in ("lowkey@0", "lowkey@high", "magic"):
         with pytest.raises(ValueError):

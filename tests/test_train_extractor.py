@@ -1,20 +1,16 @@
 """The training program from the outside: it learns, resumes to the same bytes, streams."""
 
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
 import jax
 import numpy as np
+import programs
 import pytest
 from PIL import Image
 
 from afr_jax.models import zoo
 from afr_jax.recognition import trained, training_set
-
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Runs the program on each command line in one process. {"stop_after": n} before one lets it be
 # interrupted behind its n-th checkpoint. Prints the result and exit code, or the error.
@@ -56,15 +52,7 @@ def _drive(*jobs):
         }
         for job in jobs
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", _DRIVER, json.dumps(listed)],
-        cwd=_ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return programs.answers([sys.executable, "-c", _DRIVER, json.dumps(listed)])
 
 
 @pytest.fixture(scope="module")

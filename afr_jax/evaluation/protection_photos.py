@@ -65,24 +65,29 @@ def cells_of(
         ValueError: there is no such method, or a method's own budget does not lie in (0, 1].
     """
     cells = []
-    parsed = [_parse_method(text, budgets) for text in methods]
-    for method, budgets in sorted(parsed, key=lambda m: protection_methods.METHODS.index(m[0])):
+    parsed = [parse_method(text) for text in methods]
+    for method, own in sorted(parsed, key=lambda pair: protection_methods.METHODS.index(pair[0])):
         if method == "none":
             cells.append(Cell(method))
             continue
         sets = {"noise": [()], "fawkes_pypi": [("dlib",)]}.get(method, surrogate_sets)
-        cells += [Cell(method, tuple(names), budget) for names in sets for budget in budgets]
-    return cells
+        asked = budgets if own is None else [own]
+        cells += [Cell(method, tuple(names), budget) for names in sets for budget in asked]
+    return list(dict.fromkeys(cells))
 
 
-def _parse_method(text: str, budgets: Sequence[float]) -> tuple[str, Sequence[float]]:
-    """A method, and its own budget if it has one."""
+def parse_method(text: str) -> tuple[str, float | None]:
+    """A method, and the DSSIM budget that is its own if it has one (`lowkey@0.007`).
+
+    Raises:
+        ValueError: there is no such method, or the budget does not lie in (0, 1].
+    """
     method, _, own = text.partition("@")
     if method not in protection_methods.METHODS:
         raise ValueError(f"no method {method!r}; there are {', '.join(protection_methods.METHODS)}")
     if own and not 0 < float(own) <= 1:
         raise ValueError(f"the budget of {text} must lie in (0, 1]")
-    return method, [float(own)] if own else budgets
+    return method, float(own) if own else None
 
 
 def write_photos(

@@ -7,10 +7,10 @@ Models", USENIX Security 2020. What differs from the paper and from the authors'
   loop (the code perturbs a 112 px crop and pastes an enlarged difference).
 * Objective: away from the person, towards a target identity (as the paper), or both, each in units
   of the extractor's own threshold; several extractors by a soft minimum, as a sum is easily won on
-  the weakest of them alone. The person is the mean of the clean embeddings of
-  those faces that are cloaked together and belong together; the code's last release moves each face
-  away from its own clean embedding alone, and much of that way leads to another picture of the
-  same person (`experiments/results/fawkes_attempts.md`).
+  the weakest of them alone. The person is the mean of the clean embeddings of all faces of the
+  person that are cloaked together (`cloak.cloak_photos` finds them). The code's last release moves
+  each face away from its own clean embedding; what that costs is in
+  `experiments/results/fawkes_attempts.md`.
 * Every step sees the photo as a tracker may get it: blurred or shrunk, compressed, and aligned by
   slightly other landmarks (Athalye et al. 2018; neither paper nor code have this). What survives
   that also carries over better to extractors that are not among the surrogates.
@@ -132,7 +132,7 @@ def evaluate(
 
     Returns:
         loss = weight * dssim / budget - gain, score = -gain within the budget and inf outside,
-        metrics `dssim`, `gain` and `distances` `[number of surrogates]`.
+        metrics `dssim`, `gain` and `distances` from the person `[number of surrogates]`.
     """
     cloaked = face.image + delta
     dssim = face_cloaks.dssim(cloaked, face, reference)
