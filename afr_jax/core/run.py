@@ -71,8 +71,8 @@ def main(
 ) -> NoReturn:
     """Runs an experiment as a program and exits.
 
-    Parses the flags, joins the cluster if there is one, switches the compilation cache on, calls
-    `run_fn` and prints its result as one JSON line, the last of standard output. Exit codes: what
+    Parses the flags, chooses compiler options, joins the cluster if there is one, switches the
+    compilation cache on, calls `run_fn` and prints its result as one JSON line, the last of standard output. Exit codes: what
     `run_fn` returns; 2 for wrong flags, extra arguments or a `UsageError`; 130 when interrupted; 1
     with a traceback for everything else.
 
@@ -83,6 +83,7 @@ def main(
 
     def call(_: Sequence[str]) -> int:
         try:
+            machine.choose_compiler_options()
             _join_cluster()
             enable_compilation_cache()
             with contextlib.redirect_stdout(sys.stderr):

@@ -229,7 +229,7 @@ def _batches(plans: Sequence[_Plan], num_devices: int) -> list[list[int]]:
 
 def _batch_limit(num_devices: int) -> int:
     """Faces of a full batch: a multiple of the devices."""
-    most = 4 if jax.default_backend() == "cpu" else 64
+    most = 8 if jax.default_backend() == "cpu" else 64
     return max(most // num_devices, 1) * num_devices
 
 
@@ -252,8 +252,10 @@ def _cloak_batch(key, surrogates, plans, config, mesh, report_fn):
 def _stack(surrogates, plans, mesh):
     """Faces of one bucket as a batch on the devices, their plans, and the static surrogates."""
     count = len(plans)
-    # One face or a full batch: few shapes to compile. The last face is repeated to fill it.
-    size = mesh.size if count <= mesh.size else _batch_limit(mesh.size)
+    # One face, half a batch or a full one: few shapes to compile. The last face fills it up.
+    full = _batch_limit(mesh.size)
+    half = max(full // (2 * mesh.size), 1) * mesh.size
+    size = next(size for size in (mesh.size, half, full) if count <= size)
     filled = [*plans, *[plans[-1]] * (size - count)]
     faces = jax.tree.map(lambda *leaves: np.stack(leaves), *[plan.face for plan in filled])
     statics = tuple(
