@@ -72,9 +72,9 @@ def main(
     """Runs an experiment as a program and exits.
 
     Parses the flags, chooses compiler options, joins the cluster if there is one, switches the
-    compilation cache on, calls `run_fn` and prints its result as one JSON line, the last of standard output. Exit codes: what
-    `run_fn` returns; 2 for wrong flags, extra arguments or a `UsageError`; 130 when interrupted; 1
-    with a traceback for everything else.
+    compilation cache on, calls `run_fn` and prints its result as one JSON line, the last of
+    standard output. Exit codes: what `run_fn` returns; 2 for wrong flags, extra arguments or a
+    `UsageError`; 130 when interrupted; 1 with a traceback for everything else.
 
     Args:
       run_fn: reads its flags and returns (result, exit code).

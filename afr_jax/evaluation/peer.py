@@ -36,11 +36,12 @@ class Peer:
         """
         self._name = pathlib.Path(script).name
         self._errors = tempfile.TemporaryFile()
-        # Neither our modules nor another interpreter's library may get into its way.
+        # Neither our modules and compiler options nor another interpreter's library may get into
+        # its way: TensorFlow's XLA stops at options that it does not know.
         environment = {
             name: value
             for name, value in os.environ.items()
-            if name not in ("PYTHONPATH", "PYTHONHOME")
+            if name not in ("PYTHONPATH", "PYTHONHOME", "XLA_FLAGS")
         }
         try:
             self._process = subprocess.Popen(
