@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import programs
 import pytest
 from PIL import Image
 
@@ -143,3 +144,39 @@ def test_wrong_usage_is_named(tmp_path):
     messages = [json.loads(line) for line in done.stdout.splitlines()]
     for message, (_, part) in zip(messages, lines, strict=True):
         assert part in message
+
+
+def test_the_ablation_measures_its_rows_once(tmp_path):
+    flags = ["--toy", f"--workdir={tmp_path / 'work'}"]
+    # In the second run nothing is trained.
+    (first, code), (second, _), *refused = programs.drive(
+        "patch_ablation.ablation_program",
+        flags,
+        flags,
+        [f"--workdir={tmp_path}", "--rows=full,colour"],
+        [f"--workdir={tmp_path}", "--scale_factor=2"],
+        [f"--workdir={tmp_path}"],
+    )
+    assert code == 0 and first["rows"] == second["rows"]
+    assert set(first["rows"]) == {"clean", "full", "no noise"}
+    for name, row in first["rows"].items():
+        assert row["total"] == first["num_test"] and 0 <= row["low"] <= row["rate"] <= row["high"]
+        assert ("training" in row) == (name != "clean")
+    table = (tmp_path / "work" / "ablation.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| clean", "| full", "| no noise"]
+    for message, part in zip(refused, ["no 'colour'", "scale_factor is 2", "--train"], strict=True):
+        assert part in message
+
+
+def test_the_speed_of_epochs_is_extrapolated_to_a_run(tmp_path):
+    (result, code), refused = programs.drive(
+        "patch_speed.speed_program",
+        ["--toy", f"--workdir={tmp_path / 'work'}"],
+        [f"--workdir={tmp_path}"],
+    )
+    assert code == 0 and "--train is needed" in refused
+    epochs, minutes = result["rows"][0], result["rows"][1]
+    assert epochs["quantity"] == "s per epoch" and minutes["quantity"] == "minutes for 2000 epochs"
+    assert minutes["ours"]["median"] == pytest.approx(epochs["ours"]["median"] * 2000 / 60)
+    assert all(row["ours"]["low"] > 0 for row in result["rows"])
+    assert (tmp_path / "work" / "speed.md").read_text().count("\n") == 6

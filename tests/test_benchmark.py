@@ -206,6 +206,37 @@ def test_chips_are_the_given_faces_then_shaken_ones():
 
 
 @pytest.mark.parametrize(
+    "version, given, chosen",
+    [
+        ("0.10.2", None, "--xla_cpu_experimental_ynn_fusion_type="),
+        ("0.10.2", "--a=1", "--a=1 --xla_cpu_experimental_ynn_fusion_type="),
+        ("0.10.2", "--xla_cpu_experimental_ynn_fusion_type=DOT", None),
+        ("0.11.0", None, None),
+        ("0.11.0", "--a=1", None),
+    ],
+)
+def test_compiler_options_leave_alone_what_is_said_and_what_was_not_tried(
+    version, given, chosen, monkeypatch
+):
+    monkeypatch.setattr(machine.jaxlib, "__version__", version)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("XLA_FLAGS", given)
+    for _ in range(2):
+        machine.choose_compiler_options()
+        assert os.environ.get("XLA_FLAGS") == (given if chosen is None else chosen)
+
+
+def test_peers_start_without_our_compiler_options(stub, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ -z "$XLA_FLAGS" ] && exec "{sys.executable}" "{stub}"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("XLA_FLAGS", "--an_option")
+    with peer.Peer(python, stub) as other:
+        assert "numpy" in other.versions
+
+
+@pytest.mark.parametrize(
     "argument, shown",
     [
         (

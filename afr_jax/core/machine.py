@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 import jax
+import jaxlib
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 # XLA stops the process at an option that it does not know: only where it was tried.
@@ -23,7 +24,7 @@ def choose_compiler_options() -> None:
     for the networks here. Call it before JAX makes its first array; later it does nothing.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if jax.lib.__version__.startswith(_YNNPACK_VERSIONS) and _YNNPACK_OPTION not in flags:
+    if jaxlib.__version__.startswith(_YNNPACK_VERSIONS) and _YNNPACK_OPTION not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_YNNPACK_OPTION}=".strip()
 
 

@@ -19,7 +19,7 @@ from afr_jax.methods import cloak
 from afr_jax.models import zoo
 from afr_jax.recognition import detect
 
-_GROUP = 20
+_GROUP = 60
 
 
 def surrogate_sets(asked: Sequence[str], trackers: Sequence[str]) -> tuple[tuple[str, ...], ...]:

@@ -68,6 +68,8 @@ def plot_budgets(
 ) -> None:
     """Draws protection against the DSSIM budget, a line for each method and set of surrogates.
 
+    Markers are filled where the panel's extractor is among the surrogates.
+
     Args:
         path: of the PNG.
         rows: of the table, without leaks; those of other trackers and countermeasures are left out.
@@ -82,6 +84,7 @@ def plot_budgets(
         sets = list(dict.fromkeys((row["method"], row["surrogates"]) for row in own))
         for number, (method, surrogates) in enumerate(sets):
             marker = _MARKERS[number % len(_MARKERS)]
+            fill = {} if name in surrogates.split("+") else {"markerfacecolor": "white"}
             for countermeasure, style in zip(countermeasures, ("-", ":"), strict=True):
                 line = [
                     row
@@ -90,12 +93,15 @@ def plot_budgets(
                     and row["countermeasure"] == countermeasure
                 ]
                 if line:
-                    _budget_line(panel, line, style, marker, _label(method, surrogates, name))
+                    label = f"{method}: {surrogates}" if surrogates else method
+                    _budget_line(panel, line, style, label, {"marker": marker, **fill})
         panel.set(xlabel="DSSIM budget", ylim=(-3, 103), title=name)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
     axes[0].set_ylabel(f"probes not identified, % ({tracker})")
-    figure.suptitle(f"solid: {countermeasures[0]}, dotted: {countermeasures[1]}", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
+    note = f"solid: {countermeasures[0]}, dotted: {countermeasures[1]}"
+    figure.suptitle(f"{note}; hollow: the extractor is none of the surrogates", fontsize=9)
     figures.save(figure, path)
 
 
@@ -158,7 +164,7 @@ def principal_components(vectors: np.ndarray):
     return lambda some: (match.unit_length(np.asarray(some, np.float64)) - centre) @ axes[:2].T
 
 
-def _budget_line(panel, line, style, marker, label) -> None:
+def _budget_line(panel, line, style, label, marker) -> None:
     colour = _METHOD_COLOURS[line[0]["method"]]
     share = 100 * np.array([row["protection"] for row in line])
     if line[0]["budget"] is None:
@@ -168,7 +174,7 @@ def _budget_line(panel, line, style, marker, label) -> None:
     order = np.argsort([row["budget"] for row in line])
     budgets = np.array([row["budget"] for row in line])[order]
     if style == ":":
-        panel.plot(budgets, share[order], style, color=colour, marker=marker, markersize=3)
+        panel.plot(budgets, share[order], style, color=colour, markersize=3, **marker)
         return
     low, high = (100 * np.array([row[end] for row in line])[order] for end in ("low", "high"))
     spread = np.maximum([share[order] - low, high - share[order]], 0)
@@ -178,19 +184,12 @@ def _budget_line(panel, line, style, marker, label) -> None:
         spread,
         linestyle=style,
         color=colour,
-        marker=marker,
         markersize=4,
         capsize=2,
         linewidth=1,
         label=label,
+        **marker,
     )
-
-
-def _label(method: str, surrogates: str, extractor: str) -> str:
-    if not surrogates:
-        return method
-    known = " (white box)" if extractor in surrogates.split("+") else ""
-    return f"{method}: {surrogates}{known}"
 
 
 def _panels(count: int, *, height: float):
