@@ -27,9 +27,9 @@ def _blurred(chip: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _evaluate_fn(config):
+def _evaluate_fn():
     def evaluate(delta, weight, variables, face, reference):
-        return lowkey.evaluate(delta, weight, variables, face, reference, _SURROGATES, config)
+        return lowkey.evaluate(delta, weight, variables, face, reference, _SURROGATES)
 
     return jax.jit(evaluate)
 
@@ -49,10 +49,9 @@ def test_the_objective(size, fits):
     own, *moved = np.asarray(embed, np.float64)
     gain = np.mean([np.sum((one - own) ** 2) for one in moved]) / np.sum(own**2)
     view = face.views[0]._replace(own=own.astype(np.float32))
-    face = face._replace(views=(view,))
-    config = lowkey.LowKeyConfig(dssim_budget=0.02)
+    face = face._replace(views=(view,), budget=np.float32(0.02))
     reference = ssim.ssim_reference(jnp.asarray(face.image))
-    found = _evaluate_fn(config)(delta, jnp.float32(3.0), (_variables(),), face, reference)
+    found = _evaluate_fn()(delta, jnp.float32(3.0), (_variables(),), face, reference)
     dssim = max(_dssim(face.image + delta, face.image, box) for box in (_REGION, _BOX))
     assert (dssim < 0.02) == fits
     np.testing.assert_allclose(found.metrics["gain"], gain, rtol=1e-3)

@@ -220,10 +220,11 @@ def _batches(plans: Sequence[_Plan], num_devices: int) -> list[list[int]]:
     buckets: dict[tuple, list[int]] = {}
     for i, plan in enumerate(plans):
         buckets.setdefault((plan.canvas.image.shape[0], plan.pools), []).append(i)
+    # In even parts, so that no face is left over that would take a program of its own.
     return [
-        indices[start : start + most]
+        part.tolist()
         for indices in buckets.values()
-        for start in range(0, len(indices), most)
+        for part in np.array_split(indices, -(-len(indices) // most))
     ]
 
 
@@ -252,10 +253,8 @@ def _cloak_batch(key, surrogates, plans, config, mesh, report_fn):
 def _stack(surrogates, plans, mesh):
     """Faces of one bucket as a batch on the devices, their plans, and the static surrogates."""
     count = len(plans)
-    # One face, half a batch or a full one: few shapes to compile. The last face fills it up.
-    full = _batch_limit(mesh.size)
-    half = max(full // (2 * mesh.size), 1) * mesh.size
-    size = next(size for size in (mesh.size, half, full) if count <= size)
+    # One face or a full batch: few shapes to compile. The last face is repeated to fill it.
+    size = mesh.size if count <= mesh.size else _batch_limit(mesh.size)
     filled = [*plans, *[plans[-1]] * (size - count)]
     faces = jax.tree.map(lambda *leaves: np.stack(leaves), *[plan.face for plan in filled])
     statics = tuple(

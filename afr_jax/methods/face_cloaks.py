@@ -5,6 +5,7 @@ rest is here. Functions work on face canvases (`afr_jax.recognition.align.Canvas
 in `afr_jax.methods.cloak`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -55,6 +56,7 @@ class Face(NamedTuple):
         views: one for each surrogate.
         has_target: float, 1 where `target` counts, else 0.
         grey: float, 1 where the change must be equal in all channels, else 0.
+        budget: float, largest DSSIM.
     """
 
     image: jax.Array
@@ -63,6 +65,7 @@ class Face(NamedTuple):
     views: tuple[FaceView, ...]
     has_target: jax.Array
     grey: jax.Array
+    budget: jax.Array | float = 0.0
 
 
 class CloakConfig(Protocol):
@@ -112,7 +115,8 @@ def cloak_faces(
     Args:
         keys: `[B]`, one for each face: a face's result depends on its own key alone.
         variables: of each surrogate's module.
-        faces: the batch; the views' `own` embeddings need not be filled in, they are computed here.
+        faces: the batch; the views' `own` embeddings and `budget` need not be filled in, they are
+            computed here and taken from the config.
         surrogates: static; compiled programs are shared by all batches of one shape.
         config: the method.
         report_fn: called with the number of steps taken, for progress.
@@ -123,7 +127,10 @@ def cloak_faces(
     """
     own = embed_faces(variables, faces, surrogates)
     views = [view._replace(own=vector) for view, vector in zip(faces.views, own, strict=True)]
-    faces = faces._replace(views=tuple(views))
+    # The budget goes with the faces, so that all budgets share a compiled program.
+    budgets = jnp.full(len(faces.image), config.dssim_budget, jnp.float32)
+    faces = faces._replace(views=tuple(views), budget=budgets)
+    config = dataclasses.replace(config, dssim_budget=1.0)
     references = _references(faces.image)
     state = _start(keys, faces, config)
 
@@ -166,7 +173,7 @@ def dssim(cloaked: jax.Array, face: Face, reference: ssim.SsimReference) -> jax.
 
 
 def within_budget(
-    gain: jax.Array, dssim: jax.Array, weight: jax.Array, config: CloakConfig, **metrics: jax.Array
+    gain: jax.Array, dssim: jax.Array, weight: jax.Array, face: Face, **metrics: jax.Array
 ) -> loop.Evaluation:
     """What a gain is worth under the budget.
 
@@ -174,23 +181,23 @@ def within_budget(
         gain: of a change, scalar.
         dssim: of the change.
         weight: multiplier of the DSSIM penalty.
-        config: the method.
+        face: with its budget.
         **metrics: others to record.
 
     Returns:
         loss = weight * dssim / budget - gain, score = -gain within the budget and inf outside,
-        metrics `dssim`, `gain` and the others.
+        metrics `dssim`, `spent` (dssim / budget), `gain` and the others.
     """
-    loss = weight * dssim / config.dssim_budget - gain
-    score = jnp.where(dssim <= config.dssim_budget, -gain, jnp.inf)
-    return loop.Evaluation(loss, score, {"dssim": dssim, "gain": gain, **metrics})
+    spent = dssim / face.budget
+    score = jnp.where(dssim <= face.budget, -gain, jnp.inf)
+    found = {"dssim": dssim, "spent": spent, "gain": gain, **metrics}
+    return loop.Evaluation(weight * spent - gain, score, found)
 
 
 def make_problem(
     loss_fn: Callable[[jax.Array, jax.Array, jax.Array], loop.Evaluation],
     tx: optax.GradientTransformation,
     face: Face,
-    config: CloakConfig,
 ) -> loop.Problem:
     """A loss of `within_budget` with its step, the face's limits, and the penalty's multiplier."""
     return loop.Problem(
@@ -198,7 +205,7 @@ def make_problem(
         tx=tx,
         project_fn=lambda delta: project(delta, face),
         # Aims a little below the budget, so that the iterates around it are kept.
-        control=controls.hold_below("dssim", 0.97 * config.dssim_budget, start=0.5, rate=0.2),
+        control=controls.hold_below("spent", 0.97, start=0.5, rate=0.2),
     )
 
 

@@ -104,7 +104,7 @@ class FawkesConfig:
                 key, delta, weight, variables, face, reference, surrogates=surrogates, config=self
             )
 
-        return face_cloaks.make_problem(loss_fn, step(self), face, self)
+        return face_cloaks.make_problem(loss_fn, step(self), face)
 
 
 def evaluate(
@@ -132,7 +132,7 @@ def evaluate(
 
     Returns:
         loss = weight * dssim / budget - gain, score = -gain within the budget and inf outside,
-        metrics `dssim`, `gain` and `distances` from the person `[number of surrogates]`.
+        metrics `dssim`, `spent`, `gain` and `distances` from the person `[number of surrogates]`.
     """
     cloaked = face.image + delta
     dssim = face_cloaks.dssim(cloaked, face, reference)
@@ -159,7 +159,7 @@ def evaluate(
         gains.append(gain / surrogate.extractor.threshold)
     gain = soft_minimum(jnp.stack(gains), config.balance)
     stacked = jnp.stack(distances)
-    return face_cloaks.within_budget(gain, dssim, weight, config, distances=stacked)
+    return face_cloaks.within_budget(gain, dssim, weight, face, distances=stacked)
 
 
 def soft_minimum(values: jax.Array, sharpness: float) -> jax.Array:

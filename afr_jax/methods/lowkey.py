@@ -62,9 +62,9 @@ class LowKeyConfig:
 
         def loss_fn(delta, weight, key):
             del key  # Nothing is random.
-            return evaluate(delta, weight, variables, face, reference, surrogates, self)
+            return evaluate(delta, weight, variables, face, reference, surrogates)
 
-        return face_cloaks.make_problem(loss_fn, optax.sign_sgd(self.step_size), face, self)
+        return face_cloaks.make_problem(loss_fn, optax.sign_sgd(self.step_size), face)
 
 
 def evaluate(
@@ -74,14 +74,13 @@ def evaluate(
     face: face_cloaks.Face,
     reference: ssim.SsimReference,
     surrogates: tuple[face_cloaks.Surrogate, ...],
-    config: LowKeyConfig,
 ) -> loop.Evaluation:
     """Loss, score and metrics of one face's change.
 
     Returns:
         loss = weight * dssim / budget - gain, where gain is the mean, over surrogates and over
         plain and blurred chip, of the squared distance in units of the clean embedding's squared
-        length; score = -gain within the budget and inf outside; metrics `dssim` and `gain`.
+        length; score = -gain within the budget and inf outside; metrics of `within_budget`.
     """
     cloaked = face.image + delta
     dssim = face_cloaks.dssim(cloaked, face, reference)
@@ -92,4 +91,4 @@ def evaluate(
         moved = zoo.embed(surrogate.extractor, params, pair) - view.own[None]
         gains.append(jnp.mean(jnp.sum(moved**2, axis=-1)) / jnp.sum(view.own**2))
     gain = sum(gains) / len(gains)
-    return face_cloaks.within_budget(gain, dssim, weight, config)
+    return face_cloaks.within_budget(gain, dssim, weight, face)
