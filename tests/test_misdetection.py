@@ -1,5 +1,8 @@
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from afr_jax.data import video
 from afr_jax.evaluation import misdetection, other_detectors, patch_pictures
@@ -110,10 +113,6 @@ def test_other_detectors_find_the_portrait_and_name_missing_files():
 
 
 def test_pictures_are_files_that_open():
-    import io
-
-    from PIL import Image
-
     row = {"missed": 1, "total": 2, "rate": 0.5, "low": 0.1, "high": 0.9}
     table = {name: {"0.709": row, "0.9": row, "mean": 0.5} for name in ("trained", "clean")}
     chart = Image.open(io.BytesIO(patch_pictures.bar_chart(table, title="two")))

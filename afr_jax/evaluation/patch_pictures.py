@@ -82,8 +82,11 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], *, cell_px: int = 160) 
 
 def film(pictures: Sequence[Image.Image], *, width_px: int = 400, frame_ms: int = 150) -> bytes:
     """GIF of pictures, scaled to one width."""
+    # The default method drops colours of few pixels: those of the boxes.
     small = [
-        one.resize((width_px, round(one.height * width_px / one.width))).quantize(128)
+        one.resize((width_px, round(one.height * width_px / one.width))).quantize(
+            256, method=Image.Quantize.FASTOCTREE
+        )
         for one in pictures
     ]
     buffer = io.BytesIO()
