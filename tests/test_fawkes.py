@@ -23,7 +23,7 @@ _CONFIG = fawkes.FawkesConfig(
     num_steps=60,
     dssim_budget=0.01,
     linf_limit=0.1,
-    learning_rate=0.01,
+    learning_rate=0.0084,
     align_jitter=0.0,
     blur_px=0.0,
     jpeg_quality=None,
@@ -397,19 +397,20 @@ def test_project_is_idempotent(grey):
     np.testing.assert_allclose(project(once, face), once, atol=1e-7)
 
 
-def test_the_learning_rate_falls_to_a_tenth():
+@pytest.mark.parametrize("budget, rate", [(0.007, 0.04), (0.028, 0.08)])
+def test_the_learning_rate_falls_to_a_tenth(budget, rate):
     """Under a steady gradient Adam's updates are the rate itself."""
     config = fawkes.FawkesConfig(num_steps=30, learning_rate=0.04)
-    tx = fawkes.step(config)
+    tx = fawkes.step(config, budget)
     update = jax.jit(tx.update)
     state, sizes = tx.init(jnp.zeros(3)), []
     for _ in range(31):
         updates, state = update(jnp.array([1.0, -2.0, 5.0]), state)
         sizes.append(np.abs(updates))
         np.testing.assert_array_equal(np.sign(updates), [-1, 1, -1])
-    np.testing.assert_allclose(sizes[0], 0.04, rtol=1e-3)
-    np.testing.assert_allclose(sizes[15], 0.04 * (0.1 + 0.9 * 0.5), rtol=1e-3)
-    np.testing.assert_allclose(sizes[30], 0.004, rtol=1e-3)
+    np.testing.assert_allclose(sizes[0], rate, rtol=1e-3)
+    np.testing.assert_allclose(sizes[15], rate * (0.1 + 0.9 * 0.5), rtol=1e-3)
+    np.testing.assert_allclose(sizes[30], rate / 10, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

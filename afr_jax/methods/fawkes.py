@@ -43,7 +43,9 @@ class FawkesConfig:
     Attributes:
         dssim_budget: largest DSSIM of a face, > 0.
         num_steps: gradient steps, >= 0.
-        learning_rate: of Adam at the start, in [0, 1] units; a cosine takes it to a tenth.
+        learning_rate: of Adam at the start for a budget of 0.007, in [0, 1] units; a cosine takes
+            it to a tenth. For other budgets it grows with their root, as DSSIM grows with the
+            square of a small change.
         linf_limit: largest change of a pixel, in [0, 1] units.
         repel_weight: weight of the distance from the person.
         attract_weight: weight of the distance to the target embedding, where there is a target.
@@ -60,7 +62,7 @@ class FawkesConfig:
 
     dssim_budget: float = MODES["mid"]
     num_steps: int = 100
-    learning_rate: float = 3 / 255
+    learning_rate: float = 2 / 255
     linf_limit: float = 24 / 255
     repel_weight: float = 1.0
     attract_weight: float = 1.0
@@ -104,7 +106,7 @@ class FawkesConfig:
                 key, delta, weight, variables, face, reference, surrogates=surrogates, config=self
             )
 
-        return face_cloaks.make_problem(loss_fn, step(self), face)
+        return face_cloaks.make_problem(loss_fn, step(self, face.budget), face)
 
 
 def evaluate(
@@ -170,9 +172,10 @@ def soft_minimum(values: jax.Array, sharpness: float) -> jax.Array:
     return -log_mean / sharpness
 
 
-def step(config: FawkesConfig) -> optax.GradientTransformation:
-    """Adam with a cosine schedule."""
+def step(config: FawkesConfig, budget: jax.Array | float) -> optax.GradientTransformation:
+    """Adam with a cosine schedule, for a DSSIM budget (a scalar)."""
     schedule = optax.cosine_decay_schedule(
         config.learning_rate, max(config.num_steps, 1), alpha=0.1
     )
-    return optax.adam(schedule, b1=0.9, b2=0.99)
+    size = jnp.sqrt(budget / MODES["mid"])
+    return optax.adam(lambda count: size * schedule(count), b1=0.9, b2=0.99)
