@@ -20,8 +20,8 @@ _YNNPACK_VERSIONS = ("0.10.",)
 def choose_compiler_options() -> None:
     """Switches YNNPACK off in XLA for CPUs, unless `XLA_FLAGS` says something about it.
 
-    jaxlib 0.10 hands convolutions to YNNPACK, which takes 1.3 to 2 times as long as XLA's own way
-    for the networks here. Call it before JAX makes its first array; later it does nothing.
+    jaxlib 0.10 hands convolutions to YNNPACK, which takes 1.2 to 2.2 times as long as XLA's own way
+    for the face extractors here. Call it before JAX makes its first array: later it has no effect.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if jaxlib.__version__.startswith(_YNNPACK_VERSIONS) and _YNNPACK_OPTION not in flags:

@@ -19,6 +19,8 @@ from afr_jax.methods import cloak
 from afr_jax.models import zoo
 from afr_jax.recognition import detect
 
+# Photos that are worked on together: all those of a person should lie in one group, and many photos
+# fill the batches better.
 _GROUP = 60
 
 

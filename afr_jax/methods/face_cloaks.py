@@ -56,7 +56,7 @@ class Face(NamedTuple):
         views: one for each surrogate.
         has_target: float, 1 where `target` counts, else 0.
         grey: float, 1 where the change must be equal in all channels, else 0.
-        budget: float, largest DSSIM.
+        budget: float, largest DSSIM; `cloak_faces` fills it in.
     """
 
     image: jax.Array
@@ -92,6 +92,9 @@ class CloakConfig(Protocol):
         surrogates: tuple[Surrogate, ...],
     ) -> loop.Problem:
         """The search for a change `[S, S, 3]` of one face (without batch axis).
+
+        The budget to keep is `face.budget`: the config's own is not passed on, so that a compiled
+        program serves all budgets.
 
         Args:
             variables: of each surrogate's module.
