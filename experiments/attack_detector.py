@@ -46,7 +46,9 @@ _TRAIN = flags.DEFINE_list("train", [], "films, folders and photos to train on")
 _TEST = flags.DEFINE_list("test", [], "films, folders and photos to measure on")
 _PLACEMENT = flags.DEFINE_enum("placement", "cheeks", ["cheeks", "mask"], "where patches are worn")
 _EPOCHS = flags.DEFINE_integer("epochs", 2000, "passes over the training frames", lower_bound=1)
-_TRAIN_FRAMES = flags.DEFINE_integer("train_frames", 20, "frames to train on", lower_bound=1)
+_TRAIN_FRAMES = flags.DEFINE_integer(
+    "train_frames", 20, "frames to train on; altered views fill up what is missing", lower_bound=1
+)
 _TEST_FRAMES = flags.DEFINE_integer(
     "test_frames", 0, "frames to measure on, 0 for all; altered views fill up what is missing"
 )
@@ -90,6 +92,14 @@ class _People(NamedTuple):
     skipped: list[tuple[str, str]]
 
 
+class _Views(NamedTuple):
+    """How many frames, and whether altered views, drawn from a seed, fill up what is missing."""
+
+    total: int
+    seed: int
+    fill_up: bool
+
+
 def attack_program() -> tuple[dict[str, Any], int]:
     """Runs the program; returns its result and exit code."""
     options, settings = _options()
@@ -102,22 +112,19 @@ def attack_program() -> tuple[dict[str, Any], int]:
     work = run.open_workdir(flags.FLAGS.workdir or "out/attack_detector", settings)
     train = _people(variables, "train", _TRAIN.value)
     test = _people(variables, "test", _TEST.value)
-    train_placed = _placed(train, options, corners)
-    count = min(_TRAIN_FRAMES.value, len(train_placed))
-    chosen = [train_placed[index] for index in video.spread(len(train_placed), count)]
+    seed = flags.FLAGS.seed
+    # Other views than those of the test: they are drawn with another seed.
+    views = _Views(_TRAIN_FRAMES.value, seed + 1, fill_up=corners is None and not flags.FLAGS.toy)
+    chosen = _placed(_chosen(train, views), options, corners)
     trained = patch_training.train(
-        jax.random.key(flags.FLAGS.seed), variables, chosen, options,
+        jax.random.key(seed), variables, [frame.placed for frame in chosen], options,
         work=work, num_starts=_STARTS.value,
     )  # fmt: skip
-    people = test.people
-    if _TEST_FRAMES.value:
-        some = video.spread(len(people), min(_TEST_FRAMES.value, len(people)))
-        people = [people[index] for index in some]
-        people = misdetection.fill_up(people, _TEST_FRAMES.value, seed=flags.FLAGS.seed)
+    views = _Views(_TEST_FRAMES.value or len(test.people), seed, fill_up=True)
     study = patch_study.Study(
         variables=variables,
         options=options,
-        frames=_placed(_People(people, test.skipped), options, corners, keep_names=True),
+        frames=_placed(_chosen(test, views), options, corners),
         patches=trained.patches,
         start=trained.start,
         num_controls=_CONTROL_FRAMES.value,
@@ -126,7 +133,11 @@ def attack_program() -> tuple[dict[str, Any], int]:
     result = {
         **run.provenance("experiments.attack_detector"),
         "settings": settings,
-        "training": {"num_frames": count, **trained.record},
+        "training": {
+            "num_frames": len(chosen),
+            "num_altered": sum(frame.person.is_altered for frame in chosen),
+            **trained.record,
+        },
         "test": study.measure(),
     }
     result["pictures"] = study.write_pictures(face_width_mm=_FACE_WIDTH.value)
@@ -137,7 +148,7 @@ def attack_program() -> tuple[dict[str, Any], int]:
         result["transfer"] = {}
         for path in _TRANSFER.value:
             strangers = _people(variables, "transfer", [path])
-            frames = _placed(strangers, options, None, keep_names=True)
+            frames = _placed(strangers, options, None)
             result["transfer"][pathlib.Path(path).name] = study.transfer(frames)
             test.skipped.extend(strangers.skipped)
     if _PEER_PYTHON.value:
@@ -245,9 +256,16 @@ def _corners():
         raise run.UsageError(f"--corners: {error}") from error
 
 
-def _placed(
-    shown: _People, options: mtcnn_patch.PatchOptions, corners, *, keep_names: bool = False
-) -> list:
+def _chosen(shown: _People, views: _Views) -> _People:
+    """So many of the frames, evenly spread, and altered views of them where they are too few."""
+    some = video.spread(len(shown.people), min(views.total, len(shown.people)))
+    people = [shown.people[index] for index in some]
+    if views.fill_up:
+        people = misdetection.fill_up(people, views.total, seed=views.seed)
+    return _People(people, shown.skipped)
+
+
+def _placed(shown: _People, options: mtcnn_patch.PatchOptions, corners) -> list[patch_study.Shown]:
     """Patches placed on every frame; where that fails, the frame is left out, with the reason."""
     found = []
     for person in shown.people:
@@ -261,7 +279,7 @@ def _placed(
             logging.warning("%s is left out: %s", person.name, error)
             shown.skipped.append((person.name, str(error)))
             continue
-        found.append(patch_study.Shown(person, placed) if keep_names else placed)
+        found.append(patch_study.Shown(person, placed))
     if not found:
         raise run.UsageError("the patches can be placed on no frame; see the messages above")
     return found

@@ -173,3 +173,18 @@ def test_images_smaller_than_the_window_are_rejected(shape):
 def test_images_of_other_shapes_are_rejected():
     with pytest.raises(AssertionError):
         ssim.dssim(jnp.zeros((20, 20, 3)), jnp.zeros((20, 21, 3)))
+
+
+def test_changes_of_the_tolerance_lose_equal_similarity():
+    """Single pixels of a photo, each changed by a small multiple of what is tolerated there."""
+    image = skimage.data.astronaut()[:128, 160:288].astype(np.float64) / 255
+    tolerance = np.asarray(ssim.tolerance(ssim.ssim_reference(jnp.asarray(image, jnp.float32))))
+    assert tolerance.shape == image.shape
+    losses = []
+    for y, x in np.random.default_rng(0).integers(12, 116, (20, 2)):
+        changed = image.copy()
+        changed[y, x] += 0.1 * tolerance[y, x]
+        losses.append(1 - _reference_map(image, changed).mean())
+    inside = tolerance[12:116, 12:116]
+    assert inside.max() > 5 * inside.min()
+    assert max(losses) < 1.25 * min(losses), losses

@@ -59,6 +59,23 @@ def ssim_map(image: jax.Array, reference: SsimReference) -> jax.Array:
     return jnp.mean(_ssim(planes, reference), axis=0).T
 
 
+def tolerance(reference: SsimReference) -> jax.Array:
+    """How far single pixels can change for an equal loss of SSIM, up to a common factor.
+
+    By the structure term of Wang et al. 2004, equation 13, for small changes: a window of variance
+    v loses change^2 / (2 v + C2) at its pixels, so that texture hides more than smooth skin.
+
+    Args:
+        reference: of an image `[H, W, C]`.
+
+    Returns:
+        `[H, W, C]`, > 0.
+    """
+    variance = jnp.maximum(reference.square - reference.mean**2, 0.0)
+    loss = _filter_adjoint(1 / (2 * variance + _C2)) / _filter_adjoint(jnp.ones_like(variance))
+    return (1 / jnp.sqrt(loss)).transpose(1, 2, 0)
+
+
 def dssim(image: jax.Array, other: jax.Array) -> jax.Array:
     """Structural dissimilarity (1 - SSIM) / 2 of two images `[H, W, C]` in [0, 1]; 0 if equal."""
     return (1.0 - jnp.mean(ssim_map(image, ssim_reference(other)))) / 2.0

@@ -135,7 +135,7 @@ def cloak_faces(
     faces = faces._replace(views=tuple(views), budget=budgets)
     config = dataclasses.replace(config, dssim_budget=1.0)
     references = _references(faces.image)
-    state = _start(keys, faces, config)
+    state = _start(keys, faces, references, config)
 
     def advance(state, num_steps):
         return _advance(
@@ -230,13 +230,13 @@ def _references(images):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _start(keys, faces, config):
-    def one(key, face):
+def _start(keys, faces, references, config):
+    def one(key, face, reference):
         shape = face.image.shape
         noise = jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * config.start_noise
-        return loop.start(config.problem((), face, (), ()), noise)
+        return loop.start(config.problem((), face, reference, ()), noise)
 
-    return jax.vmap(one)(keys, faces)
+    return jax.vmap(one)(keys, faces, references)
 
 
 @functools.partial(

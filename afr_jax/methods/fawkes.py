@@ -6,11 +6,12 @@ Models", USENIX Security 2020. What differs from the paper and from the authors'
 * The perturbation lives on the photo's own pixels and the chip is warped out of them inside the
   loop (the code perturbs a 112 px crop and pastes an enlarged difference).
 * Objective: away from the person, towards a target identity (as the paper), or both, each in units
-  of the extractor's own threshold; several extractors by a soft minimum, as a sum is easily won on
-  the weakest of them alone. The person is the mean of the clean embeddings of all faces of the
-  person that are cloaked together (`cloak.cloak_photos` finds them). The code's last release moves
-  each face away from its own clean embedding; what that costs is in
-  `experiments/results/fawkes_attempts.md`.
+  of the distance at which other people's photos lie for that extractor; several extractors by a
+  soft minimum, as a sum is easily won on the weakest of them alone. The person is the mean of the
+  clean embeddings of all faces of the person that are cloaked together (`cloak.cloak_photos` finds
+  them). The code's last release moves each face away from its own clean embedding; what that costs
+  is in `experiments/results/fawkes_attempts.md`.
+* Steps are longer where a change costs less DSSIM (`step`).
 * Every step sees the photo as a tracker may get it: blurred or shrunk, compressed, and aligned by
   slightly other landmarks (Athalye et al. 2018; neither paper nor code have this). What survives
   that also carries over better to extractors that are not among the surrogates.
@@ -43,9 +44,9 @@ class FawkesConfig:
     Attributes:
         dssim_budget: largest DSSIM of a face, > 0.
         num_steps: gradient steps, >= 0.
-        learning_rate: of Adam at the start for a budget of 0.007, in [0, 1] units; a cosine takes
-            it to a tenth. For other budgets it grows with their root, as DSSIM grows with the
-            square of a small change.
+        learning_rate: of Adam at the start for a budget of 0.007, in [0, 1] units, root mean
+            square over the pixels (`step`); a cosine takes it to a tenth. For other budgets it
+            grows with their root, as DSSIM grows with the square of a small change.
         linf_limit: largest change of a pixel, in [0, 1] units.
         repel_weight: weight of the distance from the person.
         attract_weight: weight of the distance to the target embedding, where there is a target.
@@ -106,7 +107,7 @@ class FawkesConfig:
                 key, delta, weight, variables, face, reference, surrogates=surrogates, config=self
             )
 
-        return face_cloaks.make_problem(loss_fn, step(self, face.budget), face)
+        return face_cloaks.make_problem(loss_fn, step(self, face, reference), face)
 
 
 def evaluate(
@@ -158,7 +159,7 @@ def evaluate(
         left = zoo.distance(embedding, view.target)
         distances.append(away)
         gain = config.repel_weight * away - config.attract_weight * face.has_target * left
-        gains.append(gain / surrogate.extractor.threshold)
+        gains.append(gain / surrogate.extractor.reach)
     gain = soft_minimum(jnp.stack(gains), config.balance)
     stacked = jnp.stack(distances)
     return face_cloaks.within_budget(gain, dssim, weight, face, distances=stacked)
@@ -172,10 +173,30 @@ def soft_minimum(values: jax.Array, sharpness: float) -> jax.Array:
     return -log_mean / sharpness
 
 
-def step(config: FawkesConfig, budget: jax.Array | float) -> optax.GradientTransformation:
-    """Adam with a cosine schedule, for a DSSIM budget (a scalar)."""
+def step(
+    config: FawkesConfig, face: face_cloaks.Face, reference: ssim.SsimReference
+) -> optax.GradientTransformation:
+    """Adam with a cosine schedule, longer where a change costs less DSSIM.
+
+    Adam alone moves all pixels alike, and smooth skin, where that shows most, eats up the budget.
+
+    Args:
+        config: options.
+        face: without batch axis, with its budget.
+        reference: of its canvas.
+    """
     schedule = optax.cosine_decay_schedule(
         config.learning_rate, max(config.num_steps, 1), alpha=0.1
     )
-    size = jnp.sqrt(budget / MODES["mid"])
-    return optax.adam(lambda count: size * schedule(count), b1=0.9, b2=0.99)
+    size = jnp.sqrt(face.budget / MODES["mid"])
+
+    def stretch(updates, _):
+        tolerance = ssim.tolerance(reference)
+        free = face.limit[..., None] * jnp.ones_like(tolerance)
+        square = jnp.sum(free * tolerance**2) / jnp.maximum(jnp.sum(free), 1e-12)
+        return updates * tolerance / jnp.sqrt(square + 1e-12)
+
+    return optax.chain(
+        optax.adam(lambda count: size * schedule(count), b1=0.9, b2=0.99),
+        optax.stateless(stretch),
+    )

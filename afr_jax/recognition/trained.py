@@ -202,6 +202,7 @@ def read_extractor(path: str | os.PathLike[str]) -> zoo.Extractor:
             load=load,
             read=None,
             source=str(path),
+            nearest_other=None,
         )
     return zoo.Extractor(
         name=f"trained:{path.parent.name}",
