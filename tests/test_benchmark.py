@@ -3,9 +3,11 @@
 import json
 import os
 import pathlib
+import platform
 import stat
 import subprocess
 import sys
+import textwrap
 import time
 
 import numpy as np
@@ -225,6 +227,29 @@ def test_compiler_options_leave_alone_what_is_said_and_what_was_not_tried(
     for _ in range(2):
         machine.choose_compiler_options()
         assert os.environ.get("XLA_FLAGS") == (given if chosen is None else chosen)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again():
+    """Blocks of 64 MiB, freed and allocated again: the system has to clear pages once only."""
+    script = """
+        import resource, sys
+        import numpy as np
+        from afr_jax.core import machine
+        if sys.argv[1] == "keep":
+            machine.keep_freed_memory()
+        faults = []
+        for _ in range(4):
+            np.ones(8 << 20)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        print(faults[3] - faults[0])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    kept, returned = (
+        int(subprocess.run([*command, what], capture_output=True, check=True, text=True).stdout)
+        for what in ("keep", "return")
+    )
+    assert kept < 100 < returned
 
 
 def test_peers_start_without_our_compiler_options(stub, tmp_path, monkeypatch):

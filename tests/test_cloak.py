@@ -94,6 +94,20 @@ def test_changes_stay_in_regions_and_budgets(surrogates, photo):
     _check_budget(photo, pixels, faces)
 
 
+@pytest.mark.parametrize("rows, larger", [(slice(4, 12), "region"), (slice(30, 34), "box")])
+def test_the_dssim_of_a_face_is_the_larger_of_region_and_box(rows, larger):
+    photo = np.asarray(skimage.data.astronaut()[:64, 160:224])
+    changed = photo.copy()
+    changed[rows, 16:48] ^= 8
+    region, box = np.array([0, 0, 64, 64]), np.array([16, 16, 48, 48])
+    known = {
+        "region": ssim.dssim_uint8(photo, changed),
+        "box": ssim.dssim_uint8(photo[16:48, 16:48], changed[16:48, 16:48]),
+    }
+    assert known[larger] == max(known.values()) > 1.1 * min(known.values())
+    assert cloak.face_dssim(photo, changed, region, box) == known[larger]
+
+
 def test_people_do_not_influence_each_other(surrogates):
     """Each photo alone gives what it gives among others: same seeds, other batch sizes."""
     photos = [_photo(name=str(i), centres=((90 + 20 * i, 100),)) for i in range(3)]

@@ -71,10 +71,10 @@ def main(
 ) -> NoReturn:
     """Runs an experiment as a program and exits.
 
-    Parses the flags, chooses compiler options, joins the cluster if there is one, switches the
-    compilation cache on, calls `run_fn` and prints its result as one JSON line, the last of
-    standard output. Exit codes: what `run_fn` returns; 2 for wrong flags, extra arguments or a
-    `UsageError`; 130 when interrupted; 1 with a traceback for everything else.
+    Parses the flags, settles compiler options and memory, joins the cluster if there is one,
+    switches the compilation cache on, calls `run_fn` and prints its result as one JSON line, the
+    last of standard output. Exit codes: what `run_fn` returns; 2 for wrong flags, extra arguments
+    or a `UsageError`; 130 when interrupted; 1 with a traceback for everything else.
 
     Args:
       run_fn: reads its flags and returns (result, exit code).
@@ -84,6 +84,7 @@ def main(
     def call(_: Sequence[str]) -> int:
         try:
             machine.choose_compiler_options()
+            machine.keep_freed_memory()
             _join_cluster()
             enable_compilation_cache()
             with contextlib.redirect_stdout(sys.stderr):

@@ -138,9 +138,10 @@ def cloak_photos(
     plans = _introduce(surrogates, plans, mesh)
     deltas, distances = [None] * len(plans), [None] * len(plans)
     for batch in _batches(plans, mesh.size):
-        found = _cloak_batch(key, surrogates, [plans[i] for i in batch], config, mesh, report_fn)
+        some = [plans[i] for i in batch.indices]
+        found = _cloak_batch(key, surrogates, some, batch.size, config, mesh, report_fn)
         names = [extractor.name for extractor in surrogates.extractors]
-        for i, delta, reached in zip(batch, *jax.device_get(found), strict=False):
+        for i, delta, reached in zip(batch.indices, *jax.device_get(found), strict=False):
             deltas[i] = _to_photo_size(plans[i], photos[plans[i].photo], delta, config)
             distances[i] = dict(zip(names, map(float, reached), strict=True))
     results = []
@@ -168,10 +169,10 @@ def face_dssim(
         region: `[4]` int.
         box: `[4]` int.
     """
-    crops = [
-        (image[y0:y1, x0:x1] for image in (original, cloaked)) for y0, x0, y1, x1 in (region, box)
-    ]
-    return max(ssim.dssim_uint8(*pair) for pair in crops)
+    return max(
+        ssim.dssim_uint8(original[y0:y1, x0:x1], cloaked[y0:y1, x0:x1])
+        for y0, x0, y1, x1 in (region, box)
+    )
 
 
 def _plan(extractors, photo, index, number, targets, config) -> _Plan:
@@ -214,29 +215,36 @@ def _plan(extractors, photo, index, number, targets, config) -> _Plan:
     return _Plan(index, region, box, canvas, tuple(pools), face, seed)
 
 
-def _batches(plans: Sequence[_Plan], num_devices: int) -> list[list[int]]:
-    """Indices of faces that share a compiled program, at most as many as one call should take."""
-    most = _batch_limit(num_devices)
+class _Batch(NamedTuple):
+    """Indices of faces that share a call, and how many faces its compiled program takes."""
+
+    indices: list[int]
+    size: int
+
+
+def _batches(plans: Sequence[_Plan], num_devices: int) -> list[_Batch]:
+    """Batches of faces, at most as many as one call should take; those of a bucket have one size.
+
+    On CPU, where every face costs its full time, batches are as large as the bucket needs; on
+    accelerators they are full or single, so that there are few programs to compile.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    most = max((8 if on_cpu else 64) // num_devices, 1) * num_devices
     buckets: dict[tuple, list[int]] = {}
     for i, plan in enumerate(plans):
         buckets.setdefault((plan.canvas.image.shape[0], plan.pools), []).append(i)
-    # In even parts, so that no face is left over that would take a program of its own.
-    return [
-        part.tolist()
-        for indices in buckets.values()
-        for part in np.array_split(indices, -(-len(indices) // most))
-    ]
+    batches = []
+    for indices in buckets.values():
+        parts = np.array_split(indices, -(-len(indices) // most))
+        needed = -(-len(parts[0]) // num_devices) * num_devices
+        size = needed if on_cpu or needed == num_devices else most
+        batches += [_Batch(part.tolist(), size) for part in parts]
+    return batches
 
 
-def _batch_limit(num_devices: int) -> int:
-    """Faces of a full batch: a multiple of the devices."""
-    most = 8 if jax.default_backend() == "cpu" else 64
-    return max(most // num_devices, 1) * num_devices
-
-
-def _cloak_batch(key, surrogates, plans, config, mesh, report_fn):
+def _cloak_batch(key, surrogates, plans, size, config, mesh, report_fn):
     """Changes on the canvases of faces of one bucket, and the distances that they reach."""
-    faces, filled, statics = _stack(surrogates, plans, mesh)
+    faces, filled, statics = _stack(surrogates, plans, size, mesh)
     keys = jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(key, a), b))(
         *np.array([plan.seed for plan in filled], np.uint32).T
     )
@@ -250,12 +258,10 @@ def _cloak_batch(key, surrogates, plans, config, mesh, report_fn):
     )
 
 
-def _stack(surrogates, plans, mesh):
+def _stack(surrogates, plans, size, mesh):
     """Faces of one bucket as a batch on the devices, their plans, and the static surrogates."""
-    count = len(plans)
-    # One face or a full batch: few shapes to compile. The last face is repeated to fill it.
-    size = mesh.size if count <= mesh.size else _batch_limit(mesh.size)
-    filled = [*plans, *[plans[-1]] * (size - count)]
+    # The last face is repeated to fill the batch.
+    filled = [*plans, *[plans[-1]] * (size - len(plans))]
     faces = jax.tree.map(lambda *leaves: np.stack(leaves), *[plan.face for plan in filled])
     statics = tuple(
         face_cloaks.Surrogate(extractor, pool)
@@ -278,10 +284,11 @@ def _introduce(surrogates: Surrogates, plans: list[_Plan], mesh: parallel.Mesh) 
         for extractor in surrogates.extractors
     ]
     for batch in _batches(plans, mesh.size):
-        faces, _, statics = _stack(surrogates, [plans[i] for i in batch], mesh)
+        some = [plans[i] for i in batch.indices]
+        faces, _, statics = _stack(surrogates, some, batch.size, mesh)
         found = jax.device_get(face_cloaks.embed_faces(variables, faces, statics))
         for vectors, new in zip(embeddings, found, strict=True):
-            vectors[batch] = new[: len(batch)]
+            vectors[batch.indices] = new[: len(some)]
     apart = np.mean(
         [
             match.pairwise(vectors, vectors, metric="euclidean") / extractor.threshold
