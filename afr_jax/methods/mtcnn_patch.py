@@ -37,7 +37,7 @@ _STAGES = {
     "rnet": (mtcnn.RNet(), 24, (0.8, 1.5), 0.2),
     "onet": (mtcnn.ONet(), 48, (1.0, 1.3), 0.1),
 }
-_STAGE_DRAWS = 4
+_STAGE_DRAWS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,12 +310,8 @@ def to_files(patches: Mapping[str, jax.Array], options: PatchOptions) -> dict[st
 
 
 def _stage_cost(key, variables, seen, scene, margin):
-    """Hinged face probabilities of R-Net and O-Net on random squares about the face.
-
-    Their product, for a face is missed as soon as one of the networks rejects it: what counts for
-    each is how far the other is from doing so. Where the other is certain, it counts in full.
-    """
-    total = jnp.ones(())
+    """Hinged face probabilities of R-Net and O-Net on random squares about the face."""
+    total = jnp.zeros(())
     size = jnp.array(seen.inner.shape[:2])
     middle = scene.centre - scene.origin - seen.low
     normal = mtcnn.normalise(255.0 * seen.inner)
@@ -328,5 +324,5 @@ def _stage_cost(key, variables, seen, scene, margin):
         rows, columns = (middle[axis] + moved[axis] + places * side for axis in range(2))
         crops = images.bilinear_crops(normal, rows, columns, size)
         scores = net.apply(variables[name], crops)[0]
-        total = total * jnp.max(jnp.maximum(scores - margin, 0.0) ** 2) / (1 - margin) ** 2
-    return total * (1 - margin) ** 2
+        total = total + jnp.mean(jnp.maximum(scores - margin, 0.0) ** 2)
+    return total
