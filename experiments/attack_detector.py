@@ -92,14 +92,6 @@ class _People(NamedTuple):
     skipped: list[tuple[str, str]]
 
 
-class _Views(NamedTuple):
-    """How many frames, and whether altered views, drawn from a seed, fill up what is missing."""
-
-    total: int
-    seed: int
-    fill_up: bool
-
-
 def attack_program() -> tuple[dict[str, Any], int]:
     """Runs the program; returns its result and exit code."""
     options, settings = _options()
@@ -114,17 +106,19 @@ def attack_program() -> tuple[dict[str, Any], int]:
     test = _people(variables, "test", _TEST.value)
     seed = flags.FLAGS.seed
     # Other views than those of the test: they are drawn with another seed.
-    views = _Views(_TRAIN_FRAMES.value, seed + 1, fill_up=corners is None and not flags.FLAGS.toy)
-    chosen = _placed(_chosen(train, views), options, corners)
+    views_seed = seed + 1 if corners is None and not flags.FLAGS.toy else None
+    people = misdetection.choose(train.people, _TRAIN_FRAMES.value, seed=views_seed)
+    chosen = _placed(_People(people, train.skipped), options, corners)
     trained = patch_training.train(
         jax.random.key(seed), variables, [frame.placed for frame in chosen], options,
         work=work, num_starts=_STARTS.value,
     )  # fmt: skip
-    views = _Views(_TEST_FRAMES.value or len(test.people), seed, fill_up=True)
+    total = _TEST_FRAMES.value or len(test.people)
+    people = misdetection.choose(test.people, total, seed=seed)
     study = patch_study.Study(
         variables=variables,
         options=options,
-        frames=_placed(_chosen(test, views), options, corners),
+        frames=_placed(_People(people, test.skipped), options, corners),
         patches=trained.patches,
         start=trained.start,
         num_controls=_CONTROL_FRAMES.value,
@@ -254,15 +248,6 @@ def _corners():
         return patch_markers.read_grids(pathlib.Path(_CORNERS.value).expanduser())
     except (OSError, ValueError) as error:
         raise run.UsageError(f"--corners: {error}") from error
-
-
-def _chosen(shown: _People, views: _Views) -> _People:
-    """So many of the frames, evenly spread, and altered views of them where they are too few."""
-    some = video.spread(len(shown.people), min(views.total, len(shown.people)))
-    people = [shown.people[index] for index in some]
-    if views.fill_up:
-        people = misdetection.fill_up(people, views.total, seed=views.seed)
-    return _People(people, shown.skipped)
 
 
 def _placed(shown: _People, options: mtcnn_patch.PatchOptions, corners) -> list[patch_study.Shown]:

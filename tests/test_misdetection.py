@@ -90,6 +90,19 @@ def test_altered_views_keep_box_and_landmarks_on_the_face():
         assert (low >= view.box[:2]).all() and (high <= view.box[2:]).all()
 
 
+@pytest.mark.parametrize(
+    "total, seed, names, altered",
+    [(2, 1, "ab", 0), (3, 1, "abc", 0), (5, 1, "abc", 2), (5, None, "abc", 0)],
+)
+def test_altered_views_fill_up_what_is_missing(total, seed, names, altered):
+    pixels, box = np.zeros((90, 120, 3), np.uint8), np.float32([30, 50, 70, 90])
+    landmarks = np.float32([[44, 62], [44, 78], [52, 70], [60, 63], [60, 77]])
+    people = [misdetection.Person(name, pixels, box, landmarks) for name in "abc"]
+    found = misdetection.choose(people, total, seed=seed)
+    assert [one.name for one in found if not one.is_altered] == list(names)
+    assert sum(one.is_altered for one in found) == altered
+
+
 def test_alterations():
     pixels = np.full((20, 30, 3), 100, np.uint8)
     assert (misdetection.relight(pixels, 1.3) == 130).all()

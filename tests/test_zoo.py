@@ -78,6 +78,14 @@ def test_the_threshold_is_that_of_the_extractors_own_metric():
     assert set(zoo.METRICS) == set(zoo.Thresholds._fields)
 
 
+def test_reach_is_the_nearest_other_person_or_the_threshold():
+    assert _toy().reach == 1.0
+    assert _toy(nearest_other=0.9).reach == 0.9
+    known = [zoo.get(name) for name in ("dlib", "facenet_casia", "mobilefacenet")]
+    # Other people lie within the threshold of somebody among many, but not far within.
+    assert all(0.9 * one.threshold < one.reach < one.threshold for one in known)
+
+
 def test_an_unknown_threshold_is_an_error():
     extractor = _toy(normalised=True)
     with pytest.raises(ValueError, match="threshold of toy in euclidean_l2 is not known"):

@@ -112,6 +112,12 @@ def fill_up(people: Sequence[Person], total: int, *, seed: int = 0) -> list[Pers
     return filled
 
 
+def choose(people: Sequence[Person], total: int, *, seed: int | None) -> list[Person]:
+    """So many frames, evenly spread; with a seed, views fill up what is missing (`fill_up`)."""
+    some = [people[index] for index in video.spread(len(people), min(total, len(people)))]
+    return some if seed is None else fill_up(some, total, seed=seed)
+
+
 def judge(
     variables: dict,
     photos: Sequence[np.ndarray],
