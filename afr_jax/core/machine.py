@@ -16,7 +16,7 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 # XLA stops the process at an option that it does not know: only where it was tried.
 _YNNPACK_OPTION = "--xla_cpu_experimental_ynn_fusion_type"
 _YNNPACK_VERSIONS = ("0.10.",)
-# glibc's mallopt: one arena, no memory maps of single blocks, nothing given back, growth in MiB.
+# glibc's mallopt: one arena, no maps of single blocks, nothing given back, 256 MiB at a time.
 _MALLOPT = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 256 << 20}
 
 
@@ -35,7 +35,7 @@ def keep_freed_memory() -> None:
     """Lets the process keep memory that it frees, where its C library is glibc.
 
     XLA for CPUs allocates the working memory of every call anew. Given back to the system each time
-    and cleared by it again, it cost 14 % of a cloak's step (two cores, FaceNet and MobileFaceNet).
+    and cleared by it again, it cost a seventh of a cloak's step (tried once: two cores, two nets).
     The price is that the process stays as large as it ever was.
     """
     if platform.libc_ver()[0] == "glibc":
