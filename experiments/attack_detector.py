@@ -36,7 +36,14 @@ from absl import flags, logging
 from afr_jax.core import run
 from afr_jax.data import video
 from afr_jax.evaluation import misdetection, patch_study, peer
-from afr_jax.methods import mtcnn_patch, patch_markers, patch_placing, patch_training, patch_views
+from afr_jax.methods import (
+    mtcnn_patch,
+    patch_geometry,
+    patch_markers,
+    patch_placing,
+    patch_training,
+    patch_views,
+)
 from afr_jax.models import mtcnn
 from afr_jax.perturb import transformations
 from afr_jax.recognition import detect
@@ -44,7 +51,9 @@ from afr_jax.recognition import detect
 _DEFAULTS = mtcnn_patch.PatchOptions()
 _TRAIN = flags.DEFINE_list("train", [], "films, folders and photos to train on")
 _TEST = flags.DEFINE_list("test", [], "films, folders and photos to measure on")
-_PLACEMENT = flags.DEFINE_enum("placement", "cheeks", ["cheeks", "mask"], "where patches are worn")
+_PLACEMENT = flags.DEFINE_enum(
+    "placement", "cheeks", list(patch_geometry.PLACEMENTS), "where patches are worn"
+)
 _EPOCHS = flags.DEFINE_integer("epochs", 2000, "passes over the training frames", lower_bound=1)
 _TRAIN_FRAMES = flags.DEFINE_integer(
     "train_frames", 20, "frames to train on; altered views fill up what is missing", lower_bound=1

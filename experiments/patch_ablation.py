@@ -30,13 +30,21 @@ from absl import flags
 from afr_jax.core import run
 from afr_jax.data import photo_files, video
 from afr_jax.evaluation import misdetection, patch_study
-from afr_jax.methods import mtcnn_patch, patch_placing, patch_training, patch_views
+from afr_jax.methods import (
+    mtcnn_patch,
+    patch_geometry,
+    patch_placing,
+    patch_training,
+    patch_views,
+)
 from afr_jax.models import mtcnn
 
 _TRAIN = flags.DEFINE_list("train", [], "films, folders and photos to train on")
 _TEST = flags.DEFINE_list("test", [], "films, folders and photos to measure on")
 _ROWS = flags.DEFINE_list("rows", [], "rows of the table; default: all")
-_PLACEMENT = flags.DEFINE_enum("placement", "cheeks", ["cheeks", "mask"], "where patches are worn")
+_PLACEMENT = flags.DEFINE_enum(
+    "placement", "cheeks", list(patch_geometry.PLACEMENTS), "where patches are worn"
+)
 _EPOCHS = flags.DEFINE_integer("epochs", 200, "of every row", lower_bound=1)
 _TRAIN_FRAMES = flags.DEFINE_integer("train_frames", 20, "frames to train on", lower_bound=1)
 _TEST_FRAMES = flags.DEFINE_integer("test_frames", 40, "frames to measure on", lower_bound=1)

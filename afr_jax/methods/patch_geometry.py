@@ -54,11 +54,16 @@ class Area:
 
 
 # Patches keep clear of the nose, on the outer cheeks and the lower mask: closer to it plain black
-# ones alone hide the face, and a training would show nothing.
+# ones alone hide the face, and a training would show nothing. The larger pair goes nearer to both
+# limits, for faces on which the small one is not enough: plain black does more there as well.
 PLACEMENTS = {
     "cheeks": {
         "left_cheek": Area(-64.0, -34.0, 26.0, 80.0),
         "right_cheek": Area(34.0, 64.0, 26.0, 80.0),
+    },
+    "wide_cheeks": {
+        "left_cheek": Area(-66.0, -30.0, 22.0, 86.0),
+        "right_cheek": Area(30.0, 66.0, 22.0, 86.0),
     },
     "mask": {"mask": Area(-52.0, 52.0, 42.0, 97.0, off_mm=12.0, cells=(4, 8))},
 }
