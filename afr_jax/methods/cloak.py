@@ -26,6 +26,10 @@ _CANVAS_LADDER = (96, 160, 224, 320)
 _FADE = 0.06
 # The detector's box grows by this share of its sides; the region holds it and every chip.
 _MARGIN = 0.05
+# Surrogates sample photos that are this much less reduced than trackers here: a tracker's grid of
+# averages is shifted, its landmarks may tip the factor, others do not average at all; what is
+# blurrier than this sampling is among the random views.
+_SHARPER = 0.5
 # Rounds of fitting changes to the budget, and how many of them may enlarge a change.
 _FIT_ROUNDS, _GROWING_ROUNDS = 12, 4
 
@@ -197,7 +201,7 @@ def _plan(extractors, photo, index, number, targets, config) -> _Plan:
     views, pools = [], []
     for extractor, transform in zip(extractors, transforms, strict=True):
         moved = align.canvas_transform(transform, canvas)
-        pools.append(align.pool_factor(align.transform_scale(moved)))
+        pools.append(align.pool_factor(align.transform_scale(moved) - _SHARPER))
         empty = np.zeros(extractor.embedding_size, np.float32)
         target = empty if targets is None else np.asarray(targets[extractor.name], np.float32)
         views.append(face_cloaks.FaceView(moved.astype(np.float32), empty, empty, target))
