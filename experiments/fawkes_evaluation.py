@@ -16,7 +16,7 @@ for each of them all others. --trackers: extractors of the zoo or folders of tra
 ones (adaptive trackers). For each: the nearest enrolled photo, with and without the extractor's
 threshold; a vote of the 5 nearest; a linear head (one for all protected people, whose published
 photos are as the cell has them); with --end_to_end=N the whole network, trained for the first N
-people (not measured).
+people.
 
 Published photos go through each of --countermeasures before the tracker detects, aligns and embeds
 them. --leaks are shares of the published photos that the tracker has clean, spread evenly: of five
