@@ -268,7 +268,10 @@ def _cloaking(
         raise run.UsageError("--images holds no photo with a face")
     chips = cloak_peer.cut_chips(extractor, faces, max(settings.num_faces), seed=settings.seed)
     config = fawkes.FawkesConfig(
-        dssim_budget=settings.dssim_budget, num_steps=settings.num_steps, align_jitter=0.0
+        dssim_budget=settings.dssim_budget,
+        num_steps=settings.num_steps,
+        align_shift=0.0,
+        align_turn=0.0,
     )
     rows = []
     for count in settings.num_faces:

@@ -153,7 +153,7 @@ def pool_factor(scale: float) -> int:
 
 
 def jitter_transform(
-    key: jax.Array, transform: jax.Array, size: int, *, spread: float
+    key: jax.Array, transform: jax.Array, size: int, *, shift: float, turn: float
 ) -> jax.Array:
     """A chip-to-photo transform as slightly different landmarks would give it.
 
@@ -161,15 +161,17 @@ def jitter_transform(
         key: of the draw.
         transform: `[2, 3]`.
         size: side of the chip.
-        spread: standard deviation of the shift in both axes, as a share of the chip's side, and of
-            the rotation (radians) and the relative scale about its centre.
+        shift: standard deviation of the shift in both axes, as a share of the chip's side.
+        turn: standard deviation of the rotation (radians) and of the relative scale about its
+            centre.
 
     Returns:
         `[2, 3]`.
     """
-    shift_y, shift_x, turn, growth = spread * jax.random.normal(key, (4,))
+    spread = jnp.array([shift, shift, turn, turn])
+    shift_y, shift_x, angle, growth = spread * jax.random.normal(key, (4,))
     centre = (size - 1) / 2
-    cosine, sine = (1 + growth) * jnp.cos(turn), (1 + growth) * jnp.sin(turn)
+    cosine, sine = (1 + growth) * jnp.cos(angle), (1 + growth) * jnp.sin(angle)
     matrix = jnp.array([[cosine, sine], [-sine, cosine]])
     offset = centre - matrix @ jnp.full(2, centre) + size * jnp.array([shift_y, shift_x])
     linear = transform[:, :2]
