@@ -24,7 +24,8 @@ _CONFIG = fawkes.FawkesConfig(
     dssim_budget=0.01,
     linf_limit=0.1,
     learning_rate=0.0084,  # 0.01 at this budget.
-    align_jitter=0.0,
+    align_shift=0.0,
+    align_turn=0.0,
     blur_px=0.0,
     jpeg_quality=None,
 )
@@ -239,7 +240,9 @@ def test_a_target_that_does_not_count_changes_nothing(faces, cloaks):
 
 def test_two_surrogates_are_both_moved_and_random_views_are_for_the_steps_only():
     """The distances told are those of the chips as they are."""
-    config = dataclasses.replace(_CONFIG, align_jitter=0.01, blur_px=0.5, jpeg_quality=(80, 95))
+    config = dataclasses.replace(
+        _CONFIG, align_shift=0.01, align_turn=0.01, blur_px=0.5, jpeg_quality=(80, 95)
+    )
     faces = _batch(_face(0, views=2), _face(1, views=2))
     deltas, distances = _cloak(faces, surrogates=_SURROGATES * 2, config=config)
     assert distances.shape == (2, 2)
@@ -374,14 +377,46 @@ def test_the_objective(size, fits, has_target):
     np.testing.assert_allclose(found.score, -gain if fits else np.inf, rtol=1e-3)
 
 
-@pytest.mark.parametrize("sharpness", [0.0, 0.1, 8.0, 1e3])
+def test_small_budgets_see_milder_blur_and_balance_more_sharply():
+    """Half of 0.007: half of the blur, four times the sharpness; above 0.007 as configured."""
+    face = _face(0, views=2)
+    delta = 0.02 * np.random.default_rng(0).normal(size=face.image.shape).astype(np.float32)
+    reference = ssim.ssim_reference(jnp.asarray(face.image))
+    variables = (_variables(0), _variables(1))
+
+    def metrics(budget, **options):
+        config = dataclasses.replace(_CONFIG, **options)
+        evaluate = functools.partial(fawkes.evaluate, surrogates=_SURROGATES * 2, config=config)
+        found = jax.jit(evaluate)(
+            jax.random.key(6),  # Draws nearly the strongest blur.
+            delta,
+            jnp.float32(1.0),
+            variables,
+            face._replace(budget=jnp.float32(budget)),
+            reference,
+        )
+        distances = np.asarray(found.metrics["distances"], np.float64)
+        return distances, float(found.metrics["gain"]), distances / _TOY.reach
+
+    distances, gain, units = metrics(0.0035, blur_px=1.2, balance=2.0)
+    others, _, _ = metrics(0.007, blur_px=0.6, balance=2.0)
+    np.testing.assert_allclose(distances, others, rtol=1e-5)
+    assert abs(units[0] - units[1]) > 0.02
+    np.testing.assert_allclose(gain, -np.log(np.mean(np.exp(-8 * units))) / 8, rtol=1e-4)
+    distances, gain, units = metrics(0.014, blur_px=1.2, balance=2.0)
+    assert np.abs(distances / others - 1).min() > 0.005
+    np.testing.assert_allclose(gain, -np.log(np.mean(np.exp(-2 * units))) / 2, rtol=1e-4)
+    _, gain, units = metrics(0.0035, balance=0.0)
+    np.testing.assert_allclose(gain, np.mean(units), rtol=1e-4)
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 8.0, 1e3])
 def test_surrogates_that_lag_behind_count_for_more(sharpness):
     values = np.array([1.4, 0.3, -0.2])
     found = float(fawkes.soft_minimum(jnp.asarray(values, jnp.float32), sharpness))
     assert values.min() - 1e-5 <= found <= values.mean() + 1e-5
-    if sharpness:
-        expected = -np.log(np.mean(np.exp(-sharpness * values))) / sharpness
-        np.testing.assert_allclose(found, expected, rtol=1e-4)
+    expected = -np.log(np.mean(np.exp(-sharpness * values))) / sharpness
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
     gradient = jax.grad(fawkes.soft_minimum)(jnp.asarray(values, jnp.float32), sharpness)
     np.testing.assert_allclose(np.sum(gradient), 1.0, rtol=1e-4)
     assert np.all(np.diff(gradient) >= 0) and (sharpness < 1 or gradient[0] < 0.01)
@@ -437,7 +472,8 @@ def test_steps_are_longer_where_texture_hides_them():
         {"num_steps": -1},
         {"repel_weight": -0.1},
         {"attract_weight": float("nan")},
-        {"align_jitter": -0.1},
+        {"align_shift": -0.1},
+        {"align_turn": float("nan")},
         {"blur_px": 1.6},
         {"jpeg_quality": (0, 50)},
     ],
