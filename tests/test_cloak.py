@@ -144,6 +144,8 @@ def test_photos_of_a_person_are_moved_away_from_what_they_share(surrogates):
 def test_cloaks_hold_where_a_tracker_averages_less(surrogates, monkeypatch):
     """Faces just above the scale at which photos are halved, seen by landmarks just below it."""
     (toy,), (variables,) = surrogates.extractors, surrogates.variables
+    # Views without fine detail would hide the difference.
+    config = dataclasses.replace(_CONFIG, num_steps=30, blur_px=0.0, jpeg_quality=None)
 
     def moved(size):
         photo = _photo(size=size)
@@ -154,14 +156,15 @@ def test_cloaks_hold_where_a_tracker_averages_less(surrogates, monkeypatch):
             for landmarks in (photo.faces.landmarks[0], nearer)
         ]
         assert [align.pool_factor(scale) for scale in scales] == [2, 1]
-        ((pixels, _),) = _cloak(surrogates, [photo], dataclasses.replace(_CONFIG, num_steps=30))
+        ((pixels, _),) = _cloak(surrogates, [photo], config)
         faces = [(image, nearer) for image in (photo.pixels, pixels)]
         return float(np.linalg.norm(np.diff(embed.embed_faces(toy, variables, faces), axis=0)))
 
-    sizes = (29.5, 30.0, 30.5)
+    sizes = (29.4, 29.7, 30.0, 30.3, 30.6)
     now = [moved(size) for size in sizes]
     monkeypatch.setattr(cloak, "_SHARPER", 0.0)
-    assert np.mean(now) > 1.03 * np.mean([moved(size) for size in sizes])
+    was = [moved(size) for size in sizes]
+    assert np.mean(now) > 1.05 * np.mean(was)
 
 
 def test_one_device_equals_four(surrogates):
