@@ -56,8 +56,8 @@ class FawkesConfig:
             are ahead.
         align_shift: standard deviation of the random shift of each chip at each step, as a share of
             its side: the landmarks that a tracker finds in the cloaked photo are not ours. This and
-            the next are what cloaks at 0.004 did to MTCNN's landmarks (`fawkes_attempts.md`). 0
-            switches it off.
+            the next are what cloaks of all budgets did to MTCNN's (`fawkes_attempts.md`). 0 switches
+            it off.
         align_turn: standard deviation of the rotation (radians) and of the relative scale of each
             chip about its centre, likewise.
         blur_px: largest standard deviation of the random Gaussian blur, in canvas pixels, at most
