@@ -55,8 +55,8 @@ class FawkesConfig:
             grows with the inverse square of the budget: nothing can be spared there for those that
             are ahead.
         align_shift: standard deviation of the random shift of each chip at each step, as a share of
-            its side: the landmarks that a tracker finds in the cloaked photo are not ours. This and
-            the next are what cloaks of all budgets did to MTCNN's (`fawkes_attempts.md`). 0 switches
+            its side: the landmarks that MTCNN finds in the cloaked photo are not ours. This and
+            the next are what cloaks of all budgets did to those (`fawkes_attempts.md`). 0 switches
             it off.
         align_turn: standard deviation of the rotation (radians) and of the relative scale of each
             chip about its centre, likewise.
