@@ -94,6 +94,12 @@ def test_changes_stay_in_regions_and_budgets(surrogates, photo):
     _check_budget(photo, pixels, faces)
 
 
+def test_what_an_average_of_changes_leaves_of_the_budget_is_spent(surrogates):
+    config = dataclasses.replace(_CONFIG, num_steps=30)
+    ((_, (face,)),) = _cloak(surrogates, [_photo()], config)
+    assert 0.98 * config.dssim_budget < face.dssim <= config.dssim_budget
+
+
 @pytest.mark.parametrize("rows, larger", [(slice(4, 12), "region"), (slice(30, 34), "box")])
 def test_the_dssim_of_a_face_is_the_larger_of_region_and_box(rows, larger):
     photo = np.asarray(skimage.data.astronaut()[:64, 160:224])

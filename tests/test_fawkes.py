@@ -180,8 +180,9 @@ def test_the_budget_holds_for_the_region_and_for_the_box(faces, cloaks):
         used = [_dssim(image + delta, image, box) for box in (_REGION, _BOX)]
         # float32 similarity is good to about 1e-6.
         assert max(used) <= _CONFIG.dssim_budget + 1e-5
-        # The multiplier spends it, rather than staying far below.
-        assert max(used) > 0.8 * _CONFIG.dssim_budget
+        # The multiplier spends it, rather than staying far below. An average of changes costs less
+        # than each of them; what is left is spent when it is fitted to the photo.
+        assert max(used) > 0.5 * _CONFIG.dssim_budget
         assert np.argmax(used) == number % 2
 
 
@@ -459,6 +460,14 @@ def test_steps_are_longer_where_texture_hides_them():
     tx = fawkes.step(fawkes.FawkesConfig(), face, ssim.ssim_reference(image))
     updates = np.abs(tx.update(jnp.ones_like(image), tx.init(image))[0])
     assert updates[:, half + 10 :].min() > 5 * updates[:, : half - 10].max()
+
+
+@pytest.mark.parametrize("num_steps, memory", [(0, 0), (10, 0), (50, 0.8), (100, 0.9)])
+def test_changes_are_averaged_over_a_tenth_of_the_steps(num_steps, memory):
+    face = _face(1)._replace(budget=0.007)
+    config = fawkes.FawkesConfig(num_steps=num_steps)
+    problem = config.problem((), face, ssim.ssim_reference(face.image), ())
+    assert problem.memory == pytest.approx(memory)
 
 
 @pytest.mark.parametrize(

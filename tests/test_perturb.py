@@ -27,7 +27,7 @@ def _evaluation(score, **metrics):
     return loop.Evaluation(score, score, metrics)
 
 
-def _quadratic(target, *, tx=None, limit=0.5, noise=0.0, control=None, score_fn=None):
+def _quadratic(target, *, tx=None, limit=0.5, noise=0.0, control=None, score_fn=None, memory=0.0):
     """Distance to a target within a box; the minimum is the clipped target."""
 
     def loss_fn(delta, weight, key):
@@ -37,7 +37,8 @@ def _quadratic(target, *, tx=None, limit=0.5, noise=0.0, control=None, score_fn=
         score = loss if score_fn is None else score_fn(delta, loss)
         return loop.Evaluation(loss, score, {"loss": loss, "largest": jnp.max(jnp.abs(delta))})
 
-    return loop.Problem(loss_fn, tx or optax.sgd(0.1), _box(limit), control or loop.no_control())
+    control = control or loop.no_control()
+    return loop.Problem(loss_fn, tx or optax.sgd(0.1), _box(limit), control, memory)
 
 
 def _target(seed=0):
@@ -279,6 +280,39 @@ def test_infeasible_variables_are_not_kept():
     feasible = feasible[feasible <= 0.6]
     assert 0 < feasible.size < 21
     np.testing.assert_allclose(np.max(result.delta), feasible.max())
+
+
+@pytest.mark.parametrize("outside", [np.inf, np.nan])
+def test_with_a_memory_the_kept_variable_is_an_average_of_the_feasible_ones(outside):
+    """By hand: every step goes a fifth of the way to 1; the first, and those above 0.6, are out."""
+    reached = 1 - 0.8 ** np.arange(21)
+
+    def score_fn(delta, loss):
+        feasible = (jnp.max(delta) <= 0.6) & (jnp.max(delta) > 0.1)
+        return jnp.where(feasible, loss, outside)
+
+    problem = _quadratic(jnp.ones(_SHAPE), limit=1.0, score_fn=score_fn, memory=0.75)
+    result, _ = _run(problem, jnp.zeros(_SHAPE), num_steps=20)
+    feasible = reached[(reached <= 0.6) & (reached > 0.1)]
+    assert len(feasible) == 4
+    expected = feasible[0]
+    for value in feasible[1:]:
+        expected = 0.75 * expected + 0.25 * value
+    np.testing.assert_allclose(result.delta, np.full(_SHAPE, expected), rtol=1e-5)
+    np.testing.assert_allclose(result.score, 12 * (1 - feasible[-1]) ** 2, rtol=1e-5)
+
+
+def test_an_average_is_nearer_to_the_optimum_than_the_luckiest_variable():
+    target = jnp.asarray(_target()) * 0.2
+
+    def errors(memory):
+        problem = _quadratic(target, tx=optax.sgd(0.4), noise=0.3, memory=memory)
+        return [
+            float(jnp.sum((_run(problem, target, num_steps=60, seed=seed)[0].delta - target) ** 2))
+            for seed in range(5)
+        ]
+
+    assert np.mean(errors(0.9)) < 0.5 * np.mean(errors(0.0))
 
 
 def test_ties_keep_the_older():

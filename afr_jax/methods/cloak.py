@@ -390,11 +390,11 @@ def _compose(pixels, plans, deltas, config) -> tuple[np.ndarray, list[float]]:
         dssims = np.array([face_dssim(pixels, final, plan.region, plan.box) for plan in plans])
         if np.all(dssims <= budget) and sum(dssims) >= sum(best_dssims):
             best, best_dssims = final, dssims.tolist()
-        if np.all((dssims >= 0.99 * budget) & (dssims <= budget)):
+        if np.all((dssims >= 0.995 * budget) & (dssims <= budget)):
             break
         if fit_round >= _GROWING_ROUNDS and np.all(dssims <= budget):
             break
-        wanted = np.sqrt(0.995 * budget / np.maximum(dssims, 1e-9))
+        wanted = np.sqrt(0.998 * budget / np.maximum(dssims, 1e-9))
         if fit_round < _GROWING_ROUNDS:
             scales = np.minimum(scales * np.clip(wanted, 0.5, 1.25), 1.5)
         else:

@@ -201,14 +201,25 @@ def make_problem(
     loss_fn: Callable[[jax.Array, jax.Array, jax.Array], loop.Evaluation],
     tx: optax.GradientTransformation,
     face: Face,
+    *,
+    memory: float = 0.0,
 ) -> loop.Problem:
-    """A loss of `within_budget` with its step, the face's limits, and the penalty's multiplier."""
+    """A loss of `within_budget` with its step, the face's limits, and the penalty's multiplier.
+
+    Args:
+        loss_fn: as of `loop.Problem`.
+        tx: likewise.
+        face: without batch axis.
+        memory: as of `loop.Problem`. DSSIM of small changes is nearly a quadratic form, so averages
+            of changes within the budget are within it, too, and spend less of it.
+    """
     return loop.Problem(
         loss_fn=loss_fn,
         tx=tx,
         project_fn=lambda delta: project(delta, face),
         # Aims a little below the budget, so that the iterates around it are kept.
         control=controls.hold_below("spent", 0.97, start=0.5, rate=0.2),
+        memory=memory,
     )
 
 

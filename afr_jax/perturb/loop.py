@@ -25,7 +25,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         loss: scalar that is descended.
-        score: scalar, lower is better, +inf where the variable breaks a budget; the best one is
+        score: scalar, lower is better, +inf where the variable breaks a budget; decides what is
             kept.
         metrics: tree of scalars to record, and what the control reads.
     """
@@ -59,7 +59,7 @@ class State(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The best variable met (by score), and its score."""
+    """The best variable met (by score), and its score; see `Problem.memory`."""
 
     delta: Tree
     score: jax.Array
@@ -73,12 +73,18 @@ class Problem(NamedTuple):
         tx: the step.
         project_fn: nearest admissible variable, applied to the start and after every step.
         control: of the penalties.
+        memory: in [0, 1), static. 0 keeps the variable with the best score. Else what is kept is a
+            moving average of all variables whose score is finite, and this its share when another
+            one comes: where a loss draws random views, a good score is good luck as well (Polyak
+            and Juditsky 1992, with an exponential window). The sets that variables are projected
+            to and that a finite score stands for should be convex.
     """
 
     loss_fn: Callable[[Tree, Tree, jax.Array], Evaluation]
     tx: optax.GradientTransformation
     project_fn: Callable[[Tree], Tree]
     control: Control
+    memory: float = 0.0
 
 
 def no_control() -> Control:
@@ -124,7 +130,7 @@ def advance(
             return evaluation.loss, evaluation
 
         gradient, evaluation = jax.grad(loss_fn, has_aux=True)(state.delta)
-        best_delta, best_score = _better(state, evaluation)
+        best_delta, best_score = _keep(problem.memory, state, evaluation)
         updates, opt_state = problem.tx.update(gradient, state.opt_state, state.delta)
         delta = problem.project_fn(optax.apply_updates(state.delta, updates))
         control = problem.control.update(state.control, evaluation)
@@ -138,7 +144,7 @@ def advance(
 
 
 def best(state: State) -> Result:
-    """The best variable that was evaluated.
+    """The best variable that was evaluated; with `Problem.memory` the average, and the last score.
 
     A step evaluates before it moves, so a run of n steps ends with one step more: it evaluates the
     last variable, which can then win.
@@ -194,8 +200,16 @@ def drive(
     return state
 
 
-def _better(state: State, evaluation: Evaluation) -> tuple[Tree, jax.Array]:
-    """The better of the kept variable and the current one; ties and NaN keep the older."""
-    wins = evaluation.score < state.best_score
-    delta = jax.tree.map(lambda new, old: jnp.where(wins, new, old), state.delta, state.best_delta)
+def _keep(memory: float, state: State, evaluation: Evaluation) -> tuple[Tree, jax.Array]:
+    """What is kept after an evaluation of `state.delta`; ties and NaN keep the older."""
+    kept = state.delta
+    if memory > 0:
+        wins = jnp.isfinite(evaluation.score)
+        share = jnp.where(jnp.isfinite(state.best_score), memory, 0.0)
+        kept = jax.tree.map(
+            lambda new, old: share * old + (1 - share) * new, kept, state.best_delta
+        )
+    else:
+        wins = evaluation.score < state.best_score
+    delta = jax.tree.map(lambda new, old: jnp.where(wins, new, old), kept, state.best_delta)
     return delta, jnp.where(wins, evaluation.score, state.best_score)
