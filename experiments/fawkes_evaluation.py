@@ -27,8 +27,8 @@ distances.
 Writes into --workdir `result.json`, `table.csv`, `budgets.png`, `embeddings.png`, `distances.png`
 and for each cell `cells/<name>/` with its photos, `scores.json` and `matches.csv` (the nearest
 photo of each probe by each extractor, as `DeepFace.find` lists them). What a killed run has
-written is not made again; methods, surrogates, budgets, trackers, countermeasures and leaks may be
-added later. Expected on LFW without any
+written is not made again; methods, surrogates, budgets (where --num_steps is one number), trackers,
+countermeasures and leaks may be added later. Expected on LFW without any
 cloak: 0 to 2 % of the probes missed. --toy: two made-up people, dlib alone.
 """
 
@@ -86,8 +86,11 @@ _COUNTERMEASURES = flags.DEFINE_list(
 _LEAKS = flags.DEFINE_list(
     "leaks", ["0", "0.1", "0.25", "0.5"], "shares of published photos that the tracker has clean"
 )
-_NUM_STEPS = flags.DEFINE_integer(
-    "num_steps", None, "gradient steps of a cloak; default: each method's own", 0
+_NUM_STEPS = flags.DEFINE_list(
+    "num_steps",
+    [],
+    "gradient steps of a cloak: one number, or one for each of --budgets; default: each method's "
+    "own",
 )
 _END_TO_END = flags.DEFINE_integer("end_to_end", 0, "people for trackers that train everything", 0)
 _EPOCHS = flags.DEFINE_integer("epochs", 3, "of their training", 0)
@@ -96,7 +99,7 @@ _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python of an environmen
 _PEER_SCRIPT = pathlib.Path(__file__).parent / "peers" / "fawkes_peer.py"
 _TOY = {
     **{"people": 2, "cloaked_photos": 2, "probes": 2, "gallery_people": 3, "gallery_photos": 2},
-    **{"num_steps": 2, "trackers": ["dlib"], "surrogates": ["all"], "budgets": ["0.007"]},
+    **{"num_steps": ["2"], "trackers": ["dlib"], "surrogates": ["all"], "budgets": ["0.007"]},
     **{"countermeasures": ["none", "jpeg75"], "leaks": ["0", "0.5"]},
 }
 # What may be added to a run that is there.
@@ -128,23 +131,35 @@ class _Options:
     budgets: tuple[float, ...]
     countermeasures: tuple[str, ...]
     leaks: tuple[float, ...]
-    num_steps: int | None
+    num_steps: tuple[int, ...]
     end_to_end: int
     epochs: int
     seed: int
     toy: bool
+
+    def steps_of(self, budget: float | None) -> int | None:
+        """Steps of a cloak of a budget; None for the method's own number.
+
+        Raises:
+            run.UsageError: there is a number for each of the budgets, and this is none of them.
+        """
+        if len(self.num_steps) < 2:
+            return self.num_steps[0] if self.num_steps else None
+        if budget not in self.budgets:
+            raise run.UsageError(f"--num_steps has no number for a budget of {budget}")
+        return self.num_steps[self.budgets.index(budget)]
 
 
 def evaluation_program() -> tuple[dict[str, Any], int]:
     """Runs the program; returns its result and exit code."""
     options = _options()
     cells = protection_photos.cells_of(options.methods, options.surrogate_sets, options.budgets)
+    steps = {cell: options.steps_of(cell.budget) for cell in cells if cell.surrogates}
     names = list(dict.fromkeys([*options.trackers, *(n for c in cells for n in c.surrogates)]))
     files = [protection_methods.file_name(name) for name in names]
     if len(set(files)) < len(files):
         raise run.UsageError(f"each of {', '.join(names)} must have one name of its own")
-    cloaks = protection_methods.cloak_options(num_steps=options.num_steps)
-    config = {**dataclasses.asdict(options), "cloaks": cloaks}
+    config = {**dataclasses.asdict(options), "cloaks": protection_methods.cloak_options()}
     workdir = run.open_workdir(flags.FLAGS.workdir or "out/evaluation", config, resumable=_GROWING)
     split, problems = _split(options, workdir)
     try:
@@ -164,7 +179,15 @@ def evaluation_program() -> tuple[dict[str, Any], int]:
         for number, cell in enumerate(run.progress(cells, description="cells")):
             start = time.perf_counter()
             folder = workdir.path / "cells" / cell.name
-            paths, records = _photos(cell, study, everything, package, folder, options)
+            paths, records = _photos(
+                cell,
+                study,
+                everything,
+                package,
+                folder,
+                num_steps=steps.get(cell),
+                seed=options.seed,
+            )
             middle = time.perf_counter()
             photos_of[cell] = paths
             rows += _rows(cell, study, paths, records, folder, options)
@@ -204,7 +227,10 @@ def _options() -> _Options:
     values = {name: value_of(name) for name in fields if name != "surrogate_sets"}
     try:
         for name in ("budgets", "leaks"):
-            values[name] = tuple(sorted(float(value) for value in values[name]))
+            values[name] = tuple(float(value) for value in values[name])
+        values["num_steps"] = _steps(values["num_steps"], values["budgets"])
+        for name in ("budgets", "leaks"):
+            values[name] = tuple(sorted(values[name]))
         if not all(0 < value <= 1 for value in values["budgets"]) or not values["budgets"]:
             raise ValueError("--budgets must lie in (0, 1]")
         if not all(0 <= value <= 1 for value in values["leaks"]):
@@ -229,6 +255,19 @@ def _options() -> _Options:
     if not values["data"] and not values["toy"]:
         raise run.UsageError("--data is needed: a folder with a folder of photos for each person")
     return _Options(**values, surrogate_sets=sets)
+
+
+def _steps(asked: tuple[str, ...], budgets: tuple[float, ...]) -> tuple[int, ...]:
+    """The numbers of --num_steps, in the order of their budgets if there are several."""
+    if not all(value.isdecimal() for value in asked) or len(asked) not in (0, 1, len(budgets)):
+        found = ",".join(asked)
+        raise ValueError(
+            f"--num_steps={found}: a number, or one for each of {len(budgets)} budgets"
+        )
+    steps = tuple(map(int, asked))
+    if len(steps) > 1:
+        steps = tuple(number for _, number in sorted(zip(budgets, steps, strict=True)))
+    return steps
 
 
 def _names(methods: tuple[str, ...]) -> set[str]:
@@ -271,7 +310,7 @@ def _check_weights(workdir: run.Workdir, recogniser: recognise.Recogniser) -> No
     run.write_json(path, known | now)
 
 
-def _photos(cell, study, everything, package, folder, options):
+def _photos(cell, study, everything, package, folder, *, num_steps, seed):
     """Paths and records of a cell's photos; none for clean ones."""
     if cell.method == "none":
         return [], []
@@ -282,8 +321,8 @@ def _photos(cell, study, everything, package, folder, options):
         covered=[scene.extractor for scene in study.scenes.values()],
         package=package,
         folder=folder,
-        num_steps=options.num_steps,
-        seed=options.seed,
+        num_steps=num_steps,
+        seed=seed,
     )
     return protection_photos.write_photos(
         folder, study.split.published, everything.detector, protect_fn

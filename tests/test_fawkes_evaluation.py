@@ -158,6 +158,7 @@ def runs(people, trained_folder, tmp_path_factory):
         small("cut", *last),
         small("grown", *grown, "--trackers=toy_a", "--budgets=0.007"),
         small("grown", *grown, "--trackers=toy_a,toy_b", "--budgets=0.004,0.007"),
+        small("steps", *grown[:1], "--trackers=toy_a", "--budgets=0.007,0.004", "--num_steps=5,2"),
     )
     return root, found
 
@@ -230,7 +231,7 @@ def test_a_resumed_run_is_the_same_and_makes_nothing_twice(runs):
 
 def test_a_run_may_grow(runs):
     root, found = runs
-    (first, calls), (second, more) = found[4:]
+    (first, calls), (second, more) = found[4:6]
     assert calls == [["toy_a"]] and more == calls
     table = json.loads((root / "grown" / "result.json").read_text())["table"]
     assert {row["budget"] for row in table} == {None, 0.004, 0.007}
@@ -244,6 +245,17 @@ def test_a_run_may_grow(runs):
         if row["budget"] != 0.004 and row["extractor"] == "toy_a"
     ]
     assert kept == first[0]["nearest"]
+
+
+def test_every_budget_may_have_its_own_steps(runs):
+    """The run that grew took 2 steps for each."""
+    root, _ = runs
+    for budget, is_same in (("0.004", True), ("0.007", False)):
+        folders = [root / name / f"cells/fawkes-toy_a-{budget}" for name in ("grown", "steps")]
+        photos = [[p.read_bytes() for p in sorted(f.rglob("*.png"))] for f in folders]
+        assert len(photos[0]) == 6 and (photos[0] == photos[1]) == is_same
+    config = json.loads((root / "steps" / "config.json").read_text())
+    assert (config["budgets"], config["num_steps"]) == ([0.004, 0.007], [2, 5])
 
 
 def test_wrong_usage_is_named(people, trained_folder, tmp_path):
@@ -263,6 +275,11 @@ def test_wrong_usage_is_named(people, trained_folder, tmp_path):
         "--leaks must lie in": small("--leaks=0,2"),
         "--budgets must lie in": small("--budgets=0"),
         "could not convert": small("--budgets=much"),
+        "--num_steps=1,2: a number, or one for each of 3": small("--num_steps=1,2"),
+        "--num_steps=-1: a number": small("--num_steps=-1"),
+        "no number for a budget of 0.01": small(
+            "--budgets=0.004,0.007", "--num_steps=1,2", "--methods=lowkey@0.01"
+        ),
         "each once": small("--surrogates=toy_a+toy_a"),
         "needs two trackers": small("--trackers=toy_a"),
         "needs --peer_python": small("--methods=fawkes_pypi"),

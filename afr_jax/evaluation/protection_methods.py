@@ -78,11 +78,11 @@ def cloak_config(method: str, budget: float, *, num_steps: int | None) -> face_c
     return CLOAKS[method](dssim_budget=budget, **steps)
 
 
-def cloak_options(*, num_steps: int | None) -> dict[str, dict[str, Any]]:
-    """The options of every kind of cloak, but for the budget, by method."""
+def cloak_options() -> dict[str, dict[str, Any]]:
+    """The options that a cloak has by itself, but for the budget, by method."""
     found = {}
     for name in CLOAKS:
-        found[name] = dataclasses.asdict(cloak_config(name, 1.0, num_steps=num_steps))
+        found[name] = dataclasses.asdict(cloak_config(name, 1.0, num_steps=None))
         del found[name]["dssim_budget"]
     return found
 
