@@ -206,6 +206,27 @@ def test_grey_and_transparent_pixels(surrogates):
     assert np.any(pixels != half.pixels)
 
 
+def test_changes_fade_outside_of_what_extractors_see(surrogates):
+    photo = _photo()
+    (extractor,) = surrogates.extractors
+    plan = cloak._plan(surrogates.extractors, photo, 0, 0, None, _CONFIG)
+    limit, origin = plan.face.limit, np.tile(plan.canvas.origin, 2)
+    chip = align.chip_bounds(
+        align.chip_transform(extractor, photo.faces.landmarks[0]), extractor.input_px
+    )
+    for bounds in (chip, photo.faces.boxes[0]):
+        y0, x0, y1, x1 = np.round(bounds - origin).astype(int)
+        assert np.all(limit[y0:y1, x0:x1] == np.float32(_CONFIG.linf_limit))
+    rows, columns = plan.canvas.size
+    edges = [
+        limit[0, :columns],
+        limit[rows - 1, :columns],
+        limit[:rows, 0],
+        limit[:rows, columns - 1],
+    ]
+    assert max(edge.max() for edge in edges) < 0.2 * _CONFIG.linf_limit
+
+
 def test_limits_fade_and_part_neighbours():
     photo = _photo(centres=((100, 60), (100, 120)), size=70)
     region = np.array([50, 10, 150, 170])

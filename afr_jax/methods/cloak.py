@@ -24,7 +24,8 @@ from afr_jax.recognition import align, detect, match
 _CANVAS_LADDER = (96, 160, 224, 320)
 # Changes fade in over this share of a region's side, so that no edge shows.
 _FADE = 0.06
-# The detector's box grows by this share of its sides; the region holds it and every chip.
+# The detector's box grows by this share of its sides; the region holds it and every chip, with the
+# fade around them.
 _MARGIN = 0.05
 # Surrogates sample photos that are this much less reduced than trackers here: a tracker's grid of
 # averages is shifted, its landmarks may tip the factor, others do not average at all; what is
@@ -182,17 +183,16 @@ def face_dssim(
 def _plan(extractors, photo, index, number, targets, config) -> _Plan:
     """Region, canvas and arrays of one face."""
     shape = photo.pixels.shape[:2]
-    transforms, bounds = [], [_grown(photo.faces.boxes[number])]
+    transforms, bounds = [], [_grown(photo.faces.boxes[number], _MARGIN)]
     for extractor in extractors:
         transform = align.chip_transform(extractor, photo.faces.landmarks[number])
         transforms.append(transform)
         bounds.append(align.chip_bounds(transform, extractor.input_px))
     bounds = np.array(bounds)
-    region = np.concatenate(
-        align.integer_bounds(
-            np.concatenate([bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)]), shape
-        )
-    )
+    seen = np.concatenate([bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)])
+    # As wide as the fade, which so lies outside what is seen.
+    margin = _FADE / (1 - 2 * _FADE)
+    region = np.concatenate(align.integer_bounds(_grown(seen, margin), shape))
     box = np.concatenate(align.integer_bounds(photo.faces.boxes[number], shape))
     factor = -(-int((region[2:] - region[:2]).max()) // _CANVAS_LADDER[-1])
     canvas = align.cut_canvas(photo.pixels, region, factor=factor, ladder=_CANVAS_LADDER)
@@ -403,9 +403,10 @@ def _compose(pixels, plans, deltas, config) -> tuple[np.ndarray, list[float]]:
     return best, best_dssims
 
 
-def _grown(box: np.ndarray) -> np.ndarray:
+def _grown(box: np.ndarray, margin: float) -> np.ndarray:
+    """A box with a margin on all sides, as a share of its sides."""
     sides = np.tile(box[2:] - box[:2], 2)
-    return box + sides * np.array([-1, -1, 1, 1]) * _MARGIN
+    return box + sides * np.array([-1, -1, 1, 1]) * margin
 
 
 def _canvas_box(box: np.ndarray, factor: int, size: tuple[int, int]) -> np.ndarray:
