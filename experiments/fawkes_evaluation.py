@@ -159,8 +159,12 @@ def evaluation_program() -> tuple[dict[str, Any], int]:
     files = [protection_methods.file_name(name) for name in names]
     if len(set(files)) < len(files):
         raise run.UsageError(f"each of {', '.join(names)} must have one name of its own")
-    config = {**dataclasses.asdict(options), "cloaks": protection_methods.cloak_options()}
-    workdir = run.open_workdir(flags.FLAGS.workdir or "out/evaluation", config, resumable=_GROWING)
+    cloaks = protection_methods.cloak_options()
+    for each in cloaks.values() if options.num_steps else ():
+        del each["num_steps"]
+    config = {**dataclasses.asdict(options), "cloaks": cloaks}
+    growing = [name for name in _GROWING if name != "budgets" or len(options.num_steps) < 2]
+    workdir = run.open_workdir(flags.FLAGS.workdir or "out/evaluation", config, resumable=growing)
     split, problems = _split(options, workdir)
     try:
         weights = recognise.parse_weights(_WEIGHTS.value, names)
