@@ -27,7 +27,8 @@ clean photos, trains on grayscale or JPEG copies, or trains adversarially: exper
 measures that.
 
 Expected: a tree of 10,000 images of CIFAR-10 through --method=lsp in 33 seconds on two busy CPU
-cores. error_min for 50,000 images with ResNet-18 is meant for an accelerator; time not measured.
+cores. error_min for the 50,000 images of CIFAR-10 with ResNet-18: 9 rounds, 3.5 minutes on an H200
+that two other runs shared.
 --toy: a tiny network, two rounds, seconds.
 """
 

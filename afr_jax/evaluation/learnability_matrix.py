@@ -80,7 +80,7 @@ def rows_of(curves: Mapping[Cell, learnability.Curve]) -> list[dict[str, Any]]:
                 "architecture": architecture,
                 "seeds": len(summaries),
                 "last_accuracy": last.mean(),
-                "last_spread": [last.min(), last.max()],
+                "last_spread": [float(last.min()), float(last.max())],
                 "peak_accuracy": peak.mean(),
                 "peak_epochs": [summary.peak_epoch for summary in summaries],
                 "train_accuracy": np.mean([s.last_train_accuracy for s in summaries]),
