@@ -45,7 +45,7 @@ def conv_fn(kernel: tuple[int, int]) -> Callable[..., jax.Array]:
 
     A convolution of 1 x 1, without groups, dilation or padding, is a matrix product, which XLA runs
     on CPU in half the time of the convolution; the others get their fast kernel gradient. On GPUs
-    it stays a convolution: XLA of jaxlib 0.11 ended the process at ResNet-18's products in bfloat16.
+    it stays a convolution: with products XLA of jaxlib 0.11 ended a ResNet-18's run in bfloat16.
     """
     is_product = kernel == (1, 1) and jax.default_backend() == "cpu"
     return _pointwise if is_product else conv.conv_general_dilated
