@@ -1,0 +1,28 @@
+"""Anti-face-recognition in JAX: the public names, each loaded when it is first used.
+
+import afr_jax as afr
+
+fr = afr.load_recognizer("dlib")
+cloaked = afr.cloak(fr, photos, config=afr.FawkesConfig(dssim_budget=0.007), key=0)
+"""
+
+import importlib
+
+_HOMES = {
+    "afr_jax.recognition.pipeline": ("load_recognizer", "Recognizer"),
+}
+_MODULES = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

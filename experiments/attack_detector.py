@@ -15,7 +15,7 @@ The figures are shares of test frames in which the whole detector finds no face 
 each scale factor of its pyramid, with 95 % intervals; beside the trained patches stand no patch,
 plain ones (black, white), random noise, and the untrained start. "survival" is the share of frames
 in which each network still has a box of the person. Optional: --transfer (other people), other
-detectors, --peer_python (the same frames shown to PyPI `mtcnn`, see experiments/peers/README.md).
+detectors, --peer_python (the same frames shown to PyPI `mtcnn`, see experiments/reference).
 
 A run can be stopped and continued. What a patch cannot do: it is trained for one detector, on one
 person's photos, and was never printed here; other detectors are expected to see the face.
@@ -33,26 +33,21 @@ import jax.numpy as jnp
 import skimage.data
 from absl import flags, logging
 
-from afr_jax.core import run
+from afr_jax.core import program, workdir
 from afr_jax.data import video
-from afr_jax.evaluation import misdetection, patch_study, peer
-from afr_jax.methods import (
-    mtcnn_patch,
-    patch_geometry,
-    patch_markers,
-    patch_placing,
-    patch_training,
-    patch_views,
-)
+from afr_jax.evaluation import reference
+from afr_jax.evaluation.metrics import misdetection
+from afr_jax.evaluation.patches import study as patches_study
+from afr_jax.methods.patches import attack, geometry, markers, placement, scenes, training
 from afr_jax.models import mtcnn
 from afr_jax.perturb import transformations
 from afr_jax.recognition import detect
 
-_DEFAULTS = mtcnn_patch.PatchOptions()
+_DEFAULTS = attack.PatchOptions()
 _TRAIN = flags.DEFINE_list("train", [], "films, folders and photos to train on")
 _TEST = flags.DEFINE_list("test", [], "films, folders and photos to measure on")
 _PLACEMENT = flags.DEFINE_enum(
-    "placement", "cheeks", list(patch_geometry.PLACEMENTS), "where patches are worn"
+    "placement", "cheeks", list(geometry.PLACEMENTS), "where patches are worn"
 )
 _EPOCHS = flags.DEFINE_integer("epochs", 2000, "passes over the training frames", lower_bound=1)
 _TRAIN_FRAMES = flags.DEFINE_integer(
@@ -77,7 +72,7 @@ _STAGES = flags.DEFINE_float(
     "stage_weight", _DEFAULTS.stage_weight, "of R-Net and O-Net; 0: P-Net alone, as published"
 )
 _OFF = flags.DEFINE_list(
-    "off", [], f"parts of the random views to leave out, of {', '.join(patch_training.PARTS)}"
+    "off", [], f"parts of the random views to leave out, of {', '.join(training.PARTS)}"
 )
 _CORNERS = flags.DEFINE_string(
     "corners", None, "corner grids: a JSON file, or aruco, or chessboard (printed markers)"
@@ -88,7 +83,7 @@ _YUNET = flags.DEFINE_string("yunet", None, "ONNX file of OpenCV's YuNet, to try
 _HAAR = flags.DEFINE_string("haar", None, "XML file of a Haar cascade, to try it as well")
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python of an environment with mtcnn")
 
-_PEER_SCRIPT = pathlib.Path(__file__).resolve().parent / "peers" / "mtcnn_peer.py"
+_PEER_SCRIPT = pathlib.Path(__file__).resolve().parent / "reference" / "mtcnn_driver.py"
 _NO_FACE = "no face of the person"
 _TOY_PX, _TOY_FACE_PX = 160, 60
 _TOY_SHIFTS = {"train": (0, 16, 32), "test": (8, 24), "transfer": (4,)}
@@ -106,11 +101,11 @@ def attack_program() -> tuple[dict[str, Any], int]:
     options, settings = _options()
     try:
         variables = jax.tree.map(jnp.asarray, mtcnn.read_weights(mtcnn.find_weights()))
-        others = {} if flags.FLAGS.toy else patch_study.others(_YUNET.value, _HAAR.value)
+        others = {} if flags.FLAGS.toy else patches_study.others(_YUNET.value, _HAAR.value)
     except (FileNotFoundError, ValueError, ImportError) as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
     corners = _corners()
-    work = run.open_workdir(flags.FLAGS.workdir or "out/attack_detector", settings)
+    work = workdir.open_workdir(flags.FLAGS.workdir or "out/attack_detector", settings)
     train = _people(variables, "train", _TRAIN.value)
     test = _people(variables, "test", _TEST.value)
     seed = flags.FLAGS.seed
@@ -118,13 +113,13 @@ def attack_program() -> tuple[dict[str, Any], int]:
     views_seed = seed + 1 if corners is None and not flags.FLAGS.toy else None
     people = misdetection.choose(train.people, _TRAIN_FRAMES.value, seed=views_seed)
     chosen = _placed(_People(people, train.skipped), options, corners)
-    trained = patch_training.train(
+    trained = training.train(
         jax.random.key(seed), variables, [frame.placed for frame in chosen], options,
         work=work, num_starts=_STARTS.value,
     )  # fmt: skip
     total = _TEST_FRAMES.value or len(test.people)
     people = misdetection.choose(test.people, total, seed=seed)
-    study = patch_study.Study(
+    study = patches_study.Study(
         variables=variables,
         options=options,
         frames=_placed(_People(people, test.skipped), options, corners),
@@ -134,7 +129,7 @@ def attack_program() -> tuple[dict[str, Any], int]:
         work=work,
     )
     result = {
-        **run.provenance("experiments.attack_detector"),
+        **program.provenance("experiments.attack_detector"),
         "settings": settings,
         "training": {
             "num_frames": len(chosen),
@@ -158,28 +153,28 @@ def attack_program() -> tuple[dict[str, Any], int]:
         python = pathlib.Path(_PEER_PYTHON.value).expanduser()
         try:
             result["peer"] = study.ask_peer(python, _PEER_SCRIPT)
-        except peer.PeerError as error:
-            raise run.UsageError(f"--peer_python: {error}") from error
+        except reference.PeerError as error:
+            raise program.UsageError(f"--peer_python: {error}") from error
     skipped = [{"frame": name, "reason": why} for name, why in (*train.skipped, *test.skipped)]
     result["num_skipped"], result["skipped"] = len(skipped), skipped
     work.write_result(result)
     unreadable = [item for item in skipped if item["reason"] != _NO_FACE]
-    return result, run.EXIT_PARTIAL if unreadable else run.EXIT_OK
+    return result, program.EXIT_PARTIAL if unreadable else program.EXIT_OK
 
 
-def _options() -> tuple[mtcnn_patch.PatchOptions, dict[str, Any]]:
+def _options() -> tuple[attack.PatchOptions, dict[str, Any]]:
     """Options of the training, and everything that a run is known by."""
     toy = flags.FLAGS.toy
     try:
         factors = tuple(float(value) for value in _FACTORS.value)
         if any(not 0 < value < 1 for value in factors) or not factors:
             raise ValueError(f"--scale_factors={','.join(_FACTORS.value)} must lie in (0, 1)")
-        levels = patch_views.LevelOptions(scale_factors=factors)
+        levels = scenes.LevelOptions(scale_factors=factors)
         if toy:
-            levels = patch_views.LevelOptions(
+            levels = scenes.LevelOptions(
                 min_face_px=_TOY_FACE_PX, scale_factors=factors[:1], draws=1
             )
-        options = mtcnn_patch.PatchOptions(
+        options = attack.PatchOptions(
             placement=_PLACEMENT.value,
             patch_px=12 if toy else _DEFAULTS.patch_px,
             num_steps=min(_EPOCHS.value, 8) if toy else _EPOCHS.value,
@@ -192,11 +187,11 @@ def _options() -> tuple[mtcnn_patch.PatchOptions, dict[str, Any]]:
             levels=levels,
             views=transformations.ViewOptions(),
         )
-        options = patch_training.without(options, _OFF.value)
+        options = training.without(options, _OFF.value)
     except ValueError as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
     if _STARTS.value < 1 or not 80 <= _FACE_WIDTH.value <= 220:
-        raise run.UsageError("--starts is at least 1, --face_width_mm lies in [80, 220]")
+        raise program.UsageError("--starts is at least 1, --face_width_mm lies in [80, 220]")
     settings = {
         "options": options,
         "train": _TRAIN.value,
@@ -225,7 +220,7 @@ def _people(variables: dict, flag: str, paths: Sequence[str]) -> _People:
         )
         return _People(people, [(name, _NO_FACE) for name in lost])
     if not paths:
-        raise run.UsageError(f"--{flag} is needed")
+        raise program.UsageError(f"--{flag} is needed")
     people, skipped = [], []
     for path in paths:
         place = pathlib.Path(path).expanduser()
@@ -233,14 +228,14 @@ def _people(variables: dict, flag: str, paths: Sequence[str]) -> _People:
         try:
             found = video.read_frames([place], max_frames=limit)
         except (FileNotFoundError, video.VideoError) as error:
-            raise run.UsageError(f"--{flag}: {error}") from error
+            raise program.UsageError(f"--{flag}: {error}") from error
         shown, lost = misdetection.find_person(
             variables, found.frames, is_film=place.is_file(), options=_search(flags.FLAGS.toy)
         )
         people += shown
         skipped += found.skipped + [(name, _NO_FACE) for name in lost]
     if not people:
-        raise run.UsageError(f"--{flag}={','.join(paths)} shows no face")
+        raise program.UsageError(f"--{flag}={','.join(paths)} shows no face")
     return _People(people, skipped)
 
 
@@ -254,18 +249,18 @@ def _corners():
     if _CORNERS.value is None or _CORNERS.value in ("aruco", "chessboard"):
         return _CORNERS.value
     try:
-        return patch_markers.read_grids(pathlib.Path(_CORNERS.value).expanduser())
+        return markers.read_grids(pathlib.Path(_CORNERS.value).expanduser())
     except (OSError, ValueError) as error:
-        raise run.UsageError(f"--corners: {error}") from error
+        raise program.UsageError(f"--corners: {error}") from error
 
 
-def _placed(shown: _People, options: mtcnn_patch.PatchOptions, corners) -> list[patch_study.Shown]:
+def _placed(shown: _People, options: attack.PatchOptions, corners) -> list[patches_study.Shown]:
     """Patches placed on every frame; where that fails, the frame is left out, with the reason."""
     found = []
     for person in shown.people:
         try:
             grids = _grids(person, options, corners)
-            placed = patch_placing.place(
+            placed = placement.place(
                 person.pixels, person.box, person.landmarks,
                 placement=options.placement, grids=grids,
             )  # fmt: skip
@@ -273,25 +268,25 @@ def _placed(shown: _People, options: mtcnn_patch.PatchOptions, corners) -> list[
             logging.warning("%s is left out: %s", person.name, error)
             shown.skipped.append((person.name, str(error)))
             continue
-        found.append(patch_study.Shown(person, placed))
+        found.append(patches_study.Shown(person, placed))
     if not found:
-        raise run.UsageError("the patches can be placed on no frame; see the messages above")
+        raise program.UsageError("the patches can be placed on no frame; see the messages above")
     return found
 
 
-def _grids(person: misdetection.Person, options: mtcnn_patch.PatchOptions, corners):
-    names = sorted(mtcnn_patch.patch_shapes(options.placement, options.patch_px))
+def _grids(person: misdetection.Person, options: attack.PatchOptions, corners):
+    names = sorted(attack.patch_shapes(options.placement, options.patch_px))
     if corners is None:
         return None
     if corners == "aruco":
-        return patch_markers.find_aruco(person.pixels, names)
+        return markers.find_aruco(person.pixels, names)
     if corners == "chessboard":
-        return patch_markers.find_chessboards(person.pixels, names)
+        return markers.find_chessboards(person.pixels, names)
     if person.name not in corners:
         raise ValueError("the file of --corners does not name it")
     return corners[person.name]
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(attack_program)
+    program.define_flags()
+    program.main_of_flags(attack_program)

@@ -14,7 +14,7 @@ Rows (--rows):
 
 Both sides run everything once before they are timed, then take turns. The peers are processes of
 another environment, kept alive, which time themselves; without --peer_python their columns stay
-empty. That environment (more in experiments/peers/README.md):
+empty. That environment (more in experiments/reference/README.md):
 
     python3.11 -m venv peers
     peers/bin/pip install tensorflow-cpu tf_keras mtcnn==1.0.0 face_recognition_models==0.3.0
@@ -38,19 +38,13 @@ import jax.numpy as jnp
 import skimage.data
 from absl import flags
 
-from afr_jax.core import run
+from afr_jax.benchmark import cloaking, database, detection, embedding, photos, timing
+from afr_jax.core import files, program, workdir
 from afr_jax.data import photo_files
-from afr_jax.evaluation import (
-    benchmark_photos,
-    cloak_peer,
-    database_speed,
-    detector_peer,
-    extractor_peer,
-    peer,
-    timing,
-)
-from afr_jax.methods import fawkes
-from afr_jax.models import mtcnn, zoo
+from afr_jax.evaluation import reference
+from afr_jax.methods.cloaking import fawkes
+from afr_jax.models import mtcnn
+from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect
 
 _ROWS = flags.DEFINE_list("rows", ["detection", "cloaking"], "what to measure")
@@ -70,18 +64,18 @@ _PEER_GRAPH = flags.DEFINE_bool(
     "peer_graph", True, "compile the net for fawkes (tf.function): faster than the package as it is"
 )
 
-_PEERS = pathlib.Path(__file__).resolve().parent / "peers"
+_PEERS = pathlib.Path(__file__).resolve().parent / "reference"
 _SCRIPTS = {
-    "detection": "mtcnn_peer.py",
-    "cloaking": "fawkes_peer.py",
-    "embedding": "extractor_peers.py",
+    "detection": "mtcnn_driver.py",
+    "cloaking": "fawkes_driver.py",
+    "embedding": "extractors_driver.py",
     "database": None,
 }
 _BATCH, _EMBEDDING_BATCH = 4, 16
 _MIN_CONFIDENCE = 0.9
 _NOTE = (
     "The peers were not measured: pass --peer_python, the Python of an environment that has them. "
-    "experiments/peers/README.md says how to make one."
+    "experiments/reference/README.md says how to make one."
 )
 
 
@@ -107,14 +101,14 @@ def benchmark_program() -> tuple[dict[str, Any], int]:
     """Runs the program; returns its result and exit code."""
     settings = _settings()
     sources = _sources()
-    workdir = run.open_workdir(
+    work = workdir.open_workdir(
         flags.FLAGS.workdir or "out/benchmark", settings, resumable=settings._fields
     )
-    provenance = run.provenance("experiments.benchmark")
+    provenance = program.provenance("experiments.benchmark")
     try:
         detector = jax.tree.map(jnp.asarray, mtcnn.read_weights(mtcnn.find_weights()))
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
     rows, versions = [], {}
     for name in settings.rows:
         measure_fn = {
@@ -136,20 +130,20 @@ def benchmark_program() -> tuple[dict[str, Any], int]:
         "note": None if versions else _NOTE,
     }
     page = _page(result)
-    photo_files.write_atomically(workdir.path / "benchmark.md", page.encode(), overwrite=True)
+    files.write_atomically(work.path / "benchmark.md", page.encode(), overwrite=True)
     print(page, file=sys.stderr)
-    workdir.write_result(result)
-    return result, run.EXIT_OK
+    work.write_result(result)
+    return result, program.EXIT_OK
 
 
 def _settings() -> _Settings:
     for name in _ROWS.value:
         if name not in _SCRIPTS:
-            raise run.UsageError(f"--rows: {name!r} is none of {', '.join(_SCRIPTS)}")
+            raise program.UsageError(f"--rows: {name!r} is none of {', '.join(_SCRIPTS)}")
     for name in _EXTRACTORS.value:
-        if name not in zoo.EXTRACTORS:
-            raise run.UsageError(
-                f"--extractors: {name!r} is none of {', '.join(sorted(zoo.EXTRACTORS))}"
+        if name not in registry.EXTRACTORS:
+            raise program.UsageError(
+                f"--extractors: {name!r} is none of {', '.join(sorted(registry.EXTRACTORS))}"
             )
     settings = _Settings(
         rows=tuple(_ROWS.value),
@@ -185,7 +179,7 @@ def _numbers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
     except ValueError:
         numbers = ()
     if min(numbers, default=0) < 1:
-        raise run.UsageError(f"--{flag}={','.join(values)} must be numbers from 1 on")
+        raise program.UsageError(f"--{flag}={','.join(values)} must be numbers from 1 on")
     return numbers
 
 
@@ -194,21 +188,21 @@ def _sources() -> list[pathlib.Path]:
     try:
         found = photo_files.list_photos(paths)
     except FileNotFoundError as error:
-        raise run.UsageError(f"--images: {error}") from error
+        raise program.UsageError(f"--images: {error}") from error
     if paths and not found:
-        raise run.UsageError(f"--images={','.join(_IMAGES.value)} holds no files")
+        raise program.UsageError(f"--images={','.join(_IMAGES.value)} holds no files")
     return [item.path for item in found if item.problem is None]
 
 
 @contextlib.contextmanager
-def _open_peer(script: str | None) -> Iterator[peer.Peer | None]:
+def _open_peer(script: str | None) -> Iterator[reference.Peer | None]:
     if _PEER_PYTHON.value is None or script is None:
         yield None
         return
     try:
-        other = peer.Peer(pathlib.Path(_PEER_PYTHON.value).expanduser(), _PEERS / script)
-    except peer.PeerError as error:
-        raise run.UsageError(f"--peer_python: {error}") from error
+        other = reference.Peer(pathlib.Path(_PEER_PYTHON.value).expanduser(), _PEERS / script)
+    except reference.PeerError as error:
+        raise program.UsageError(f"--peer_python: {error}") from error
     with other:
         yield other
 
@@ -218,18 +212,18 @@ def _detection(
     detector: dict,
     sources: Sequence[pathlib.Path],
     folder: pathlib.Path,
-    other: peer.Peer | None,
+    other: reference.Peer | None,
 ) -> list[dict[str, Any]]:
     """Photos of one longer side and many shapes, through both detectors."""
     batch = [
-        benchmark_photos.resized(pixels, settings.photo_px)
-        for pixels in benchmark_photos.read(sources, settings.num_photos)
+        photos.resized(pixels, settings.photo_px)
+        for pixels in photos.read(sources, settings.num_photos)
     ]
     if not sources:
-        batch = [benchmark_photos.made(i, settings.photo_px) for i in range(settings.num_photos)]
+        batch = [photos.made(i, settings.photo_px) for i in range(settings.num_photos)]
     if not batch:
-        raise run.UsageError("--images holds no readable photo")
-    return detector_peer.measure(
+        raise program.UsageError("--images holds no readable photo")
+    return detection.measure(
         f"detection, {len(batch)} photos of {settings.photo_px} px",
         detector,
         batch,
@@ -245,28 +239,26 @@ def _cloaking(
     detector: dict,
     sources: Sequence[pathlib.Path],
     folder: pathlib.Path,
-    other: peer.Peer | None,
+    other: reference.Peer | None,
 ) -> list[dict[str, Any]]:
     """The surest face of each photo, aligned, through both optimisers."""
-    extractor = zoo.get("dlib")
+    extractor = registry.get("dlib")
     try:
         variables = jax.tree.map(jnp.asarray, extractor.load())
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
     faces = []
-    for pixels in (
-        benchmark_photos.read(sources, len(sources)) if sources else [skimage.data.astronaut()]
-    ):
+    for pixels in photos.read(sources, len(sources)) if sources else [skimage.data.astronaut()]:
         if settings.toy:
-            pixels = benchmark_photos.resized(pixels, settings.photo_px)
+            pixels = photos.resized(pixels, settings.photo_px)
         found = detect.detect_faces(detector, pixels)
         if len(found.boxes) and found.confidences[0] >= _MIN_CONFIDENCE:
             faces.append((pixels, found.landmarks[0]))
         if len(faces) == max(settings.num_faces):
             break
     if not faces:
-        raise run.UsageError("--images holds no photo with a face")
-    chips = cloak_peer.cut_chips(extractor, faces, max(settings.num_faces), seed=settings.seed)
+        raise program.UsageError("--images holds no photo with a face")
+    chips = cloaking.cut_chips(extractor, faces, max(settings.num_faces), seed=settings.seed)
     config = fawkes.FawkesConfig(
         dssim_budget=settings.dssim_budget,
         num_steps=settings.num_steps,
@@ -275,7 +267,7 @@ def _cloaking(
     )
     rows = []
     for count in settings.num_faces:
-        rows += cloak_peer.measure(
+        rows += cloaking.measure(
             f"cloaking, {count} faces, {settings.num_steps} steps",
             extractor,
             variables,
@@ -296,8 +288,8 @@ def _embedding(settings, detector, sources, folder, other) -> list[dict[str, Any
     del detector, sources
     rows = []
     for name in settings.extractors:
-        rows += extractor_peer.measure(
-            zoo.get(name),
+        rows += embedding.measure(
+            registry.get(name),
             folder,
             other,
             batch=_EMBEDDING_BATCH,
@@ -310,7 +302,7 @@ def _embedding(settings, detector, sources, folder, other) -> list[dict[str, Any
 def _database(settings, detector, sources, folder, other) -> list[dict[str, Any]]:
     """Reference databases of made vectors; ours alone."""
     del detector, sources, other
-    return database_speed.measure(
+    return database.measure(
         folder, settings.num_vectors, repeats=settings.repeats, seed=settings.seed
     )
 
@@ -336,5 +328,5 @@ def _page(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(benchmark_program)
+    program.define_flags()
+    program.main_of_flags(benchmark_program)

@@ -41,12 +41,15 @@ import skimage
 import tqdm
 from absl import flags, logging
 
-from afr_jax.core import parallel, run
+from afr_jax.core import files, parallel, program, workdir
 from afr_jax.data import photos
-from afr_jax.evaluation import cloak_check, cloak_records, cloak_words, report
-from afr_jax.methods import cloak, fawkes, targets
-from afr_jax.models import zoo
-from afr_jax.recognition import detect, recognise
+from afr_jax.evaluation.cloaking import check
+from afr_jax.evaluation.cloaking import records as cloaking_records
+from afr_jax.evaluation.report import page
+from afr_jax.evaluation.report import summary as report_summary
+from afr_jax.methods.cloaking import fawkes, photo_cloaks, targets
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import detect, pipeline
 
 _IMAGES = flags.DEFINE_list(
     "images", [], "photos and folders of photos; default: a sample portrait"
@@ -87,7 +90,7 @@ class _Models(NamedTuple):
         weights: fingerprint of each extractor's weights.
     """
 
-    eyes: recognise.Recogniser
+    eyes: pipeline.Recogniser
     surrogates: list[str]
     checks: list[str]
     weights: dict[str, str]
@@ -97,10 +100,10 @@ class _Models(NamedTuple):
 class _Loaded:
     """A photo in memory on its way through a group."""
 
-    job: cloak_records.Job
+    job: cloaking_records.Job
     sha256: str
     photo: photos.Photo
-    task: cloak.PhotoFaces
+    task: photo_cloaks.PhotoFaces
     skipped: list[dict[str, Any]]
     options: detect.DetectorOptions
 
@@ -109,18 +112,18 @@ def cloak_program() -> tuple[dict[str, Any], int]:
     """Runs the program; returns its result and exit code."""
     output_dir = pathlib.Path(_OUTPUT_DIR.value).expanduser().absolute()
     if output_dir.exists() and not output_dir.is_dir():
-        raise run.UsageError(f"--output_dir={_OUTPUT_DIR.value} is not a folder")
+        raise program.UsageError(f"--output_dir={_OUTPUT_DIR.value} is not a folder")
     _check_flags()
     models = _load_models()
     settings = _settings(models)
     workdir = _open_workdir(flags.FLAGS.workdir or output_dir / ".cloak", settings)
     sample = pathlib.Path(skimage.__file__).parent / "data" / "astronaut.png"
     try:
-        jobs = cloak_records.list_jobs(_IMAGES.value or [sample], output_dir, workdir.path)
+        jobs = cloaking_records.list_jobs(_IMAGES.value or [sample], output_dir, workdir.path)
     except FileNotFoundError as error:
-        raise run.UsageError(f"--images: {error}") from error
+        raise program.UsageError(f"--images: {error}") from error
     if not jobs:
-        raise run.UsageError(f"--images={','.join(_IMAGES.value)} holds no files")
+        raise program.UsageError(f"--images={','.join(_IMAGES.value)} holds no files")
     session = _Session(models, settings, workdir, output_dir)
     session.work(jobs)
     return session.conclude(jobs)
@@ -128,22 +131,22 @@ def cloak_program() -> tuple[dict[str, Any], int]:
 
 def _check_flags() -> None:
     if not _SURROGATES.value:
-        raise run.UsageError("--surrogates must name an extractor")
+        raise program.UsageError("--surrogates must name an extractor")
     if (_TARGET.value == "farthest") != (_GALLERY.value is not None):
-        raise run.UsageError("--target=farthest and --gallery need each other")
+        raise program.UsageError("--target=farthest and --gallery need each other")
     if _TARGET.value not in ("repel", "farthest") and not pathlib.Path(_TARGET.value).is_dir():
-        raise run.UsageError(f"--target={_TARGET.value} is not repel, farthest or a folder")
+        raise program.UsageError(f"--target={_TARGET.value} is not repel, farthest or a folder")
     if _GALLERY.value is not None and not pathlib.Path(_GALLERY.value).is_dir():
-        raise run.UsageError(f"--gallery={_GALLERY.value} is not a folder")
+        raise program.UsageError(f"--gallery={_GALLERY.value} is not a folder")
     if 0 < _MIN_FACE.value < 20:
-        raise run.UsageError(f"--min_face_px={_MIN_FACE.value} must be 0 or at least 20")
+        raise program.UsageError(f"--min_face_px={_MIN_FACE.value} must be 0 or at least 20")
 
 
 def _load_models() -> _Models:
     asked = [*_SURROGATES.value, *_CHECK.value]
     try:
-        weights = recognise.parse_weights(_WEIGHTS.value, asked)
-        eyes = recognise.load(asked, weights=weights)
+        weights = pipeline.parse_weights(_WEIGHTS.value, asked)
+        eyes = pipeline.load(asked, weights=weights)
         names = [eyes.extractors[name].name for name in asked]
         for name in names:
             if names.count(name) > 1:
@@ -152,15 +155,15 @@ def _load_models() -> _Models:
             _ = extractor.threshold  # Raises if it is not known: then nothing can be judged.
     except FileNotFoundError as error:
         hint = "--weights=NAME=FILE names the file of an extractor's weights"
-        raise run.UsageError(f"{error} ({hint})") from error
+        raise program.UsageError(f"{error} ({hint})") from error
     except ValueError as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
     variables = {name: eyes.variables[key] for name, key in zip(names, asked, strict=True)}
     eyes = eyes._replace(
         extractors={extractor.name: extractor for extractor in eyes.extractors.values()},
         variables=variables,
     )
-    weights = {name: zoo.fingerprint(each)[:16] for name, each in variables.items()}
+    weights = {name: registry.fingerprint(each)[:16] for name, each in variables.items()}
     count = len(_SURROGATES.value)
     return _Models(eyes, names[:count], names[count:], weights)
 
@@ -183,17 +186,19 @@ def _settings(models: _Models) -> dict[str, Any]:
     }
 
 
-def _open_workdir(path: pathlib.Path, settings: dict[str, Any]) -> run.Workdir:
+def _open_workdir(path: pathlib.Path, settings: dict[str, Any]) -> workdir.Workdir:
     """The folder of records; with --overwrite, those of other settings make way."""
     try:
-        return run.open_workdir(path, settings)
-    except run.UsageError as error:
+        return workdir.open_workdir(path, settings)
+    except program.UsageError as error:
         if not _OVERWRITE.value or not (path / "config.json").exists():
-            raise run.UsageError(f"{error} (or pass --overwrite to replace its outputs)") from error
-    cloak_records.forget(path)
+            raise program.UsageError(
+                f"{error} (or pass --overwrite to replace its outputs)"
+            ) from error
+    cloaking_records.forget(path)
     (path / "target.json").unlink(missing_ok=True)
     (path / "config.json").unlink()
-    return run.open_workdir(path, settings)
+    return workdir.open_workdir(path, settings)
 
 
 class _Session:
@@ -203,7 +208,7 @@ class _Session:
         self,
         models: _Models,
         settings: dict[str, Any],
-        workdir: run.Workdir,
+        workdir: workdir.Workdir,
         output_dir: pathlib.Path,
     ) -> None:
         self._models = models
@@ -216,16 +221,16 @@ class _Session:
         )
         self._key = jax.random.key(settings["seed"])
         eyes = models.eyes
-        self._surrogates = cloak.Surrogates(
+        self._surrogates = photo_cloaks.Surrogates(
             tuple(eyes.extractors[name] for name in models.surrogates),
             tuple(eyes.variables[name] for name in models.surrogates),
         )
         self._targets: dict[str, np.ndarray] | None = None
 
-    def work(self, jobs: Sequence[cloak_records.Job]) -> None:
+    def work(self, jobs: Sequence[cloaking_records.Job]) -> None:
         """Brings every job to a record; a group with nothing left to do is skipped."""
         groups = [jobs[start : start + _GROUP] for start in range(0, len(jobs), _GROUP)]
-        is_open = [not all(map(cloak_records.is_done, group)) for group in groups]
+        is_open = [not all(map(cloaking_records.is_done, group)) for group in groups]
         if any(is_open) and self._settings["target"] != "repel":
             self._targets = self._choose_target(jobs)
         bar = tqdm.tqdm(total=len(jobs), desc="photos", unit="photo", disable=None)
@@ -237,9 +242,9 @@ class _Session:
             bar.update(len(group))
         bar.close()
 
-    def conclude(self, jobs: Sequence[cloak_records.Job]) -> tuple[dict[str, Any], int]:
+    def conclude(self, jobs: Sequence[cloaking_records.Job]) -> tuple[dict[str, Any], int]:
         """Writes the reports from the records of all jobs."""
-        records = [cloak_records.read(job)["image"] for job in jobs]
+        records = [cloaking_records.read(job)["image"] for job in jobs]
         summary = {
             status: sum(record["status"] == status for record in records)
             for status in ("cloaked", "no_face", "unreadable", "failed")
@@ -249,7 +254,7 @@ class _Session:
             "check": self._models.checks,
             "weights": self._models.weights,
             "linf_limit": self._config.linf_limit,
-            "reencoding": cloak_check.REENCODING,
+            "reencoding": check.REENCODING,
         }
         target_file = self._workdir.path / "target.json"
         if target_file.exists():
@@ -265,14 +270,14 @@ class _Session:
             except (photos.PhotoError, OSError):
                 return None
 
-        run.write_json(self._output_dir / "report.json", whole)
-        report.write_cloak_report(self._output_dir / "report.html", whole, load_pair)
+        files.write_json(self._output_dir / "report.json", whole)
+        page.write_cloak_report(self._output_dir / "report.html", whole, load_pair)
         incomplete = [
             {"image": record["image"], "status": record["status"], "reason": record["reason"]}
             for record in records
             if record["status"] in ("unreadable", "failed")
         ]
-        for line in cloak_words.lines(whole):
+        for line in report_summary.lines(whole):
             logging.info("%s", line)
         result = {
             "summary": summary,
@@ -281,9 +286,9 @@ class _Session:
             "output_dir": str(_OUTPUT_DIR.value),
         }
         self._workdir.write_result(result)
-        return result, run.EXIT_PARTIAL if incomplete else run.EXIT_OK
+        return result, program.EXIT_PARTIAL if incomplete else program.EXIT_OK
 
-    def _work_on_group(self, group: Sequence[cloak_records.Job]) -> None:
+    def _work_on_group(self, group: Sequence[cloaking_records.Job]) -> None:
         loaded = [item for item in parallel.overlapped(self._load, group) if item is not None]
         num_faces = sum(len(item.task.faces.boxes) for item in loaded)
         steps = tqdm.tqdm(
@@ -291,7 +296,7 @@ class _Session:
         )
         tasks = [item.task for item in loaded]
         try:
-            results = cloak.cloak_photos(
+            results = photo_cloaks.cloak_photos(
                 self._key,
                 self._surrogates,
                 tasks,
@@ -302,7 +307,7 @@ class _Session:
         except Exception as error:  # One photo's trouble must not cost the others theirs.
             if len(group) == 1 or isinstance(error, MemoryError):
                 for item in loaded:
-                    cloak_records.write(item.job, "failed", f"{error}", [], sha256=item.sha256)
+                    cloaking_records.write(item.job, "failed", f"{error}", [], sha256=item.sha256)
                 logging.exception("could not cloak %s", [str(job.source.path) for job in group])
                 return
             logging.warning("working photo by photo after: %s", error)
@@ -312,34 +317,32 @@ class _Session:
         finally:
             steps.close()
         for item, (pixels, faces) in zip(loaded, results, strict=True):
-            if not cloak_records.is_done(item.job):
+            if not cloaking_records.is_done(item.job):
                 self._finish(item, pixels, faces)
 
-    def _load(self, job: cloak_records.Job) -> _Loaded | None:
+    def _load(self, job: cloaking_records.Job) -> _Loaded | None:
         """Reads a photo and finds its faces; None, with a record, if nothing is to cloak."""
         sha256 = None
         try:
             if job.source.problem is not None:
                 raise photos.PhotoError(job.source.problem)
             data = photos.read_photo_bytes(job.source.path)
-            sha256 = cloak_records.sha256_of(data)
+            sha256 = cloaking_records.sha256_of(data)
             photo = photos.decode_photo(data)
         except photos.PhotoError as error:
-            cloak_records.write(job, "unreadable", str(error), [], sha256=sha256)
+            cloaking_records.write(job, "unreadable", str(error), [], sha256=sha256)
             return None
         options = self._detector_options(photo.pixels.shape)
         found = detect.detect_faces(self._models.eyes.detector, photo.pixels, options=options)
         sure = found.confidences >= self._settings["min_confidence"]
-        kept = sure & cloak.is_large_enough(found.boxes)
-        skipped = cloak_check.skipped_faces(
-            found, kept, min_confidence=self._settings["min_confidence"]
-        )
+        kept = sure & photo_cloaks.is_large_enough(found.boxes)
+        skipped = check.skipped_faces(found, kept, min_confidence=self._settings["min_confidence"])
         if not kept.any():
             reason = "no face was found" if not skipped else "no face was found with confidence"
-            cloak_records.write(job, "no_face", reason, skipped, sha256=sha256)
+            cloaking_records.write(job, "no_face", reason, skipped, sha256=sha256)
             return None
         visible = None if photo.alpha is None else photo.alpha > 0
-        task = cloak.PhotoFaces(
+        task = photo_cloaks.PhotoFaces(
             name=job.source.relative.as_posix(),
             pixels=photo.pixels,
             grey=photo.grey,
@@ -349,12 +352,12 @@ class _Session:
         return _Loaded(job, sha256, photo, task, skipped, options)
 
     def _finish(
-        self, item: _Loaded, pixels: np.ndarray, faces: Sequence[cloak.CloakedFace]
+        self, item: _Loaded, pixels: np.ndarray, faces: Sequence[photo_cloaks.CloakedFace]
     ) -> None:
         """Encodes, reads back, measures, publishes and records one photo."""
         job, sha256 = item.job, item.sha256
         data = photos.encode_png(item.photo, pixels, keep_metadata=self._settings["keep_metadata"])
-        records = cloak_check.check_photo(
+        records = check.check_photo(
             self._models.eyes,
             item.task,
             photos.decode_photo(data).pixels,
@@ -370,10 +373,10 @@ class _Session:
         ]
         records += item.skipped
         if problems:
-            cloak_records.write(job, "failed", "; ".join(problems), records, sha256=sha256)
+            cloaking_records.write(job, "failed", "; ".join(problems), records, sha256=sha256)
             return
         try:
-            cloak_records.publish(
+            cloaking_records.publish(
                 job,
                 data,
                 records,
@@ -384,20 +387,20 @@ class _Session:
             )
         except FileExistsError:
             reason = "the output exists and is not of this run; pass --overwrite to replace it"
-            cloak_records.write(job, "failed", reason, [], sha256=sha256)
+            cloaking_records.write(job, "failed", reason, [], sha256=sha256)
         except OSError as error:
             reason = f"could not write the output: {error.strerror or error}"
-            cloak_records.write(job, "failed", reason, [], sha256=sha256)
+            cloaking_records.write(job, "failed", reason, [], sha256=sha256)
 
-    def _judge_again(self, job: cloak_records.Job) -> None:
+    def _judge_again(self, job: cloaking_records.Job) -> None:
         """Measures a finished output anew if other extractors than now have judged it."""
-        known = cloak_records.read(job)
+        known = cloaking_records.read(job)
         image, judges = known["image"], self._models.weights
         if image["status"] != "cloaked" or known["judges"] == judges:
             return
         pixels = photos.read_photo(job.source.path).pixels
         found = {name: np.array(rows, np.float32) for name, rows in known["found"].items()}
-        faces = cloak_check.judge_again(
+        faces = check.judge_again(
             self._models.eyes,
             pixels,
             detect.Faces(**found),
@@ -407,13 +410,13 @@ class _Session:
             options=self._detector_options(pixels.shape),
         )
         kept = {name: known[name] for name in ("sha256", "output_sha256", "found")}
-        cloak_records.write(job, "cloaked", None, faces, judges=judges, **kept)
+        cloaking_records.write(job, "cloaked", None, faces, judges=judges, **kept)
 
     def _detector_options(self, shape: Sequence[int]) -> detect.DetectorOptions:
         smallest = self._settings["min_face_px"] or max(30, max(shape[:2]) / 80)
         return detect.DetectorOptions(min_face_px=smallest)
 
-    def _choose_target(self, jobs: Sequence[cloak_records.Job]) -> dict[str, np.ndarray]:
+    def _choose_target(self, jobs: Sequence[cloaking_records.Job]) -> dict[str, np.ndarray]:
         """The target's centroid for each surrogate; chosen once and kept for resumed runs."""
         stored = self._workdir.path / "target.json"
         if stored.exists():
@@ -434,11 +437,11 @@ class _Session:
                 identity = pathlib.Path(target).name
                 centroids = targets.folder_centroids(eyes, target, options_fn=options_fn)
         except ValueError as error:
-            raise run.UsageError(f"--target={target}: {error}") from error
-        run.write_json(stored, {"identity": identity, "centroids": centroids})
+            raise program.UsageError(f"--target={target}: {error}") from error
+        files.write_json(stored, {"identity": identity, "centroids": centroids})
         return centroids
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(cloak_program)
+    program.define_flags()
+    program.main_of_flags(cloak_program)

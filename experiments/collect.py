@@ -30,8 +30,8 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from afr_jax.core import run
-from afr_jax.data import array_records, identity_tree, photo_files, sampling
+from afr_jax.core import files, program
+from afr_jax.data import array_records, identities, sampling
 from afr_jax.recognition import collect
 
 _DATA = flags.DEFINE_string("data", None, "folder of photos")
@@ -50,10 +50,12 @@ _TOY_PHOTOS = 100
 def collect_program() -> tuple[dict[str, Any], int]:
     """Runs the program; returns its result and exit code."""
     if _DATA.value is None:
-        raise run.UsageError("--data is needed: a folder with a folder of photos for each person")
+        raise program.UsageError(
+            "--data is needed: a folder with a folder of photos for each person"
+        )
     output = pathlib.Path(_OUTPUT_DIR.value)
     if output.exists() and not output.is_dir():
-        raise run.UsageError(f"--output_dir={output} is not a folder")
+        raise program.UsageError(f"--output_dir={output} is not a folder")
     listing = _list_photos()
     with tqdm.tqdm(total=len(listing.samples), desc="reading", disable=None) as bar:
         distance = None if _DISTANCE.value < 0 else _DISTANCE.value
@@ -79,26 +81,26 @@ def collect_program() -> tuple[dict[str, Any], int]:
         result["records"], unreadable = _write_records(kept, output)
         problems += unreadable
     result["not_handled"] = [dataclasses.asdict(problem) for problem in problems]
-    run.write_json(output / "result.json", result)
-    return result, run.EXIT_PARTIAL if problems else run.EXIT_OK
+    files.write_json(output / "result.json", result)
+    return result, program.EXIT_PARTIAL if problems else program.EXIT_OK
 
 
-def _list_photos() -> identity_tree.Listing:
+def _list_photos() -> identities.Listing:
     try:
         if _CSV.value is not None:
-            listing = identity_tree.list_csv(_CSV.value, _DATA.value)
+            listing = identities.list_csv(_CSV.value, _DATA.value)
         else:
-            listing = identity_tree.list_tree(_DATA.value)
+            listing = identities.list_tree(_DATA.value)
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
     if flags.FLAGS.toy:
-        return identity_tree.Listing(listing.samples[:_TOY_PHOTOS], listing.problems)
+        return identities.Listing(listing.samples[:_TOY_PHOTOS], listing.problems)
     return listing
 
 
 def _write_records(
-    listing: identity_tree.Listing, output: pathlib.Path
-) -> tuple[str, list[identity_tree.Problem]]:
+    listing: identities.Listing, output: pathlib.Path
+) -> tuple[str, list[identities.Problem]]:
     _, held_out = sampling.split_by_id(
         listing.sample_ids,
         held_out=_HELD_OUT.value,
@@ -110,7 +112,7 @@ def _write_records(
             listing, output / "records", name=_RECORDS.value, held_out_rows=held_out.tolist()
         )
     except (FileExistsError, ValueError) as error:
-        raise run.UsageError(f"--records: {error}") from error
+        raise program.UsageError(f"--records: {error}") from error
     return str(folder), problems
 
 
@@ -120,9 +122,9 @@ def _write_csv(path: pathlib.Path, header: Sequence[str], rows: Iterable[Sequenc
     writer.writerow(header)
     for row in rows:
         writer.writerow([int(v) if isinstance(v, (bool, np.bool_)) else v for v in row])
-    photo_files.write_atomically(path, text.getvalue().encode(), overwrite=True)
+    files.write_atomically(path, text.getvalue().encode(), overwrite=True)
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(collect_program)
+    program.define_flags()
+    program.main_of_flags(collect_program)

@@ -29,7 +29,7 @@ import skimage
 from absl import flags, logging
 from PIL import Image, ImageDraw
 
-from afr_jax.core import distributed, parallel, run
+from afr_jax.core import distributed, files, parallel, program, progress, workdir
 from afr_jax.data import photo_files, photos
 from afr_jax.models import mtcnn
 from afr_jax.recognition import detect
@@ -60,14 +60,14 @@ def detect_program() -> tuple[dict[str, Any], int]:
     output_dir = pathlib.Path(_OUTPUT_DIR.value).expanduser().absolute()
     inputs = _inputs(output_dir)
     drawings = photo_files.output_paths(inputs, output_dir, suffix="_faces.jpg")
-    workdir = None
+    work = None
     if flags.FLAGS.workdir:
-        workdir = run.open_workdir(flags.FLAGS.workdir, {"options": options})
+        work = workdir.open_workdir(flags.FLAGS.workdir, {"options": options})
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         variables = jax.tree.map(jax.numpy.asarray, mtcnn.read_weights(mtcnn.find_weights()))
     except (OSError, ValueError) as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
 
     def record_of(pair: tuple[photo_files.PhotoInput, pathlib.Path]) -> dict[str, Any]:
         source, drawing = pair
@@ -83,15 +83,15 @@ def detect_program() -> tuple[dict[str, Any], int]:
             logging.warning("%s: %s (%s)", source.path, record["status"], record["reason"])
         return record
 
-    pairs = run.progress(list(zip(inputs, drawings, strict=True)), description="photos")
+    pairs = progress.track(list(zip(inputs, drawings, strict=True)), description="photos")
     records = parallel.overlapped(record_of, pairs)
     _tell_namesakes_apart(records, inputs)
     if distributed.is_primary():
-        run.write_json(output_dir / "faces.json", {"images": records, "settings": options})
+        files.write_json(output_dir / "faces.json", {"images": records, "settings": options})
     result = _result(records)
-    if workdir is not None:
-        workdir.write_result(result)
-    return result, run.EXIT_PARTIAL if result["not_handled"] else run.EXIT_OK
+    if work is not None:
+        work.write_result(result)
+    return result, program.EXIT_PARTIAL if result["not_handled"] else program.EXIT_OK
 
 
 def _options() -> detect.DetectorOptions:
@@ -102,7 +102,7 @@ def _options() -> detect.DetectorOptions:
             min_face_px=smallest, scale_factor=_SCALE_FACTOR.value, thresholds=thresholds
         )
     except ValueError as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
 
 
 def _inputs(output_dir: pathlib.Path) -> list[photo_files.PhotoInput]:
@@ -110,13 +110,15 @@ def _inputs(output_dir: pathlib.Path) -> list[photo_files.PhotoInput]:
     sample = pathlib.Path(skimage.__file__).parent / "data" / "astronaut.png"
     paths = [pathlib.Path(path).expanduser() for path in _IMAGES.value] or [sample]
     if _DRAW.value and output_dir.resolve() in [path.resolve() for path in paths]:
-        raise run.UsageError("--draw needs an --output_dir that is not itself a folder of --images")
+        raise program.UsageError(
+            "--draw needs an --output_dir that is not itself a folder of --images"
+        )
     try:
         inputs = photo_files.list_photos(paths, exclude=[output_dir, output_dir / "faces.json"])
     except FileNotFoundError as error:
-        raise run.UsageError(f"--images: {error}") from error
+        raise program.UsageError(f"--images: {error}") from error
     if not inputs:
-        raise run.UsageError(f"--images={','.join(_IMAGES.value)} holds no files")
+        raise program.UsageError(f"--images={','.join(_IMAGES.value)} holds no files")
     return inputs
 
 
@@ -132,7 +134,7 @@ def _look(
     pixels = photos.read_photo(source.path).pixels
     found = detect.detect_faces(variables, pixels, options=options)
     if drawing is not None and distributed.is_primary():
-        photo_files.write_atomically(drawing, draw_faces(pixels, found), overwrite=True)
+        files.write_atomically(drawing, draw_faces(pixels, found), overwrite=True)
     # A hundredth of a pixel, a millionth of confidence: beyond that is rounding of the processor.
     faces = [
         {
@@ -191,5 +193,5 @@ def _result(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(detect_program)
+    program.define_flags()
+    program.main_of_flags(detect_program)

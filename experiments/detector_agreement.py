@@ -6,7 +6,7 @@ Both look at every photo with the package's default settings. A face of confiden
 found by the other side if that has a box of IoU 0.9 or more there. Writes `result.json` into the
 work folder, by default `out/detector_agreement`: counts, landmark errors as shares of the width of
 the package's box, and every disagreement. How to make the environment of the package:
-experiments/peers/README.md.
+experiments/reference/README.md.
 
 Expected on two CPU cores: 1 s a photo. Expected on 280 photos of WIDER FACE and LFW: every face is
 found by both. --toy compares on two photos of at most 160 px.
@@ -23,9 +23,11 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from afr_jax.core import run
+from afr_jax.benchmark import detection
+from afr_jax.core import program, progress, workdir
 from afr_jax.data import photo_files, photos
-from afr_jax.evaluation import detector_peer, peer
+from afr_jax.evaluation import reference
+from afr_jax.evaluation.attackers import other_detectors
 from afr_jax.models import mtcnn
 from afr_jax.recognition import detect
 
@@ -37,7 +39,7 @@ _MAX_PHOTOS = flags.DEFINE_integer(
 
 _MIN_OVERLAP, _MIN_CONFIDENCE = 0.9, 0.9
 _TOY_PHOTOS, _TOY_PX = 2, 160
-_SCRIPT = pathlib.Path(__file__).resolve().parent / "peers" / "mtcnn_peer.py"
+_SCRIPT = pathlib.Path(__file__).resolve().parent / "reference" / "mtcnn_driver.py"
 
 
 def agreement_program() -> tuple[dict[str, Any], int]:
@@ -47,20 +49,20 @@ def agreement_program() -> tuple[dict[str, Any], int]:
         **{"max_photos": _MAX_PHOTOS.value, "toy": flags.FLAGS.toy},
         **{"min_overlap": _MIN_OVERLAP, "min_confidence": _MIN_CONFIDENCE},
     }
-    workdir = run.open_workdir(
+    work = workdir.open_workdir(
         flags.FLAGS.workdir or "out/detector_agreement", settings, resumable=settings
     )
-    provenance = run.provenance("experiments.detector_agreement")
+    provenance = program.provenance("experiments.detector_agreement")
     try:
         variables = jax.tree.map(jnp.asarray, mtcnn.read_weights(mtcnn.find_weights()))
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
     if _PEER_PYTHON.value is None:
-        raise run.UsageError("--peer_python is needed; see experiments/peers/README.md")
+        raise program.UsageError("--peer_python is needed; see experiments/reference/README.md")
     try:
-        other = peer.Peer(pathlib.Path(_PEER_PYTHON.value).expanduser(), _SCRIPT)
-    except peer.PeerError as error:
-        raise run.UsageError(f"--peer_python: {error}") from error
+        other = reference.Peer(pathlib.Path(_PEER_PYTHON.value).expanduser(), _SCRIPT)
+    except reference.PeerError as error:
+        raise program.UsageError(f"--peer_python: {error}") from error
     with other, tempfile.TemporaryDirectory() as folder:
         findings = _compare(variables, other, pathlib.Path(folder), sources)
         versions = other.versions
@@ -70,28 +72,28 @@ def agreement_program() -> tuple[dict[str, Any], int]:
         "settings": settings,
         **findings,
     }
-    workdir.write_result(result)
-    return result, run.EXIT_PARTIAL if findings["unreadable"] else run.EXIT_OK
+    work.write_result(result)
+    return result, program.EXIT_PARTIAL if findings["unreadable"] else program.EXIT_OK
 
 
 def _sources() -> Iterator[photo_files.PhotoInput]:
     limit = _TOY_PHOTOS if flags.FLAGS.toy else _MAX_PHOTOS.value
     if not _IMAGES.value:
-        raise run.UsageError("--images is needed")
+        raise program.UsageError("--images is needed")
     for path in _IMAGES.value:
         try:
             found = photo_files.list_photos([pathlib.Path(path).expanduser()])
         except FileNotFoundError as error:
-            raise run.UsageError(f"--images: {error}") from error
+            raise program.UsageError(f"--images: {error}") from error
         if not found:
-            raise run.UsageError(f"--images: {path} holds no files")
+            raise program.UsageError(f"--images: {path} holds no files")
         count = min(limit or len(found), len(found))
         yield from (found[index * len(found) // count] for index in range(count))
 
 
 def _compare(
     variables: dict,
-    other: peer.Peer,
+    other: reference.Peer,
     folder: pathlib.Path,
     sources: list[photo_files.PhotoInput],
 ) -> dict[str, Any]:
@@ -99,7 +101,7 @@ def _compare(
     options = detect.DetectorOptions()
     counts = dict.fromkeys(("ours", "ours_found", "theirs", "theirs_found"), 0)
     errors, disagreements, unreadable = [], [], []
-    for source in run.progress(sources, description="photos"):
+    for source in progress.track(sources, description="photos"):
         name = source.relative.as_posix()
         try:
             pixels = _pixels(source)
@@ -108,9 +110,9 @@ def _compare(
             continue
         np.save(folder / "photo.npy", pixels)
         ours = detect.detect_faces(variables, pixels, options=options)
-        theirs = detector_peer.ask(other, [folder / "photo.npy"], options)[1][0]
+        theirs = other_detectors.ask_mtcnn(other, [folder / "photo.npy"], options)[1][0]
         limits = {"min_overlap": _MIN_OVERLAP, "min_confidence": _MIN_CONFIDENCE}
-        agreement = detector_peer.compare(ours, theirs, **limits)
+        agreement = detection.compare(ours, theirs, **limits)
         errors.extend(agreement.landmark_errors)
         for side, faces, rest, found in (
             ("ours", ours, theirs, agreement.ours),
@@ -148,5 +150,5 @@ def _pixels(source: photo_files.PhotoInput) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(agreement_program)
+    program.define_flags()
+    program.main_of_flags(agreement_program)

@@ -29,16 +29,16 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from afr_jax.core import run
-from afr_jax.data import identity_tree
-from afr_jax.models import zoo
-from afr_jax.recognition import database, detect, match, recognise
+from afr_jax.core import program, progress, workdir
+from afr_jax.data import identities
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import database, detect, match, pipeline
 
 _GALLERY = flags.DEFINE_string("gallery", None, "folder with a folder of photos for each person")
 _CSV = flags.DEFINE_string("csv", None, "CSV with the columns image, identity; paths in --gallery")
 _DATABASE = flags.DEFINE_string("database", None, "folder or object-store address of the database")
 _EXTRACTOR = flags.DEFINE_string(
-    "extractor", "dlib", f"{', '.join(zoo.EXTRACTORS)}, or the folder of a trained one"
+    "extractor", "dlib", f"{', '.join(registry.EXTRACTORS)}, or the folder of a trained one"
 )
 _WEIGHTS = flags.DEFINE_string("weights", None, "file of its weights; default: its usual source")
 _REPLACE = flags.DEFINE_bool("replace", False, "drop what is enrolled of the gallery's people")
@@ -55,52 +55,50 @@ _GROUP, _TOY_PHOTOS = 64, 8
 def enroll_program() -> tuple[dict[str, Any], int]:
     """Runs the program; returns its result and exit code."""
     if not _DATABASE.value:
-        raise run.UsageError("--database is needed")
+        raise program.UsageError("--database is needed")
     if bool(_GALLERY.value) == bool(_DELETE.value):
-        raise run.UsageError("give one of --gallery and --delete")
+        raise program.UsageError("give one of --gallery and --delete")
     try:
         return _enrol() if _GALLERY.value else _delete()
     except (database.DatabaseError, FileNotFoundError, ValueError) as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
 
 
 def _enrol() -> tuple[dict[str, Any], int]:
     root = _GALLERY.value
-    listing = (
-        identity_tree.list_csv(_CSV.value, root) if _CSV.value else identity_tree.list_tree(root)
-    )
+    listing = identities.list_csv(_CSV.value, root) if _CSV.value else identities.list_tree(root)
     listing = listing.without(
         [
-            identity_tree.Problem(sample.sample_id, reason)
+            identities.Problem(sample.sample_id, reason)
             for sample in listing.samples
             if (reason := _name_problem(sample))
         ]
     )
     items = list(listing.samples[:_TOY_PHOTOS] if flags.FLAGS.toy else listing.samples)
-    workdir = run.open_workdir(flags.FLAGS.workdir, _config()) if flags.FLAGS.workdir else None
+    work = workdir.open_workdir(flags.FLAGS.workdir, _config()) if flags.FLAGS.workdir else None
     start = time.perf_counter()
-    recogniser = recognise.load(
+    recogniser = pipeline.load(
         [_EXTRACTOR.value],
         weights={_EXTRACTOR.value: _WEIGHTS.value} if _WEIGHTS.value else None,
         options=detect.DetectorOptions(min_face_px=_MIN_FACE.value),
     )
-    tag = recognise.tag(recogniser, _EXTRACTOR.value)
+    tag = pipeline.tag(recogniser, _EXTRACTOR.value)
     reference = database.open_database(_DATABASE.value, tag=tag, create=True)
     enrolled = {} if _REPLACE.value else reference.images()
     todo = [
         item
         for item in items
         if item.sample_id not in enrolled
-        or enrolled[item.sample_id] != (recognise.file_digest(item.path), item.identity)
+        or enrolled[item.sample_id] != (pipeline.file_digest(item.path), item.identity)
     ]
     counts = {"added": 0, "changed": 0, "unchanged": len(items) - len(todo)}
     problems = [(problem.name, problem.reason) for problem in listing.problems]
     if _REPLACE.value:
         todo.sort(key=lambda item: item.identity)
-    found = recognise.recognise(
+    found = pipeline.recognise(
         recogniser, [item.path for item in todo], min_confidence=_MIN_CONFIDENCE.value
     )
-    found = run.progress(found, description="photos", total=len(todo))
+    found = progress.track(found, description="photos", total=len(todo))
     pairs = zip(todo, found, strict=True)
     for group in _groups(pairs):
         usable = [pair for pair in group if not pair[1].problem]
@@ -133,9 +131,9 @@ def _enrol() -> tuple[dict[str, Any], int]:
         "seconds": time.perf_counter() - start,
         "not_handled": [{"image": name, "reason": reason} for name, reason in problems],
     }
-    if workdir is not None:
-        workdir.write_result(result)
-    return result, run.EXIT_PARTIAL if problems else run.EXIT_OK
+    if work is not None:
+        work.write_result(result)
+    return result, program.EXIT_PARTIAL if problems else program.EXIT_OK
 
 
 def _delete() -> tuple[dict[str, Any], int]:
@@ -147,7 +145,7 @@ def _delete() -> tuple[dict[str, Any], int]:
         "enrolled": len(reference),
         "identities": len(reference.identities()),
     }
-    return result, run.EXIT_OK
+    return result, program.EXIT_OK
 
 
 def _groups(pairs):
@@ -170,7 +168,7 @@ def _entries(pairs) -> database.Entries:
     )
 
 
-def _name_problem(sample: identity_tree.Sample) -> str | None:
+def _name_problem(sample: identities.Sample) -> str | None:
     if sample.identity == match.UNKNOWN:
         return f"nobody may be called {match.UNKNOWN!r}: it says that none matched"
     try:
@@ -191,5 +189,5 @@ def _config() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(enroll_program)
+    program.define_flags()
+    program.main_of_flags(enroll_program)

@@ -11,7 +11,7 @@ published MobileFaceNet (`mobilefacenet_y1_ms1m.npz`) with its list of layers (`
 computed one by one in torch. dlib's descriptor is compared with dlib in the tests.
 
 Writes `result.json` into the work folder, by default `out/extractor_agreement`. How to make the
-environment of the originals: experiments/peers/README.md. Expected on two CPU cores: 4 minutes,
+environment of the originals: experiments/reference/README.md. Expected on two CPU cores: 4 minutes,
 2 GB of temporary files, errors of 1e-6 to 5e-5 (IResNet-100). --toy: FaceNet and OpenFace on one
 chip, one minute.
 """
@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from afr_jax.core import run
-from afr_jax.evaluation import peer
-from afr_jax.models import mobilefacenet, zoo
+from afr_jax.core import program, progress, workdir
+from afr_jax.evaluation import reference
+from afr_jax.models.extractors import mobilefacenet, registry
 
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python of an environment with the peers")
 _NETWORKS = flags.DEFINE_list("networks", None, "which to compare; default: all")
@@ -38,7 +38,7 @@ _MOBILEFACENET = flags.DEFINE_string(
     "mobilefacenet", None, "folder with mobilefacenet_y1_ms1m.npz and .json"
 )
 
-_SCRIPT = pathlib.Path(__file__).resolve().parent / "peers" / "extractor_peers.py"
+_SCRIPT = pathlib.Path(__file__).resolve().parent / "reference" / "extractors_driver.py"
 # Suffix of the weight file of each network, and whether torch's format before 1.6 is read, too.
 _FORMATS = {
     "facenet_vggface2": (".pt", True),
@@ -57,7 +57,7 @@ def agreement_program() -> tuple[dict[str, Any], int]:
     """Runs the program; returns its result and exit code."""
     networks = _networks()
     if _PEER_PYTHON.value is None:
-        raise run.UsageError("--peer_python is needed; see experiments/peers/README.md")
+        raise program.UsageError("--peer_python is needed; see experiments/reference/README.md")
     num_chips = 1 if flags.FLAGS.toy else _NUM_CHIPS.value
     settings = {
         "networks": networks,
@@ -66,22 +66,22 @@ def agreement_program() -> tuple[dict[str, Any], int]:
         "seed": flags.FLAGS.seed,
         "toy": flags.FLAGS.toy,
     }
-    workdir = run.open_workdir(
+    work = workdir.open_workdir(
         flags.FLAGS.workdir or "out/extractor_agreement", settings, resumable=settings
     )
-    provenance = run.provenance("experiments.extractor_agreement")
+    provenance = program.provenance("experiments.extractor_agreement")
     rows, failed = [], []
-    for network in run.progress(networks, description="networks"):
+    for network in progress.track(networks, description="networks"):
         # A process for each: torch and TensorFlow stay apart, and memory is given back.
         try:
-            with peer.Peer(pathlib.Path(_PEER_PYTHON.value).expanduser(), _SCRIPT) as other:
+            with reference.Peer(pathlib.Path(_PEER_PYTHON.value).expanduser(), _SCRIPT) as other:
                 versions = other.versions
                 with tempfile.TemporaryDirectory() as folder:
                     rows += _compare(network, other, pathlib.Path(folder), num_chips)
-        except peer.PeerError as error:
+        except reference.PeerError as error:
             failed.append({"network": network, "reason": str(error)})
     if not rows:
-        raise run.UsageError(f"--peer_python: {failed[0]['reason']}")
+        raise program.UsageError(f"--peer_python: {failed[0]['reason']}")
     failed += [
         {"network": row["network"], "reason": f"error {row['error']:.2g}"}
         for row in rows
@@ -95,20 +95,20 @@ def agreement_program() -> tuple[dict[str, Any], int]:
         "largest_error": max(row["error"] for row in rows),
         "failed": failed,
     }
-    workdir.write_result(result)
-    return result, run.EXIT_PARTIAL if failed else run.EXIT_OK
+    work.write_result(result)
+    return result, program.EXIT_PARTIAL if failed else program.EXIT_OK
 
 
 def _networks() -> list[str]:
     networks = _NETWORKS.value or list(_TOY if flags.FLAGS.toy else _FORMATS)
     for name in networks:
         if name not in _FORMATS:
-            raise run.UsageError(f"--networks: {name!r} is none of {', '.join(_FORMATS)}")
+            raise program.UsageError(f"--networks: {name!r} is none of {', '.join(_FORMATS)}")
     if _MOBILEFACENET.value is None:
         return networks
     for path in _graph_files():
         if not path.is_file():
-            raise run.UsageError(f"--mobilefacenet: there is no {path}")
+            raise program.UsageError(f"--mobilefacenet: there is no {path}")
     return [*networks, _GRAPH]
 
 
@@ -118,17 +118,17 @@ def _graph_files() -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def _compare(
-    network: str, other: peer.Peer, folder: pathlib.Path, num_chips: int
+    network: str, other: reference.Peer, folder: pathlib.Path, num_chips: int
 ) -> list[dict[str, Any]]:
     """A row for each format of the network's weight file."""
     if network == _GRAPH:
-        extractor = zoo.get("mobilefacenet")
+        extractor = registry.get("mobilefacenet")
         graph, arrays = _graph_files()
         chips, inputs = _chips(extractor, num_chips)
         theirs = _ask(other, folder, network, 255 * chips, graph=str(graph), arrays=str(arrays))
-        variables = zoo.load_variables(extractor, arrays)
+        variables = registry.load_variables(extractor, arrays)
         return [_row(network, ".npz", extractor.module, variables, inputs, theirs)]
-    extractor = zoo.get(network)
+    extractor = registry.get(network)
     module, read_fn = extractor.module, extractor.read
     if network == "mobilefacenet":
         # InsightFace's torch version.
@@ -146,7 +146,7 @@ def _compare(
     return rows
 
 
-def _chips(extractor: zoo.Extractor, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _chips(extractor: registry.Extractor, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Random chips `[N, S, S, 3]` in [0, 1], and the same in the range of the network."""
     generator = np.random.default_rng([flags.FLAGS.seed, extractor.input_px])
     chips = generator.random((count, extractor.input_px, extractor.input_px, 3), np.float32)
@@ -154,7 +154,7 @@ def _chips(extractor: zoo.Extractor, count: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _ask(
-    other: peer.Peer, folder: pathlib.Path, name: str, inputs: np.ndarray, **files: str
+    other: reference.Peer, folder: pathlib.Path, name: str, inputs: np.ndarray, **files: str
 ) -> np.ndarray:
     chips, output = folder / "chips.npy", folder / "embeddings.npy"
     np.save(chips, inputs)
@@ -184,5 +184,5 @@ def _row(network, kind, module, variables, inputs, theirs) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(agreement_program)
+    program.define_flags()
+    program.main_of_flags(agreement_program)

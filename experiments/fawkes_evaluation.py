@@ -10,7 +10,7 @@ clean, are what the tracker is asked about. --gallery_people others are enrolled
 A cell is a method, a set of surrogates and a DSSIM budget. --methods: `none`, `noise` (Gaussian,
 of equal DSSIM), `fawkes` (ours), `lowkey`, `fawkes_pypi` (the optimiser of PyPI `fawkes` with
 dlib's net, for its own extractors cannot be downloaded; needs --peer_python, see
-experiments/peers/README.md). `lowkey@0.007` is made at that budget alone.
+experiments/reference/README.md). `lowkey@0.007` is made at that budget alone.
 --surrogates: sets of extractors joined by `+`; `all` is every tracker of the zoo, `leave_one_out`
 for each of them all others. --trackers: extractors of the zoo or folders of trained and hardened
 ones (adaptive trackers). For each: the nearest enrolled photo, with and without the extractor's
@@ -43,21 +43,17 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from afr_jax.core import run
-from afr_jax.data import identity_tree
-from afr_jax.evaluation import (
-    peer,
-    protection_methods,
-    protection_photos,
-    protection_pictures,
-    protection_plots,
-    protection_split,
-    protection_study,
-    protection_views,
-    tracker_training,
-)
-from afr_jax.models import zoo
-from afr_jax.recognition import recognise
+from afr_jax.core import files, program, progress, workdir
+from afr_jax.data import identities
+from afr_jax.evaluation import reference
+from afr_jax.evaluation.attackers import tracker_training
+from afr_jax.evaluation.cloaking import methods as cloaking_methods
+from afr_jax.evaluation.cloaking import photos, pictures, plots
+from afr_jax.evaluation.cloaking import split as cloaking_split
+from afr_jax.evaluation.cloaking import study as cloaking_study
+from afr_jax.evaluation.cloaking import views as cloaking_views
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import pipeline
 
 _DATA = flags.DEFINE_string("data", None, "folder with a folder of photos for each person")
 _PEOPLE = flags.DEFINE_integer("people", 10, "people to protect", 1)
@@ -66,7 +62,7 @@ _PROBES = flags.DEFINE_integer("probes", 5, "clean photos of each that are asked
 _GALLERY_PEOPLE = flags.DEFINE_integer("gallery_people", 190, "other people, enrolled clean", 1)
 _GALLERY_PHOTOS = flags.DEFINE_integer("gallery_photos", 5, "photos of each of them, at most", 1)
 _METHODS = flags.DEFINE_list(
-    "methods", ["none", "noise", "fawkes"], f"of {', '.join(protection_methods.METHODS)}"
+    "methods", ["none", "noise", "fawkes"], f"of {', '.join(cloaking_methods.METHODS)}"
 )
 _SURROGATES = flags.DEFINE_list(
     "surrogates", ["leave_one_out", "all"], "sets of extractors: leave_one_out, all, or A+B"
@@ -74,14 +70,14 @@ _SURROGATES = flags.DEFINE_list(
 _TRACKERS = flags.DEFINE_list(
     "trackers",
     ["dlib", "facenet_casia", "mobilefacenet"],
-    f"of {', '.join(zoo.EXTRACTORS)}, or folders of trained or hardened ones",
+    f"of {', '.join(registry.EXTRACTORS)}, or folders of trained or hardened ones",
 )
 _WEIGHTS = flags.DEFINE_list("weights", [], "weight files: NAME=FILE")
 _BUDGETS = flags.DEFINE_list("budgets", ["0.004", "0.007", "0.012"], "DSSIM of a face")
 _COUNTERMEASURES = flags.DEFINE_list(
     "countermeasures",
-    list(protection_views.COUNTERMEASURES),
-    f"of {', '.join(protection_views.COUNTERMEASURES)}",
+    list(cloaking_views.COUNTERMEASURES),
+    f"of {', '.join(cloaking_views.COUNTERMEASURES)}",
 )
 _LEAKS = flags.DEFINE_list(
     "leaks", ["0", "0.1", "0.25", "0.5"], "shares of published photos that the tracker has clean"
@@ -96,7 +92,7 @@ _END_TO_END = flags.DEFINE_integer("end_to_end", 0, "people for trackers that tr
 _EPOCHS = flags.DEFINE_integer("epochs", 3, "of their training", 0)
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python of an environment with `fawkes`")
 
-_PEER_SCRIPT = pathlib.Path(__file__).parent / "peers" / "fawkes_peer.py"
+_PEER_SCRIPT = pathlib.Path(__file__).parent / "reference" / "fawkes_driver.py"
 _TOY = {
     **{"people": 2, "cloaked_photos": 2, "probes": 2, "gallery_people": 3, "gallery_photos": 2},
     **{"num_steps": ["2"], "trackers": ["dlib"], "surrogates": ["all"], "budgets": ["0.007"]},
@@ -141,48 +137,48 @@ class _Options:
         """Steps of a cloak of a budget; None for the method's own number.
 
         Raises:
-            run.UsageError: there is a number for each of the budgets, and this is none of them.
+            program.UsageError: there is a number for each of the budgets, and this is none of them.
         """
         if len(self.num_steps) < 2:
             return self.num_steps[0] if self.num_steps else None
         if budget not in self.budgets:
-            raise run.UsageError(f"--num_steps has no number for a budget of {budget}")
+            raise program.UsageError(f"--num_steps has no number for a budget of {budget}")
         return self.num_steps[self.budgets.index(budget)]
 
 
 def evaluation_program() -> tuple[dict[str, Any], int]:
     """Runs the program; returns its result and exit code."""
     options = _options()
-    cells = protection_photos.cells_of(options.methods, options.surrogate_sets, options.budgets)
+    cells = photos.cells_of(options.methods, options.surrogate_sets, options.budgets)
     steps = {cell: options.steps_of(cell.budget) for cell in cells if cell.surrogates}
     names = list(dict.fromkeys([*options.trackers, *(n for c in cells for n in c.surrogates)]))
-    files = [protection_methods.file_name(name) for name in names]
+    files = [cloaking_methods.file_name(name) for name in names]
     if len(set(files)) < len(files):
-        raise run.UsageError(f"each of {', '.join(names)} must have one name of its own")
-    cloaks = protection_methods.cloak_options()
+        raise program.UsageError(f"each of {', '.join(names)} must have one name of its own")
+    cloaks = cloaking_methods.cloak_options()
     for each in cloaks.values() if options.num_steps else ():
         del each["num_steps"]
     config = {**dataclasses.asdict(options), "cloaks": cloaks}
     growing = [name for name in _GROWING if name != "budgets" or len(options.num_steps) < 2]
-    workdir = run.open_workdir(flags.FLAGS.workdir or "out/evaluation", config, resumable=growing)
-    split, problems = _split(options, workdir)
+    work = workdir.open_workdir(flags.FLAGS.workdir or "out/evaluation", config, resumable=growing)
+    split, problems = _split(options, work)
     try:
-        weights = recognise.parse_weights(_WEIGHTS.value, names)
-        everything = recognise.load(names, weights=weights)
-        _check_weights(workdir, everything)
+        weights = pipeline.parse_weights(_WEIGHTS.value, names)
+        everything = pipeline.load(names, weights=weights)
+        _check_weights(work, everything)
         trackers = {name: everything.extractors[name] for name in options.trackers}
-        study = protection_study.open_study(
-            split, everything._replace(extractors=trackers), workdir.path / "clean"
+        study = cloaking_study.open_study(
+            split, everything._replace(extractors=trackers), work.path / "clean"
         )
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(str(error)) from error
-    unseen = protection_study.without_faces(study)
-    problems += [{"image": name, "reason": recognise.NO_FACE} for name in unseen]
+        raise program.UsageError(str(error)) from error
+    unseen = cloaking_study.without_faces(study)
+    problems += [{"image": name, "reason": pipeline.NO_FACE} for name in unseen]
     rows, photos_of = [], {}
     with _open_package(options) as package:
-        for number, cell in enumerate(run.progress(cells, description="cells")):
+        for number, cell in enumerate(progress.track(cells, description="cells")):
             start = time.perf_counter()
-            folder = workdir.path / "cells" / cell.name
+            folder = work.path / "cells" / cell.name
             paths, records = _photos(
                 cell,
                 study,
@@ -200,11 +196,11 @@ def evaluation_program() -> tuple[dict[str, Any], int]:
                     name = f"{cell.name}/{sample.sample_id}"
                     problems.append({"image": name, "reason": record["problem"]})
             seconds = {"photos": middle - start, "scores": time.perf_counter() - middle}
-            workdir.append_metrics({"step": number, "cell": cell.name, "seconds": seconds})
-    _draw(study, photos_of, rows, workdir.path)
-    protection_study.write_table(workdir.path / "table.csv", rows)
+            work.append_metrics({"step": number, "cell": cell.name, "seconds": seconds})
+    _draw(study, photos_of, rows, work.path)
+    cloaking_study.write_table(work.path / "table.csv", rows)
     result = {
-        **run.provenance("experiments.fawkes_evaluation"),
+        **program.provenance("experiments.fawkes_evaluation"),
         "config": config,
         "protected": [person.identity for person in split.protected],
         "people_enrolled": len(split.identities),
@@ -212,12 +208,12 @@ def evaluation_program() -> tuple[dict[str, Any], int]:
         "notes": _NOTES,
         "not_handled": problems,
     }
-    workdir.write_result({**result, "table": rows})
+    work.write_result({**result, "table": rows})
     keys = ("method", "surrogates", "budget", "extractor", "protection")
     plain = ("nearest", "none", 0)
     shown = [row for row in rows if (row["tracker"], row["countermeasure"], row["leak"]) == plain]
     result["nearest"] = [{key: row[key] for key in keys} for row in shown]
-    return result, run.EXIT_PARTIAL if problems else run.EXIT_OK
+    return result, program.EXIT_PARTIAL if problems else program.EXIT_OK
 
 
 def _options() -> _Options:
@@ -239,25 +235,27 @@ def _options() -> _Options:
             raise ValueError("--budgets must lie in (0, 1]")
         if not all(0 <= value <= 1 for value in values["leaks"]):
             raise ValueError("--leaks must lie in [0, 1]")
-        known = protection_views.COUNTERMEASURES
+        known = cloaking_views.COUNTERMEASURES
         if not values["countermeasures"] or not set(values["countermeasures"]) <= set(known):
             found = ",".join(values["countermeasures"])
             raise ValueError(f"--countermeasures={found}: of {', '.join(known)}")
         if not values["methods"]:
             raise ValueError("--methods is needed: how photos are protected")
-        if not [recognise.find_extractor(name) for name in values["trackers"]]:
+        if not [pipeline.find_extractor(name) for name in values["trackers"]]:
             raise ValueError("--trackers is needed: names of extractors")
         sets = ()
-        if _names(values["methods"]) & set(protection_methods.CLOAKS):
-            sets = protection_photos.surrogate_sets(value_of("surrogates"), values["trackers"])
+        if _names(values["methods"]) & set(cloaking_methods.CLOAKS):
+            sets = photos.surrogate_sets(value_of("surrogates"), values["trackers"])
             if not sets:
                 raise ValueError("--surrogates is needed: sets of extractors")
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
     if "fawkes_pypi" in _names(values["methods"]) and not _PEER_PYTHON.value:
-        raise run.UsageError("--methods=fawkes_pypi needs --peer_python")
+        raise program.UsageError("--methods=fawkes_pypi needs --peer_python")
     if not values["data"] and not values["toy"]:
-        raise run.UsageError("--data is needed: a folder with a folder of photos for each person")
+        raise program.UsageError(
+            "--data is needed: a folder with a folder of photos for each person"
+        )
     return _Options(**values, surrogate_sets=sets)
 
 
@@ -276,20 +274,20 @@ def _steps(asked: tuple[str, ...], budgets: tuple[float, ...]) -> tuple[int, ...
 
 def _names(methods: tuple[str, ...]) -> set[str]:
     """The methods without their own budgets."""
-    return {protection_photos.parse_method(method)[0] for method in methods}
+    return {photos.parse_method(method)[0] for method in methods}
 
 
 def _split(
-    options: _Options, workdir: run.Workdir
-) -> tuple[protection_split.Split, list[dict[str, str]]]:
+    options: _Options, work: workdir.Workdir
+) -> tuple[cloaking_split.Split, list[dict[str, str]]]:
     """Who is who, without photos that cannot be read."""
     root = options.data
     if root is None:
-        root = workdir.path / "made_up"
-        protection_split.make_up(root, num_people=6, num_photos=4)
+        root = work.path / "made_up"
+        cloaking_split.make_up(root, num_people=6, num_photos=4)
     try:
-        listing = identity_tree.list_tree(root)
-        split, listing = protection_split.choose_readable(
+        listing = identities.list_tree(root)
+        split, listing = cloaking_split.choose_readable(
             listing,
             num_people=options.people,
             num_published=options.cloaked_photos,
@@ -299,19 +297,19 @@ def _split(
             seed=options.seed,
         )
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(f"--data: {error}") from error
+        raise program.UsageError(f"--data: {error}") from error
     return split, [{"image": p.name, "reason": p.reason} for p in listing.problems]
 
 
-def _check_weights(workdir: run.Workdir, recogniser: recognise.Recogniser) -> None:
+def _check_weights(work: workdir.Workdir, recogniser: pipeline.Recogniser) -> None:
     """Refuses an extractor whose weights are not those that the run's files were made with."""
-    path = workdir.path / "extractors.json"
+    path = work.path / "extractors.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    now = {name: zoo.fingerprint(v) for name, v in recogniser.variables.items()}
+    now = {name: registry.fingerprint(v) for name, v in recogniser.variables.items()}
     for name in now:
         if known.get(name, now[name]) != now[name]:
-            raise ValueError(f"{workdir.path} was made with other weights of {name}")
-    run.write_json(path, known | now)
+            raise ValueError(f"{work.path} was made with other weights of {name}")
+    files.write_json(path, known | now)
 
 
 def _photos(cell, study, everything, package, folder, *, num_steps, seed):
@@ -319,7 +317,7 @@ def _photos(cell, study, everything, package, folder, *, num_steps, seed):
     if cell.method == "none":
         return [], []
     folder.mkdir(parents=True, exist_ok=True)
-    protect_fn = protection_methods.protect_fn(
+    protect_fn = cloaking_methods.protect_fn(
         cell,
         everything,
         covered=[scene.extractor for scene in study.scenes.values()],
@@ -328,16 +326,14 @@ def _photos(cell, study, everything, package, folder, *, num_steps, seed):
         num_steps=num_steps,
         seed=seed,
     )
-    return protection_photos.write_photos(
-        folder, study.split.published, everything.detector, protect_fn
-    )
+    return photos.write_photos(folder, study.split.published, everything.detector, protect_fn)
 
 
 def _rows(cell, study, paths, records, folder, options) -> list[dict[str, Any]]:
     """Rows of the table for a cell, from its file if that has been asked the same."""
     path = folder / "scores.json"
     asked = {
-        name: run.to_jsonable(getattr(options, name))
+        name: files.to_jsonable(getattr(options, name))
         for name in ("trackers", "countermeasures", "leaks", "end_to_end", "epochs")
     }
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -345,12 +341,12 @@ def _rows(cell, study, paths, records, folder, options) -> list[dict[str, Any]]:
         if known["asked"] == asked:
             return known["rows"]
     views = folder / "views"
-    rows = protection_study.score_cell(
+    rows = cloaking_study.score_cell(
         study, cell, paths, views, countermeasures=options.countermeasures, leaks=options.leaks
     )
     for name in options.trackers if options.end_to_end else ():
         rows.append(
-            protection_study.end_to_end(
+            cloaking_study.end_to_end(
                 study,
                 cell,
                 paths,
@@ -363,35 +359,35 @@ def _rows(cell, study, paths, records, folder, options) -> list[dict[str, Any]]:
         )
     dssims = [record["dssim"] for record in records if not record["problem"]] or [None]
     mean = None if dssims[0] is None else float(np.mean(dssims))
-    rows = run.to_jsonable([{**row, "mean_dssim": mean} for row in rows])
-    protection_study.write_matches(study, cell, paths, views, folder / "matches.csv")
-    run.write_json(path, {"cell": cell, "asked": asked, "rows": rows})
+    rows = files.to_jsonable([{**row, "mean_dssim": mean} for row in rows])
+    cloaking_study.write_matches(study, cell, paths, views, folder / "matches.csv")
+    files.write_json(path, {"cell": cell, "asked": asked, "rows": rows})
     return rows
 
 
 def _draw(study, photos_of, rows, folder: pathlib.Path) -> None:
-    protection_plots.plot_budgets(folder / "budgets.png", rows)
+    plots.plot_budgets(folder / "budgets.png", rows)
     shown = {}
-    for name, cell in protection_pictures.shown_cells(list(photos_of), list(study.scenes)).items():
+    for name, cell in pictures.shown_cells(list(photos_of), list(study.scenes)).items():
         views = folder / "cells" / cell.name / "views"
-        seen = protection_study.cell_views(study, cell, photos_of[cell], views, "none")
+        seen = cloaking_study.cell_views(study, cell, photos_of[cell], views, "none")
         shown[name] = cell, seen
-    protection_pictures.draw(study, shown, folder)
+    pictures.draw(study, shown, folder)
 
 
 @contextlib.contextmanager
-def _open_package(options: _Options) -> Iterator[peer.Peer | None]:
+def _open_package(options: _Options) -> Iterator[reference.Peer | None]:
     if "fawkes_pypi" not in _names(options.methods):
         yield None
         return
     try:
-        package = peer.Peer(pathlib.Path(_PEER_PYTHON.value).expanduser(), _PEER_SCRIPT)
-    except peer.PeerError as error:
-        raise run.UsageError(f"--peer_python: {error}") from error
+        package = reference.Peer(pathlib.Path(_PEER_PYTHON.value).expanduser(), _PEER_SCRIPT)
+    except reference.PeerError as error:
+        raise program.UsageError(f"--peer_python: {error}") from error
     with package:
         yield package
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(evaluation_program)
+    program.define_flags()
+    program.main_of_flags(evaluation_program)

@@ -39,24 +39,19 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from afr_jax.core import checkpoint, parallel, run
-from afr_jax.data import augment, identity_tree, pairs, sampling
-from afr_jax.evaluation import robustness
-from afr_jax.models import mtcnn, weights, zoo
-from afr_jax.recognition import (
-    chips,
-    harden,
-    harden_set,
-    optimizers,
-    recognise,
-    trained,
-    training_set,
-)
+from afr_jax.core import checkpoint, parallel, program, workdir
+from afr_jax.data import augmentation, identities, pairs, sampling
+from afr_jax.evaluation.metrics import robustness
+from afr_jax.models import mtcnn
+from afr_jax.models.extractors import registry
+from afr_jax.models.weights import conversion
+from afr_jax.recognition import chips, hardening_photos, pipeline, training_photos
+from afr_jax.training import hardening, optimizers, trained
 
 _DATA = flags.DEFINE_list("data", [], "folders with a folder of photos for each person")
 _MAX_PHOTOS = flags.DEFINE_integer("max_photos", 0, "of a person; 0: all", 0)
 _EXTRACTOR = flags.DEFINE_string(
-    "extractor", "dlib", f"{', '.join(zoo.EXTRACTORS)}, or the folder of a trained one"
+    "extractor", "dlib", f"{', '.join(registry.EXTRACTORS)}, or the folder of a trained one"
 )
 _WEIGHTS = flags.DEFINE_string("weights", None, "file of its weights; default: its usual source")
 _PERTURBATION = flags.DEFINE_enum(
@@ -114,7 +109,7 @@ class _Faces:
     people: frozenset[str]
     training: np.ndarray
     held_out: np.ndarray
-    problems: tuple[identity_tree.Problem, ...]
+    problems: tuple[identities.Problem, ...]
 
 
 def harden_program() -> tuple[dict[str, Any], int]:
@@ -123,19 +118,19 @@ def harden_program() -> tuple[dict[str, Any], int]:
     mesh = parallel.make_mesh()
     if settings["batch_size"] % mesh.devices.size:
         count = mesh.devices.size
-        raise run.UsageError(
+        raise program.UsageError(
             f"--batch_size={settings['batch_size']} is no multiple of {count} devices"
         )
     resumable = (*_MEASURING, "test_attack_steps", "log_steps", "checkpoint_steps", "float16_file")
-    workdir = run.open_workdir(flags.FLAGS.workdir, settings, resumable=resumable)
-    extractor, card, original = _original(settings, workdir)
+    work = workdir.open_workdir(flags.FLAGS.workdir, settings, resumable=resumable)
+    extractor, card, original = _original(settings, work)
     recipe = _recipe(settings, extractor)
     detector = None if settings["toy"] else _detector()
-    faces = _read_faces(settings, workdir, extractor, detector)
-    verified = _read_pairs(settings, workdir, extractor, detector, faces)
+    faces = _read_faces(settings, work, extractor, detector)
+    verified = _read_pairs(settings, work, extractor, detector, faces)
     original = parallel.replicate(jax.tree.map(jnp.asarray, original), mesh)
-    state, metrics = _train(settings, workdir, mesh, faces, recipe, original)
-    host = jax.device_get(harden.with_params(original, state.params))
+    state, metrics = _train(settings, work, mesh, faces, recipe, original)
+    host = jax.device_get(hardening.with_params(original, state.params))
     if settings["float16_file"]:
         # What is measured is what is stored.
         host = jax.tree.map(lambda leaf: leaf.astype(np.float16).astype(np.float32), host)
@@ -151,10 +146,10 @@ def harden_program() -> tuple[dict[str, Any], int]:
         training=settings,
     )
     dtype = "float16" if settings["float16_file"] else None
-    path = trained.write_extractor(workdir.path, card, host, dtype=dtype)
+    path = trained.write_extractor(work.path, card, host, dtype=dtype)
     problems = [*faces.problems, *(verified.problems if verified else ())]
     result = {
-        **run.provenance("experiments.harden_extractor"),
+        **program.provenance("experiments.harden_extractor"),
         "extractor": extractor.name,
         "perturbation": settings["perturbation"],
         "steps": int(state.step),
@@ -164,8 +159,8 @@ def harden_program() -> tuple[dict[str, Any], int]:
         "hardened": str(path.parent),
         "not_handled": [dataclasses.asdict(problem) for problem in problems],
     }
-    workdir.write_result(result)
-    return result, run.EXIT_PARTIAL if problems else run.EXIT_OK
+    work.write_result(result)
+    return result, program.EXIT_PARTIAL if problems else program.EXIT_OK
 
 
 def _settings() -> dict[str, Any]:
@@ -183,29 +178,31 @@ def _settings() -> dict[str, Any]:
             name: value for name, value in _TOY.items() if not flags.FLAGS[name].present
         } | {"data": [], "pairs": None, "extractor": "toy", "weights": None}
     elif not settings["data"]:
-        raise run.UsageError("--data is needed: folders with a folder of photos for each person")
+        raise program.UsageError(
+            "--data is needed: folders with a folder of photos for each person"
+        )
     if (settings["perturbation"] == "folder") != bool(settings["cloaks"]):
-        raise run.UsageError("--perturbation=folder and --cloaks=DIR go together")
+        raise program.UsageError("--perturbation=folder and --cloaks=DIR go together")
     if settings["toy"] and settings["cloaks"]:
-        raise run.UsageError("--toy has no cloaks")
+        raise program.UsageError("--toy has no cloaks")
     return settings
 
 
-def _original(settings, workdir) -> tuple[zoo.Extractor, trained.Card, dict]:
+def _original(settings, work) -> tuple[registry.Extractor, trained.Card, dict]:
     """The extractor, the card of what it becomes, and its variables."""
     name = settings["extractor"]
     try:
         if settings["toy"]:
-            name = str(_toy_extractor(workdir))
-        extractor = recognise.find_extractor(name)
-        in_zoo = name in zoo.EXTRACTORS
+            name = str(_toy_extractor(work))
+        extractor = pipeline.find_extractor(name)
+        in_zoo = name in registry.EXTRACTORS
         card = trained.base_card(name) if in_zoo else trained.read_card(name)
-        return extractor, card, zoo.load_variables(extractor, settings["weights"])
+        return extractor, card, registry.load_variables(extractor, settings["weights"])
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(f"--extractor={settings['extractor']}: {error}") from error
+        raise program.UsageError(f"--extractor={settings['extractor']}: {error}") from error
 
 
-def _toy_extractor(workdir):
+def _toy_extractor(work):
     """A random network, as `experiments.train_extractor` would leave it."""
     card = trained.Card(
         architecture="resnet6",
@@ -224,16 +221,16 @@ def _toy_extractor(workdir):
             return generator.normal(0, spread, leaf.shape).astype(np.float32)
         return np.full(leaf.shape, path[-1].key in ("scale", "var"), np.float32)
 
-    variables = jax.tree_util.tree_map_with_path(draw, weights.shapes(network, _TOY_PX))
-    folder = workdir.path / "original"
+    variables = jax.tree_util.tree_map_with_path(draw, conversion.shapes(network, _TOY_PX))
+    folder = work.path / "original"
     folder.mkdir(exist_ok=True)
     return trained.write_extractor(folder, card, variables).parent
 
 
-def _recipe(settings: dict[str, Any], extractor: zoo.Extractor) -> harden.Recipe:
+def _recipe(settings: dict[str, Any], extractor: registry.Extractor) -> hardening.Recipe:
     num_steps = settings["num_steps"]
     try:
-        return harden.Recipe(
+        return hardening.Recipe(
             extractor,
             optimizers.OptimizerOptions(
                 name="adamw",
@@ -243,79 +240,81 @@ def _recipe(settings: dict[str, Any], extractor: zoo.Extractor) -> harden.Recipe
                 weight_decay=settings["weight_decay"],
                 clip_norm=settings["clip_norm"],
             ),
-            harden.Attack(settings["epsilon"] / 255, settings["attack_steps"]),
+            hardening.Attack(settings["epsilon"] / 255, settings["attack_steps"]),
             clean_weight=settings["clean_weight"],
-            augmentation=augment.Augmentation(
+            augmentation=augmentation.Augmentation(
                 pad_px=_SHIFT_PX if settings["augment"] else 0,
                 flip_probability=0.5 if settings["augment"] else 0.0,
             ),
             bfloat16=settings["bfloat16"],
         )
     except ValueError as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
 
 
 def _detector() -> dict:
     try:
         return jax.tree.map(jnp.asarray, mtcnn.read_weights(mtcnn.find_weights()))
     except FileNotFoundError as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
 
 
-def _read_faces(settings, workdir, extractor, detector) -> _Faces:
+def _read_faces(settings, work, extractor, detector) -> _Faces:
     try:
         if settings["toy"]:
-            listing, images = training_set.generated_faces(extractor.input_px, settings["seed"])
+            listing, images = training_photos.generated_faces(extractor.input_px, settings["seed"])
             images = images[:, None]
         else:
-            listing = harden_set.list_photos(settings["data"], max_photos=settings["max_photos"])
-            read = functools.partial(
-                harden_set.read_chips, detector, extractor, cloaks=settings["cloaks"]
+            listing = hardening_photos.list_photos(
+                settings["data"], max_photos=settings["max_photos"]
             )
-            listing, images = _kept(workdir.path / "chips.npz", listing, extractor, read)
+            read = functools.partial(
+                hardening_photos.read_chips, detector, extractor, cloaks=settings["cloaks"]
+            )
+            listing, images = _kept(work.path / "chips.npz", listing, extractor, read)
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(f"--data={','.join(settings['data'])}: {error}") from error
+        raise program.UsageError(f"--data={','.join(settings['data'])}: {error}") from error
     training, held_out = sampling.split_by_id(
         listing.sample_ids, held_out=settings["held_out"], seed=settings["seed"]
     )
     size, count = settings["batch_size"], len(training)
     if count < size:
-        raise run.UsageError(f"--batch_size={size} is more than the {count} training photos")
+        raise program.UsageError(f"--batch_size={size} is more than the {count} training photos")
     people = frozenset(pathlib.PurePath(name).parent.name for name in listing.sample_ids)
     return _Faces(images, people, training, held_out, listing.problems)
 
 
-def _read_pairs(settings, workdir, extractor, detector, faces) -> training_set.Pairs | None:
+def _read_pairs(settings, work, extractor, detector, faces) -> training_photos.Pairs | None:
     """The pairs of --pairs; with --toy, of held-out chips."""
     if settings["toy"]:
         # Generated people have 30 pictures each.
         labels = faces.held_out // 30
         rows, same = pairs.balanced_pairs(labels, max_pairs=200, seed=settings["seed"])
-        return training_set.Pairs(faces.images[faces.held_out, 0], rows, same)
+        return training_photos.Pairs(faces.images[faces.held_out, 0], rows, same)
     if settings["pairs"] is None:
         return None
 
     def read(listing):
-        make = functools.partial(harden_set.read_chips, detector, extractor)
-        found, images = _kept(workdir.path / "pair_chips.npz", listing, extractor, make)
+        make = functools.partial(hardening_photos.read_chips, detector, extractor)
+        found, images = _kept(work.path / "pair_chips.npz", listing, extractor, make)
         return found, images[:, 0]
 
     try:
-        return training_set.pairs_through(
+        return training_photos.pairs_through(
             settings["pairs"], settings["images"], read, known_people=faces.people
         )
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(f"--pairs: {error}") from error
+        raise program.UsageError(f"--pairs: {error}") from error
 
 
 def _kept(cache, listing, extractor, read_fn):
-    """`training_set.kept_chips` with a bar."""
+    """`training_photos.kept_chips` with a bar."""
     with tqdm.tqdm(total=len(listing.samples), desc="aligning", disable=None) as bar:
         make = functools.partial(read_fn, listing, report_fn=bar.update)
-        return training_set.kept_chips(cache, listing, extractor.input_px, make)
+        return training_photos.kept_chips(cache, listing, extractor.input_px, make)
 
 
-def _train(settings, workdir, mesh, faces, recipe, original):
+def _train(settings, work, mesh, faces, recipe, original):
     """Trains from the newest checkpoint to the last step; the state, and the last metrics."""
     key = jax.random.key(settings["seed"])
     images = parallel.replicate(faces.images[faces.training], mesh)
@@ -323,17 +322,17 @@ def _train(settings, workdir, mesh, faces, recipe, original):
     batches = sampling.ShuffledBatches(
         len(faces.training) * versions, settings["batch_size"], settings["seed"]
     )
-    state = harden.init_state(original, recipe, mesh=mesh)
+    state = hardening.init_state(original, recipe, mesh=mesh)
     total, line = settings["num_steps"], {}
-    with checkpoint.Checkpoints(workdir.path / "checkpoints") as checkpoints:
+    with checkpoint.Checkpoints(work.path / "checkpoints") as checkpoints:
         step, state = checkpoints.restore(state) or (0, state)
-        workdir.truncate_metrics(step)
+        work.truncate_metrics(step)
         bar = tqdm.tqdm(total=total, initial=step, desc="hardening", unit="step", disable=None)
         while step < total:
             # Checkpoints lie at multiples of --checkpoint_steps, wherever a run was cut.
             until_saved = settings["checkpoint_steps"] - step % settings["checkpoint_steps"]
             num_steps = min(settings["log_steps"], until_saved, total - step)
-            state, metrics = harden.run_steps(
+            state, metrics = hardening.run_steps(
                 key,
                 state,
                 original,
@@ -347,17 +346,17 @@ def _train(settings, workdir, mesh, faces, recipe, original):
             step += num_steps
             line = {name: float(np.mean(part)) for name, part in metrics._asdict().items()}
             line = {name: value for name, value in line.items() if math.isfinite(value)}
-            workdir.append_metrics({"step": step, **line})
+            work.append_metrics({"step": step, **line})
             if step % settings["checkpoint_steps"] == 0 or step == total:
                 checkpoints.save(step, state)
         bar.close()
-    lines = workdir.read_metrics()
+    lines = work.read_metrics()
     return state, lines[-1] if lines else line
 
 
 def _scores(settings, mesh, faces, verified, extractor, variables, original) -> dict[str, Any]:
     """What is measured of some variables: shifts of held-out chips, verification of pairs."""
-    attack = harden.Attack(settings["test_epsilon"] / 255, settings["test_attack_steps"])
+    attack = hardening.Attack(settings["test_epsilon"] / 255, settings["test_attack_steps"])
     options = {"extractor": extractor, "attack": attack, "mesh": mesh}
     key = jax.random.key(settings["seed"])
     scores: dict[str, Any] = {"shift": None, "verification": None}
@@ -375,5 +374,5 @@ def _scores(settings, mesh, faces, verified, extractor, variables, original) -> 
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(harden_program)
+    program.define_flags()
+    program.main_of_flags(harden_program)

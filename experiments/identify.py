@@ -23,19 +23,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from afr_jax.core import metrics, run
-from afr_jax.data import identity_tree
-from afr_jax.evaluation import figures, identification
-from afr_jax.models import zoo
-from afr_jax.recognition import match, recognise
+from afr_jax.core import program, progress, workdir
+from afr_jax.data import identities
+from afr_jax.evaluation.metrics import identification, intervals
+from afr_jax.evaluation.report import figures
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import match, pipeline
 
 _DATA = flags.DEFINE_string("data", None, "folder with a folder of photos for each person")
 _EXTRACTORS = flags.DEFINE_list(
-    "extractors", ["dlib"], f"of {', '.join(zoo.EXTRACTORS)}, or folders of trained ones"
+    "extractors", ["dlib"], f"of {', '.join(registry.EXTRACTORS)}, or folders of trained ones"
 )
 _WEIGHTS = flags.DEFINE_list("weights", [], "weight files: NAME=FILE, or FILE for one extractor")
 _METRIC = flags.DEFINE_enum(
-    "metric", None, zoo.METRICS, "how embeddings are compared; default: as each extractor's"
+    "metric", None, registry.METRICS, "how embeddings are compared; default: as each extractor's"
 )
 _MIN_PHOTOS = flags.DEFINE_integer("min_photos", 5, "photos of a person to be enrolled", 2)
 
@@ -54,11 +55,11 @@ def identify_program() -> tuple[dict[str, Any], int]:
     """Runs the program; returns its result and exit code."""
     split = _split()
     try:
-        weights = recognise.parse_weights(_WEIGHTS.value, _EXTRACTORS.value)
-        recogniser = recognise.load(_EXTRACTORS.value, weights=weights)
+        weights = pipeline.parse_weights(_WEIGHTS.value, _EXTRACTORS.value)
+        recogniser = pipeline.load(_EXTRACTORS.value, weights=weights)
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(str(error)) from error
-    workdir = run.open_workdir(
+        raise program.UsageError(str(error)) from error
+    work = workdir.open_workdir(
         flags.FLAGS.workdir or "out/identify",
         {
             "data": _DATA.value,
@@ -70,8 +71,8 @@ def identify_program() -> tuple[dict[str, Any], int]:
         },
     )
     photos = [pair for part in split for pair in part]
-    found = recognise.recognise(recogniser, [path for path, _ in photos])
-    found = list(run.progress(found, description="photos", total=len(photos)))
+    found = pipeline.recognise(recogniser, [path for path, _ in photos])
+    found = list(progress.track(found, description="photos", total=len(photos)))
     root = pathlib.Path(_DATA.value).resolve()
     problems = [
         {"image": item.path.relative_to(root), "reason": item.problem}
@@ -84,7 +85,7 @@ def identify_program() -> tuple[dict[str, Any], int]:
         scores = _scores(split, [item.embeddings[name] for item in found], metric)
         curves[name] = identification.rate_curve(scores)
         rows.append({"extractor": name, "metric": metric, **_row(scores, split)})
-    provenance = run.provenance("experiments.identify")
+    provenance = program.provenance("experiments.identify")
     result = {
         **provenance,
         "people_enrolled": len({person for _, person in split.gallery}),
@@ -94,18 +95,20 @@ def identify_program() -> tuple[dict[str, Any], int]:
         "rows": rows,
         "not_handled": problems,
     }
-    _plot(workdir.path / "identification.png", curves)
-    workdir.write_result(result)
-    return result, run.EXIT_PARTIAL if problems else run.EXIT_OK
+    _plot(work.path / "identification.png", curves)
+    work.write_result(result)
+    return result, program.EXIT_PARTIAL if problems else program.EXIT_OK
 
 
 def _split() -> _Split:
     if not _DATA.value:
-        raise run.UsageError("--data is needed: a folder with a folder of photos for each person")
+        raise program.UsageError(
+            "--data is needed: a folder with a folder of photos for each person"
+        )
     try:
-        listing = identity_tree.list_tree(_DATA.value)
+        listing = identities.list_tree(_DATA.value)
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(f"--data: {error}") from error
+        raise program.UsageError(f"--data: {error}") from error
     people: dict[str, list[pathlib.Path]] = {}
     for sample in listing.samples:
         people.setdefault(sample.identity, []).append(sample.path)
@@ -114,7 +117,7 @@ def _split() -> _Split:
     if flags.FLAGS.toy:
         known, single = known[:4], single[:4]
     if not known or not single:
-        raise run.UsageError(
+        raise program.UsageError(
             f"--data={_DATA.value} has {len(known)} people with {_MIN_PHOTOS.value} photos or more "
             f"and {len(single)} with a single one: both are needed"
         )
@@ -157,14 +160,14 @@ def _row(scores: identification.Identification, split: _Split) -> dict[str, Any]
     hits = (scores.ranks == 1).astype(np.float64)
     row: dict[str, Any] = {
         "rank_1": identification.rank_rate(scores, 1),
-        "rank_1_interval": metrics.grouped_interval(hits, people),
+        "rank_1_interval": intervals.grouped_interval(hits, people),
         "rank_5": identification.rank_rate(scores, 5),
     }
     for fpir in _FPIRS:
         threshold = identification.threshold_at_fpir(scores, fpir)
         found = (hits > 0) & (scores.mates < threshold)
         row[f"dir_at_fpir_{fpir:g}"] = identification.identification_rate(scores, fpir)
-        row[f"dir_at_fpir_{fpir:g}_interval"] = metrics.grouped_interval(found, people)
+        row[f"dir_at_fpir_{fpir:g}_interval"] = intervals.grouped_interval(found, people)
         row[f"threshold_at_fpir_{fpir:g}"] = threshold
     return row
 
@@ -181,5 +184,5 @@ def _plot(path: pathlib.Path, curves: dict[str, tuple[np.ndarray, np.ndarray]]) 
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(identify_program)
+    program.define_flags()
+    program.main_of_flags(identify_program)

@@ -39,11 +39,12 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from afr_jax.core import checkpoint, parallel, run
+from afr_jax.core import checkpoint, files, parallel, program, workdir
 from afr_jax.data import image_sets, noise_files
-from afr_jax.evaluation import learnability, victims
-from afr_jax.methods import noise_steps, unlearnable
-from afr_jax.models import classifiers
+from afr_jax.evaluation.attackers import victims
+from afr_jax.evaluation.metrics import learnability
+from afr_jax.methods.unlearnable import recipes, search_steps
+from afr_jax.models.classifiers import registry
 
 _DATA = flags.DEFINE_string(
     "data", None, "folder with one folder of images per class, cifar10, or tfds:NAME[:SPLIT]"
@@ -60,7 +61,7 @@ _OUTPUT = flags.DEFINE_string("output_dir", None, "folder of the results; origin
 _FORMAT = flags.DEFINE_enum(
     "noise_format", "npz", ["npz", "array_record"], "how the noise is stored"
 )
-_METHOD = flags.DEFINE_enum("method", "error_min", unlearnable.METHODS, "how noise is made")
+_METHOD = flags.DEFINE_enum("method", "error_min", recipes.METHODS, "how noise is made")
 _GRANULARITY = flags.DEFINE_enum(
     "granularity", "sample", ["sample", "class"], "one noise an image, or one a class"
 )
@@ -72,7 +73,7 @@ _IMAGE_PX = flags.DEFINE_integer(
 )
 _RESIZE = flags.DEFINE_bool("resize", False, "crop and resize images of other sizes")
 _ARCHITECTURE = flags.DEFINE_enum(
-    "architecture", "resnet18", classifiers.NAMES, "source network of a search"
+    "architecture", "resnet18", registry.NAMES, "source network of a search"
 )
 _WIDTH = flags.DEFINE_integer("width", None, "channels of its first stage; default: published", 1)
 _STEM = flags.DEFINE_enum(
@@ -93,14 +94,14 @@ _LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.1, "of the source network
 def make_unlearnable_program() -> tuple[dict[str, Any], int]:
     """Runs the program; returns its result and exit code."""
     if not _DATA.value or not _OUTPUT.value:
-        raise run.UsageError("--data and --output_dir are needed")
+        raise program.UsageError("--data and --output_dir are needed")
     output = pathlib.Path(_OUTPUT.value).expanduser().absolute()
     try:
-        unlearnable.check(_METHOD.value, _GRANULARITY.value)
+        recipes.check(_METHOD.value, _GRANULARITY.value)
         options = _options()
         data = _read(output)
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
     settings = {
         "data": _DATA.value,
         "num_images": len(data.sample_ids),
@@ -113,13 +114,13 @@ def make_unlearnable_program() -> tuple[dict[str, Any], int]:
         "source": _source(),
         "seed": flags.FLAGS.seed,
     }
-    workdir = run.open_workdir(flags.FLAGS.workdir or output / "work", settings)
-    made = _make(data, options, workdir)
+    work = workdir.open_workdir(flags.FLAGS.workdir or output / "work", settings)
+    made = _make(data, options, work)
     noise = made.noise
     if _FORMAT.value == "npz":
-        noise_files.write_noise(output / "noise.npz", noise, run.to_jsonable(settings))
+        noise_files.write_noise(output / "noise.npz", noise, files.to_jsonable(settings))
     else:
-        noise_files.write_noise_records(output / "noise", noise, run.to_jsonable(settings))
+        noise_files.write_noise_records(output / "noise", noise, files.to_jsonable(settings))
     of_sample = [data.classes[label] for label in data.labels]
     protected = noise_files.apply(data.images, noise, data.sample_ids, of_sample)
     noise_files.write_images(output / "images", data.sample_ids, protected)
@@ -137,9 +138,9 @@ def make_unlearnable_program() -> tuple[dict[str, Any], int]:
         "not_handled": [{"image": p.name, "reason": p.reason} for p in data.problems],
         "note": "Noise within the budget; whether a victim learns is what train_victim measures.",
     }
-    workdir.write_result(result)
-    run.write_json(output / "result.json", result)
-    return result, run.EXIT_PARTIAL if data.problems else run.EXIT_OK
+    work.write_result(result)
+    files.write_json(output / "result.json", result)
+    return result, program.EXIT_PARTIAL if data.problems else program.EXIT_OK
 
 
 def _read(output: pathlib.Path) -> image_sets.ImageSet:
@@ -162,14 +163,14 @@ def _read(output: pathlib.Path) -> image_sets.ImageSet:
     if _NUM_IMAGES.value is not None:
         rows = image_sets.spread_rows(data.labels, _NUM_IMAGES.value, seed=flags.FLAGS.seed)
         data = image_sets.take(data, rows)
-    if len(data.classes) < 2 and _METHOD.value in unlearnable.SEARCHED:
+    if len(data.classes) < 2 and _METHOD.value in recipes.SEARCHED:
         raise ValueError(f"--method={_METHOD.value} needs two classes or more")
     return data
 
 
-def _options() -> noise_steps.SearchOptions | None:
+def _options() -> search_steps.SearchOptions | None:
     """The search with what the flags say; None for a method without one."""
-    if _METHOD.value not in unlearnable.SEARCHED:
+    if _METHOD.value not in recipes.SEARCHED:
         return None
     changes = {
         "epsilon_levels": _EPSILON.value,
@@ -183,7 +184,7 @@ def _options() -> noise_steps.SearchOptions | None:
     if flags.FLAGS.toy:
         changes |= {"batch_size": 16, "max_rounds": 2, "num_steps": 2}
     changes = {name: value for name, value in changes.items() if value is not None}
-    options = unlearnable.published(_METHOD.value, _GRANULARITY.value)
+    options = recipes.published(_METHOD.value, _GRANULARITY.value)
     if flags.FLAGS.toy:
         shorter = {"source_steps": 4, "train_steps": 4, "adversary_steps": 2, "views": 1}
         changes |= {name: min(n, getattr(options, name)) for name, n in shorter.items()}
@@ -192,7 +193,7 @@ def _options() -> noise_steps.SearchOptions | None:
 
 def _source() -> victims.VictimOptions | None:
     """The source network as the options of a training."""
-    if _METHOD.value not in unlearnable.SEARCHED:
+    if _METHOD.value not in recipes.SEARCHED:
         return None
     return victims.VictimOptions(
         architecture="small_resnet" if flags.FLAGS.toy else _ARCHITECTURE.value,
@@ -205,8 +206,8 @@ def _source() -> victims.VictimOptions | None:
 
 
 def _make(
-    data: image_sets.ImageSet, options: noise_steps.SearchOptions | None, workdir: run.Workdir
-) -> unlearnable.Made:
+    data: image_sets.ImageSet, options: search_steps.SearchOptions | None, work: workdir.Workdir
+) -> recipes.Made:
     shared = {
         "method": _METHOD.value,
         "granularity": _GRANULARITY.value,
@@ -214,18 +215,18 @@ def _make(
         "seed": flags.FLAGS.seed,
     }
     if options is None:
-        return unlearnable.make(data, **shared)
+        return recipes.make(data, **shared)
     recipe = victims.source_recipe(
         _source(), num_classes=len(data.classes), image_px=data.images.shape[1]
     )
 
     def report(number: int, error: float) -> None:
         logging.info("round %d: training error on noisy images %.4f", number, error)
-        workdir.append_metrics({"step": number, "training_error": error})
+        work.append_metrics({"step": number, "training_error": error})
 
-    with checkpoint.Checkpoints(workdir.path / "checkpoints") as checkpoints:
-        workdir.truncate_metrics(checkpoints.latest_step() or 0)
-        return unlearnable.make(
+    with checkpoint.Checkpoints(work.path / "checkpoints") as checkpoints:
+        work.truncate_metrics(checkpoints.latest_step() or 0)
+        return recipes.make(
             data,
             **shared,
             options=options,
@@ -250,5 +251,5 @@ def _probe(levels: np.ndarray, labels: np.ndarray) -> float | None:
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(make_unlearnable_program)
+    program.define_flags()
+    program.main_of_flags(make_unlearnable_program)

@@ -30,16 +30,16 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from afr_jax.core import run
+from afr_jax.core import files, program, progress, workdir
 from afr_jax.data import photo_files
-from afr_jax.models import zoo
-from afr_jax.recognition import database, detect, match, recognise
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import database, detect, match, pipeline
 
 _QUERIES = flags.DEFINE_list("queries", [], "photos and folders of photos to look at")
 _DATABASE = flags.DEFINE_string("database", None, "folder or object-store address to search in")
 _TOP_K = flags.DEFINE_integer("top_k", 5, "nearest enrolled faces to list for a query face", 1)
 _METRIC = flags.DEFINE_enum(
-    "metric", None, zoo.METRICS, "how embeddings are compared; default: as the extractor's"
+    "metric", None, registry.METRICS, "how embeddings are compared; default: as the extractor's"
 )
 _THRESHOLD = flags.DEFINE_float(
     "threshold", None, "distance below which it is the same person; default: the extractor's"
@@ -68,44 +68,44 @@ def match_program() -> tuple[dict[str, Any], int]:
         reference = database.open_database(_DATABASE.value)
         reference.check_not_empty()
         name, weights = reference.tag.name, _WEIGHTS.value
-        if name not in zoo.EXTRACTORS:
+        if name not in registry.EXTRACTORS:
             if not weights:
-                raise run.UsageError(f"{reference.uri} was made with {name}: give its --weights")
+                raise program.UsageError(
+                    f"{reference.uri} was made with {name}: give its --weights"
+                )
             name, weights = weights, None
-        recogniser = recognise.load(
+        recogniser = pipeline.load(
             [name],
             weights={name: weights} if weights else None,
             options=detect.DetectorOptions(min_face_px=_MIN_FACE.value),
         )
-        reference.check_tag(recognise.tag(recogniser, name))
+        reference.check_tag(pipeline.tag(recogniser, name))
         extractor = recogniser.extractors[name]
         metric = _METRIC.value or extractor.metric
         threshold = _THRESHOLD.value
         if threshold is None:
             threshold = match.threshold_of(extractor, metric)
     except (database.DatabaseError, FileNotFoundError, ValueError) as error:
-        raise run.UsageError(str(error)) from error
-    workdir = run.open_workdir(
+        raise program.UsageError(str(error)) from error
+    work = workdir.open_workdir(
         flags.FLAGS.workdir or "out/match",
         {"database": reference.uri, "metric": metric, "threshold": threshold},
         resumable=("database", "metric", "threshold"),
     )
-    found = recognise.recognise(
+    found = pipeline.recognise(
         recogniser,
         [item.path for item in inputs],
         which="all",
         min_confidence=_MIN_CONFIDENCE.value,
     )
-    found = list(run.progress(found, description="query photos", total=len(inputs)))
+    found = list(progress.track(found, description="query photos", total=len(inputs)))
     names = [item.relative.as_posix() for item in inputs]
     probes = [item.embeddings[name] for item in found]
     hits = reference.search(
         np.concatenate(probes), k=_TOP_K.value, metric=metric, exact=_EXACT.value
     )
     rows, decisions = _rows(names, found, hits, threshold)
-    photo_files.write_atomically(
-        workdir.path / "matches.csv", _as_csv(rows).encode("utf-8"), overwrite=True
-    )
+    files.write_atomically(work.path / "matches.csv", _as_csv(rows).encode("utf-8"), overwrite=True)
     statuses = [_status(item) for item in found]
     problems = [
         {"query": name, "reason": item.problem}
@@ -124,24 +124,24 @@ def match_program() -> tuple[dict[str, Any], int]:
         "faces": len(decisions),
         "identified": sum(decision != match.UNKNOWN for decision in decisions),
         "unknown": decisions.count(match.UNKNOWN),
-        "matches": workdir.path / "matches.csv",
+        "matches": work.path / "matches.csv",
         "not_handled": problems,
     }
-    workdir.write_result(result)
-    return result, run.EXIT_PARTIAL if problems else run.EXIT_OK
+    work.write_result(result)
+    return result, program.EXIT_PARTIAL if problems else program.EXIT_OK
 
 
 def _inputs() -> list[photo_files.PhotoInput]:
     if not _DATABASE.value:
-        raise run.UsageError("--database is needed")
+        raise program.UsageError("--database is needed")
     if not _QUERIES.value:
-        raise run.UsageError("--queries is needed: photos or folders of photos")
+        raise program.UsageError("--queries is needed: photos or folders of photos")
     try:
         inputs = photo_files.list_photos(_QUERIES.value)
     except FileNotFoundError as error:
-        raise run.UsageError(f"--queries: {error}") from error
+        raise program.UsageError(f"--queries: {error}") from error
     if not inputs:
-        raise run.UsageError(f"--queries={','.join(_QUERIES.value)} holds no files")
+        raise program.UsageError(f"--queries={','.join(_QUERIES.value)} holds no files")
     return inputs
 
 
@@ -182,12 +182,12 @@ def _spoken(box: np.ndarray) -> str:
     return " ".join(f"{value:.1f}" for value in box)
 
 
-def _status(item: recognise.Recognised) -> str:
+def _status(item: pipeline.Recognised) -> str:
     if item.problem is None:
         return "ok"
-    return "no_face" if item.problem == recognise.NO_FACE else "unreadable"
+    return "no_face" if item.problem == pipeline.NO_FACE else "unreadable"
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(match_program)
+    program.define_flags()
+    program.main_of_flags(match_program)

@@ -4,9 +4,10 @@
 
 Both sides take epochs over the same 20 frames and as many levels of the pyramid a frame, forward
 and backward. Ours cuts the levels around the face and draws light, blur, noise, JPEG and turns of
-the grid; the other side (experiments/peers/patch_peer.py: eager, facenet-pytorch's P-Net) works on
-whole levels with noise alone, so it does less of the one and more of the other. Both have P-Net's
-loss alone, as published; a second row times our default, with R-Net and O-Net. The environment:
+the grid; the other side (experiments/reference/patch_driver.py: eager, facenet-pytorch's P-Net)
+works on whole levels with noise alone, so it does less of the one and more of the other. Both have
+P-Net's loss alone, as published; a second row times our default, with R-Net and O-Net. The
+environment:
 
     python3.11 -m venv peers
     peers/bin/pip install torch==2.13.0 torchvision requests tqdm pillow
@@ -31,10 +32,13 @@ import numpy as np
 import skimage.data
 from absl import flags
 
-from afr_jax.core import run
-from afr_jax.data import photo_files, video
-from afr_jax.evaluation import misdetection, peer, timing
-from afr_jax.methods import mtcnn_patch, patch_placing, patch_views
+from afr_jax.benchmark import timing
+from afr_jax.core import files, program, workdir
+from afr_jax.data import video
+from afr_jax.evaluation import reference
+from afr_jax.evaluation.metrics import misdetection
+from afr_jax.methods.patches import attack, placement
+from afr_jax.methods.patches import scenes as patches_scenes
 from afr_jax.models import mtcnn
 from afr_jax.perturb import loop
 
@@ -45,7 +49,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "timed runs of each side", lower_b
 _STARTS = flags.DEFINE_integer("starts", 1, "random starts side by side", lower_bound=1)
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python of an environment with PyTorch")
 
-_SCRIPT = pathlib.Path(__file__).resolve().parent / "peers" / "patch_peer.py"
+_SCRIPT = pathlib.Path(__file__).resolve().parent / "reference" / "patch_driver.py"
 _EPOCHS_OF_A_RUN = 2000
 
 
@@ -54,8 +58,8 @@ def speed_program() -> tuple[dict[str, Any], int]:
     try:
         variables = jax.tree.map(jnp.asarray, mtcnn.read_weights(mtcnn.find_weights()))
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(str(error)) from error
-    default = mtcnn_patch.PatchOptions()
+        raise program.UsageError(str(error)) from error
+    default = attack.PatchOptions()
     options = dataclasses.replace(default, stage_weight=0.0)
     settings = {
         "train": _TRAIN.value,
@@ -66,7 +70,7 @@ def speed_program() -> tuple[dict[str, Any], int]:
         "options": options,
         "toy": flags.FLAGS.toy,
     }
-    work = run.open_workdir(
+    work = workdir.open_workdir(
         flags.FLAGS.workdir or "out/patch_speed", settings, resumable=("epochs", "repeats")
     )
     placed = _placed(variables)
@@ -81,9 +85,9 @@ def speed_program() -> tuple[dict[str, Any], int]:
             times = timing.take_turns(sides, repeats=repeats)
         else:
             try:
-                other = peer.Peer(pathlib.Path(_PEER_PYTHON.value).expanduser(), _SCRIPT)
-            except peer.PeerError as error:
-                raise run.UsageError(f"--peer_python: {error}") from error
+                other = reference.Peer(pathlib.Path(_PEER_PYTHON.value).expanduser(), _SCRIPT)
+            except reference.PeerError as error:
+                raise program.UsageError(f"--peer_python: {error}") from error
             with other:
                 sides["theirs"] = _theirs(other, placed, options, epochs, pathlib.Path(folder))
                 times = timing.take_turns(sides, repeats=repeats)
@@ -97,7 +101,7 @@ def speed_program() -> tuple[dict[str, Any], int]:
         quantity = f"minutes for {_EPOCHS_OF_A_RUN} epochs"
         rows.append(timing.state(name, quantity, timing.spread(minutes), None))
     result = {
-        **run.provenance("experiments.patch_speed"),
+        **program.provenance("experiments.patch_speed"),
         "settings": settings,
         "num_frames": len(placed),
         "frame_size": placed[0].pixels.shape[:2],
@@ -107,17 +111,17 @@ def speed_program() -> tuple[dict[str, Any], int]:
     }
     text = timing.table(rows)
     print(text, file=sys.stderr)
-    photo_files.write_atomically(work.path / "speed.md", f"{text}\n".encode(), overwrite=True)
+    files.write_atomically(work.path / "speed.md", f"{text}\n".encode(), overwrite=True)
     work.write_result(result)
-    return result, run.EXIT_OK
+    return result, program.EXIT_OK
 
 
-def _placed(variables: dict) -> list[patch_placing.Placed]:
+def _placed(variables: dict) -> list[placement.Placed]:
     if flags.FLAGS.toy and not _TRAIN.value:
         frames = [video.Frame("portrait", skimage.data.astronaut()[:256, 96:352])]
         shown, _ = misdetection.find_person(variables, frames, is_film=False)
     elif not _TRAIN.value:
-        raise run.UsageError("--train is needed")
+        raise program.UsageError("--train is needed")
     else:
         shown = []
         for path in _TRAIN.value:
@@ -125,21 +129,20 @@ def _placed(variables: dict) -> list[patch_placing.Placed]:
             try:
                 frames = video.read_frames([place], max_frames=_FRAMES.value).frames
             except (FileNotFoundError, video.VideoError) as error:
-                raise run.UsageError(f"--train: {error}") from error
+                raise program.UsageError(f"--train: {error}") from error
             shown += misdetection.find_person(variables, frames, is_film=place.is_file())[0]
     if not shown:
-        raise run.UsageError("--train shows no face")
+        raise program.UsageError("--train shows no face")
     shown = [one for one in shown if one.pixels.shape == shown[0].pixels.shape]
     chosen = [shown[n] for n in video.spread(len(shown), min(_FRAMES.value, len(shown)))]
     return [
-        patch_placing.place(one.pixels, one.box, one.landmarks, placement="cheeks")
-        for one in chosen
+        placement.place(one.pixels, one.box, one.landmarks, placement="cheeks") for one in chosen
     ]
 
 
 def _ours(variables, placed, options, epochs):
-    scenes = jax.tree.map(jnp.asarray, patch_views.make_scenes(placed, options.levels))
-    trainer = mtcnn_patch.make_trainer(jax.random.key(0), variables, scenes, options)
+    scenes = jax.tree.map(jnp.asarray, patches_scenes.make_scenes(placed, options.levels))
+    trainer = attack.make_trainer(jax.random.key(0), variables, scenes, options)
     chunk = min(loop.chunk_length(), epochs)
 
     def measure():
@@ -160,7 +163,7 @@ def _theirs(other, placed, options, epochs, folder):
     photos = np.stack([item.pixels for item in placed])
     np.save(folder / "photos.npy", photos)
     np.save(folder / "coordinates.npy", np.stack([_coordinates(item) for item in placed]))
-    scenes = patch_views.make_scenes(placed, options.levels)
+    scenes = patches_scenes.make_scenes(placed, options.levels)
     # As many levels a frame as ours draws, from all its groups, spread alike.
     levels = [
         [
@@ -172,7 +175,7 @@ def _theirs(other, placed, options, epochs, folder):
         ]
         for number in range(len(placed))
     ]
-    shape = next(iter(mtcnn_patch.patch_shapes("cheeks", options.patch_px).values()))
+    shape = next(iter(attack.patch_shapes("cheeks", options.patch_px).values()))
 
     def measure():
         answer = other.call(
@@ -188,7 +191,7 @@ def _theirs(other, placed, options, epochs, folder):
     return measure
 
 
-def _coordinates(item: patch_placing.Placed) -> np.ndarray:
+def _coordinates(item: placement.Placed) -> np.ndarray:
     """Where in each patch a photo's pixel looks, `[P, H, W, 2]` (x, y) in [-1, 1]; 2: nowhere."""
     found = []
     for name in sorted(item.grids):
@@ -201,5 +204,5 @@ def _coordinates(item: patch_placing.Placed) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(speed_program)
+    program.define_flags()
+    program.main_of_flags(speed_program)

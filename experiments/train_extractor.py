@@ -34,19 +34,14 @@ import numpy as np
 import tqdm
 from absl import flags, logging
 
-from afr_jax.core import checkpoint, parallel, run
-from afr_jax.data import augment, identity_tree, loaders, sampling
-from afr_jax.evaluation import figures, verification
+from afr_jax.core import checkpoint, parallel, program, workdir
+from afr_jax.data import augmentation, identities, loaders, sampling
+from afr_jax.evaluation.metrics import verification
+from afr_jax.evaluation.report import figures
 from afr_jax.models import heads, mtcnn
-from afr_jax.recognition import (
-    chips,
-    optimizers,
-    train,
-    train_scores,
-    train_stream,
-    trained,
-    training_set,
-)
+from afr_jax.recognition import chips, training_photos
+from afr_jax.training import optimizers, streaming, trained, trainer
+from afr_jax.training import scores as training_scores
 
 _DATA = flags.DEFINE_string("data", None, "folder with a folder of photos for each person")
 _CSV = flags.DEFINE_string("csv", None, "CSV with the columns image, identity; paths in --data")
@@ -99,27 +94,27 @@ _TOY = {"architecture": "resnet6", "width": 8, "input_px": 16, "epochs": 6, "bat
 def train_program() -> tuple[dict[str, Any], int]:
     """Runs the program; returns its result and exit code."""
     settings = _settings()
-    workdir = run.open_workdir(
+    work = workdir.open_workdir(
         flags.FLAGS.workdir, settings, resumable=("eval_epochs", "log_steps")
     )
     mesh = parallel.make_mesh()
     if settings["batch_size"] % mesh.devices.size:
         count = mesh.devices.size
-        raise run.UsageError(
+        raise program.UsageError(
             f"--batch_size={settings['batch_size']} is no multiple of {count} devices"
         )
-    faces = _read_faces(settings, workdir)
+    faces = _read_faces(settings, work)
     pairs = _read_pairs(settings, faces)
     batches = _batches(settings, faces)
     recipe = _recipe(settings, len(faces.listing.identities), batches.steps_per_epoch)
     template = _template(settings, faces)
-    state = _train(settings, workdir, mesh, faces, pairs, batches, recipe)
+    state = _train(settings, work, mesh, faces, pairs, batches, recipe)
     scores = _evaluate(settings, mesh, faces, pairs, recipe, state)
-    card = _write_card(settings, workdir, faces, template, state, scores)
-    _plot(workdir)
+    card = _write_card(settings, work, faces, template, state, scores)
+    _plot(work)
     problems = [*faces.listing.problems, *(pairs.problems if pairs else ())]
     result = {
-        **run.provenance("experiments.train_extractor"),
+        **program.provenance("experiments.train_extractor"),
         "architecture": settings["architecture"],
         "head": settings["head"],
         "steps": int(state.step),
@@ -129,15 +124,17 @@ def train_program() -> tuple[dict[str, Any], int]:
         "extractor": str(card),
         "not_handled": [dataclasses.asdict(problem) for problem in problems],
     }
-    workdir.write_result(result)
-    return result, run.EXIT_PARTIAL if problems else run.EXIT_OK
+    work.write_result(result)
+    return result, program.EXIT_PARTIAL if problems else program.EXIT_OK
 
 
 def _settings() -> dict[str, Any]:
     """All flags that make the run, resolved."""
     toy = flags.FLAGS.toy
     if not toy and _DATA.value is None:
-        raise run.UsageError("--data is needed: a folder with a folder of photos for each person")
+        raise program.UsageError(
+            "--data is needed: a folder with a folder of photos for each person"
+        )
     names = [
         *("data", "csv", "architecture", "width", "stem", "input_px", "embedding_size", "head"),
         *("scale", "margin", "mining", "photos_per_person", "label_smoothing", "optimizer"),
@@ -159,13 +156,13 @@ def _settings() -> dict[str, Any]:
     if settings["margin"] < 0:
         settings["margin"] = _MARGINS[settings["head"]]
     if settings["margin"] > 1.5:
-        raise run.UsageError(
+        raise program.UsageError(
             f"--margin={settings['margin']} is more than an angle or distance of 1.5"
         )
     try:
         _network(settings)
     except ValueError as error:
-        raise run.UsageError(f"--architecture={architecture}: {error}") from error
+        raise program.UsageError(f"--architecture={architecture}: {error}") from error
     return settings
 
 
@@ -177,7 +174,7 @@ def _network(settings: dict[str, Any]):
     )
 
 
-def _recipe(settings: dict[str, Any], num_classes: int, steps_per_epoch: int) -> train.Recipe:
+def _recipe(settings: dict[str, Any], num_classes: int, steps_per_epoch: int) -> trainer.Recipe:
     margin, scale = settings["margin"], settings["scale"]
     num_steps = settings["epochs"] * steps_per_epoch
     try:
@@ -196,49 +193,49 @@ def _recipe(settings: dict[str, Any], num_classes: int, steps_per_epoch: int) ->
             clip_norm=settings["clip_norm"],
         )
     except ValueError as error:
-        raise run.UsageError(str(error)) from error
-    return train.Recipe(
+        raise program.UsageError(str(error)) from error
+    return trainer.Recipe(
         net=_network(settings),
         head=head,
         optimizer=optimizer,
-        augmentation=augment.FACES if settings["augment"] else augment.Augmentation(),
+        augmentation=augmentation.FACES if settings["augment"] else augmentation.Augmentation(),
         input_scale=trained.INPUT_SCALE,
         input_offset=trained.INPUT_OFFSET,
     )
 
 
-def _read_faces(settings: dict[str, Any], workdir: run.Workdir) -> training_set.Faces:
+def _read_faces(settings: dict[str, Any], work: workdir.Workdir) -> training_photos.Faces:
     """Lists the photos, splits them, and reads them unless they are too many."""
     side = settings["input_px"]
     try:
         if settings["toy"]:
-            listing, images = training_set.generated_faces(side, settings["seed"])
+            listing, images = training_photos.generated_faces(side, settings["seed"])
         else:
             listing, images = _list_faces(settings), None
             is_small = len(listing.samples) * side * side * 3 <= _DEVICE_MIB.value << 20
             if settings["align"]:
-                cache = workdir.path / "chips.npz"
+                cache = work.path / "chips.npz"
                 with tqdm.tqdm(total=len(listing.samples), desc="aligning", disable=None) as bar:
-                    listing, images = training_set.aligned_faces(
+                    listing, images = training_photos.aligned_faces(
                         _detector(), listing, side, cache, report_fn=bar.update
                     )
             elif is_small:
-                listing, images = identity_tree.read_samples(listing, side)
+                listing, images = identities.read_samples(listing, side)
             else:
                 with tqdm.tqdm(total=len(listing.samples), desc="checking", disable=None) as bar:
-                    listing = identity_tree.without_unreadable(listing, report_fn=bar.update)
-        return training_set.split_faces(
+                    listing = identities.without_unreadable(listing, report_fn=bar.update)
+        return training_photos.split_faces(
             listing, images, side=side, held_out=settings["held_out"], seed=settings["seed"]
         )
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(f"--data={settings['data']}: {error}") from error
+        raise program.UsageError(f"--data={settings['data']}: {error}") from error
 
 
-def _list_faces(settings: dict[str, Any]) -> identity_tree.Listing:
+def _list_faces(settings: dict[str, Any]) -> identities.Listing:
     if settings["csv"] is not None:
-        listing = identity_tree.list_csv(settings["csv"], settings["data"])
+        listing = identities.list_csv(settings["csv"], settings["data"])
     else:
-        listing = identity_tree.list_tree(settings["data"])
+        listing = identities.list_tree(settings["data"])
     listing = listing.with_photos(settings["min_photos"])
     if not listing.samples:
         raise ValueError(f"nobody has --min_photos={settings['min_photos']} photos")
@@ -249,27 +246,29 @@ def _detector() -> dict:
     try:
         return jax.tree.map(jnp.asarray, mtcnn.read_weights(mtcnn.find_weights()))
     except FileNotFoundError as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
 
 
-def _read_pairs(settings: dict[str, Any], faces: training_set.Faces) -> training_set.Pairs | None:
+def _read_pairs(
+    settings: dict[str, Any], faces: training_photos.Faces
+) -> training_photos.Pairs | None:
     """The pairs of --pairs, or pairs of held-out photos; None where there are too few."""
     try:
         if settings["pairs"] is None:
-            return training_set.held_out_pairs(faces, seed=settings["seed"])
+            return training_photos.held_out_pairs(faces, seed=settings["seed"])
         detector = _detector() if settings["align"] else None
-        return training_set.listed_pairs(
+        return training_photos.listed_pairs(
             settings["pairs"], settings["images"], faces.side, detector=detector
         )
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(f"--pairs: {error}") from error
+        raise program.UsageError(f"--pairs: {error}") from error
 
 
-def _batches(settings: dict[str, Any], faces: training_set.Faces) -> sampling.Batches:
+def _batches(settings: dict[str, Any], faces: training_photos.Faces) -> sampling.Batches:
     size, seed = settings["batch_size"], settings["seed"]
     if settings["head"] != "triplet":
         if len(faces.training) < size:
-            raise run.UsageError(
+            raise program.UsageError(
                 f"--batch_size={size} is more than the {len(faces.training)} training photos"
             )
         return sampling.ShuffledBatches(len(faces.training), size, seed)
@@ -277,25 +276,25 @@ def _batches(settings: dict[str, Any], faces: training_set.Faces) -> sampling.Ba
     labels = tuple(faces.training_labels.tolist())
     num_people = len(faces.listing.identities)
     if size % per_person or size // per_person > num_people:
-        raise run.UsageError(
+        raise program.UsageError(
             f"a batch of triplets has --photos_per_person={per_person} photos each of at most "
             f"{num_people} people: --batch_size={size} is not possible"
         )
     return sampling.IdentityBatches(labels, size // per_person, per_person, seed)
 
 
-def _train(settings, workdir, mesh, faces, pairs, batches, recipe) -> train.TrainState:
+def _train(settings, work, mesh, faces, pairs, batches, recipe) -> trainer.TrainState:
     """Trains from the newest checkpoint, or from the start, to the last step."""
     side = faces.side
     key = jax.random.key(settings["seed"])
-    state = train.init_state(key, recipe, image_shape=(side, side, 3), mesh=mesh)
+    state = trainer.init_state(key, recipe, image_shape=(side, side, 3), mesh=mesh)
     if faces.images is not None:
         images = faces.images[faces.training]
-        data = train.place_data(images, faces.training_labels, mesh)
+        data = trainer.place_data(images, faces.training_labels, mesh)
     per_epoch, total = batches.steps_per_epoch, recipe.optimizer.num_steps
-    with checkpoint.Checkpoints(workdir.path / "checkpoints") as checkpoints:
+    with checkpoint.Checkpoints(work.path / "checkpoints") as checkpoints:
         step, state = checkpoints.restore(state) or (0, state)
-        workdir.truncate_metrics(step)
+        work.truncate_metrics(step)
         if faces.images is None:
             source = loaders.FileSource(faces.sub_listing(faces.training), side)
             stream = loaders.batch_iterator(source, batches, num_steps=total, first_step=step)
@@ -306,9 +305,9 @@ def _train(settings, workdir, mesh, faces, pairs, batches, recipe) -> train.Trai
             options = {"recipe": recipe, "mesh": mesh, "num_steps": num_steps}
             options["report_fn"] = bar.update
             if faces.images is None:
-                state, metrics = train_stream.run_streamed(key, state, stream, **options)
+                state, metrics = streaming.run_streamed(key, state, stream, **options)
             else:
-                state, metrics = train.run_steps(key, state, data, batches=batches, **options)
+                state, metrics = trainer.run_steps(key, state, data, batches=batches, **options)
             step += num_steps
             line = {"step": step, "epoch": step / per_epoch}
             line |= {name: float(np.mean(values)) for name, values in metrics._asdict().items()}
@@ -316,7 +315,7 @@ def _train(settings, workdir, mesh, faces, pairs, batches, recipe) -> train.Trai
             if not is_inside and (epoch % _EVAL.value == 0 or step == total):
                 line |= _evaluate(settings, mesh, faces, pairs, recipe, state)
                 logging.info("epoch %d: %s", epoch, _summary(line))
-            workdir.append_metrics(line)
+            work.append_metrics(line)
             if not is_inside:
                 checkpoints.save(step, state)
         bar.close()
@@ -329,27 +328,27 @@ def _evaluate(settings, mesh, faces, pairs, recipe, state) -> dict[str, Any]:
     options = {"recipe": recipe, "mesh": mesh}
     if len(faces.held_out):
         labels = faces.held_out_labels
-        data = train.place_data(faces.images_of(faces.held_out), labels, mesh)
+        data = trainer.place_data(faces.images_of(faces.held_out), labels, mesh)
         if settings["head"] == "triplet":
             known, known_labels = (a[:_MAX_KNOWN] for a in (faces.training, faces.training_labels))
-            known_data = train.place_data(faces.images_of(known), known_labels, mesh)
-            scores["held_out_accuracy"] = train_scores.nearest_centre_accuracy(
-                train_scores.embed(state, data, **options),
+            known_data = trainer.place_data(faces.images_of(known), known_labels, mesh)
+            scores["held_out_accuracy"] = training_scores.nearest_centre_accuracy(
+                training_scores.embed(state, data, **options),
                 labels,
-                train_scores.embed(state, known_data, **options),
+                training_scores.embed(state, known_data, **options),
                 known_labels,
             )
         else:
-            found = train_scores.evaluate(state, data, **options)
+            found = training_scores.evaluate(state, data, **options)
             scores["held_out_accuracy"], scores["held_out_loss"] = found["accuracy"], found["loss"]
     if pairs is not None:
-        data = train.place_data(pairs.images, np.zeros(len(pairs.images)), mesh)
-        embeddings = train_scores.embed(state, data, **options)
+        data = trainer.place_data(pairs.images, np.zeros(len(pairs.images)), mesh)
+        embeddings = training_scores.embed(state, data, **options)
         scores["verification"] = _verification(embeddings, pairs)
     return scores
 
 
-def _verification(embeddings: np.ndarray, pairs: training_set.Pairs) -> dict[str, Any]:
+def _verification(embeddings: np.ndarray, pairs: training_photos.Pairs) -> dict[str, Any]:
     units = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
     distances = np.linalg.norm(units[pairs.rows[:, 0]] - units[pairs.rows[:, 1]], axis=1)
     curve = verification.roc(distances, pairs.same)
@@ -372,7 +371,7 @@ def _summary(line: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _template(settings: dict[str, Any], faces: training_set.Faces):
+def _template(settings: dict[str, Any], faces: training_photos.Faces):
     """Where landmarks lie in the chips, so that photos can be aligned for the network later."""
     if settings["align"]:
         return chips.template_for(faces.side)
@@ -383,7 +382,7 @@ def _template(settings: dict[str, Any], faces: training_set.Faces):
     crops = faces.images_of(faces.training[rows])
     try:
         template = chips.measured_template(_detector(), crops)
-    except run.UsageError as error:
+    except program.UsageError as error:
         logging.warning("%s", error)
         template = None
     if template is None:
@@ -391,7 +390,7 @@ def _template(settings: dict[str, Any], faces: training_set.Faces):
     return template
 
 
-def _write_card(settings, workdir, faces, template, state, scores) -> pathlib.Path:
+def _write_card(settings, work, faces, template, state, scores) -> pathlib.Path:
     measured = scores["verification"]
     card = trained.Card(
         architecture=settings["architecture"],
@@ -407,11 +406,11 @@ def _write_card(settings, workdir, faces, template, state, scores) -> pathlib.Pa
         training=settings,
     )
     variables = {"params": state.params["net"], "batch_stats": state.batch_stats}
-    return trained.write_extractor(workdir.path, card, variables)
+    return trained.write_extractor(work.path, card, variables)
 
 
-def _plot(workdir: run.Workdir) -> None:
-    lines = workdir.read_metrics()
+def _plot(work: workdir.Workdir) -> None:
+    lines = work.read_metrics()
     figure, (top, bottom) = figures.pyplot().subplots(
         2, figsize=(6, 6), sharex=True, layout="constrained"
     )
@@ -429,9 +428,9 @@ def _plot(workdir: run.Workdir) -> None:
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
         axes.legend()
-    figures.save(figure, workdir.path / "curve.png")
+    figures.save(figure, work.path / "curve.png")
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(train_program)
+    program.define_flags()
+    program.main_of_flags(train_program)

@@ -31,10 +31,11 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from afr_jax.core import checkpoint, parallel, run
+from afr_jax.core import checkpoint, parallel, program, workdir
 from afr_jax.data import image_sets, noise_files
-from afr_jax.evaluation import countermeasures, learnability, victims
-from afr_jax.models import classifiers
+from afr_jax.evaluation.attackers import countermeasures, victims
+from afr_jax.evaluation.metrics import learnability
+from afr_jax.models.classifiers import registry
 
 _DATA = flags.DEFINE_string(
     "data", None, "folder with one folder of images per class, cifar10, or tfds:NAME[:SPLIT]"
@@ -52,7 +53,7 @@ _NOISE = flags.DEFINE_string(
 )
 _RATE = flags.DEFINE_float("poison_rate", 1.0, "share of the samples that get the noise", 0, 1)
 _CLASSES = flags.DEFINE_list("poison_classes", [], "classes that get the noise; default: all")
-_ARCHITECTURE = flags.DEFINE_enum("architecture", "resnet18", classifiers.NAMES, "of the victim")
+_ARCHITECTURE = flags.DEFINE_enum("architecture", "resnet18", registry.NAMES, "of the victim")
 _WIDTH = flags.DEFINE_integer("width", None, "channels of its first stage; default: published", 1)
 _STEM = flags.DEFINE_enum(
     "stem", "cifar", ["cifar", "imagenet"], "its first layers: cifar for about 32 px, or imagenet"
@@ -78,7 +79,7 @@ def train_victim_program() -> tuple[dict[str, Any], int]:
         train_set, test_set = _read()
         images, is_protected, noise = _with_noise(train_set)
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
     settings = {
         "data": _DATA.value,
         "test_data": _TEST_DATA.value,
@@ -91,7 +92,7 @@ def train_victim_program() -> tuple[dict[str, Any], int]:
         "victim": options,
         "seed": flags.FLAGS.seed,
     }
-    workdir = run.open_workdir(flags.FLAGS.workdir or "out/victim", settings)
+    work = workdir.open_workdir(flags.FLAGS.workdir or "out/victim", settings)
     test_images = test_set.images
     if _COUNTERMEASURE.value in countermeasures.STORED:
         images = countermeasures.convert(_COUNTERMEASURE.value, images)
@@ -101,10 +102,10 @@ def train_victim_program() -> tuple[dict[str, Any], int]:
     def report(epoch: int, train_accuracy: float, test_accuracy: float) -> None:
         logging.info("epoch %d: train %.4f, clean %.4f", epoch, train_accuracy, test_accuracy)
         accuracies = {"train_accuracy": train_accuracy, "test_accuracy": test_accuracy}
-        workdir.append_metrics({"step": epoch, **accuracies})
+        work.append_metrics({"step": epoch, **accuracies})
 
-    with checkpoint.Checkpoints(workdir.path / "checkpoints") as checkpoints:
-        workdir.truncate_metrics(checkpoints.latest_step() or 0)
+    with checkpoint.Checkpoints(work.path / "checkpoints") as checkpoints:
+        work.truncate_metrics(checkpoints.latest_step() or 0)
         curve, _ = victims.train_victim(
             images,
             train_set.labels,
@@ -131,11 +132,11 @@ def train_victim_program() -> tuple[dict[str, Any], int]:
         "noise_settings": noise,
         "not_handled": [{"image": p.name, "reason": p.reason} for p in problems],
     }
-    learnability.write_curves(workdir.path / "curve.csv", {"victim": curve})
+    learnability.write_curves(work.path / "curve.csv", {"victim": curve})
     title = f"{options.architecture}, {_COUNTERMEASURE.value}: {100 * summary.last_accuracy:.1f} %"
-    learnability.plot_curves(workdir.path / "curve.png", {"clean test images": curve}, title=title)
-    workdir.write_result(result)
-    return result, run.EXIT_PARTIAL if problems else run.EXIT_OK
+    learnability.plot_curves(work.path / "curve.png", {"clean test images": curve}, title=title)
+    work.write_result(result)
+    return result, program.EXIT_PARTIAL if problems else program.EXIT_OK
 
 
 def _options() -> victims.VictimOptions:
@@ -210,5 +211,5 @@ def _with_noise(data: image_sets.ImageSet) -> tuple[np.ndarray, np.ndarray, dict
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(train_victim_program)
+    program.define_flags()
+    program.main_of_flags(train_victim_program)

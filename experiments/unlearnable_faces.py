@@ -37,12 +37,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from afr_jax.core import checkpoint, parallel, run
+from afr_jax.core import checkpoint, files, parallel, program, progress, workdir
 from afr_jax.data import image_sets, noise_files
-from afr_jax.evaluation import learnability, protected_faces, verification, victims
-from afr_jax.methods import noise_steps, unlearnable
-from afr_jax.models import classifiers, mtcnn
-from afr_jax.recognition import train
+from afr_jax.evaluation.attackers import victims
+from afr_jax.evaluation.metrics import learnability, verification
+from afr_jax.evaluation.unlearnable import faces
+from afr_jax.methods.unlearnable import recipes, search_steps
+from afr_jax.models import mtcnn
+from afr_jax.models.classifiers import registry
+from afr_jax.training import trainer
 
 _DATA = flags.DEFINE_string("data", None, "folder with one folder of face crops per identity")
 _PAIRS = flags.DEFINE_string("pairs", None, "CSV with the columns image_a, image_b, same")
@@ -60,7 +63,7 @@ _MAX_PHOTOS = flags.DEFINE_integer("max_photos", None, "at most so many photos a
 _HELD_OUT = flags.DEFINE_float("held_out", 0.2, "share of a person's photos for testing", 0, 0.9)
 _IMAGE_PX = flags.DEFINE_integer("image_px", 112, "side of the crops that the networks see", 16)
 _ARCHITECTURE = flags.DEFINE_enum(
-    "architecture", "inception_resnet_v1", classifiers.NAMES, "of victim and source"
+    "architecture", "inception_resnet_v1", registry.NAMES, "of victim and source"
 )
 _WIDTH = flags.DEFINE_integer("width", None, "channels of its first stage; default: published", 1)
 _STEM = flags.DEFINE_enum("stem", "imagenet", ["cifar", "imagenet"], "first layers of a ResNet")
@@ -102,20 +105,18 @@ def faces_program() -> tuple[dict[str, Any], int]:
         }
         studies = {seed: _divide(data, seed) for seed in seeds}
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(str(error)) from error
-    workdir = run.open_workdir(flags.FLAGS.workdir or "out/faces", config)
-    (workdir.path / "cells").mkdir(exist_ok=True)
-    pairs = _pairs(data.images.shape[1], workdir)
+        raise program.UsageError(str(error)) from error
+    work = workdir.open_workdir(flags.FLAGS.workdir or "out/faces", config)
+    (work.path / "cells").mkdir(exist_ok=True)
+    pairs = _pairs(data.images.shape[1], work)
     todo = list(itertools.product(seeds, settings_to_run))
-    for seed, setting in run.progress(todo, description="victims"):
-        path = workdir.path / "cells" / f"{setting}-seed{seed}.json"
+    for seed, setting in progress.track(todo, description="victims"):
+        path = work.path / "cells" / f"{setting}-seed{seed}.json"
         if not path.exists():
-            run.write_json(
-                path, _cell(studies[seed], setting, seed, victim, search, pairs, workdir)
-            )
+            files.write_json(path, _cell(studies[seed], setting, seed, victim, search, pairs, work))
     cells = {
         setting: [
-            json.loads((workdir.path / "cells" / f"{setting}-seed{seed}.json").read_text())
+            json.loads((work.path / "cells" / f"{setting}-seed{seed}.json").read_text())
             for seed in seeds
         ]
         for setting in settings_to_run
@@ -126,7 +127,7 @@ def faces_program() -> tuple[dict[str, Any], int]:
     )
     untrained = [] if pairs is None else _untrained(studies, victim, pairs)
     result = {
-        **run.provenance("experiments.unlearnable_faces"),
+        **program.provenance("experiments.unlearnable_faces"),
         "config": config,
         "seeds": seeds,
         "settings": {setting: _summary(found) for setting, found in cells.items()},
@@ -138,12 +139,12 @@ def faces_program() -> tuple[dict[str, Any], int]:
         "a person from a matcher that enrols clean photos.",
     }
     if pairs is not None:
-        _plot(workdir.path / "roc.png", {**cells, "untrained": untrained}, victim.architecture)
-    workdir.write_result(result)
-    return result, run.EXIT_PARTIAL if problems else run.EXIT_OK
+        _plot(work.path / "roc.png", {**cells, "untrained": untrained}, victim.architecture)
+    work.write_result(result)
+    return result, program.EXIT_PARTIAL if problems else program.EXIT_OK
 
 
-def _options() -> tuple[victims.VictimOptions, noise_steps.SearchOptions]:
+def _options() -> tuple[victims.VictimOptions, search_steps.SearchOptions]:
     """Options of the victim, and of the search with the paper's values for faces."""
     toy = flags.FLAGS.toy
     victim = victims.VictimOptions(
@@ -157,7 +158,7 @@ def _options() -> tuple[victims.VictimOptions, noise_steps.SearchOptions]:
         bfloat16=_BFLOAT16.value,
     )
     search = dataclasses.replace(
-        unlearnable.published("error_min", "class"),
+        recipes.published("error_min", "class"),
         epsilon_levels=_EPSILON.value,
         step_levels=_EPSILON.value / 10,
         class_share=1.0,
@@ -189,8 +190,8 @@ def _read() -> image_sets.ImageSet:
     return image_sets.take(data, np.concatenate(rows))
 
 
-def _divide(data: image_sets.ImageSet, seed: int) -> protected_faces.Study:
-    return protected_faces.divide(
+def _divide(data: image_sets.ImageSet, seed: int) -> faces.Study:
+    return faces.divide(
         data,
         num_auxiliary=_count(_AUXILIARY.value, 2),
         num_protected=_count(_PROTECTED.value, 1),
@@ -199,19 +200,19 @@ def _divide(data: image_sets.ImageSet, seed: int) -> protected_faces.Study:
     )
 
 
-def _cell(study, setting, seed, victim, search, pairs, workdir) -> dict[str, Any]:
+def _cell(study, setting, seed, victim, search, pairs, work) -> dict[str, Any]:
     """Noise, victim and scores of one setting and seed."""
     mesh = parallel.make_mesh()
     training = study.training
     protected = {"clean": (), "partial": study.protected, "full": training.classes}[setting]
     images, errors = training.images, None
     if protected:
-        noise, errors = _noise(study, protected, setting, seed, victim, search, workdir, mesh)
+        noise, errors = _noise(study, protected, setting, seed, victim, search, work, mesh)
         of_sample = [training.classes[label] for label in training.labels]
         images = noise_files.apply(images, noise, training.sample_ids, of_sample)
     num_classes = len(training.classes)
     name = f"{setting}-seed{seed}"
-    with checkpoint.Checkpoints(workdir.path / "victims" / name) as checkpoints:
+    with checkpoint.Checkpoints(work.path / "victims" / name) as checkpoints:
         curve, state = victims.train_victim(
             images,
             training.labels,
@@ -245,18 +246,18 @@ def _cell(study, setting, seed, victim, search, pairs, workdir) -> dict[str, Any
     return cell | ({} if pairs is None else _verification(state, pairs, victim))
 
 
-def _noise(study, protected, setting, seed, victim, search, workdir, mesh):
+def _noise(study, protected, setting, seed, victim, search, work, mesh):
     """Class-wise noise of the protected people, found beside the auxiliary ones."""
-    path = workdir.path / "noise" / f"{setting}-seed{seed}.npz"
+    path = work.path / "noise" / f"{setting}-seed{seed}.npz"
     if path.exists():
         noise, settings = noise_files.read_noise(path)
         return noise, settings["training_errors"]
-    data = protected_faces.people(study.search, (*study.auxiliary, *protected))
+    data = faces.people(study.search, (*study.auxiliary, *protected))
     recipe = victims.source_recipe(
         victim, num_classes=len(data.classes), image_px=data.images.shape[1]
     )
-    with checkpoint.Checkpoints(workdir.path / "searches" / path.stem) as checkpoints:
-        made = unlearnable.make(
+    with checkpoint.Checkpoints(work.path / "searches" / path.stem) as checkpoints:
+        made = recipes.make(
             data,
             method="error_min",
             granularity="class",
@@ -272,13 +273,13 @@ def _noise(study, protected, setting, seed, victim, search, workdir, mesh):
         )
     rows = [made.noise.names.index(name) for name in sorted(protected)]
     noise = noise_files.Noise(tuple(sorted(protected)), made.noise.levels[rows], "class")
-    report = run.to_jsonable(made.report)
+    report = files.to_jsonable(made.report)
     noise_files.write_noise(path, noise, report)
     return noise, report["training_errors"]
 
 
 def _network(victim: victims.VictimOptions, num_classes: int | None):
-    return classifiers.classifier(
+    return registry.classifier(
         victim.architecture,
         num_classes=num_classes,
         width=victim.width,
@@ -289,12 +290,12 @@ def _network(victim: victims.VictimOptions, num_classes: int | None):
 
 def _correct(state, held_out, num_classes, victim) -> np.ndarray:
     """Which held-out photos are classified rightly, `[N]` float."""
-    logits = protected_faces.embeddings(_network(victim, num_classes), state, held_out.images)
+    logits = faces.embeddings(_network(victim, num_classes), state, held_out.images)
     return (np.argmax(logits, axis=1) == held_out.labels).astype(np.float64)
 
 
-def _verification(state, pairs: protected_faces.Pairs, victim) -> dict[str, Any]:
-    vectors = protected_faces.embeddings(_network(victim, None), state, pairs.crops)
+def _verification(state, pairs: faces.Pairs, victim) -> dict[str, Any]:
+    vectors = faces.embeddings(_network(victim, None), state, pairs.crops)
     distances = np.linalg.norm(vectors[pairs.rows[:, 0]] - vectors[pairs.rows[:, 1]], axis=1)
     curve = verification.roc(distances, pairs.same)
     # A hundred points draw the curve as well as thousands.
@@ -319,7 +320,7 @@ def _untrained(studies, victim, pairs) -> list[dict[str, Any]]:
             image_px=images.shape[1],
         )
         key = jax.random.key(seed)
-        state = train.init_state(
+        state = trainer.init_state(
             key, recipe, image_shape=images.shape[1:], mesh=parallel.make_mesh()
         )
         state = jax.tree.map(jnp.asarray, jax.device_get(state))
@@ -327,7 +328,7 @@ def _untrained(studies, victim, pairs) -> list[dict[str, Any]]:
     return cells
 
 
-def _pairs(side: int, workdir: run.Workdir) -> protected_faces.Pairs | None:
+def _pairs(side: int, work: workdir.Workdir) -> faces.Pairs | None:
     """The pairs with their crops, which are kept in the work folder; None without --pairs."""
     if not _PAIRS.value:
         return None
@@ -335,17 +336,17 @@ def _pairs(side: int, workdir: run.Workdir) -> protected_faces.Pairs | None:
         detector = None
         if _CROP.value == "detect":
             detector = jax.tree.map(jnp.asarray, mtcnn.read_weights(mtcnn.find_weights()))
-        return protected_faces.read_pairs(
+        return faces.read_pairs(
             pathlib.Path(_PAIRS.value).expanduser(),
             pathlib.Path(_IMAGES.value).expanduser(),
             side,
             detector=detector,
-            kept=workdir.path / f"pairs_{side}px.npz",
+            kept=work.path / f"pairs_{side}px.npz",
             limit=40 if flags.FLAGS.toy else None,
-            progress_fn=lambda names: run.progress(names, description="photos of pairs"),
+            progress_fn=lambda names: progress.track(names, description="photos of pairs"),
         )
     except (FileNotFoundError, ValueError) as error:
-        raise run.UsageError(str(error)) from error
+        raise program.UsageError(str(error)) from error
 
 
 def _summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -369,5 +370,5 @@ def _plot(path: pathlib.Path, cells: dict[str, list[dict[str, Any]]], architectu
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(faces_program)
+    program.define_flags()
+    program.main_of_flags(faces_program)

@@ -11,7 +11,7 @@ device's peak is the work of the convolutions and the linear layer over the time
 --peak_teraflops (989 for an H200's dense bfloat16), without it not stated.
 
 Without --peer_python the peer's columns stay empty; its environment needs `torch` alone
-(experiments/peers/README.md). Writes `result.json` and `speed.md` into --workdir (default
+(experiments/reference/README.md). Writes `result.json` and `speed.md` into --workdir (default
 out/speed). Measure on an idle machine. Expected: on two CPU cores PyTorch is 1.5 (noise) and 2.7
 (victim) times as fast, on an H200 ours 2.3 and 1.65 times (25,600 images, 5 steps). --toy: seconds.
 """
@@ -29,12 +29,14 @@ import jax
 import numpy as np
 from absl import flags
 
-from afr_jax.core import parallel, run
-from afr_jax.data import photo_files
-from afr_jax.evaluation import peer, timing, victims
-from afr_jax.methods import noise_search, unlearnable
-from afr_jax.models import heads, resnet
-from afr_jax.recognition import optimizers, train
+from afr_jax.benchmark import timing
+from afr_jax.core import files, parallel, program, workdir
+from afr_jax.evaluation import reference
+from afr_jax.evaluation.attackers import victims
+from afr_jax.methods.unlearnable import recipes, search
+from afr_jax.models import heads
+from afr_jax.models.classifiers import resnet
+from afr_jax.training import optimizers, trainer
 
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 1024, "made-up images of 32 px, ten classes", 2)
 _NUM_BLOCKS = flags.DEFINE_list("num_blocks", ["1", "1", "1"], "residual blocks of each stage")
@@ -44,7 +46,7 @@ _NUM_STEPS = flags.DEFINE_integer("num_steps", 4, "signed steps of an image in a
 _REPEATS = flags.DEFINE_integer("repeats", 3, "timed rounds of each side", 1)
 _PEAK = flags.DEFINE_float("peak_teraflops", None, "peak of the device at the precision in use")
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python of an environment with torch")
-_SCRIPT = pathlib.Path(__file__).resolve().parent / "peers" / "unlearnable_peer.py"
+_SCRIPT = pathlib.Path(__file__).resolve().parent / "reference" / "unlearnable_driver.py"
 _SIDE = 32
 _CLASSES = 10
 
@@ -55,7 +57,7 @@ def speed_program() -> tuple[dict[str, Any], int]:
     try:
         num_blocks = tuple(int(count) for count in _NUM_BLOCKS.value)
     except ValueError as error:
-        raise run.UsageError(f"--num_blocks={','.join(_NUM_BLOCKS.value)}: numbers") from error
+        raise program.UsageError(f"--num_blocks={','.join(_NUM_BLOCKS.value)}: numbers") from error
     settings = {
         "num_images": 64 if toy else _NUM_IMAGES.value,
         "num_blocks": (1,) if toy else num_blocks,
@@ -65,10 +67,10 @@ def speed_program() -> tuple[dict[str, Any], int]:
         "repeats": 1 if toy else _REPEATS.value,
         "seed": flags.FLAGS.seed,
     }
-    workdir = run.open_workdir(
+    work = workdir.open_workdir(
         flags.FLAGS.workdir or "out/speed", settings, resumable=tuple(settings)
     )
-    provenance = run.provenance("experiments.unlearnable_speed")
+    provenance = program.provenance("experiments.unlearnable_speed")
     generator = np.random.default_rng(flags.FLAGS.seed)
     images = generator.integers(0, 256, (settings["num_images"], _SIDE, _SIDE, 3)).astype(np.uint8)
     labels = (np.arange(len(images)) % _CLASSES).astype(np.int32)
@@ -77,10 +79,10 @@ def speed_program() -> tuple[dict[str, Any], int]:
         versions = other.versions if other is not None else {}
     result = {**provenance, "settings": settings, "peer": versions, "rows": rows}
     page = timing.table(rows) + "\n"
-    photo_files.write_atomically(workdir.path / "speed.md", page.encode(), overwrite=True)
+    files.write_atomically(work.path / "speed.md", page.encode(), overwrite=True)
     print(page, file=sys.stderr)
-    workdir.write_result(result)
-    return result, run.EXIT_OK
+    work.write_result(result)
+    return result, program.EXIT_OK
 
 
 @contextlib.contextmanager
@@ -89,9 +91,9 @@ def _open_peer():
         yield None
         return
     try:
-        other = peer.Peer(pathlib.Path(_PEER_PYTHON.value).expanduser(), _SCRIPT)
-    except peer.PeerError as error:
-        raise run.UsageError(f"--peer_python: {error}") from error
+        other = reference.Peer(pathlib.Path(_PEER_PYTHON.value).expanduser(), _SCRIPT)
+    except reference.PeerError as error:
+        raise program.UsageError(f"--peer_python: {error}") from error
     with other:
         yield other
 
@@ -102,8 +104,8 @@ def _measure(settings, images, labels, folder, other) -> list[dict[str, Any]]:
     net = resnet.ResNet(
         settings["num_blocks"], False, settings["width"], "cifar", _CLASSES, dtype=dtype
     )
-    recipe = train.Recipe(net, heads.Logits(), optimizers.OptimizerOptions(schedule="constant"))
-    data = train.place_data(images, labels, mesh)
+    recipe = trainer.Recipe(net, heads.Logits(), optimizers.OptimizerOptions(schedule="constant"))
+    data = trainer.place_data(images, labels, mesh)
     shared = {"num_blocks": list(settings["num_blocks"]), "width": settings["width"]}
     shared |= {"batch": settings["batch_size"], "rounds": 1}
     shared |= {"images": os.fspath(folder / "images.npy"), "labels": os.fspath(folder / "l.npy")}
@@ -141,12 +143,12 @@ def _measure(settings, images, labels, folder, other) -> list[dict[str, Any]]:
 
 def _noise_seconds(settings, data, recipe, mesh):
     options = dataclasses.replace(
-        unlearnable.published("error_min", "sample"),
+        recipes.published("error_min", "sample"),
         batch_size=settings["batch_size"],
         num_steps=settings["num_steps"],
     )
     arguments = {"recipe": recipe, "options": options, "mesh": mesh}
-    state = noise_search.init_search(
+    state = search.init_search(
         settings["seed"], data, recipe, options, num_rows=len(data.labels), mesh=mesh
     )
     target_of = jax.numpy.arange(_CLASSES)
@@ -154,7 +156,7 @@ def _noise_seconds(settings, data, recipe, mesh):
     def seconds() -> float:
         nonlocal state
         start = time.perf_counter()
-        state = noise_search.refine(state, data, target_of, seed=settings["seed"], **arguments)
+        state = search.refine(state, data, target_of, seed=settings["seed"], **arguments)
         jax.block_until_ready(state.noise)
         return time.perf_counter() - start
 
@@ -167,7 +169,7 @@ def _epoch_seconds(settings, data, recipe, mesh):
         settings["seed"], len(data.labels), options, multiple=mesh.devices.size
     )
     shape = data.images.shape[1:]
-    state = train.init_state(key, recipe, image_shape=shape, mesh=mesh)
+    state = trainer.init_state(key, recipe, image_shape=shape, mesh=mesh)
     epoch = 0
 
     def seconds() -> float:
@@ -196,5 +198,5 @@ def _forward_flops(recipe, shape) -> float:
 
 
 if __name__ == "__main__":
-    run.define_flags()
-    run.main(speed_program)
+    program.define_flags()
+    program.main_of_flags(speed_program)

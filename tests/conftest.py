@@ -7,7 +7,7 @@ import jax
 import pytest
 from absl import flags
 
-from afr_jax.core import machine
+from afr_jax.core import backend
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _SHARED = pathlib.Path(os.environ.get("AFR_SHARED") or _ROOT.parent / "shared")
@@ -16,7 +16,7 @@ _SHARED = pathlib.Path(os.environ.get("AFR_SHARED") or _ROOT.parent / "shared")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "xla"))
 
-machine.choose_compiler_options()
+backend.choose_compiler_options()
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -2,8 +2,8 @@
 
     peers/bin/python tests/make_extractor_references.py [mobilefacenet.json mobilefacenet.npz]
 
-Runs under the Python of the peers (experiments/peers/README.md) and writes tests/references: the
-embeddings of each network, whose weights and chips both sides make from seeds
+Runs under the Python of the peers (experiments/reference/README.md) and writes tests/references:
+the embeddings of each network, whose weights and chips both sides make from seeds
 (`random_weights.py`), and small weight files as torch and Keras write them. With the published
 MobileFaceNet, its list of layers and its arrays, also that one's embeddings.
 """
@@ -17,7 +17,7 @@ os.environ["TF_USE_LEGACY_KERAS"] = "1"
 import numpy as np
 
 REFERENCES = pathlib.Path(__file__).parent / "references"
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "experiments" / "peers"))
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "experiments" / "reference"))
 
 import random_weights  # noqa: E402
 
@@ -71,18 +71,18 @@ def tiny_arrays() -> dict[str, np.ndarray]:
 
 def main() -> None:
     """Writes the references."""
-    import extractor_peers
+    import extractors_driver
     import tf_keras
     import torch
 
     REFERENCES.mkdir(exist_ok=True)
-    extractor_peers._BLOCKS["arcface_small"] = SMALL_BLOCKS
+    extractors_driver._BLOCKS["arcface_small"] = SMALL_BLOCKS
     found = {}
     for name in NETWORKS:
-        network = extractor_peers._make(name, SEED, "", "")
+        network = extractors_driver._make(name, SEED, "", "")
         found[name] = network.embed(chips(name).astype(np.float32))[:, :MAX_STORED]
     if len(sys.argv) == 3:
-        network = extractor_peers._make("mobilefacenet_graph", SEED, *sys.argv[1:])
+        network = extractors_driver._make("mobilefacenet_graph", SEED, *sys.argv[1:])
         found["mobilefacenet_y1"] = network.embed(255 * published_chips())
     np.savez_compressed(REFERENCES / "embeddings.npz", **found)
 

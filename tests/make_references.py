@@ -14,8 +14,8 @@ import sys
 import numpy as np
 import skimage.data
 
-DESCRIPTORS = pathlib.Path(__file__).parent / "data" / "dlib_descriptors.npz"
-FACES = pathlib.Path(__file__).parent / "data" / "mtcnn_faces.json"
+DESCRIPTORS = pathlib.Path(__file__).parent / "references" / "dlib_descriptors.npz"
+FACES = pathlib.Path(__file__).parent / "references" / "mtcnn_faces.json"
 
 
 def chips() -> np.ndarray:
@@ -48,7 +48,7 @@ def halve(pixels: np.ndarray) -> np.ndarray:
 def _write_descriptors() -> None:
     import dlib
 
-    from afr_jax.models import dlib_resnet
+    from afr_jax.models.extractors import dlib_resnet
 
     net = dlib.face_recognition_model_v1(str(dlib_resnet.find_weights()))
     descriptors = [net.compute_face_descriptor(np.ascontiguousarray(chip)) for chip in chips()]

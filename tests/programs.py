@@ -6,9 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 from PIL import Image
 
+from afr_jax.core import files, options, program
 from afr_jax.data import image_sets, noise_files
+from afr_jax.recognition import detect, embed
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -18,21 +21,24 @@ _DRIVER = """
 import contextlib, importlib, json, sys
 from absl import flags
 from absl.testing import flagsaver
-from afr_jax.core import run
+from afr_jax.core import files, program
 
-module, function = sys.argv[1].split(".")
-program = importlib.import_module(f"experiments.{module}")
+name, function = sys.argv[1].split(".")
+module = importlib.import_module(f"experiments.{name}")
+program_module = program
+program = module  # What the code of tests calls it.
 exec(sys.argv[3])
-run.define_flags()
+program = program_module
+program.define_flags()
 flags.FLAGS(["program"])
 for line in json.loads(sys.argv[2]):
     with flagsaver.flagsaver(), contextlib.redirect_stdout(sys.stderr):
         flags.FLAGS(["program", *line])
         try:
-            answer = getattr(program, function)()
-        except run.UsageError as error:
+            answer = getattr(module, function)()
+        except program.UsageError as error:
             answer = str(error)
-    print(json.dumps(run.to_jsonable(answer)))
+    print(json.dumps(files.to_jsonable(answer)))
 """
 
 # Code to run first: a detector and an extractor that need no compilation. There is one face in
@@ -85,6 +91,41 @@ def answers(command):
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def call(config_class, run_fn, *flags):
+    """What a program's function makes of a command line, in this process: (result, complete).
+
+    Wrong usage gives the message alone.
+    """
+    try:
+        outcome = run_fn(program.parse(config_class, [str(flag) for flag in flags]))
+    except options.UsageError as error:
+        return str(error)
+    return json.loads(json.dumps(files.to_jsonable(outcome.result))), outcome.complete
+
+
+def stand_in(monkeypatch):
+    """Puts a detector and an extractor in place that need no compilation.
+
+    There is one face in every photo that is not black; its embedding is the color of the photo's
+    first pixel.
+    """
+
+    def detect_faces(variables, pixels, *, options):
+        found = detect.Faces(
+            np.array([[1, 2, 9, 8]], np.float32),
+            np.ones(1, np.float32),
+            np.arange(10, dtype=np.float32).reshape(1, 5, 2),
+        )
+        return found if pixels.max() else detect.no_faces()
+
+    def embed_faces(extractor, variables, faces):
+        vectors = [np.resize(pixels[0, 0], extractor.embedding_size) for pixels, _ in faces]
+        return np.array(vectors, np.float32).reshape(-1, extractor.embedding_size)
+
+    monkeypatch.setattr(detect, "detect_faces", detect_faces)
+    monkeypatch.setattr(embed, "embed_faces", embed_faces)
 
 
 def assert_refused(program, cases):

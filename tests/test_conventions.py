@@ -107,7 +107,7 @@ def test_the_walk_finds_functions_and_methods():
         "afr_jax.core.parallel.pad_batch",
         "afr_jax.core.checkpoint.Checkpoints.__init__",
         "afr_jax.core.checkpoint.Checkpoints.save",
-        "afr_jax.core.run.Workdir.write_result",
+        "afr_jax.core.workdir.Workdir.write_result",
     } <= names
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from afr_jax.data import cifar10, identity_tree, photos
+from afr_jax.data import cifar10, identities, photos
 
 
 class Example(NamedTuple):
@@ -140,12 +140,12 @@ def write_examples(
 
 
 def write_listing(
-    listing: identity_tree.Listing,
+    listing: identities.Listing,
     data_dir: str | os.PathLike[str],
     *,
     name: str,
     held_out_rows: Sequence[int] = (),
-) -> tuple[pathlib.Path, list[identity_tree.Problem]]:
+) -> tuple[pathlib.Path, list[identities.Problem]]:
     """Writes the photos of a listing, split "train", and "test" for held-out rows.
 
     JPEG and PNG files go in as they are if they are upright RGB; others as PNG of what is read.
@@ -153,7 +153,7 @@ def write_listing(
     Returns:
         The folder of the data set, and the photos that could not be read and were left out.
     """
-    problems: list[identity_tree.Problem] = []
+    problems: list[identities.Problem] = []
 
     def examples(rows) -> Iterator[Example]:
         for row in rows:
@@ -161,7 +161,7 @@ def write_listing(
             try:
                 image = _photo_image(photos.read_photo_bytes(sample.path))
             except photos.PhotoError as error:
-                problems.append(identity_tree.Problem(sample.sample_id, str(error)))
+                problems.append(identities.Problem(sample.sample_id, str(error)))
                 continue
             yield Example(sample.sample_id, image, sample.identity)
 

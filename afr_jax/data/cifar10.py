@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from afr_jax.data import identity_tree
+from afr_jax.data import identities
 
 CLASSES = (
     "airplane",
@@ -160,8 +160,8 @@ def read_folders(root: str | os.PathLike[str], *, split: str = "train", side: in
     Raises:
         ValueError: there is no image, or one that cannot be read.
     """
-    listing = identity_tree.list_tree(root)
-    readable, images = identity_tree.read_samples(listing, side)
+    listing = identities.list_tree(root)
+    readable, images = identities.read_samples(listing, side)
     if len(readable.samples) < len(listing.samples):
         problem = readable.problems[-1]
         raise ValueError(f"{root}/{problem.name}: {problem.reason}")

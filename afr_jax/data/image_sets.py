@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from afr_jax.core import parallel
-from afr_jax.data import array_records, cifar10, identity_tree, photos
+from afr_jax.data import array_records, cifar10, identities, photos
 
 
 class ImageSet(NamedTuple):
@@ -33,7 +33,7 @@ class ImageSet(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
-    problems: tuple[identity_tree.Problem, ...] = ()
+    problems: tuple[identities.Problem, ...] = ()
 
 
 def made_up(
@@ -151,7 +151,7 @@ def read_tree(
         FileNotFoundError: there is no such folder.
         ValueError: it holds no usable image.
     """
-    listing = identity_tree.list_tree(root)
+    listing = identities.list_tree(root)
 
     paths = [sample.path for sample in listing.samples]
     found = parallel.overlapped(_or_reason(photos.read_photo), paths, width=num_threads)
@@ -256,7 +256,7 @@ def _squares(
     *,
     image_px: int | None,
     resize: bool,
-    problems: Sequence[identity_tree.Problem] = (),
+    problems: Sequence[identities.Problem] = (),
 ) -> ImageSet:
     """The set of what has one size and a known class; the rest become problems."""
     shapes = [item.pixels.shape[:2] for item in items if not isinstance(item.pixels, str)]
@@ -277,9 +277,9 @@ def _squares(
         elif sample_id in kept:
             reason = "has the id of another image"
         else:
-            kept[sample_id] = (identity_tree.fit_square(pixels, side), class_name)
+            kept[sample_id] = (identities.fit_square(pixels, side), class_name)
             continue
-        problems.append(identity_tree.Problem(name, reason))
+        problems.append(identities.Problem(name, reason))
     if not kept:
         raise ValueError(f"{origin} holds no image of {side} x {side} px")
     ids = tuple(sorted(kept))

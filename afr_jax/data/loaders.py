@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from afr_jax.core import parallel
-from afr_jax.data import identity_tree, sampling
+from afr_jax.data import identities, sampling
 
 # A data set with random access: image `[S, S, 3]` uint8 and label of an example by its index, from
 # several threads.
@@ -24,7 +24,7 @@ Source = Sequence[tuple[np.ndarray, int]]
 class FileSource(Source):
     """The photos of a listing, decoded when they are asked for, as squares."""
 
-    def __init__(self, listing: identity_tree.Listing, side: int):
+    def __init__(self, listing: identities.Listing, side: int):
         """Takes a listing whose photos can all be read.
 
         Args:
@@ -38,7 +38,7 @@ class FileSource(Source):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         path = self._samples[index].path
-        return identity_tree.read_square(path, self._side), int(self._labels[index])
+        return identities.read_square(path, self._side), int(self._labels[index])
 
 
 class RecordSource(Source):
@@ -58,7 +58,7 @@ class RecordSource(Source):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         example = self._examples[index]
-        return identity_tree.fit_square(example["image"], self._side), int(example["label"])
+        return identities.fit_square(example["image"], self._side), int(example["label"])
 
 
 class HostBatch(NamedTuple):

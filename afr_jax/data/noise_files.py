@@ -19,8 +19,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from afr_jax.core import parallel
-from afr_jax.data import array_records, photo_files
+from afr_jax.core import files, parallel
+from afr_jax.data import array_records
 
 _RECORDS = "noise"  # Name of the data set, and of its only split.
 
@@ -124,7 +124,7 @@ def write_noise(path: str | os.PathLike[str], noise: Noise, settings: Mapping[st
             archive.writestr(
                 zipfile.ZipInfo(f"{name}.npy"), member.getvalue(), zipfile.ZIP_DEFLATED
             )
-    photo_files.write_atomically(path, buffer.getvalue(), overwrite=True)
+    files.write_atomically(path, buffer.getvalue(), overwrite=True)
 
 
 def write_noise_records(
@@ -241,6 +241,6 @@ def write_images(
         buffer = io.BytesIO()
         Image.fromarray(images[row]).save(buffer, "PNG")
         path = folder / f"{sample_ids[row]}.png"
-        photo_files.write_atomically(path, buffer.getvalue(), overwrite=True)
+        files.write_atomically(path, buffer.getvalue(), overwrite=True)
 
     parallel.overlapped(write, range(len(sample_ids)), width=num_threads)

@@ -1,4 +1,4 @@
-"""Photo files in folders: finding them, naming outputs, writing without ever leaving half a file.
+"""Photo files in folders: finding them, naming outputs.
 
 What is in the files is the matter of photos.py. Host code: no JAX here.
 """
@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import os
 import pathlib
-import secrets
 import stat
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,58 +103,6 @@ def output_paths(
         used.add(_folded(output))
         outputs.append(output)
     return outputs
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = False) -> None:
-    """Writes a file so that its name never stands for a part of the data.
-
-    The data goes to a hidden file `.*.partial` in the same folder, which takes the final name once
-    it is on the disk, and is removed on any error. Missing folders are created.
-
-    Args:
-        path: Path of the file.
-        data: Its content.
-        overwrite: Whether an existing file is replaced.
-
-    Raises:
-        FileExistsError: If `path` exists and `overwrite` is False, even if it came up meanwhile.
-        OSError: If the file cannot be written, such as when the disk is full.
-    """
-    path = pathlib.Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:  # It would be taken for an existing output.
-        raise NotADirectoryError(
-            errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)
-        ) from error
-    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            os.replace(partial, path)
-        else:
-            _publish_new(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _publish_new(partial: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives the file its final name unless that exists."""
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        raise
-    except (OSError, NotImplementedError):
-        # No hard links here (FAT, some network drives): an empty file claims the name for a moment.
-        path.open("xb").close()
-        try:
-            os.replace(partial, path)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
 
 
 def _files_below(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from afr_jax.core import images
-from afr_jax.models import zoo
+from afr_jax.models.extractors import registry
 
 
 class Canvas(NamedTuple):
@@ -109,7 +109,7 @@ def similarity_transform(landmarks: np.ndarray, template: np.ndarray) -> np.ndar
     )
 
 
-def chip_transform(extractor: zoo.Extractor, landmarks: np.ndarray) -> np.ndarray:
+def chip_transform(extractor: registry.Extractor, landmarks: np.ndarray) -> np.ndarray:
     """The transform `[2, 3]` float64 from an extractor's chip to a photo.
 
     A similarity transform to the extractor's template, stretched in the chip's columns where the

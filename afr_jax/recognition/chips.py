@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from afr_jax.core import images, parallel
-from afr_jax.data import identity_tree, photos
-from afr_jax.models import zoo
+from afr_jax.data import identities, photos
+from afr_jax.models.extractors import registry
 from afr_jax.recognition import align, detect
 
 _LADDER = (160, 256, 384)
@@ -24,7 +24,7 @@ _MIN_CROP_PX = 32
 
 def template_for(side: int) -> tuple[tuple[float, float], ...]:
     """The landmarks (y, x) of ArcFace's alignment, in a chip of another side."""
-    arcface = zoo.get("mobilefacenet")
+    arcface = registry.get("mobilefacenet")
     ratio = side / arcface.input_px
     # Pixel centres, not corners, lie at whole numbers.
     return tuple(((y + 0.5) * ratio - 0.5, (x + 0.5) * ratio - 0.5) for y, x in arcface.template)
@@ -51,7 +51,7 @@ def face_chip(
 
 
 def extractor_chip(
-    extractor: zoo.Extractor, pixels: np.ndarray, landmarks: np.ndarray
+    extractor: registry.Extractor, pixels: np.ndarray, landmarks: np.ndarray
 ) -> np.ndarray:
     """The chip of a face as an extractor of the zoo wants it, its stretch included.
 
@@ -71,13 +71,13 @@ def extractor_chip(
 
 def aligned_chips(
     detector: dict,
-    listing: identity_tree.Listing,
+    listing: identities.Listing,
     template: Sequence[Sequence[float]],
     side: int,
     *,
     options: detect.DetectorOptions | None = None,
     report_fn: Callable[[int], None] | None = None,
-) -> tuple[identity_tree.Listing, np.ndarray]:
+) -> tuple[identities.Listing, np.ndarray]:
     """Detects the main face of every photo and aligns it.
 
     Args:
@@ -96,7 +96,7 @@ def aligned_chips(
         ValueError: no photo shows a face.
     """
 
-    def cut(sample: identity_tree.Sample, pixels: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
+    def cut(sample: identities.Sample, pixels: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
         del sample
         return face_chip(pixels, landmarks, template, side)
 
@@ -105,12 +105,12 @@ def aligned_chips(
 
 def cut_faces(
     detector: dict,
-    listing: identity_tree.Listing,
-    cut_fn: Callable[[identity_tree.Sample, np.ndarray, np.ndarray], np.ndarray],
+    listing: identities.Listing,
+    cut_fn: Callable[[identities.Sample, np.ndarray, np.ndarray], np.ndarray],
     *,
     options: detect.DetectorOptions | None = None,
     report_fn: Callable[[int], None] | None = None,
-) -> tuple[identity_tree.Listing, np.ndarray]:
+) -> tuple[identities.Listing, np.ndarray]:
     """Detects the main face of every photo and makes an array of each.
 
     Args:
@@ -130,7 +130,7 @@ def cut_faces(
     """
     options = options or detect.DetectorOptions()
 
-    def chip(sample: identity_tree.Sample) -> np.ndarray | str:
+    def chip(sample: identities.Sample) -> np.ndarray | str:
         try:
             pixels = photos.read_photo(sample.path).pixels
             found = detect.detect_faces(detector, pixels, options=options)
@@ -148,7 +148,7 @@ def cut_faces(
         if report_fn is not None:
             report_fn(len(part))
     problems = [
-        identity_tree.Problem(sample.sample_id, result)
+        identities.Problem(sample.sample_id, result)
         for sample, result in zip(listing.samples, results, strict=True)
         if isinstance(result, str)
     ]

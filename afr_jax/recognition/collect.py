@@ -6,7 +6,7 @@ hash of 64 bits: which of the lowest frequencies of a grey 32 x 32 thumbnail lie
 (Zauner 2010, "Implementation and benchmarking of perceptual image hash functions", section 3.2.1).
 Crops and mirror images of a photo are not found.
 
-Listings of photos come from `afr_jax.data.identity_tree`.
+Listings of photos come from `afr_jax.data.identities`.
 """
 
 import functools
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from afr_jax.core import parallel
-from afr_jax.data import identity_tree, photos
+from afr_jax.data import identities, photos
 
 # Among 5,788 aligned crops of 24 people, 206 pairs of one person differ by at most 4 bits of 64 and
 # none of two people (15 do by 6); of 200 crops that were saved as JPEG of quality 50, halved,
@@ -63,12 +63,12 @@ class Repeat(NamedTuple):
 class Collection(NamedTuple):
     """A listing without repeats and unreadable photos, and which photos were dropped for which."""
 
-    listing: identity_tree.Listing
+    listing: identities.Listing
     repeats: tuple[Repeat, ...]
 
 
 def collect(
-    listing: identity_tree.Listing,
+    listing: identities.Listing,
     *,
     max_distance: int | None = DEFAULT_DISTANCE,
     num_threads: int = 4,
@@ -87,7 +87,7 @@ def collect(
         report_fn: called with the number of photos that were read since (progress).
     """
 
-    def read(sample: identity_tree.Sample) -> Fingerprint | str:
+    def read(sample: identities.Sample) -> Fingerprint | str:
         try:
             return fingerprint(photos.read_photo(sample.path).pixels)
         except photos.PhotoError as error:
@@ -100,7 +100,7 @@ def collect(
         if report_fn is not None:
             report_fn(len(part))
     problems = [
-        identity_tree.Problem(sample.sample_id, result)
+        identities.Problem(sample.sample_id, result)
         for sample, result in zip(listing.samples, prints, strict=True)
         if isinstance(result, str)
     ]
@@ -110,9 +110,7 @@ def collect(
         [result for result in prints if not isinstance(result, str)],
         max_distance=max_distance,
     )
-    dropped = [
-        identity_tree.Problem(repeat.sample_id, f"repeats {repeat.kept}") for repeat in repeats
-    ]
+    dropped = [identities.Problem(repeat.sample_id, f"repeats {repeat.kept}") for repeat in repeats]
     return Collection(readable.without(dropped), tuple(repeats))
 
 
@@ -139,7 +137,7 @@ def perceptual_hash(pixels: np.ndarray) -> int:
 
 
 def find_repeats(
-    samples: Sequence[identity_tree.Sample],
+    samples: Sequence[identities.Sample],
     fingerprints: Sequence[Fingerprint],
     *,
     max_distance: int | None = DEFAULT_DISTANCE,

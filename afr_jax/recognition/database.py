@@ -22,8 +22,9 @@ import numpy as np
 import pyarrow as pa
 from lancedb.index import IvfFlat
 
-from afr_jax.recognition import enrolled, match
-from afr_jax.recognition.enrolled import DatabaseError, Entries, ExtractorTag, Hits
+from afr_jax.recognition import entries as recognition_entries
+from afr_jax.recognition import match
+from afr_jax.recognition.entries import DatabaseError, Entries, ExtractorTag, Hits
 
 TABLE = "faces"
 # From this many rows on searches go through an index (an exact one takes under 50 ms below it).
@@ -40,7 +41,7 @@ class Database:
         self.uri = uri
         self._connection = connection
         self._table = table
-        self.tag = enrolled.read_tag(table.schema, uri)
+        self.tag = recognition_entries.read_tag(table.schema, uri)
         self._entries: tuple[int, Entries] | None = None
         self._gallery: tuple[Entries, match.Gallery] | None = None
 
@@ -81,8 +82,8 @@ class Database:
                 rows["image"].to_pylist(),
                 rows["digest"].to_pylist(),
                 rows["face"].to_pylist(),
-                enrolled.matrix(rows["box"], 4),
-                enrolled.matrix(rows["vector"], self.tag.embedding_size),
+                recognition_entries.matrix(rows["box"], 4),
+                recognition_entries.matrix(rows["vector"], self.tag.embedding_size),
             )
             self._entries = version, entries
         return self._entries[1]
@@ -93,7 +94,7 @@ class Database:
         Raises:
             DatabaseError: vectors that are not finite or of another size, an empty identity.
         """
-        self._table.add(enrolled.to_table(entries, self.tag))
+        self._table.add(recognition_entries.to_table(entries, self.tag))
 
     def replace_images(self, entries: Entries) -> None:
         """Puts faces in the place of everything enrolled from the same photos."""
@@ -245,7 +246,7 @@ class Database:
                 continue
             identities.append(rows["identity"].to_pylist())
             images.append(rows["image"].to_pylist())
-            boxes.append(enrolled.matrix(rows["box"], 4))
+            boxes.append(recognition_entries.matrix(rows["box"], 4))
             # LanceDB's "l2" is the squared distance; that of unit vectors is the metric's.
             squared = rows["_distance"].to_numpy()
             distances.append(np.sqrt(np.maximum(squared, 0)).astype(np.float32))
@@ -263,7 +264,7 @@ class Database:
             .when_matched_update_all()
             .when_not_matched_insert_all()
             .when_not_matched_by_source_delete(scope)
-            .execute(enrolled.to_table(entries, self.tag))
+            .execute(recognition_entries.to_table(entries, self.tag))
         )
 
 
@@ -301,7 +302,9 @@ def open_database(
         except ValueError as error:
             if not create or tag is None:
                 raise DatabaseError(f"{uri} holds no reference database ({error})") from error
-            table = connection.create_table(TABLE, schema=enrolled.schema(tag), exist_ok=True)
+            table = connection.create_table(
+                TABLE, schema=recognition_entries.schema(tag), exist_ok=True
+            )
         database = Database(connection, table, uri)
     except (OSError, RuntimeError, ValueError) as error:
         raise DatabaseError(f"{uri} cannot be used as a database: {error}") from error

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from afr_jax.core import images, parallel
-from afr_jax.models import zoo
+from afr_jax.models.extractors import registry
 from afr_jax.recognition import align
 
 # Faces that one call embeds on each device; the rest of the last batch repeats a face.
@@ -17,7 +17,7 @@ _CANVAS_LADDER = (160, 192, 256, 320, 448)
 
 
 def embed_faces(
-    extractor: zoo.Extractor, variables: dict, faces: Iterable[tuple[np.ndarray, np.ndarray]]
+    extractor: registry.Extractor, variables: dict, faces: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> np.ndarray:
     """Aligns and embeds faces of any number of photos, spread over the devices of this process.
 
@@ -61,7 +61,7 @@ def embed_faces(
 def _embed_batch(variables, canvases, transforms, extractor):
     """`[B, S, S, 3]` and `[B, 2, 3]` to `[B, D]`."""
     warp = functools.partial(align.warp, size=extractor.input_px)
-    return zoo.embed(extractor, variables, jax.vmap(warp)(canvases, transforms))
+    return registry.embed(extractor, variables, jax.vmap(warp)(canvases, transforms))
 
 
 def _face_canvas(extractor, pixels, landmarks):

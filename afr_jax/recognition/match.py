@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from afr_jax.core import images, parallel
-from afr_jax.models import zoo
+from afr_jax.models.extractors import registry
 
 UNKNOWN = "unknown"
 
@@ -43,7 +43,7 @@ class Gallery(NamedTuple):
         vectors: `[N, D]` float32 on the host, of unit length unless the metric is `euclidean`.
         rows: the same in blocks over the devices.
         squared: their squared lengths; infinite for rows that fill up a block.
-        metric: one of `zoo.METRICS`.
+        metric: one of `registry.METRICS`.
         mesh: the devices.
     """
 
@@ -59,7 +59,7 @@ def place(vectors: np.ndarray, *, metric: str, mesh: parallel.Mesh | None = None
 
     Args:
         vectors: `[N, D]` float32, N at least 1.
-        metric: one of `zoo.METRICS`.
+        metric: one of `registry.METRICS`.
         mesh: devices to spread the rows over; all of this process by default.
 
     Raises:
@@ -145,7 +145,7 @@ def pairwise(first: np.ndarray, second: np.ndarray, *, metric: str) -> np.ndarra
     return np.stack(rows) if rows else np.zeros((0, len(second)))
 
 
-def threshold_of(extractor: zoo.Extractor, metric: str) -> float:
+def threshold_of(extractor: registry.Extractor, metric: str) -> float:
     """Distance in a metric below which an extractor takes two faces for the same person's.
 
     Raises:
@@ -165,8 +165,8 @@ def unit_length(vectors: np.ndarray) -> np.ndarray:
 
 
 def _check_metric(metric: str) -> None:
-    if metric not in zoo.METRICS:
-        raise ValueError(f"no metric {metric!r}; there are: {', '.join(zoo.METRICS)}")
+    if metric not in registry.METRICS:
+        raise ValueError(f"no metric {metric!r}; there are: {', '.join(registry.METRICS)}")
 
 
 def _blocks(gallery: np.ndarray, mesh: parallel.Mesh) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ import numpy as np
 import skimage
 from PIL import Image
 
-from afr_jax.evaluation import report_pictures
+from afr_jax.evaluation.report import pictures
 
 _MARGIN, _ENLARGED_PX = 24, 400
 
@@ -26,9 +26,7 @@ def main() -> None:
         np.asarray(Image.open(path).convert("RGB"))[crop]
         for path in (source, output / record["output"])
     )
-    row = np.concatenate(
-        [before, after, report_pictures.amplified_difference(before, after)], axis=1
-    )
+    row = np.concatenate([before, after, pictures.amplified_difference(before, after)], axis=1)
     scale = _ENLARGED_PX / before.shape[0]
     picture = Image.fromarray(row).resize(
         (round(row.shape[1] * scale), _ENLARGED_PX), Image.LANCZOS

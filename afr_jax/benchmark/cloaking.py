@@ -1,0 +1,236 @@
+"""Our Fawkes beside the optimiser of the PyPI `fawkes` package: how fast, and how far?
+
+Both work on aligned chips, with the same net, DSSIM budget, pixel limit, steps and batches. The
+package runs in a process of its own (`experiments/reference/fawkes_driver.py`). What each side
+reached is measured on the rounded 8-bit chips: distances by dlib itself where it is installed,
+DSSIM by scikit-image. The package accepts results up to 1.1 times the budget.
+"""
+
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import skimage.metrics
+
+from afr_jax.benchmark import timing
+from afr_jax.core import images
+from afr_jax.evaluation import reference
+from afr_jax.methods.cloaking import face_cloaks, fawkes
+from afr_jax.models.extractors import dlib_resnet, registry
+from afr_jax.recognition import align
+
+_CANVAS_LADDER = (192, 256, 320)
+# Fixed in the package's code, and the learning rate of its low mode.
+_LINF, _PEER_LEARNING_RATE = 15 / 255, 25.0
+
+
+def cut_chips(
+    extractor: registry.Extractor,
+    faces: Sequence[tuple[np.ndarray, np.ndarray]],
+    count: int,
+    *,
+    seed: int = 0,
+) -> np.ndarray:
+    """Aligned chips of faces, used again with their landmarks shaken a little if too few.
+
+    Args:
+        extractor: whose chips.
+        faces: (photo `[H, W, 3]` uint8, landmarks `[5, 2]` (y, x)) of each face.
+        count: number of chips N.
+        seed: of the shaking.
+
+    Returns:
+        `[N, S, S, 3]` uint8.
+    """
+    generator = np.random.default_rng(seed)
+    chips = []
+    for number in range(count):
+        pixels, landmarks = faces[number % len(faces)]
+        if number >= len(faces):
+            span = np.ptp(landmarks, axis=0).max()
+            landmarks = landmarks + generator.normal(0.0, 0.04 * span, landmarks.shape)
+        transform = align.chip_transform(extractor, landmarks)
+        factor = align.pool_factor(align.transform_scale(transform))
+        bounds = align.chip_bounds(transform, extractor.input_px)
+        canvas = align.cut_canvas(pixels, bounds, factor=factor, ladder=_CANVAS_LADDER)
+        transform = align.canvas_transform(transform, canvas).astype(np.float32)
+        chip = align.warp(jnp.asarray(canvas.image), transform, size=extractor.input_px)
+        chips.append(np.asarray(images.to_uint8(chip)))
+    return np.stack(chips)
+
+
+def measure(
+    row: str,
+    extractor: registry.Extractor,
+    variables: dict,
+    chips: np.ndarray,
+    folder: pathlib.Path,
+    other: reference.Peer | None,
+    *,
+    config: fawkes.FawkesConfig,
+    batch: int,
+    repeats: int,
+    peer_graph: bool = True,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Rows of a table (`timing`): milliseconds a face and step, distances, DSSIM.
+
+    A row of ours alone says which share of a step is not the net: one minus the time of the net's
+    value and gradient on a batch over the time of a step. That share is the warp, DSSIM, optimiser,
+    projections, and the start and the end of a cloak spread over its steps.
+
+    Args:
+        row: name of the rows.
+        extractor: the net; the package's side knows dlib's alone.
+        variables: of the net.
+        chips: `[N, S, S, 3]` uint8.
+        folder: where chips are put for the package.
+        other: the package; None leaves its column empty.
+        config: of our Fawkes; budget and steps are also the package's.
+        batch: chips that are cloaked together.
+        repeats: timed cloaks of all chips by each side.
+        peer_graph: compile the net on the package's side (`tf.function`), which the package itself
+            does not do and which makes it faster.
+        seed: of both sides' random starts.
+
+    Returns:
+        The rows.
+    """
+    per_step = 1e3 / max(config.num_steps, 1) / len(chips)
+    source, output = folder / "chips.npy", folder / "cloaked.npy"
+    np.save(source, chips)
+    cloaked: dict[str, np.ndarray] = {}
+
+    def ours():
+        start = time.perf_counter()
+        cloaked["ours"] = _cloak(extractor, variables, chips, config, batch, seed)
+        return per_step * (time.perf_counter() - start)
+
+    def net():
+        return _net_milliseconds(extractor, variables, chips[:batch], config.num_steps)
+
+    def theirs():
+        answer = other.call(
+            "cloak",
+            chips=str(source),
+            output=str(output),
+            dssim=config.dssim_budget,
+            steps=config.num_steps,
+            batch=batch,
+            learning_rate=_PEER_LEARNING_RATE,
+            graph_mode=peer_graph,
+            seed=seed,
+        )
+        cloaked["theirs"] = np.load(output)
+        return per_step * answer["seconds"]
+
+    sides = {"ours": ours, "net": net} | ({} if other is None else {"theirs": theirs})
+    times = timing.take_turns(sides, repeats=repeats)
+    outside = [1 - alone / whole for alone, whole in zip(times["net"], times["ours"], strict=True)]
+    judge, embed_fn = _judge(extractor, variables)
+    figures = {side: _figures(chips, pixels, judge, embed_fn) for side, pixels in cloaked.items()}
+    return [
+        timing.compare(row, "ms per face and step", times["ours"], times.get("theirs")),
+        timing.state(row, "share of a step outside the net", timing.spread(outside), None),
+        *(
+            timing.state(row, quantity, value, figures.get("theirs", {}).get(quantity))
+            for quantity, value in figures["ours"].items()
+        ),
+    ]
+
+
+def _cloak(extractor, variables, chips, config, batch, seed) -> np.ndarray:
+    """Cloaks uint8 chips `[N, S, S, 3]`, each chip being its own canvas."""
+    side = extractor.input_px
+    keys = jax.random.split(jax.random.key(seed), len(chips))
+    cloaked = []
+    for start in range(0, len(chips), batch):
+        canvas = images.to_float(jnp.asarray(chips[start : start + batch]))
+        count = len(canvas)
+        nothing = jnp.zeros((count, extractor.embedding_size))
+        view = face_cloaks.FaceView(
+            jnp.tile(jnp.eye(2, 3), (count, 1, 1)), own=nothing, to_person=nothing, target=nothing
+        )
+        faces = face_cloaks.Face(
+            image=canvas,
+            limit=jnp.full((count, side, side), _LINF),
+            boxes=jnp.tile(jnp.array([0, 0, side, side]), (count, 2, 1)),
+            views=(view,),
+            has_target=jnp.zeros(count),
+            grey=jnp.zeros(count),
+        )
+        delta, _ = face_cloaks.cloak_faces(
+            keys[start : start + batch],
+            (variables,),
+            faces,
+            surrogates=(face_cloaks.Surrogate(extractor, 1),),
+            config=config,
+        )
+        cloaked.append(np.asarray(images.to_uint8(canvas + delta)))
+    return np.concatenate(cloaked)
+
+
+def _net_milliseconds(extractor, variables, chips, num_steps) -> float:
+    """Time a face of the net's distance to some embedding and of its gradient, over some steps."""
+    canvas = images.to_float(jnp.asarray(chips))
+    other = jnp.zeros((len(chips), extractor.embedding_size))
+    jax.block_until_ready(_distance_gradient(canvas, variables, other, extractor))
+    start = time.perf_counter()
+    for _ in range(num_steps):
+        jax.block_until_ready(_distance_gradient(canvas, variables, other, extractor))
+    return 1e3 * (time.perf_counter() - start) / max(num_steps, 1) / len(chips)
+
+
+def _total_distance(chips, variables, others, extractor):
+    return jnp.sum(registry.distance(registry.embed(extractor, variables, chips), others))
+
+
+_distance_gradient = jax.jit(jax.value_and_grad(_total_distance), static_argnames="extractor")
+
+
+def _judge(
+    extractor: registry.Extractor, variables: dict
+) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
+    """Who measures distances, and how it embeds uint8 chips `[N, S, S, 3]`."""
+    try:
+        import dlib  # Optional: a judge that shares no code with us.
+    except ImportError:
+        dlib = None
+    if dlib is None or extractor.name != "dlib":
+
+        def embed_fn(chips):
+            return np.asarray(
+                registry.embed(extractor, variables, images.to_float(jnp.asarray(chips)))
+            )
+
+        return "our net", embed_fn
+    model = dlib.face_recognition_model_v1(str(dlib_resnet.find_weights()))
+
+    def dlib_fn(chips):
+        return np.array([np.array(model.compute_face_descriptor(chip)) for chip in chips])
+
+    return "dlib", dlib_fn
+
+
+def _figures(chips, cloaked, judge, embed_fn) -> dict[str, float]:
+    distances = np.linalg.norm(embed_fn(cloaked) - embed_fn(chips), axis=1)
+    dssims = [
+        (
+            1
+            - skimage.metrics.structural_similarity(
+                *pair, channel_axis=-1, gaussian_weights=True, use_sample_covariance=False
+            )
+        )
+        / 2
+        for pair in zip(chips, cloaked, strict=True)
+    ]
+    return {
+        f"mean distance by {judge}": float(distances.mean()),
+        f"least distance by {judge}": float(distances.min()),
+        "mean DSSIM": float(np.mean(dssims)),
+        "largest DSSIM": float(np.max(dssims)),
+    }

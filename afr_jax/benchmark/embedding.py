@@ -1,0 +1,80 @@
+"""Our extractors beside their originals: how fast is a face embedded?
+
+The originals (dlib, facenet-pytorch's module and a MobileFaceNet in torch, in inference mode) run
+in a process of their own (`experiments/reference/extractors_driver.py`). Both sides get the same
+batch of aligned chips; detection and alignment are not in it.
+"""
+
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from afr_jax.benchmark import timing
+from afr_jax.evaluation import reference
+from afr_jax.models.extractors import registry
+from afr_jax.models.weights import conversion
+
+
+def measure(
+    extractor: registry.Extractor,
+    folder: pathlib.Path,
+    other: reference.Peer | None,
+    *,
+    batch: int,
+    repeats: int,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """A row of a table (`timing`): milliseconds a face.
+
+    Weights and chips are random, which costs the same as real ones.
+
+    Args:
+        extractor: entry of the zoo.
+        folder: where chips are put for the peer.
+        other: the peer; None leaves its column empty.
+        batch: chips of a call.
+        repeats: timed calls of each side.
+        seed: of weights and chips.
+    """
+    rng = np.random.default_rng(seed)
+    side = extractor.input_px
+    chips = rng.uniform(size=(batch, side, side, 3)).astype(np.float32)
+    source = folder / f"{extractor.name}.npy"
+    inputs = extractor.input_scale * chips + extractor.input_offset
+    np.save(source, inputs[..., ::-1] if extractor.is_bgr else inputs)
+    variables = _random_variables(extractor, seed)
+    placed = jnp.asarray(chips)
+
+    def ours():
+        start = time.perf_counter()
+        jax.block_until_ready(_embed(variables, placed, extractor))
+        return 1e3 * (time.perf_counter() - start) / batch
+
+    def theirs():
+        answer = other.call("throughput", name=extractor.name, chips=str(source), repeats=1)
+        return 1e3 * answer["seconds"][0] / batch
+
+    sides = {"ours": ours} | ({} if other is None else {"theirs": theirs})
+    times = timing.take_turns(sides, repeats=repeats)
+    row = f"embedding, {extractor.name}, batch {batch}"
+    return [timing.compare(row, "ms per face", times["ours"], times.get("theirs"))]
+
+
+def _random_variables(extractor: registry.Extractor, seed: int) -> dict:
+    shapes = conversion.shapes(extractor.module, extractor.input_px)
+    rng = np.random.default_rng(seed)
+    # Small and positive: also a variance.
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.uniform(0.01, 0.02, leaf.shape).astype(np.float32)), shapes
+    )
+
+
+def _embed_chips(variables, chips, extractor):
+    return registry.embed(extractor, variables, chips)
+
+
+_embed = jax.jit(_embed_chips, static_argnames="extractor")

@@ -1,0 +1,68 @@
+"""Settings of XLA and of the process: compiler options, memory, the cache of compiled programs."""
+
+import ctypes
+import os
+import pathlib
+import platform
+import tempfile
+
+import jax
+import jaxlib
+from absl import logging
+
+# XLA stops the process at an option that it does not know: only where it was tried.
+_YNNPACK_OPTION = "--xla_cpu_experimental_ynn_fusion_type"
+_YNNPACK_VERSIONS = ("0.10.",)
+# glibc's mallopt: one arena, no maps of single blocks, nothing given back, 256 MiB at a time.
+_MALLOPT = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 256 << 20}
+
+
+def choose_compiler_options() -> None:
+    """Switches YNNPACK off in XLA for CPUs, unless `XLA_FLAGS` says something about it.
+
+    jaxlib 0.10 hands convolutions to YNNPACK, which takes 1.2 to 2.2 times as long as XLA's own way
+    for the face extractors here. Call it before JAX makes its first array: later it has no effect.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jaxlib.__version__.startswith(_YNNPACK_VERSIONS) and _YNNPACK_OPTION not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_YNNPACK_OPTION}=".strip()
+
+
+def keep_freed_memory() -> None:
+    """Lets the process keep memory that it frees, where its C library is glibc.
+
+    XLA for CPUs allocates the working memory of every call anew. Given back to the system each time
+    and cleared by it again, it cost a seventh of a cloak's step (tried once: two cores, two nets).
+    The price is that the process stays as large as it ever was.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        for parameter, value in _MALLOPT.items():
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def enable_compilation_cache() -> pathlib.Path | None:
+    """Lets compiled programs persist between processes.
+
+    The folder is `JAX_COMPILATION_CACHE_DIR` if set, else `afr_jax/xla` in `XDG_CACHE_HOME` or
+    `~/.cache`. An unusable folder only costs the cache; a bucket (gs://...) is left to JAX.
+
+    Returns:
+      The local folder in use, or None.
+    """
+    configured = jax.config.jax_compilation_cache_dir
+    if configured and "://" in configured:
+        return None
+    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    try:
+        folder = pathlib.Path(configured or os.path.join(cache_home, "afr_jax", "xla")).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, RuntimeError) as error:
+        logging.info("no compilation cache: %s", error)
+        jax.config.update("jax_compilation_cache_dir", None)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return folder

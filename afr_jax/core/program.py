@@ -1,0 +1,290 @@
+"""The way from a command line to a library call: flags from options, exit codes, the result line.
+
+A program is a module of `experiments/` that names a config of the library and a function of it:
+
+    from afr_jax.core import program
+    from afr_jax.recognition.tasks import detect_photos
+
+    if __name__ == "__main__":
+        program.main(detect_photos.DetectConfig, detect_photos.run)
+
+Standard output carries the result as one JSON line and nothing else; all other output goes to
+standard error. With several processes only process 0 writes files and the line.
+"""
+
+import contextlib
+import inspect
+import json
+import logging as std_logging
+import os
+import pathlib
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from absl import app, flags, logging
+
+from afr_jax.core import backend, distributed, files, options
+from afr_jax.core import provenance as provenance_lib
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+EXIT_PARTIAL = 3
+_EXIT_INTERRUPTED = 130
+
+UsageError = options.UsageError
+_OWN_FLAGS = {
+    "toy": "shrink data, networks and steps: seconds on a CPU",
+    "one_process_per_node": "under SLURM: one process drives all GPUs of its node",
+}
+_Config = TypeVar("_Config", bound=options.Config)
+
+# Flags defined here belong to the program that calls `define_flags`, so that its --help lists them.
+flags.disclaim_key_flags()
+
+
+_DEFINERS = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+}
+
+
+def define_flags() -> None:
+    """Defines the flags of all programs: --workdir, --seed, --toy, --one_process_per_node."""
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "folder for config.json, metrics.jsonl, result.json; resumed if it has them",
+    )
+    flags.DEFINE_integer("seed", 0, "seed of all randomness of the run")
+    flags.DEFINE_bool("toy", False, "shrink data, networks and steps: seconds on a CPU")
+    flags.DEFINE_bool(
+        "one_process_per_node", False, "under SLURM: one process drives all GPUs of its node"
+    )
+
+
+def main_of_flags(
+    run_fn: Callable[[], tuple[Mapping[str, Any], int]], *, argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Runs an experiment as a program and exits.
+
+    Parses the flags, settles compiler options and memory, joins the cluster if there is one,
+    switches the compilation cache on, calls `run_fn` and prints its result as one JSON line, the
+    last of standard output. Exit codes: what `run_fn` returns; 2 for wrong flags, extra arguments
+    or a `UsageError`; 130 when interrupted; 1 with a traceback for everything else.
+
+    Args:
+      run_fn: reads its flags and returns (result, exit code).
+      argv: the command line with the program's name first; default `sys.argv`.
+    """
+
+    def call(_: Sequence[str]) -> int:
+        try:
+            backend.choose_compiler_options()
+            backend.keep_freed_memory()
+            _join_cluster()
+            backend.enable_compilation_cache()
+            with contextlib.redirect_stdout(sys.stderr):
+                result, exit_code = run_fn()
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_USAGE
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return _EXIT_INTERRUPTED
+        if distributed.is_primary():
+            print(json.dumps(files.to_jsonable(result), allow_nan=False), flush=True)
+        return exit_code
+
+    logging.get_absl_logger().addFilter(_is_worth_showing)
+    app.run(call, argv=None if argv is None else list(argv), flags_parser=_parse_flags)
+    raise AssertionError("absl.app.run returned")
+
+
+def main(
+    config_class: type[_Config],
+    run_fn: Callable[[_Config], options.Outcome],
+    *,
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+    """Runs a function of a config as a program and exits.
+
+    Parses the flags into a config, settles compiler options and memory, joins the cluster if there
+    is one, switches the compilation cache on, calls `run_fn` and prints its result as one JSON
+    line, the last of standard output. Exit codes: 0; 3 if the outcome is not complete; 2 for wrong
+    flags, extra arguments or an `options.UsageError`; 130 when interrupted; 1 with a traceback for
+    everything else.
+
+    Args:
+      config_class: the program's options; its docstring is the program's help.
+      run_fn: does the work.
+      argv: the command line with the program's name first; default `sys.argv`.
+    """
+    argv = list(sys.argv if argv is None else argv)
+
+    def call(_: Sequence[str]) -> int:
+        try:
+            config = _read(config_class, flags.FLAGS)
+            backend.choose_compiler_options()
+            backend.keep_freed_memory()
+            _join_cluster()
+            backend.enable_compilation_cache()
+            with contextlib.redirect_stdout(sys.stderr):
+                outcome = run_fn(config)
+        except options.UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_USAGE
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return _EXIT_INTERRUPTED
+        if distributed.is_primary():
+            print(json.dumps(files.to_jsonable(outcome.result), allow_nan=False), flush=True)
+        return EXIT_OK if outcome.complete else EXIT_PARTIAL
+
+    if not {"-h", "-help", "--help"}.isdisjoint(argv[1:]):
+        print(help_text(config_class, pathlib.Path(argv[0]).stem))
+        sys.exit(EXIT_OK)
+    _define(config_class, flags.FLAGS)
+    logging.get_absl_logger().addFilter(_is_worth_showing)
+    app.run(call, argv=argv, flags_parser=_parse_flags)
+    raise AssertionError("absl.app.run returned")
+
+
+def parse(config_class: type[_Config], arguments: Sequence[str]) -> _Config:
+    """The config of a command line, as `main` makes it.
+
+    Args:
+      config_class: the program's options.
+      arguments: the command line without the program's name.
+
+    Raises:
+      options.UsageError: wrong flags, or values out of their range.
+    """
+    values = flags.FlagValues()
+    _define(config_class, values)
+    try:
+        remaining = values(["program", *arguments])
+    except flags.Error as error:
+        raise options.UsageError(str(error)) from error
+    if len(remaining) > 1:
+        raise options.UsageError(f"unexpected arguments: {' '.join(remaining[1:])}")
+    return _read(config_class, values)
+
+
+def help_text(config_class: type[options.Config], name: str) -> str:
+    """What `--help` prints: the config's docstring, and a line or two for each flag.
+
+    Args:
+      config_class: the program's options.
+      name: of the program.
+    """
+    lines = [f"{name}: {inspect.getdoc(config_class)}", "", "Flags:"]
+    for leaf in options.leaves(config_class):
+        bounds = [
+            f"{word} {bound}"
+            for word, bound in (("at least", leaf.spec.at_least), ("at most", leaf.spec.at_most))
+            if bound is not None
+        ]
+        choices = ["|".join(leaf.spec.choices)] if leaf.spec.choices else []
+        notes = "; ".join([leaf.spec.help, *bounds, *choices])
+        lines.append(
+            textwrap.fill(
+                f"--{leaf.flag}={_shown(leaf)}  {notes}",
+                width=100,
+                initial_indent="  ",
+                subsequent_indent="      ",
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
+        )
+    lines += [f"  --{name}  {text}" for name, text in _OWN_FLAGS.items()]
+    return "\n".join(lines)
+
+
+def provenance(module: str) -> dict[str, Any]:
+    """Says how the result of this program came about; see `provenance.provenance`.
+
+    Paths below $AFR_SHARED, of --workdir and of --peer_python appear under these names.
+
+    Args:
+      module: the program, "experiments.benchmark" say.
+    """
+    values = flags.FLAGS
+    names = {"AFR_SHARED": os.environ.get("AFR_SHARED"), "WORKDIR": values.workdir}
+    if "peer_python" in values:
+        names["PEER_PYTHON"] = values.peer_python
+    return provenance_lib.provenance(module, sys.argv[1:], names=names)
+
+
+def _define(config_class: type[options.Config], values: flags.FlagValues) -> None:
+    """Defines a flag for each option, and those of all programs."""
+    for leaf in options.leaves(config_class):
+        default, text = leaf.default, leaf.spec.help
+        if leaf.is_tuple:
+            default = None if default is None else [str(item) for item in default]
+            flags.DEFINE_list(leaf.flag, default, text, flag_values=values)
+        else:
+            _DEFINERS[leaf.kind](leaf.flag, default, text, flag_values=values)
+        for alias in leaf.spec.aliases:
+            flags.DEFINE_alias(alias, leaf.flag, flag_values=values)
+    for name, text in _OWN_FLAGS.items():
+        flags.DEFINE_bool(name, False, text, flag_values=values)
+
+
+def _read(config_class: type[_Config], values: flags.FlagValues) -> _Config:
+    """The config that parsed flags say."""
+    given = {}
+    for leaf in options.leaves(config_class):
+        value = values[leaf.flag].value
+        if leaf.is_tuple and value is not None:
+            try:
+                value = tuple(leaf.kind(item) for item in value)
+            except ValueError as error:
+                raise options.UsageError(f"--{leaf.flag}: {error}") from error
+        given[leaf.path] = value
+    try:
+        config = options.build(config_class, given)
+        return config.toy() if values["toy"].value else config
+    except ValueError as error:
+        raise options.UsageError(f"--{error}") from error
+
+
+def _shown(leaf: options.Leaf) -> str:
+    """A default as it would be typed."""
+    if leaf.default is None:
+        return ""
+    if leaf.is_tuple:
+        return ",".join(map(str, leaf.default))
+    return str(leaf.default).lower() if leaf.kind is bool else str(leaf.default)
+
+
+def _join_cluster() -> None:
+    one_process = "one_process_per_node" in flags.FLAGS and flags.FLAGS.one_process_per_node
+    try:
+        distributed.maybe_initialize(one_process_per_node=one_process)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _is_worth_showing(record: std_logging.LogRecord) -> bool:
+    # Orbax logs some 50 lines of level INFO around each checkpoint.
+    return record.levelno >= std_logging.WARNING or "orbax" not in record.pathname
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the flags; wrong ones exit with code 2, help with 0 (absl exits with 1 for both)."""
+    try:
+        remaining = flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {error}\nPass --help for the flags.", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except SystemExit:
+        sys.exit(EXIT_OK)
+    if len(remaining) > 1:
+        extra = " ".join(remaining[1:])
+        print(f"error: unexpected arguments: {extra}\nPass --help for the flags.", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    return remaining

@@ -1,0 +1,226 @@
+"""What a cloak did, measured on the final pixels as recognisers would see them.
+
+Every face is looked at in the final photo as written and in the same photo after JPEG: detected,
+aligned and embedded again each time, and compared with its clean embedding. The extractors that
+measure need not be those that the cloak was made against.
+"""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from afr_jax.evaluation.attackers import countermeasures
+from afr_jax.methods.cloaking import photo_cloaks
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import detect, embed, pipeline
+
+REENCODING = (
+    "JPEG quality 75 (4:2:0) was checked on every final photo; stronger compression, resizing and "
+    "filters were not."
+)
+
+# A face of the final photo is the face of the original if their boxes overlap this much.
+_SAME_FACE_IOU = 0.5
+_NOT_FOUND = "the face was not found again"
+
+
+def check_photo(
+    recogniser: pipeline.Recogniser,
+    photo: photo_cloaks.PhotoFaces,
+    final: np.ndarray,
+    cloaked: Sequence[photo_cloaks.CloakedFace],
+    *,
+    surrogates: Collection[str],
+    dssim_budget: float,
+    options: detect.DetectorOptions,
+) -> list[dict[str, Any]]:
+    """Measures every cloaked face of a photo on its final pixels.
+
+    Args:
+        recogniser: the detector, and the extractors that judge.
+        photo: the original.
+        final: `[H, W, 3]` uint8, decoded from the final file.
+        cloaked: what was done to each face of `photo.faces`.
+        surrogates: names of the extractors that the cloak was made against.
+        dssim_budget: of the cloak.
+        options: of the detector.
+
+    Returns:
+        A record for each face, as in report.json; status `cloaked` only if the face was found
+        again, its DSSIM lies within the budget and every pixel outside the regions is the
+        original's. Its `extractors` have an entry for each name: `distance` (L2, from the clean
+        embedding), `threshold`, `same_person`, `surrogate`, and as `after_jpeg75` the distance and
+        verdict after JPEG of quality 75, 4:2:0 (None, with a `reason`, where the face was not found
+        again after it).
+    """
+    untouched = np.ones(final.shape[:2], bool)
+    for face in cloaked:
+        y0, x0, y1, x1 = face.region
+        untouched[y0:y1, x0:x1] = False
+    leaked = bool(np.any(photo.pixels[untouched] != final[untouched]))
+    before = [face.distances for face in cloaked]
+    judged = _judge(recogniser, photo.pixels, photo.faces, final, before, surrogates, options)
+    records = []
+    for number, (face, entries) in enumerate(zip(cloaked, judged, strict=True)):
+        y0, x0, y1, x1 = face.region
+        change = final[y0:y1, x0:x1].astype(np.int32) - photo.pixels[y0:y1, x0:x1]
+        dssim = photo_cloaks.face_dssim(photo.pixels, final, face.region, face.box)
+        record = {
+            **_place(photo.faces, number, face.region),
+            "status": "cloaked",
+            "reason": None,
+            "dssim": dssim,
+            "linf": float(np.abs(change).max() / 255),
+            "mean_difference": float(
+                change.mean(axis=(0, 1))[np.abs(change.mean((0, 1))).argmax()]
+            ),
+            "extractors": entries or {},
+        }
+        problem = _problem(entries, dssim, dssim_budget, leaked, change)
+        if problem:
+            record.update(status="failed", reason=problem)
+        records.append(record)
+    return records
+
+
+def judge_again(
+    recogniser: pipeline.Recogniser,
+    pixels: np.ndarray,
+    faces: detect.Faces,
+    final: np.ndarray,
+    records: Sequence[dict[str, Any]],
+    *,
+    surrogates: Collection[str],
+    options: detect.DetectorOptions,
+) -> list[dict[str, Any]]:
+    """Records of `check_photo` with verdicts of other extractors in place of the old ones.
+
+    Args:
+        recogniser: the detector, and the extractors that judge.
+        pixels: `[H, W, 3]` uint8 of the original.
+        faces: the faces that were cloaked, as they were found in the original.
+        final: `[H, W, 3]` uint8, decoded from the final file.
+        records: of all faces; those that are not of status `cloaked` stay as they are.
+        surrogates: names of the extractors that the cloak was made against.
+        options: of the detector.
+
+    Returns:
+        The new records.
+    """
+    cloaked = [record["extractors"] for record in records if record["status"] == "cloaked"]
+    before = [
+        {name: entry["distance_before_budget"] for name, entry in entries.items()}
+        for entries in cloaked
+    ]
+    judged = iter(_judge(recogniser, pixels, faces, final, before, surrogates, options))
+    return [
+        {**record, "extractors": next(judged) or {}} if record["status"] == "cloaked" else record
+        for record in records
+    ]
+
+
+def skipped_faces(
+    faces: detect.Faces, kept: np.ndarray, *, min_confidence: float
+) -> list[dict[str, Any]]:
+    """Records, as in report.json, of the faces of a photo that are not to be cloaked.
+
+    Args:
+        faces: all that were found.
+        kept: `[N]` bool, which of them are cloaked.
+        min_confidence: below which a face is not; the others are too small.
+    """
+    records = []
+    for number in np.flatnonzero(~kept):
+        box, confidence = faces.boxes[number], faces.confidences[number]
+        region = np.concatenate([np.floor(box[:2]), np.ceil(box[2:])]).astype(int)
+        reason = "it is too small to be recognised"
+        if confidence < min_confidence:
+            reason = f"confidence {confidence:.2f} is below {min_confidence}"
+        place = _place(faces, number, region)
+        records.append({**place, "status": "skipped", "reason": reason})
+    return records
+
+
+def _place(faces: detect.Faces, number: int, region: np.ndarray) -> dict[str, Any]:
+    return {
+        "box": region.tolist(),
+        "detection": faces.boxes[number].tolist(),
+        "confidence": float(faces.confidences[number]),
+    }
+
+
+def _judge(
+    recogniser, pixels, faces, final, before_budget, surrogates, options
+) -> list[dict[str, dict[str, Any]] | None]:
+    """Entries by extractor for each face; None for one that was not found again in `final`."""
+    compressed = countermeasures.convert("jpeg75", final[None])[0]
+    views = [
+        (view, _find_again(recogniser.detector, faces, view, options))
+        for view in (final, compressed)
+    ]
+    results = [None if landmarks is None else {} for landmarks in views[0][1]]
+    for name, extractor in recogniser.extractors.items():
+        pairs = [(pixels, landmarks) for landmarks in faces.landmarks]
+        pairs += [(view, found) for view, again in views for found in again if found is not None]
+        vectors = iter(embed.embed_faces(extractor, recogniser.variables[name], pairs))
+        clean = [next(vectors) for _ in faces.landmarks]
+        written, after = (
+            [
+                None if found is None else float(registry.distance(next(vectors), own))
+                for found, own in zip(again, clean, strict=True)
+            ]
+            for _, again in views
+        )
+        for number, entries in enumerate(results):
+            if entries is not None:
+                entries[name] = {
+                    "distance": written[number],
+                    "distance_before_budget": before_budget[number].get(name),
+                    "threshold": extractor.threshold,
+                    "metric": "l2",
+                    "same_person": written[number] < extractor.threshold,
+                    "surrogate": name in surrogates,
+                    "after_jpeg75": _after(after[number], extractor.threshold),
+                }
+    return results
+
+
+def _after(distance: float | None, threshold: float) -> dict[str, Any]:
+    same = None if distance is None else distance < threshold
+    reason = _NOT_FOUND if distance is None else None
+    return {"distance": distance, "same_person": same, "reason": reason}
+
+
+def _find_again(detector, faces, pixels, options) -> list[np.ndarray | None]:
+    """Landmarks in a final photo of each original face, None where it is not found.
+
+    Where the detector's settings miss one, it looks again with a finer pyramid and lower
+    thresholds, as a tracker may.
+    """
+    closer = dataclasses.replace(
+        options, min_face_px=20.0, scale_factor=0.85, thresholds=(0.4, 0.4, 0.4)
+    )
+    for settings in (options, closer):
+        found = detect.detect_faces(detector, pixels, options=settings)
+        same = detect.overlap(faces.boxes, found.boxes)
+        landmarks = [
+            found.landmarks[int(row.argmax())] if row.size and row.max() >= _SAME_FACE_IOU else None
+            for row in same
+        ]
+        if all(item is not None for item in landmarks):
+            break
+    return landmarks
+
+
+def _problem(entries, dssim, budget, leaked, change) -> str | None:
+    if entries is None:
+        return f"{_NOT_FOUND} in the written photo, so the cloak was not measured"
+    if dssim > budget:
+        return f"DSSIM {dssim:.4f} exceeds the budget {budget}"
+    if leaked:
+        return "pixels outside the face regions changed"
+    if not np.any(change):
+        return "no change within the budget was found"
+    return None

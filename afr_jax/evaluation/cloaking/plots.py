@@ -1,0 +1,199 @@
+"""Pictures of an evaluation: protection by budget, embeddings before and after, distances.
+
+Matplotlib on the host; every figure is one PNG with a panel for each extractor.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from afr_jax.evaluation.report import figures
+from afr_jax.recognition import match
+
+_METHOD_COLOURS = {
+    "none": "black",
+    "noise": "grey",
+    "fawkes": "tab:blue",
+    "lowkey": "tab:orange",
+    "fawkes_pypi": "tab:green",
+}
+_MARKERS = "osDv^<>P"
+_OTHER_COLOURS = ("tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
+
+
+class Cloud(NamedTuple):
+    """Embeddings of one person's photos, and of a few others', by one extractor.
+
+    Attributes:
+        title: of the panel.
+        before: `[N, D]`, the person's published photos, clean.
+        after: `[M, D]`, the same as they are published.
+        probes: `[Q, D]`.
+        others: embeddings of other people's photos, by name.
+    """
+
+    title: str
+    before: np.ndarray
+    after: np.ndarray
+    probes: np.ndarray
+    others: Mapping[str, np.ndarray]
+
+
+class Distances(NamedTuple):
+    """Distances of probes by one extractor.
+
+    Attributes:
+        title: of the panel.
+        before: `[Q]` to the nearest of the person's published photos, clean.
+        after: `[Q]` to the nearest of them as they are published.
+        others: `[Q]` to the nearest photo of anybody else.
+        threshold: of the extractor.
+    """
+
+    title: str
+    before: np.ndarray
+    after: np.ndarray
+    others: np.ndarray
+    threshold: float
+
+
+def plot_budgets(
+    path: str | os.PathLike[str],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    tracker: str = "nearest",
+    countermeasures: tuple[str, str] = ("none", "jpeg75"),
+) -> None:
+    """Draws protection against the DSSIM budget, a line for each method and set of surrogates.
+
+    Markers are filled where the panel's extractor is among the surrogates.
+
+    Args:
+        path: of the PNG.
+        rows: of the table, without leaks; those of other trackers and countermeasures are left out.
+        tracker: of the rows that are drawn.
+        countermeasures: drawn solid with intervals, and dotted.
+    """
+    rows = [row for row in rows if row["tracker"] == tracker and row["leak"] == 0]
+    names = list(dict.fromkeys(row["extractor"] for row in rows))
+    figure, axes = _panels(len(names), height=4.2)
+    for panel, name in zip(axes, names, strict=True):
+        own = [row for row in rows if row["extractor"] == name]
+        sets = list(dict.fromkeys((row["method"], row["surrogates"]) for row in own))
+        for number, (method, surrogates) in enumerate(sets):
+            marker = _MARKERS[number % len(_MARKERS)]
+            fill = {} if name in surrogates.split("+") else {"markerfacecolor": "white"}
+            for countermeasure, style in zip(countermeasures, ("-", ":"), strict=True):
+                line = [
+                    row
+                    for row in own
+                    if (row["method"], row["surrogates"]) == (method, surrogates)
+                    and row["countermeasure"] == countermeasure
+                ]
+                if line:
+                    label = f"{method}: {surrogates}" if surrogates else method
+                    _budget_line(panel, line, style, label, {"marker": marker, **fill})
+        panel.set(xlabel="DSSIM budget", ylim=(-3, 103), title=name)
+        panel.grid(alpha=0.3)
+    axes[0].set_ylabel(f"probes not identified, % ({tracker})")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
+    note = f"solid: {countermeasures[0]}, dotted: {countermeasures[1]}"
+    figure.suptitle(f"{note}; hollow: the extractor is none of the surrogates", fontsize=9)
+    figures.save(figure, path)
+
+
+def plot_embeddings(path: str | os.PathLike[str], clouds: Sequence[Cloud]) -> None:
+    """Draws the first two principal components of clean embeddings, and where cloaks lie in them.
+
+    The components are those of all photos of the panel, so that both kinds of photos count.
+    """
+    figure, axes = _panels(len(clouds), height=4.4)
+    for panel, cloud in zip(axes, clouds, strict=True):
+        parts = [cloud.before, cloud.after, cloud.probes, *cloud.others.values()]
+        project_fn = principal_components(np.concatenate(parts))
+        for colour, (name, vectors) in zip(_OTHER_COLOURS, cloud.others.items(), strict=False):
+            panel.scatter(*project_fn(vectors).T, s=22, color=colour, alpha=0.7, label=name)
+        panel.scatter(*project_fn(cloud.before).T, s=30, color="tab:blue", label="clean")
+        panel.scatter(
+            *project_fn(cloud.after).T, s=45, color="tab:red", marker="x", label="published"
+        )
+        panel.scatter(
+            *project_fn(cloud.probes).T, s=30, facecolors="none", edgecolors="black", label="probes"
+        )
+        panel.set_title(cloud.title, fontsize=9)
+        panel.set(xticks=[], yticks=[])
+        panel.legend(fontsize=6)
+    figures.save(figure, path)
+
+
+def plot_distances(path: str | os.PathLike[str], found: Sequence[Distances]) -> None:
+    """Draws histograms of the distances of probes, before and after, with the threshold."""
+    figure, axes = _panels(len(found), height=3.6)
+    for panel, item in zip(axes, found, strict=True):
+        parts = {
+            "own photos, clean": (item.before, "tab:blue"),
+            "own photos, published": (item.after, "tab:red"),
+            "nearest other person": (item.others, "grey"),
+        }
+        parts = {name: (v[np.isfinite(v)], colour) for name, (v, colour) in parts.items()}
+        high = max([v.max() for v, _ in parts.values() if len(v)], default=1.0)
+        for name, (values, colour) in parts.items():
+            bins = np.linspace(0, 1.02 * high, 30)
+            panel.hist(values, bins=bins, color=colour, alpha=0.55, label=name)
+        panel.axvline(item.threshold, color="black", linestyle="--", linewidth=1, label="threshold")
+        panel.set_title(item.title, fontsize=9)
+        panel.set(xlabel="distance of a probe")
+        panel.legend(fontsize=7)
+    axes[0].set_ylabel("probes")
+    figures.save(figure, path)
+
+
+def principal_components(vectors: np.ndarray):
+    """The projection onto the first two principal components of vectors `[N, D]`.
+
+    Returns:
+        A function of `[M, D]` unit-length or raw vectors, to `[M, 2]`; vectors are scaled to unit
+        length first.
+    """
+    unit = match.unit_length(np.asarray(vectors, np.float64))
+    centre = unit.mean(axis=0)
+    _, _, axes = np.linalg.svd(unit - centre, full_matrices=False)
+    return lambda some: (match.unit_length(np.asarray(some, np.float64)) - centre) @ axes[:2].T
+
+
+def _budget_line(panel, line, style, label, marker) -> None:
+    colour = _METHOD_COLOURS[line[0]["method"]]
+    share = 100 * np.array([row["protection"] for row in line])
+    if line[0]["budget"] is None:
+        label = label if style == "-" else None
+        panel.axhline(share[0], color=colour, linestyle=style, linewidth=1, label=label)
+        return
+    order = np.argsort([row["budget"] for row in line])
+    budgets = np.array([row["budget"] for row in line])[order]
+    if style == ":":
+        panel.plot(budgets, share[order], style, color=colour, markersize=3, **marker)
+        return
+    low, high = (100 * np.array([row[end] for row in line])[order] for end in ("low", "high"))
+    spread = np.maximum([share[order] - low, high - share[order]], 0)
+    panel.errorbar(
+        budgets,
+        share[order],
+        spread,
+        linestyle=style,
+        color=colour,
+        markersize=4,
+        capsize=2,
+        linewidth=1,
+        label=label,
+        **marker,
+    )
+
+
+def _panels(count: int, *, height: float):
+    pyplot = figures.pyplot()
+    size = max(4.6 * count, 4.6), height
+    figure, axes = pyplot.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
+    return figure, list(axes[0])

@@ -1,0 +1,185 @@
+"""Records of a cloaking run: which photo became which file, and what was measured on it.
+
+One JSON file for each photo. A resumed run goes by them, and report.json is put together from them:
+`image` in a record is a photo's entry there, the rest is for resuming alone. The record of an
+output is written before the output itself, so that a killed run knows its own file.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from afr_jax.core import files
+from afr_jax.data import photo_files, photos
+
+FOLDER = "records"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One input with its output and the place of its record.
+
+    Attributes:
+        source: the photo.
+        output: where its cloaked version goes.
+        name: of the output, below the output folder.
+        record: the record's file.
+    """
+
+    source: photo_files.PhotoInput
+    output: pathlib.Path
+    name: str
+    record: pathlib.Path
+
+
+def list_jobs(
+    images: Sequence[str | pathlib.Path], output_dir: pathlib.Path, workdir: pathlib.Path
+) -> list[Job]:
+    """All inputs with their outputs; products of an earlier run are no inputs.
+
+    Args:
+        images: photos and folders of photos.
+        output_dir: folder of the outputs, absolute.
+        workdir: folder of the run; records lie in its folder `FOLDER`.
+
+    Raises:
+        FileNotFoundError: one of `images` does not exist.
+    """
+    earlier = {}
+    for path in sorted((workdir / FOLDER).glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            known = json.loads(path.read_text())
+            earlier[known["source"]] = str(output_dir / known["output"])
+    own = [pathlib.Path(path) for path in earlier.values()]
+    own += [output_dir / name for name in ("report.json", "report.html")]
+    inputs = photo_files.list_photos(images, exclude=[output_dir, *own])
+    outputs = photo_files.output_paths(inputs, output_dir, taken=earlier)
+    jobs = []
+    for source, output in zip(inputs, outputs, strict=True):
+        name = output.relative_to(output_dir).as_posix()
+        digest = sha256_of(str(source.path).encode("utf-8", "surrogateescape"))
+        jobs.append(Job(source, output, name, workdir / FOLDER / f"{digest[:32]}.json"))
+    return jobs
+
+
+def forget(workdir: pathlib.Path) -> None:
+    """Deletes all records of a run."""
+    for record in (workdir / FOLDER).glob("*.json"):
+        record.unlink()
+
+
+def read(job: Job) -> dict[str, Any]:
+    """The record of a job.
+
+    Raises:
+        OSError, ValueError: there is none that can be read.
+    """
+    return json.loads(job.record.read_text())
+
+
+def write(
+    job: Job,
+    status: str,
+    reason: str | None,
+    faces: Sequence[dict[str, Any]],
+    *,
+    sha256: str | None,
+    output_sha256: str | None = None,
+    pending: bool = False,
+    found: Any = None,
+    judges: dict[str, str] | None = None,
+) -> None:
+    """Writes the record of a job.
+
+    Args:
+        job: the job.
+        status: of the photo, as in report.json.
+        reason: for a status other than `cloaked`.
+        faces: their entries in report.json.
+        sha256: of the photo's file; None if it could not be read.
+        output_sha256: of the output.
+        pending: the output has yet to get its name.
+        found: the cloaked faces as detected in the photo (`detect.Faces`), to judge them again.
+        judges: the extractors that measured: fingerprint of the weights by name.
+    """
+    job.record.parent.mkdir(exist_ok=True)
+    record = {
+        "source": str(job.source.path),
+        "output": job.name,
+        "sha256": sha256,
+        "output_sha256": output_sha256,
+        "pending": pending,
+        "found": found,
+        "judges": judges,
+        "image": {
+            "image": job.source.relative.as_posix(),
+            "output": job.name if status == "cloaked" else None,
+            "status": status,
+            "reason": reason,
+            "faces": list(faces),
+        },
+    }
+    files.write_json(job.record, record)
+
+
+def is_done(job: Job) -> bool:
+    """Whether a record says so and the files are still those it speaks of."""
+    try:
+        known = read(job)
+        image = known["image"]
+        if image["status"] == "failed" or known.get("pending"):
+            return False
+        if job.source.problem is None:
+            if known["sha256"] != sha256_of(photos.read_photo_bytes(job.source.path)):
+                return False
+        if image["status"] == "cloaked":
+            return sha256_of(job.output.read_bytes()) == known["output_sha256"]
+        return True
+    except photos.PhotoError as error:
+        return image["status"] == "unreadable" and image["reason"] == str(error)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def publish(
+    job: Job, data: bytes, faces: Sequence[dict[str, Any]], *, overwrite: bool, **fields: Any
+) -> None:
+    """Gives an output its name, and writes its record before and after.
+
+    Args:
+        job: the job.
+        data: content of the output.
+        faces: as in `write`.
+        overwrite: whether a file of that name that is not of this run is replaced.
+        **fields: `sha256`, `found` and `judges` of `write`.
+
+    Raises:
+        FileExistsError: there is such a file and it is to stay.
+        OSError: the output could not be written.
+    """
+    output_sha256 = sha256_of(data)
+    if job.output.exists() and not overwrite:
+        overwrite = sha256_of(job.output.read_bytes()) in (output_sha256, _recorded_output(job))
+        if not overwrite:
+            raise FileExistsError(job.output)
+    fields["output_sha256"] = output_sha256
+    write(job, "cloaked", None, faces, pending=True, **fields)
+    files.write_atomically(job.output, data, overwrite=overwrite)
+    if sha256_of(job.output.read_bytes()) != output_sha256:
+        raise OSError(0, "the file reads back differently")
+    write(job, "cloaked", None, faces, **fields)
+
+
+def sha256_of(data: bytes) -> str:
+    """SHA-256, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _recorded_output(job: Job) -> str | None:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return read(job)["output_sha256"]
+    return None

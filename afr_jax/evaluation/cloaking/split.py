@@ -1,0 +1,163 @@
+"""Who is protected, with which photos, and who else is enrolled, drawn from a folder of people.
+
+The protocol of Shan et al. 2020, section 5: a protected person's photos are divided into those that
+are published (cloaked, and enrolled by the tracker) and clean ones that the tracker is asked about.
+Everybody else is enrolled clean.
+"""
+
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import skimage.data
+from PIL import Image
+
+from afr_jax.data import identities as data_identities
+
+
+class Person(NamedTuple):
+    """A protected person.
+
+    Attributes:
+        identity: name.
+        published: photos that a tracker enrols, cloaked or clean.
+        probes: other photos, always clean.
+    """
+
+    identity: str
+    published: tuple[data_identities.Sample, ...]
+    probes: tuple[data_identities.Sample, ...]
+
+
+class Split(NamedTuple):
+    """All people of an evaluation.
+
+    Attributes:
+        protected: the people who are protected, sorted by name.
+        gallery: photos of all others who are enrolled, sorted by id.
+    """
+
+    protected: tuple[Person, ...]
+    gallery: tuple[data_identities.Sample, ...]
+
+    @property
+    def published(self) -> list[data_identities.Sample]:
+        """Of all protected people, person by person."""
+        return [sample for person in self.protected for sample in person.published]
+
+    @property
+    def probes(self) -> list[data_identities.Sample]:
+        """Of all protected people, person by person."""
+        return [sample for person in self.protected for sample in person.probes]
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """Everybody's name, sorted; a label is an index into them."""
+        names = {sample.identity for sample in self.gallery}
+        return tuple(sorted(names | {person.identity for person in self.protected}))
+
+    def labels(self, samples: list[data_identities.Sample]) -> np.ndarray:
+        """`[N]` int labels of some samples."""
+        index = {name: label for label, name in enumerate(self.identities)}
+        return np.array([index[sample.identity] for sample in samples], np.int64)
+
+
+def choose(
+    listing: data_identities.Listing,
+    *,
+    num_people: int,
+    num_published: int,
+    num_probes: int,
+    num_gallery_people: int,
+    num_gallery_photos: int,
+    seed: int = 0,
+) -> Split:
+    """Draws the people and their photos.
+
+    Protected are people with `num_published` + `num_probes` photos or more; if they are too few,
+    those with the most photos beside them, whose photos are divided half and half. The gallery
+    prefers people with `num_gallery_photos` or more.
+
+    Args:
+        listing: everybody's photos.
+        num_people: to protect.
+        num_published: photos of each that are enrolled.
+        num_probes: photos of each that are asked about.
+        num_gallery_people: other people, enrolled clean.
+        num_gallery_photos: photos of each, at most.
+        seed: of the draw.
+
+    Raises:
+        ValueError: there are not enough people, or not enough with two photos.
+    """
+    rng = np.random.default_rng(seed)
+    members: dict[str, list[data_identities.Sample]] = {}
+    for sample in listing.samples:
+        members.setdefault(sample.identity, []).append(sample)
+    names = [sorted(members)[i] for i in rng.permutation(len(members))]
+    wanted = num_published + num_probes
+    # A stable sort: the draw decides among those who have enough.
+    names.sort(key=lambda name: -min(len(members[name]), wanted))
+    chosen, others = names[:num_people], names[num_people:]
+    usable = sum(len(photos) >= 2 for photos in members.values())
+    if usable < num_people or len(others) < num_gallery_people:
+        raise ValueError(
+            f"{len(names)} people, {usable} of them with 2 photos or more; needed are {num_people} "
+            f"such people to protect and {num_gallery_people} others to enrol"
+        )
+    protected = []
+    for name in sorted(chosen):
+        photos = [members[name][i] for i in rng.permutation(len(members[name]))]
+        first = num_published if len(photos) >= wanted else len(photos) // 2
+        probes = photos[first : first + num_probes]
+        protected.append(Person(name, tuple(photos[:first]), tuple(probes)))
+    others.sort(key=lambda name: -min(len(members[name]), num_gallery_photos))
+    gallery = []
+    for name in sorted(others[:num_gallery_people]):
+        order = rng.permutation(len(members[name]))[:num_gallery_photos]
+        gallery += [members[name][i] for i in order]
+    return Split(tuple(protected), tuple(sorted(gallery, key=lambda s: s.sample_id)))
+
+
+def choose_readable(
+    listing: data_identities.Listing, **options: int
+) -> tuple[Split, data_identities.Listing]:
+    """Draws the people and photos again until all photos of the draw can be read.
+
+    Args:
+        listing: everybody's photos.
+        **options: of `choose`.
+
+    Returns:
+        The split, and the listing without the unreadable photos that were met, as problems.
+    """
+    while True:
+        split = choose(listing, **options)
+        drawn = (*split.published, *split.probes, *split.gallery)
+        problems = data_identities.without_unreadable(data_identities.Listing(drawn)).problems
+        if not problems:
+            return split, listing
+        listing = listing.without(problems)
+
+
+def make_up(folder: pathlib.Path, *, num_people: int, num_photos: int, side: int = 160) -> None:
+    """Writes a folder of people for trying things out: the sample portrait in many colours.
+
+    Args:
+        folder: gets `person_NN/N.png`; files that are there stay.
+        num_people: folders; people differ in colour and every other one is mirrored.
+        num_photos: of each; photos of a person differ in their crop.
+        side: of the photos, pixels.
+    """
+    portrait = skimage.data.astronaut().astype(np.float32)
+    for person in range(num_people):
+        gains = 0.82 + 0.18 * np.cos(person + np.array([0.0, 2.0, 4.0]))
+        for number in range(num_photos):
+            path = folder / f"person_{person:02d}" / f"{number}.png"
+            if path.exists():
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            low = 4 * number
+            crop = np.clip(portrait[low : low + 280, 84 + low : 364 + low] * gains, 0, 255)
+            crop = crop[:, ::-1] if person % 2 else crop
+            Image.fromarray(crop.astype(np.uint8)).resize((side, side)).save(path)

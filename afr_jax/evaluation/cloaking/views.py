@@ -1,0 +1,123 @@
+"""What extractors see of photos after a countermeasure, kept in files so that it is seen once.
+
+Published photos reach the tracker re-encoded or edited; it detects, aligns and embeds what it gets.
+Nothing here knows the landmarks of the originals.
+"""
+
+import io
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from afr_jax.core import parallel
+from afr_jax.data import photos
+from afr_jax.evaluation.attackers import countermeasures
+from afr_jax.evaluation.cloaking import methods
+from afr_jax.recognition import pipeline
+
+COUNTERMEASURES = ("none", "jpeg75", "jpeg50", "blur", "half_size", "grayscale")
+
+
+class Views(NamedTuple):
+    """One extractor's view of N photos; rows without a face are zero.
+
+    Attributes:
+        found: `[N]` bool, whether a face was found.
+        vectors: `[N, D]` float32.
+        landmarks: `[N, 5, 2]` float32 (y, x), in the photo after the countermeasure.
+    """
+
+    found: np.ndarray
+    vectors: np.ndarray
+    landmarks: np.ndarray
+
+    def take(self, rows: slice | np.ndarray) -> "Views":
+        """The views of some photos."""
+        return Views(*(field[rows] for field in self))
+
+
+def convert(name: str, pixels: np.ndarray) -> np.ndarray:
+    """A photo `[H, W, 3]` uint8 after a countermeasure.
+
+    half_size: both sides halved by averaging; the others as in `countermeasures.convert`.
+
+    Raises:
+        ValueError: there is no such countermeasure.
+    """
+    if name not in COUNTERMEASURES:
+        raise ValueError(f"no countermeasure {name!r}; there are: {', '.join(COUNTERMEASURES)}")
+    if name != "half_size":
+        return countermeasures.convert(name, pixels[None])[0]
+    height, width = pixels.shape[:2]
+    size = max(width // 2, 1), max(height // 2, 1)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+
+
+def look(
+    recogniser: pipeline.Recogniser,
+    paths: Sequence[pathlib.Path],
+    folder: pathlib.Path,
+    *,
+    countermeasure: str = "none",
+) -> dict[str, Views]:
+    """Views of some photos by every extractor, from their files where there are any.
+
+    Args:
+        recogniser: detector and extractors.
+        paths: of photos; always the same ones for one folder.
+        folder: where `<countermeasure>-<extractor>.npz` are kept.
+        countermeasure: of `COUNTERMEASURES`, applied to every photo before it is looked at.
+
+    Returns:
+        Views by the extractor's name.
+    """
+    files = {
+        name: folder / f"{countermeasure}-{methods.file_name(name)}.npz"
+        for name in recogniser.extractors
+    }
+    missing = {name: recogniser.extractors[name] for name in files if not files[name].exists()}
+    if missing:
+        eyes = recogniser._replace(extractors=missing)
+        for name, views in _seen(eyes, paths, countermeasure).items():
+            buffer = io.BytesIO()
+            np.savez(buffer, **views._asdict())
+            files.write_atomically(files[name], buffer.getvalue(), overwrite=True)
+    return {name: _read(path) for name, path in files.items()}
+
+
+def concatenate(parts: Sequence[Views]) -> Views:
+    """The views of some lists of photos, one after the other."""
+    return Views(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
+
+
+def _seen(recogniser, paths, countermeasure) -> Mapping[str, Views]:
+    with tempfile.TemporaryDirectory() as scratch:
+        if countermeasure != "none":
+            folder = pathlib.Path(scratch)
+
+            def write(item: tuple[int, pathlib.Path]) -> pathlib.Path:
+                number, path = item
+                pixels = convert(countermeasure, photos.read_photo(path).pixels)
+                Image.fromarray(pixels).save(folder / f"{number}.png", compress_level=1)
+                return folder / f"{number}.png"
+
+            paths = parallel.overlapped(write, list(enumerate(paths)))
+        found = list(pipeline.recognise(recogniser, paths))
+    mask = np.array([len(item.faces.boxes) > 0 for item in found], bool)
+    landmarks = np.zeros((len(found), 5, 2), np.float32)
+    landmarks[mask] = [item.faces.landmarks[0] for item in found if len(item.faces.boxes)]
+    views = {}
+    for name, extractor in recogniser.extractors.items():
+        vectors = np.zeros((len(found), extractor.embedding_size), np.float32)
+        vectors[mask] = np.concatenate([item.embeddings[name] for item in found])
+        views[name] = Views(mask, vectors, landmarks)
+    return views
+
+
+def _read(path: pathlib.Path) -> Views:
+    with np.load(path) as file:
+        return Views(*(file[field] for field in Views._fields))

@@ -1,0 +1,216 @@
+"""How far small perturbations move an extractor's embeddings, and what that does to verification.
+
+Chips are uint8, perturbations those of projected gradient descent against the extractor itself
+(`hardening.worst_case`): the worst case for it, not what a cloak made elsewhere does.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from afr_jax.core import images as image_ops
+from afr_jax.core import parallel
+from afr_jax.evaluation.metrics import verification
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import training_photos
+from afr_jax.training import hardening
+
+
+def embed_chips(
+    variables: dict,
+    chips: np.ndarray,
+    *,
+    extractor: registry.Extractor,
+    mesh: parallel.Mesh,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Embeddings `[N, D]` float32 of chips `[N, S, S, 3]` uint8, in batches over the devices.
+
+    Args:
+        variables: of the extractor, from `parallel.replicate`.
+        chips: aligned for it.
+        extractor: whose.
+        mesh: of the devices.
+        batch_size: rounded up to a multiple of the devices.
+    """
+    parts = []
+    for rows, placed in _batches(chips, mesh, batch_size):
+        outputs = _embed(variables, placed, extractor=extractor)
+        parts.append(np.asarray(outputs)[: len(rows)])
+    return np.concatenate(parts)
+
+
+def attacked_embeddings(
+    key: jax.Array,
+    variables: dict,
+    chips: np.ndarray,
+    anchors: np.ndarray,
+    directions: np.ndarray,
+    *,
+    extractor: registry.Extractor,
+    attack: hardening.Attack,
+    mesh: parallel.Mesh,
+    batch_size: int = 16,
+) -> np.ndarray:
+    """Embeddings `[N, D]` float32 of chips under the worst perturbation.
+
+    Args:
+        key: of the random starts.
+        variables: of the extractor, from `parallel.replicate`.
+        chips: `[N, S, S, 3]` uint8.
+        anchors: `[N, D]`, embeddings to get away from, or nearer to.
+        directions: `[N]`, 1 for away and -1 for nearer.
+        extractor: under attack.
+        attack: the search.
+        mesh: of the devices.
+        batch_size: rounded up to a multiple of the devices.
+    """
+    parts = []
+    for number, (rows, placed) in enumerate(_batches(chips, mesh, batch_size)):
+        fill = np.resize(rows, len(placed))
+        targets, signs = parallel.shard_batch(
+            (np.asarray(anchors, np.float32)[fill], np.asarray(directions, np.float32)[fill]), mesh
+        )
+        images = image_ops.to_float(placed)
+        delta = hardening.worst_case(
+            jax.random.fold_in(key, number),
+            variables,
+            images,
+            targets,
+            extractor=extractor,
+            attack=attack,
+            directions=signs,
+        )
+        seen = jnp.clip(images + delta, 0.0, 1.0)
+        parts.append(np.asarray(_embed(variables, seen, extractor=extractor))[: len(rows)])
+    return np.concatenate(parts)
+
+
+def shift_scores(
+    key: jax.Array,
+    variables: dict,
+    original: dict,
+    chips: np.ndarray,
+    *,
+    extractor: registry.Extractor,
+    attack: hardening.Attack,
+    mesh: parallel.Mesh,
+) -> dict[str, float]:
+    """How far embeddings move, in units of the extractor's threshold, means over chips.
+
+    Args:
+        key: of the attack.
+        variables: of the extractor as it is now.
+        original: before it was hardened.
+        chips: `[N, S, S, 3]` uint8.
+        extractor: both are of.
+        attack: the search.
+        mesh: of the devices.
+
+    Returns:
+        {"chips", "attacked": from the own clean embedding, "drift": of clean embeddings from those
+        of the original}.
+    """
+    options = {"extractor": extractor, "mesh": mesh}
+    clean = embed_chips(variables, chips, **options)
+    before = embed_chips(original, chips, **options)
+    away = np.ones(len(chips))
+    moved = attacked_embeddings(key, variables, chips, clean, away, attack=attack, **options)
+    unit = extractor.threshold
+    return {
+        "chips": len(chips),
+        "attacked": float(np.mean(np.linalg.norm(moved - clean, axis=1)) / unit),
+        "drift": float(np.mean(np.linalg.norm(clean - before, axis=1)) / unit),
+    }
+
+
+def pair_scores(
+    key: jax.Array,
+    variables: dict,
+    pairs: training_photos.Pairs,
+    *,
+    extractor: registry.Extractor,
+    attack: hardening.Attack,
+    mesh: parallel.Mesh,
+    num_attacked: int,
+) -> dict[str, float]:
+    """Verification of pairs, clean and with the second photo of each attacked.
+
+    The attacker takes the second photo of one person away from the first (dodging), that of another
+    person towards it (impersonation). Attacked pairs are judged by the threshold that is best on
+    all clean ones.
+
+    Args:
+        key: of the attack.
+        variables: of the extractor.
+        pairs: chips for it.
+        extractor: under attack.
+        attack: the search.
+        mesh: of the devices.
+        num_attacked: pairs that are attacked, half of each kind, evenly spread; 0 for none.
+
+    Returns:
+        {"pairs", "accuracy" (10-fold), "auc", "threshold" (the best)} and, with `num_attacked`,
+        {"attacked_pairs", "attacked_clean_accuracy" (those pairs without noise),
+        "attacked_accuracy", "dodged", "impersonated" (shares of each kind)}.
+    """
+    options = {"extractor": extractor, "mesh": mesh}
+    embeddings = embed_chips(variables, pairs.images, **options)
+    first, second = (embeddings[pairs.rows[:, side]] for side in (0, 1))
+    distances = np.linalg.norm(first - second, axis=1)
+    threshold = verification.best_threshold(distances, pairs.same)
+    scores = {
+        "pairs": len(pairs.rows),
+        "accuracy": float(verification.fold_accuracies(distances, pairs.same).mean()),
+        "auc": verification.auc(verification.roc(distances, pairs.same)),
+        "threshold": threshold,
+    }
+    if not num_attacked:
+        return scores
+    rows = np.concatenate(
+        [_spread(pairs.same == kind, num_attacked // 2) for kind in (True, False)]
+    )
+    same = pairs.same[rows]
+    moved = attacked_embeddings(
+        key,
+        variables,
+        pairs.images[pairs.rows[rows, 1]],
+        first[rows],
+        np.where(same, 1.0, -1.0),
+        attack=attack,
+        **options,
+    )
+    attacked = np.linalg.norm(moved - first[rows], axis=1)
+    return scores | {
+        "attacked_pairs": len(rows),
+        "attacked_clean_accuracy": verification.accuracy(distances[rows], same, threshold),
+        "attacked_accuracy": verification.accuracy(attacked, same, threshold),
+        "dodged": float(np.mean(attacked[same] >= threshold)),
+        "impersonated": float(np.mean(attacked[~same] < threshold)),
+    }
+
+
+def _spread(mask: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the rows that a mask holds, evenly spread; at least one."""
+    rows = np.flatnonzero(mask)
+    return rows[np.linspace(0, len(rows) - 1, min(max(count, 1), len(rows))).astype(int)]
+
+
+def _batches(
+    chips: np.ndarray, mesh: parallel.Mesh, batch_size: int
+) -> Iterator[tuple[np.ndarray, jax.Array]]:
+    """The rows of each batch, and its chips on the devices; the last one is filled up."""
+    count = mesh.devices.size
+    size = -(-min(batch_size, len(chips)) // count) * count
+    for start in range(0, len(chips), size):
+        rows = np.arange(start, min(start + size, len(chips)))
+        yield rows, parallel.shard_batch(chips[np.resize(rows, size)], mesh)
+
+
+@functools.partial(jax.jit, static_argnames="extractor")
+def _embed(variables, images, *, extractor):
+    images = image_ops.to_float(images) if images.dtype == jnp.uint8 else images
+    return registry.embed(extractor, variables, images)

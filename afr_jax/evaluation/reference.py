@@ -1,0 +1,130 @@
+"""Other people's implementations to measure against: a program of another Python, kept alive.
+
+Both sides measure themselves, so neither the pipe nor the start of the interpreter counts. The
+protocol is that of `experiments/reference/serving.py`: one JSON object a line, the program's first
+line names its versions; arrays travel as `.npy` files.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import tempfile
+import types
+from typing import Any
+
+_TAIL_LINES = 15
+_END_SECONDS = 5
+
+
+class PeerError(Exception):
+    """The program could not be started, ended or failed; the message says what it wrote last."""
+
+
+class Peer:
+    """A running program that answers requests; use it as a context manager."""
+
+    def __init__(self, python: str | os.PathLike[str], script: str | os.PathLike[str]) -> None:
+        """Starts the program and waits until it is ready.
+
+        Args:
+            python: the interpreter, of an environment that has the program's libraries.
+            script: the program.
+
+        Raises:
+            PeerError: it does not start.
+        """
+        self._name = pathlib.Path(script).name
+        self._errors = tempfile.TemporaryFile()
+        # Neither our modules and compiler options nor another interpreter's library may get into
+        # its way: TensorFlow's XLA stops at options that it does not know.
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("PYTHONPATH", "PYTHONHOME", "XLA_FLAGS")
+        }
+        try:
+            self._process = subprocess.Popen(
+                [os.fspath(python), os.fspath(script)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                encoding="utf-8",
+                env=environment,
+            )
+        except OSError as error:
+            self._errors.close()
+            raise PeerError(f"{python} cannot be started: {error.strerror}") from error
+        try:
+            self._versions = self._read()["versions"]
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of the program's interpreter and libraries."""
+        return dict(self._versions)
+
+    def call(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Sends a request and waits for its answer.
+
+        Args:
+            command: one that the program knows.
+            **arguments: of the command, as JSON can say them.
+
+        Returns:
+            The answer.
+
+        Raises:
+            PeerError: the command failed, or the program has ended.
+        """
+        try:
+            self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+            self._process.stdin.flush()
+        except (OSError, ValueError) as error:
+            raise PeerError(f"{self._name} has ended:\n{self._tail()}") from error
+        answer = self._read()
+        if "error" in answer:
+            raise PeerError(f"{self._name} {command}: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        """Ends the program; a second call has no effect."""
+        if self._errors.closed:
+            return
+        for pipe in (self._process.stdin, self._process.stdout):
+            try:
+                pipe.close()
+            except OSError:
+                pass  # What was still to be written is of no interest.
+        try:
+            self._process.wait(timeout=_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _read(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise PeerError(f"{self._name} has ended:\n{self._tail()}") from error
+
+    def _tail(self) -> str:
+        """The last lines that the program wrote to its standard error."""
+        self._errors.seek(0)
+        text = self._errors.read().decode("utf-8", "replace")
+        return "\n".join(text.splitlines()[-_TAIL_LINES:])

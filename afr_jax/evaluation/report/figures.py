@@ -1,0 +1,27 @@
+"""Matplotlib on a machine without a display: figures that end as PNG files."""
+
+import io
+import os
+import types
+
+import matplotlib
+
+from afr_jax.core import files
+
+_DPI = 120
+
+
+def pyplot() -> types.ModuleType:
+    """`matplotlib.pyplot`, drawing into memory."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as module  # After the backend is chosen.
+
+    return module
+
+
+def save(figure, path: str | os.PathLike[str]) -> None:
+    """Writes a figure as PNG, over an earlier one if there is one, and closes it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=_DPI, format="png")
+    pyplot().close(figure)
+    files.write_atomically(path, buffer.getvalue(), overwrite=True)

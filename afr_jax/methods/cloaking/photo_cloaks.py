@@ -1,0 +1,417 @@
+"""From photos with detected faces to cloaked photos, at the photos' own resolution.
+
+Every face is cut out on a canvas of a bucket size, so faces of many photos share a batch and a
+compiled program; its change is brought back to the photo's pixels, rounded to 8 bits, and scaled
+until the DSSIM of the final pixels meets the budget. Nothing outside the face regions changes.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from afr_jax.core import images, parallel, ssim
+from afr_jax.methods.cloaking import face_cloaks
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import align, detect, match
+
+# Sides of face canvases. A face region larger than the last one carries its change at a whole
+# fraction of its resolution and is enlarged: what extractors see is coarser still.
+_CANVAS_LADDER = (96, 160, 224, 320)
+# Changes fade in over this share of a region's side, so that no edge shows.
+_FADE = 0.06
+# The detector's box grows by this share of its sides; the region holds it and every chip, with the
+# fade around them.
+_MARGIN = 0.05
+# Surrogates sample photos that are this much less reduced than trackers here: a tracker's grid of
+# averages is shifted, its landmarks may tip the factor, others do not average at all; what is
+# blurrier than this sampling is among the random views.
+_SHARPER = 0.5
+# Rounds of fitting changes to the budget, and how many of them may enlarge a change.
+_FIT_ROUNDS, _GROWING_ROUNDS = 12, 4
+
+
+class PhotoFaces(NamedTuple):
+    """A photo to cloak.
+
+    Attributes:
+        name: identifies the photo; seeds its randomness, so that no other photo influences it.
+        pixels: `[H, W, 3]` uint8.
+        grey: the change must be equal in all channels.
+        visible: `[H, W]` bool, False where the photo is fully transparent and must not change; or
+            None.
+        faces: to cloak, all others stay as they are.
+    """
+
+    name: str
+    pixels: np.ndarray
+    grey: bool
+    visible: np.ndarray | None
+    faces: detect.Faces
+
+
+class CloakedFace(NamedTuple):
+    """What was done to one face.
+
+    Attributes:
+        region: `[4]` int (y0, x0, y1, x1), all that changed for this face.
+        box: `[4]` int, the detector's box within the photo.
+        distances: from the clean embedding by surrogate, before the change is rounded to 8 bits and
+            fitted to the budget.
+        dssim: of the 8-bit result, the larger of region and box.
+    """
+
+    region: np.ndarray
+    box: np.ndarray
+    distances: dict[str, float]
+    dssim: float
+
+
+class _Plan(NamedTuple):
+    """A face on its canvas, before it is batched."""
+
+    photo: int
+    region: np.ndarray
+    box: np.ndarray
+    canvas: align.Canvas
+    pools: tuple[int, ...]
+    face: face_cloaks.Face
+    seed: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Surrogates:
+    """The extractors that a cloak is made against, with their variables, in one order."""
+
+    extractors: tuple[registry.Extractor, ...]
+    variables: tuple[dict, ...]
+
+
+def is_large_enough(boxes: np.ndarray) -> np.ndarray:
+    """Which faces can be cloaked: the longer side of the box has 24 pixels, the shorter one 12.
+
+    DSSIM needs 11 pixels, and no recogniser gets anywhere with a smaller face.
+
+    Args:
+        boxes: `[N, 4]`.
+
+    Returns:
+        `[N]` bool.
+    """
+    sides = boxes[:, 2:] - boxes[:, :2]
+    return (sides.max(axis=1, initial=0) >= 24) & (sides.min(axis=1, initial=np.inf) >= 12)
+
+
+def cloak_photos(
+    key: jax.Array,
+    surrogates: Surrogates,
+    photos: Sequence[PhotoFaces],
+    *,
+    config: face_cloaks.CloakConfig,
+    targets: Mapping[str, np.ndarray] | None = None,
+    mesh: parallel.Mesh | None = None,
+    report_fn: Callable[[int], None] | None = None,
+) -> list[tuple[np.ndarray, list[CloakedFace]]]:
+    """Cloaks the faces of some photos together.
+
+    Faces of these photos that show the same person are moved away from what they have in common,
+    so one call should have all photos of a person, and they influence each other.
+
+    Args:
+        key: of the run.
+        surrogates: to cloak against.
+        photos: with their faces.
+        config: of the optimisation.
+        targets: target embedding `[D]` by extractor name, the same for all faces; None to repel
+            only.
+        mesh: devices to spread faces over; by default all.
+        report_fn: called with numbers of finished face steps, for progress.
+
+    Returns:
+        For each photo its final pixels `[H, W, 3]` uint8 and what was done to each face, in order.
+    """
+    plans = [
+        _plan(surrogates.extractors, photo, index, number, targets, config)
+        for index, photo in enumerate(photos)
+        for number in range(len(photo.faces.boxes))
+    ]
+    mesh = parallel.make_mesh() if mesh is None else mesh
+    plans = _introduce(surrogates, plans, mesh)
+    deltas, distances = [None] * len(plans), [None] * len(plans)
+    for batch in _batches(plans, mesh.size):
+        some = [plans[i] for i in batch.indices]
+        found = _cloak_batch(key, surrogates, some, batch.size, config, mesh, report_fn)
+        names = [extractor.name for extractor in surrogates.extractors]
+        for i, delta, reached in zip(batch.indices, *jax.device_get(found), strict=False):
+            deltas[i] = _to_photo_size(plans[i], photos[plans[i].photo], delta, config)
+            distances[i] = dict(zip(names, map(float, reached), strict=True))
+    results = []
+    for index, photo in enumerate(photos):
+        own = [i for i, plan in enumerate(plans) if plan.photo == index]
+        pixels, dssims = _compose(
+            photo.pixels, [plans[i] for i in own], [deltas[i] for i in own], config
+        )
+        faces = [
+            CloakedFace(plans[i].region, plans[i].box, distances[i], value)
+            for i, value in zip(own, dssims, strict=True)
+        ]
+        results.append((pixels, faces))
+    return results
+
+
+def face_dssim(
+    original: np.ndarray, cloaked: np.ndarray, region: np.ndarray, box: np.ndarray
+) -> float:
+    """DSSIM of a face: the larger of those over its region and over the detector's box.
+
+    Args:
+        original: `[H, W, 3]` uint8.
+        cloaked: `[H, W, 3]` uint8.
+        region: `[4]` int.
+        box: `[4]` int.
+    """
+    return max(
+        ssim.dssim_uint8(original[y0:y1, x0:x1], cloaked[y0:y1, x0:x1])
+        for y0, x0, y1, x1 in (region, box)
+    )
+
+
+def _plan(extractors, photo, index, number, targets, config) -> _Plan:
+    """Region, canvas and arrays of one face."""
+    shape = photo.pixels.shape[:2]
+    transforms, bounds = [], [_grown(photo.faces.boxes[number], _MARGIN)]
+    for extractor in extractors:
+        transform = align.chip_transform(extractor, photo.faces.landmarks[number])
+        transforms.append(transform)
+        bounds.append(align.chip_bounds(transform, extractor.input_px))
+    bounds = np.array(bounds)
+    seen = np.concatenate([bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)])
+    # As wide as the fade, which so lies outside what is seen.
+    margin = _FADE / (1 - 2 * _FADE)
+    region = np.concatenate(align.integer_bounds(_grown(seen, margin), shape))
+    box = np.concatenate(align.integer_bounds(photo.faces.boxes[number], shape))
+    factor = -(-int((region[2:] - region[:2]).max()) // _CANVAS_LADDER[-1])
+    canvas = align.cut_canvas(photo.pixels, region, factor=factor, ladder=_CANVAS_LADDER)
+    side = canvas.image.shape[0]
+    limit = _limit(photo, number, region, factor) * config.linf_limit
+    views, pools = [], []
+    for extractor, transform in zip(extractors, transforms, strict=True):
+        moved = align.canvas_transform(transform, canvas)
+        pools.append(align.pool_factor(align.transform_scale(moved) - _SHARPER))
+        empty = np.zeros(extractor.embedding_size, np.float32)
+        target = empty if targets is None else np.asarray(targets[extractor.name], np.float32)
+        views.append(face_cloaks.FaceView(moved.astype(np.float32), empty, empty, target))
+    inner = np.concatenate([box[:2] - region[:2], box[2:] - region[:2]])
+    boxes = np.array([[0, 0, *canvas.size], _canvas_box(inner, factor, canvas.size)], np.int32)
+    face = face_cloaks.Face(
+        image=canvas.image,
+        limit=images.pad_to(limit, (side, side)),
+        boxes=boxes,
+        views=tuple(views),
+        has_target=np.float32(targets is not None),
+        grey=np.float32(photo.grey),
+    )
+    seed = (zlib.crc32(photo.name.encode("utf-8", "surrogateescape")), number)
+    return _Plan(index, region, box, canvas, tuple(pools), face, seed)
+
+
+class _Batch(NamedTuple):
+    """Indices of faces that share a call, and how many faces its compiled program takes."""
+
+    indices: list[int]
+    size: int
+
+
+def _batches(plans: Sequence[_Plan], num_devices: int) -> list[_Batch]:
+    """Batches of faces, at most as many as one call should take; those of a bucket have one size.
+
+    On CPU, where every face costs its full time, batches are as large as the bucket needs; on
+    accelerators they are full or single, so that there are few programs to compile.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    most = max((8 if on_cpu else 64) // num_devices, 1) * num_devices
+    buckets: dict[tuple, list[int]] = {}
+    for i, plan in enumerate(plans):
+        buckets.setdefault((plan.canvas.image.shape[0], plan.pools), []).append(i)
+    batches = []
+    for indices in buckets.values():
+        parts = np.array_split(indices, -(-len(indices) // most))
+        needed = -(-len(parts[0]) // num_devices) * num_devices
+        size = needed if on_cpu or needed == num_devices else most
+        batches += [_Batch(part.tolist(), size) for part in parts]
+    return batches
+
+
+def _cloak_batch(key, surrogates, plans, size, config, mesh, report_fn):
+    """Changes on the canvases of faces of one bucket, and the distances that they reach."""
+    faces, filled, statics = _stack(surrogates, plans, size, mesh)
+    keys = jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(key, a), b))(
+        *np.array([plan.seed for plan in filled], np.uint32).T
+    )
+    return face_cloaks.cloak_faces(
+        parallel.shard_batch(keys, mesh),
+        parallel.replicate(surrogates.variables, mesh),
+        faces,
+        surrogates=statics,
+        config=config,
+        report_fn=(lambda steps: report_fn(steps * len(plans))) if report_fn else None,
+    )
+
+
+def _stack(surrogates, plans, size, mesh):
+    """Faces of one bucket as a batch on the devices, their plans, and the static surrogates."""
+    # The last face is repeated to fill the batch.
+    filled = [*plans, *[plans[-1]] * (size - len(plans))]
+    faces = jax.tree.map(lambda *leaves: np.stack(leaves), *[plan.face for plan in filled])
+    statics = tuple(
+        face_cloaks.Surrogate(extractor, pool)
+        for extractor, pool in zip(surrogates.extractors, plans[0].pools, strict=True)
+    )
+    return parallel.shard_batch(faces, mesh), filled, statics
+
+
+def _introduce(surrogates: Surrogates, plans: list[_Plan], mesh: parallel.Mesh) -> list[_Plan]:
+    """Plans whose faces know the person that they belong to.
+
+    Two faces belong together if their distance, in thresholds and averaged over the surrogates, is
+    below 1.
+    """
+    if len(plans) < 2:
+        return plans
+    variables = parallel.replicate(surrogates.variables, mesh)
+    embeddings = [
+        np.zeros((len(plans), extractor.embedding_size), np.float32)
+        for extractor in surrogates.extractors
+    ]
+    for batch in _batches(plans, mesh.size):
+        some = [plans[i] for i in batch.indices]
+        faces, _, statics = _stack(surrogates, some, batch.size, mesh)
+        found = jax.device_get(face_cloaks.embed_faces(variables, faces, statics))
+        for vectors, new in zip(embeddings, found, strict=True):
+            vectors[batch.indices] = new[: len(some)]
+    apart = np.mean(
+        [
+            match.pairwise(vectors, vectors, metric="euclidean") / extractor.threshold
+            for extractor, vectors in zip(surrogates.extractors, embeddings, strict=True)
+        ],
+        axis=0,
+    )
+    share = (apart < 1) / np.sum(apart < 1, axis=1, keepdims=True)
+    steps = [(share @ vectors - vectors).astype(np.float32) for vectors in embeddings]
+    introduced = []
+    for number, plan in enumerate(plans):
+        views = tuple(
+            view._replace(to_person=step[number])
+            for view, step in zip(plan.face.views, steps, strict=True)
+        )
+        introduced.append(plan._replace(face=plan.face._replace(views=views)))
+    return introduced
+
+
+def _limit(photo: PhotoFaces, number: int, region: np.ndarray, factor: int) -> np.ndarray:
+    """Share of the largest change that each pixel of a region may take, `[h, w]` in [0, 1].
+
+    Fades to zero towards the region's edges (not towards the photo's own), and is zero where
+    another face is nearer, so that the changes of two faces never add up, and where the photo is
+    transparent. With a factor, for every block of so many pixels.
+    """
+    low, high = region[:2], region[2:]
+    shape = np.array(photo.pixels.shape[:2])
+    grids, ramps = [], []
+    for axis in range(2):
+        centres = np.arange(low[axis], high[axis], factor) + (factor - 1) / 2
+        fade = max(_FADE * (high[axis] - low[axis]), factor)
+        before = np.inf if low[axis] == 0 else centres - low[axis] + 0.5
+        after = np.inf if high[axis] == shape[axis] else high[axis] - centres - 0.5
+        grids.append(centres)
+        ramps.append(np.clip(np.minimum(before, after) / fade, 0, 1) * np.ones(len(centres)))
+    limit = ramps[0][:, None] * ramps[1][None, :]
+    boxes = photo.faces.boxes
+    if len(boxes) > 1:
+        centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).max(1)
+        apart = [
+            (grids[0][:, None] - centre[0]) ** 2 + (grids[1][None, :] - centre[1]) ** 2
+            for centre in centres
+        ]
+        apart = np.stack(apart) / sides[:, None, None] ** 2
+        limit = limit * (np.argmin(apart, axis=0) == number)
+    if photo.visible is not None:
+        visible = photo.visible[low[0] : high[0], low[1] : high[1]].astype(np.float32)
+        extra = [(0, -n % factor) for n in visible.shape]
+        blocks = np.pad(visible, extra).reshape(len(grids[0]), factor, len(grids[1]), factor)
+        limit = limit * blocks.min(axis=(1, 3))
+    return limit.astype(np.float32)
+
+
+def _to_photo_size(plan, photo, delta, config) -> tuple[np.ndarray, np.ndarray]:
+    """A canvas change as one of the region's pixels `[h, w, 3]`, free of a shift; and limits."""
+    rows, columns = plan.canvas.size
+    delta, factor = delta[:rows, :columns], plan.canvas.factor
+    height, width = plan.region[2:] - plan.region[:2]
+    limit = _limit(photo, plan.seed[1], plan.region, 1)[..., None] * config.linf_limit
+    if factor > 1:
+        planes = [
+            Image.fromarray(plane).resize((columns * factor, rows * factor), Image.BICUBIC)
+            for plane in np.moveaxis(delta, -1, 0)
+        ]
+        delta = np.stack([np.asarray(plane) for plane in planes], -1)[:height, :width]
+        delta = np.clip(delta, -limit, limit)
+    # A faint shift of the whole region would show as a rectangle.
+    total = limit.sum()
+    if total > 0:
+        delta = delta - limit * (delta.sum(axis=(0, 1), keepdims=True) / total)
+    return np.clip(delta, -limit, limit), limit
+
+
+def _compose(pixels, plans, deltas, config) -> tuple[np.ndarray, list[float]]:
+    """Adds the changes, rounds, and scales each until its DSSIM on the 8-bit result fits.
+
+    At first a change below the budget may grow by up to half (rounding and enlarging lose some of
+    it), within its pixel limits; later, changes only shrink: those of a face above the budget and
+    of the faces whose regions overlap it.
+    """
+    budget = config.dssim_budget
+    scales = np.ones(len(plans))
+    best, best_dssims = pixels.copy(), [0.0] * len(plans)
+    if not plans:
+        return best, best_dssims
+    regions = np.array([plan.region for plan in plans], np.float64)
+    neighbours = (detect.overlap(regions, regions) > 0) | np.eye(len(plans), dtype=bool)
+    for fit_round in range(_FIT_ROUNDS):
+        final = pixels.astype(np.float32)
+        for plan, (delta, limit), scale in zip(plans, deltas, scales, strict=True):
+            y0, x0, y1, x1 = plan.region
+            final[y0:y1, x0:x1] += np.clip(scale * delta, -limit, limit) * 255.0
+        final = np.clip(np.round(final), 0, 255).astype(np.uint8)
+        dssims = np.array([face_dssim(pixels, final, plan.region, plan.box) for plan in plans])
+        if np.all(dssims <= budget) and sum(dssims) >= sum(best_dssims):
+            best, best_dssims = final, dssims.tolist()
+        if np.all((dssims >= 0.995 * budget) & (dssims <= budget)):
+            break
+        if fit_round >= _GROWING_ROUNDS and np.all(dssims <= budget):
+            break
+        wanted = np.sqrt(0.998 * budget / np.maximum(dssims, 1e-9))
+        if fit_round < _GROWING_ROUNDS:
+            scales = np.minimum(scales * np.clip(wanted, 0.5, 1.25), 1.5)
+        else:
+            least = np.where(neighbours & (dssims > budget), wanted, 1.0).min(axis=1)
+            scales = scales * np.maximum(least, 0.5)
+    return best, best_dssims
+
+
+def _grown(box: np.ndarray, margin: float) -> np.ndarray:
+    """A box with a margin on all sides, as a share of its sides."""
+    sides = np.tile(box[2:] - box[:2], 2)
+    return box + sides * np.array([-1, -1, 1, 1]) * margin
+
+
+def _canvas_box(box: np.ndarray, factor: int, size: tuple[int, int]) -> np.ndarray:
+    """A box of the region on the canvas, rounded outwards, at least a window wide where it fits."""
+    low, high = box[:2] // factor, -(-box[2:] // factor)
+    size = np.array(size)
+    low = np.maximum(np.minimum(low, high - ssim.WINDOW), 0)
+    return np.concatenate([low, np.minimum(np.maximum(high, low + ssim.WINDOW), size)])

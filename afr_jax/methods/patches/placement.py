@@ -1,0 +1,134 @@
+"""Patches on photos: where they lie on a face, how bright paper is there, drawing them.
+
+A patch is `[h, w]` float in [0, 1], 0 black and 1 the paper's white. Host code around one compiled
+function; photos are `[H, W, 3]` uint8.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from afr_jax.core import images
+from afr_jax.methods.patches import geometry
+from afr_jax.perturb import warps
+
+# Share of the face's pixels that are darker than paper would be in their place.
+_PAPER_QUANTILE = 0.98
+_DIMMEST_PAPER = 0.35
+_MASK_COLOUR = (0.78, 0.88, 0.93)  # Pale blue, as medical masks are.
+_WINDOW_STEP = 16
+
+
+class Placed(NamedTuple):
+    """A photo `[H, W, 3]` uint8, the box `[4]` of the face, grids of the patches, paper `[3]`."""
+
+    pixels: np.ndarray
+    box: np.ndarray
+    grids: dict[str, np.ndarray]
+    paper: np.ndarray
+
+
+def place(
+    pixels: np.ndarray,
+    box: np.ndarray,
+    landmarks: np.ndarray,
+    *,
+    placement: str,
+    grids: Mapping[str, np.ndarray] | None = None,
+) -> Placed:
+    """Places the patches of a placement on a face; for a mask, paints the mask first.
+
+    Args:
+        pixels: `[H, W, 3]` uint8.
+        box: `[4]` of the face.
+        landmarks: `[5, 2]` (y, x).
+        placement: of `geometry.PLACEMENTS`.
+        grids: corners `[R + 1, C + 1, 2]` (y, x) to use instead, by patch.
+
+    Returns:
+        The photo and where the patches are.
+
+    Raises:
+        ValueError: a patch lies outside the photo, or the landmarks show no face.
+    """
+    areas = geometry.PLACEMENTS[placement]
+    paper = paper_colour(pixels, box)
+    pose = geometry.estimate_pose(landmarks)
+    if placement == "mask" and grids is None:
+        colour = np.asarray(_MASK_COLOUR, np.float32) * paper
+        mask = {"mask": np.broadcast_to(colour, (1, 1, 3))}
+        grid = {"mask": geometry.face_grid(pose, geometry.MASK)}
+        pixels = draw(pixels, mask, grid)
+    if grids is None:
+        found = {name: geometry.face_grid(pose, area) for name, area in areas.items()}
+    elif set(grids) != set(areas):
+        raise ValueError(f"grids are given for {sorted(grids)}, needed for {sorted(areas)}")
+    else:
+        found = {
+            name: np.pad(np.asarray(grid, np.float32)[..., :2], [(0, 0), (0, 0), (0, 1)])
+            for name, grid in grids.items()
+        }
+    limit = np.array(pixels.shape[:2]) - 1.0
+    for name, grid in found.items():
+        middle = grid[..., :2].reshape(-1, 2).mean(axis=0)
+        if not ((middle >= 0) & (middle <= limit)).all():
+            raise ValueError(f"the middle of {name}, {np.round(middle).tolist()}, is not in it")
+    return Placed(pixels, np.asarray(box, np.float32), found, paper)
+
+
+def paper_colour(pixels: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Colour `[3]` in [0, 1] that white paper has beside a face: as bright as its brightest parts.
+
+    Args:
+        pixels: `[H, W, 3]` uint8.
+        box: `[4]` of the face.
+    """
+    y0, x0 = np.maximum(np.floor(box[:2]).astype(int), 0)
+    y1, x1 = np.ceil(box[2:]).astype(int)
+    face = pixels[y0 : y1 + 1, x0 : x1 + 1].reshape(-1, 3)
+    if not len(face):
+        return np.ones(3, np.float32)
+    bright = np.quantile(face / 255.0, _PAPER_QUANTILE, axis=0)
+    return np.clip(bright, _DIMMEST_PAPER, 1.0).astype(np.float32)
+
+
+def draw(
+    pixels: np.ndarray, textures: Mapping[str, np.ndarray], grids: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """Draws textures on a whole photo.
+
+    Args:
+        pixels: `[H, W, 3]` uint8.
+        textures: name -> `[h, w, 1 or 3]` in [0, 1].
+        grids: name -> `[R + 1, C + 1, 3]`.
+
+    Returns:
+        `[H, W, 3]` uint8.
+    """
+    pixels = np.array(pixels)
+    for name, texture in textures.items():
+        flat = grids[name][..., :2].reshape(-1, 2)
+        low, high = np.floor(flat.min(axis=0)) - 2, np.ceil(flat.max(axis=0)) + 3
+        side = images.bucket_size(int((high - low).max()), (_WINDOW_STEP,))
+        window = [min(side, length) for length in pixels.shape[:2]]
+        room = np.array(pixels.shape[:2]) - window
+        y, x = np.clip(np.round((low + high - window) / 2), 0, room).astype(int)
+        part = (slice(y, y + window[0]), slice(x, x + window[1]))
+        origin = np.array([y, x], np.float32)
+        texture = np.asarray(texture, np.float32)
+        pixels[part] = _paste_uint8(pixels[part], texture, grids[name], origin)
+    return pixels
+
+
+def printed(patches: Mapping[str, np.ndarray], paper: np.ndarray) -> dict[str, np.ndarray]:
+    """Patches `[h, w]` as coloured textures `[h, w, 3]`, printed on paper of a colour `[3]`."""
+    return {name: patch[..., None] * paper.reshape(1, 1, 3) for name, patch in patches.items()}
+
+
+@jax.jit
+def _paste_uint8(pixels, texture, grid, origin):
+    image = pixels.astype(jnp.float32) / 255.0
+    return images.to_uint8(warps.paste(image, texture, grid, origin=origin))

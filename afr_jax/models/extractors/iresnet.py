@@ -1,0 +1,129 @@
+"""ArcFace's IResNet in Flax, and the reader of InsightFace's torch weights.
+
+Deng, Guo, Xue, Zafeiriou: "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR
+2019; the backbone is the improved residual unit of Han, Kim, Kim: "Deep Pyramidal Residual
+Networks", CVPR 2017, with the layout of InsightFace's `arcface_torch`. Chips are RGB scaled by
+(x - 127.5) / 127.5 from 0..255.
+"""
+
+import os
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from afr_jax.models import layers
+from afr_jax.models.weights import conversion, formats
+
+INPUT_SIZE = 112
+EMBEDDING_SIZE = 512
+BLOCKS_50 = (3, 4, 14, 3)
+BLOCKS_100 = (3, 13, 30, 3)
+_EPSILON = 1e-5
+# torch's default of 0.1 is the share of the new statistics.
+_MOMENTUM = 0.9
+
+
+class IResNet(nn.Module):
+    """Chips `[B, 112, 112, 3]`, RGB in [-1, 1], to embeddings `[B, 512]`, float32.
+
+    The embeddings are not of unit length. InsightFace never trains the scale of the last BatchNorm.
+
+    Attributes:
+        blocks: number of residual units of each stage; every stage halves the resolution.
+        widths: channels of each stage.
+        embedding_size: D.
+        dropout_rate: before the last matrix, in training.
+        dtype: of the computation; parameters and embeddings stay float32.
+    """
+
+    blocks: tuple[int, ...] = BLOCKS_50
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    embedding_size: int = EMBEDDING_SIZE
+    dropout_rate: float = 0.0
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, chips: jax.Array, *, train: bool = False) -> jax.Array:
+        """Embeddings; `train` updates `batch_stats` and, with dropout, needs that key."""
+        x = _conv(self.widths[0], 3, 1, self.dtype, "conv1")(chips)
+        x = layers.PReLU(name="prelu")(_norm(train, self.dtype, "bn1")(x))
+        for stage, (count, features) in enumerate(zip(self.blocks, self.widths, strict=True)):
+            for number in range(count):
+                name = f"layer{stage + 1}_{number}"
+                stride = 2 if number == 0 else 1
+                x = _Block(features, stride, self.dtype, name=name)(x, train=train)
+        x = _norm(train, self.dtype, "bn2")(x)
+        x = x.reshape(x.shape[0], -1).astype(jnp.float32)
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        x = nn.Dense(self.embedding_size, name="fc")(x)
+        return _norm(train, jnp.float32, "features")(x)
+
+
+class _Block(nn.Module):
+    """BatchNorm, 3 x 3, BatchNorm, PReLU, 3 x 3, BatchNorm, beside a shortcut; no ReLU behind."""
+
+    features: int
+    stride: int
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        y = _norm(train, self.dtype, "bn1")(x)
+        y = _conv(self.features, 3, 1, self.dtype, "conv1")(y)
+        y = layers.PReLU(name="prelu")(_norm(train, self.dtype, "bn2")(y))
+        y = _conv(self.features, 3, self.stride, self.dtype, "conv2")(y)
+        y = _norm(train, self.dtype, "bn3")(y)
+        if self.stride != 1:
+            x = _conv(self.features, 1, self.stride, self.dtype, "downsample_0")(x)
+            x = _norm(train, self.dtype, "downsample_1")(x)
+        return x + y
+
+
+def read_weights(path: str | os.PathLike[str], *, module: IResNet | None = None) -> dict:
+    """Reads the variables of an `IResNet` from a torch state dict with InsightFace's names.
+
+    Args:
+        path: the `.pth` or `.pt`.
+        module: the network that the file is for; default: IResNet-50.
+
+    Returns:
+        `{"params": ..., "batch_stats": ...}`, float32.
+
+    Raises:
+        ValueError: the file is damaged or does not hold this network.
+    """
+    module = module or IResNet()
+    kind, arrays = formats.read_arrays(path)
+    if kind != "torch":
+        raise ValueError(f"{path} is no torch state dict, the only form of IResNet that is read")
+    shapes = conversion.shapes(module, INPUT_SIZE)
+
+    def entry(leaf, shape):
+        *scopes, name = leaf[1:]
+        places = {"downsample_0": "downsample.0", "downsample_1": "downsample.1"}
+        scope = ".".join(places.get(part, part.replace("_", ".")) for part in scopes)
+        found = conversion.torch_entry(scope, name, shape)
+        if scope == "fc" and name == "kernel":
+            # The matrix takes channels, rows, columns; ours rows, columns, channels.
+            side = int(np.sqrt(shape[0] // module.widths[-1]))
+            blocks = (module.embedding_size, module.widths[-1], side, side)
+            return found._replace(
+                convert=lambda array: array.reshape(blocks).transpose(2, 3, 1, 0).reshape(shape)
+            )
+        return found
+
+    return conversion.fill(path, shapes, arrays, entry, ignore_fn=conversion.is_torch_counter)
+
+
+def _conv(features: int, kernel: int, stride: int, dtype, name: str) -> nn.Conv:
+    padding = kernel // 2
+    size = (kernel, kernel)
+    options = {"use_bias": False, "dtype": dtype, "conv_general_dilated": layers.conv_fn(size)}
+    return nn.Conv(features, size, stride, padding=padding, name=name, **options)
+
+
+def _norm(train: bool, dtype, name: str) -> nn.BatchNorm:
+    options = {"epsilon": _EPSILON, "momentum": _MOMENTUM, "dtype": dtype, "name": name}
+    return nn.BatchNorm(use_running_average=not train, **options)

@@ -1,0 +1,144 @@
+"""MobileFaceNet in Flax, and the readers of its weights.
+
+Chen, Liu, Gao, Han: "MobileFaceNets: Efficient CNNs for Accurate Real-Time Face Verification on
+Mobile Devices", CCBR 2018, as InsightFace trained it with ArcFace (`y1`: no convolution is wider
+than 512 channels). Chips are RGB, 0.007812 (x - 127.5) from 0..255.
+
+Two forms of the weights are read: arrays by layer name (`.npz`, MXNet's names; the variances
+contain BatchNorm's epsilon, as in ncnn's files) and torch state dicts with InsightFace's names.
+"""
+
+import os
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from afr_jax.models import layers
+from afr_jax.models.weights import conversion, formats
+
+INPUT_SIZE = 112
+EMBEDDING_SIZE = 128
+# Scale of the pixels in the published graph.
+INPUT_SCALE = 0.007812
+# Name, width of the bottleneck, output channels and stride of the blocks; res are residual.
+_BLOCKS = (
+    ("dconv_23", 128, 64, 2),
+    *((f"res_3_block{i}", 128, 64, 1) for i in range(4)),
+    ("dconv_34", 256, 128, 2),
+    *((f"res_4_block{i}", 256, 128, 1) for i in range(6)),
+    ("dconv_45", 512, 128, 2),
+    *((f"res_5_block{i}", 256, 128, 1) for i in range(2)),
+)
+_NPZ_LEAVES = {
+    ("conv", "kernel"): "conv2d/w",
+    ("norm", "scale"): "batchnorm/s",
+    ("norm", "bias"): "batchnorm/b",
+    ("norm", "mean"): "batchnorm/m",
+    ("norm", "var"): "batchnorm/v",
+    ("activation", "slope"): "relu/a",
+    ("pre_fc1", "kernel"): "w",
+    ("pre_fc1", "bias"): "b",
+    ("fc1", "scale"): "s",
+    ("fc1", "bias"): "b",
+    ("fc1", "mean"): "m",
+    ("fc1", "var"): "v",
+}
+
+
+class MobileFaceNet(nn.Module):
+    """Chips `[B, 112, 112, 3]`, RGB in about [-1, 1], to embeddings `[B, 128]`, float32.
+
+    The embeddings are not of unit length. Scopes bear the layer names of the published graph.
+
+    Attributes:
+        embedding_size: 128 in the published weights.
+        use_bias: of the last matrix; InsightFace's torch version has none.
+        epsilon: of BatchNorm; 1e-5 in torch.
+        dtype: of the computation; parameters and embeddings stay float32.
+    """
+
+    embedding_size: int = EMBEDDING_SIZE
+    use_bias: bool = True
+    epsilon: float = 1e-3
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, chips: jax.Array, *, train: bool = False) -> jax.Array:
+        """Embeddings; `train` normalises by the batch and updates `batch_stats`."""
+        options = {"epsilon": self.epsilon, "momentum": 0.9, "dtype": self.dtype}
+
+        def unit(x, name, features, kernel=1, **more):
+            size = (kernel, kernel)
+            module = layers.ConvNorm(features, size, name=name, **{**options, **more})
+            return module(x, train=train)
+
+        x = unit(chips, "conv_1", 64, 3, stride=2, padding=1, activation="prelu")
+        x = unit(x, "conv_2_dw", 64, 3, padding=1, depthwise=True, activation="prelu")
+        for name, width, features, stride in _BLOCKS:
+            y = unit(x, f"{name}_conv_sep", width, activation="prelu")
+            depthwise = {"depthwise": True, "activation": "prelu"}
+            y = unit(y, f"{name}_conv_dw", width, 3, stride=stride, padding=1, **depthwise)
+            y = unit(y, f"{name}_conv_proj", features, activation="none")
+            x = x + y if name.startswith("res") else y
+        x = unit(x, "conv_6sep", 512, activation="prelu")
+        x = unit(x, "conv_6dw7_7", 512, 7, padding=0, depthwise=True, activation="none")
+        x = x.reshape(x.shape[0], -1).astype(jnp.float32)
+        x = nn.Dense(self.embedding_size, use_bias=self.use_bias, name="pre_fc1")(x)
+        return nn.BatchNorm(not train, epsilon=self.epsilon, momentum=0.9, name="fc1")(x)
+
+
+def read_weights(path: str | os.PathLike[str], *, module: MobileFaceNet | None = None) -> dict:
+    """Reads the variables of a `MobileFaceNet`.
+
+    Args:
+        path: an `.npz` or a torch state dict.
+        module: the network that the file is for; default: that of the published weights.
+
+    Returns:
+        `{"params": ..., "batch_stats": ...}`, float32.
+
+    Raises:
+        ValueError: the file is damaged or does not hold this network.
+    """
+    module = module or MobileFaceNet()
+    kind, arrays = formats.read_arrays(path)
+    shapes = conversion.shapes(module, INPUT_SIZE)
+    if kind == "torch":
+        names = _torch_names()
+        return conversion.fill(
+            path,
+            shapes,
+            arrays,
+            lambda leaf, shape: conversion.torch_entry(names[leaf[1:-1]], leaf[-1], shape),
+            ignore_fn=conversion.is_torch_counter,
+        )
+
+    def entry(leaf, shape):
+        *scopes, layer, name = leaf[1:]
+        stem = "_".join([*scopes, "" if scopes else f"{layer}/"])
+        found = conversion.torch_entry("", name, shape)._replace(
+            name=stem + _NPZ_LEAVES[layer, name]
+        )
+        if name == "var":
+            return found._replace(convert=lambda array: array - module.epsilon)
+        return found
+
+    return conversion.fill(path, shapes, arrays, entry)
+
+
+def _torch_names() -> dict[tuple[str, ...], str]:
+    """InsightFace's torch name of every scope of ours."""
+    units = {"conv_1": "layers.0", "conv_2_dw": "layers.1", "conv_6sep": "conv_sep"}
+    units["conv_6dw7_7"] = "features.layers.0"
+    stages = {"dconv_23": 2, "res_3": 3, "dconv_34": 4, "res_4": 5, "dconv_45": 6, "res_5": 7}
+    for name, *_ in _BLOCKS:
+        stage, _, number = name.partition("_block")
+        block = f"layers.{stages[stage]}" + (f".layers.{number}" if number else "")
+        for index, part in enumerate(("sep", "dw", "proj")):
+            units[f"{name}_conv_{part}"] = f"{block}.layers.{index}"
+    names = {("pre_fc1",): "features.layers.2", ("fc1",): "features.layers.3"}
+    for ours, theirs in units.items():
+        for index, layer in enumerate(("conv", "norm", "activation")):
+            names[ours, layer] = f"{theirs}.layers.{index}"
+    return names

@@ -1,0 +1,229 @@
+"""From the arrays of a weight file to the variables of a module, name for name, shape for shape.
+
+Our own weight files are safetensors whose names are the paths of the variables.
+
+How foreign files are read as arrays is in `formats.py` and `torch_files.py`; which array goes
+where is in the module of each network.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from afr_jax.models.weights import formats
+
+# Keras's names of the arrays of a BatchNorm.
+_KERAS_NORM_LEAVES = {
+    "scale": "gamma",
+    "bias": "beta",
+    "mean": "moving_mean",
+    "var": "moving_variance",
+}
+_TORCH_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "slope": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+# Axes of a torch kernel in the order of ours: OIHW to HWIO, [out, in] to [in, out].
+_TORCH_AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
+
+
+class Entry(NamedTuple):
+    """Where a variable lies in a file.
+
+    Attributes:
+        name: of the array.
+        shape: of the array.
+        convert: takes the array to the variable.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    convert: Callable[[np.ndarray], np.ndarray]
+
+
+EntryFn = Callable[[tuple[str, ...], tuple[int, ...]], Entry | float]
+
+
+@functools.cache
+def shapes(module: nn.Module, input_px: int) -> dict:
+    """The variables of a module as `jax.ShapeDtypeStruct`, for chips of side `input_px`."""
+    chips = jax.ShapeDtypeStruct((1, input_px, input_px, 3), jnp.float32)
+    return jax.eval_shape(module.init, jax.random.key(0), chips)
+
+
+def plain_entry(name: str, shape: tuple[int, ...]) -> Entry:
+    """An array that is stored as it is used."""
+    return Entry(name, shape, lambda array: array)
+
+
+def keras_leaf(leaf: str, is_norm: bool) -> str:
+    """Keras's name of an array of a layer, from ours; `is_norm` for the arrays of a BatchNorm."""
+    return _KERAS_NORM_LEAVES[leaf] if is_norm else leaf
+
+
+def torch_entry(scope: str, leaf: str, shape: tuple[int, ...]) -> Entry:
+    """The array of a torch layer.
+
+    Args:
+        scope: name of the layer in the state dict.
+        leaf: our name of its array: kernel, bias, scale, mean, var or slope.
+        shape: of our array.
+
+    Returns:
+        The entry; kernels are transposed.
+    """
+    name = f"{scope}.{_TORCH_LEAVES[leaf]}"
+    axes = _TORCH_AXES.get(len(shape))
+    if axes is None:
+        return plain_entry(name, shape)
+    stored = tuple(shape[axis] for axis in np.argsort(axes))
+    return Entry(name, stored, lambda array: array.transpose(axes))
+
+
+def is_torch_counter(name: str) -> bool:
+    """Whether an array of a state dict only counts the batches that a BatchNorm has seen."""
+    return name.endswith(".num_batches_tracked")
+
+
+def fill(
+    path: str | os.PathLike[str],
+    variable_shapes: Mapping,
+    arrays: Mapping[str, np.ndarray],
+    entry_fn: EntryFn,
+    *,
+    ignore_fn: Callable[[str], bool] = lambda name: False,
+) -> dict:
+    """The variables of a module from the arrays of a file.
+
+    Args:
+        path: of the file, for messages.
+        variable_shapes: what the module needs, see `shapes`.
+        arrays: of the file, by name.
+        entry_fn: says, for the path and the shape of a variable, where it lies in the file; or the
+            value of a variable that such files do not have.
+        ignore_fn: whether an array that nothing needs may be in the file.
+
+    Returns:
+        The variables, float32.
+
+    Raises:
+        ValueError: names or shapes differ; the message lists every missing, extra and misshapen
+            array.
+    """
+    variables, missing, misshapen, used = {}, [], [], set()
+    for leaf, expected in flax.traverse_util.flatten_dict(dict(variable_shapes)).items():
+        entry = entry_fn(leaf, expected.shape)
+        if not isinstance(entry, Entry):
+            variables[leaf] = np.full(expected.shape, entry, np.float32)
+            continue
+        used.add(entry.name)
+        array = arrays.get(entry.name)
+        if array is None:
+            missing.append(entry.name)
+        elif array.shape != entry.shape:
+            misshapen.append(f"{entry.name} {list(array.shape)}, not {list(entry.shape)}")
+        else:
+            # The small float types of accelerators have kind V.
+            if array.dtype.kind not in "fV":
+                raise ValueError(f"{path}: {entry.name} holds {array.dtype}, not real numbers")
+            converted = entry.convert(array.astype(np.float32))
+            variables[leaf] = np.ascontiguousarray(converted).reshape(expected.shape)
+    extra = [name for name in arrays if name not in used and not ignore_fn(name)]
+    problems = (("missing", missing), ("extra", extra), ("misshapen", misshapen))
+    found = [f"{len(names)} {kind} ({', '.join(names)})" for kind, names in problems if names]
+    if found:
+        raise ValueError(f"{path} does not hold this network's arrays: {'; '.join(found)}")
+    return flax.traverse_util.unflatten_dict(variables)
+
+
+def fingerprint(variables: Mapping) -> str:
+    """Hex SHA-256 over names, shapes, dtypes and values of all arrays, in the order of names."""
+    digest = hashlib.sha256()
+    for name, array in sorted(_flat(variables).items()):
+        header = json.dumps([name, array.shape, array.dtype.name])
+        digest.update(header.encode() + b"\0")
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    variables: Mapping,
+    *,
+    dtype: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes variables atomically; the name of an array is its path, joined by slashes.
+
+    Args:
+        path: the file.
+        variables: nested mapping of arrays.
+        dtype: "float16" halves the file; None keeps what the arrays have.
+        metadata: text that the file carries.
+
+    Raises:
+        ValueError: a value does not fit into `dtype`.
+    """
+    flat = {}
+    for name, array in _flat(variables).items():
+        stored = np.ascontiguousarray(array)
+        if dtype is not None and array.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                stored = stored.astype(dtype)
+            if not np.array_equal(np.isfinite(stored), np.isfinite(array)):
+                raise ValueError(f"{name} holds values that do not fit into {dtype}")
+        flat[name] = stored
+    data = safetensors.numpy.save(flat, metadata=dict(metadata or {}))
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def read_safetensors(path: str | os.PathLike[str], variable_shapes: Mapping) -> dict:
+    """Reads what `write_safetensors` wrote.
+
+    Args:
+        path: the file.
+        variable_shapes: what the module needs, see `shapes`.
+
+    Returns:
+        The variables, float32 whatever the file holds.
+
+    Raises:
+        ValueError: the file is damaged, or names or shapes differ.
+    """
+    arrays = formats.read_safetensors(path)
+    return fill(
+        path, variable_shapes, arrays, lambda leaf, shape: plain_entry("/".join(leaf), shape)
+    )
+
+
+def _flat(variables: Mapping) -> dict[str, np.ndarray]:
+    flat = flax.traverse_util.flatten_dict(dict(variables))
+    return {"/".join(path): np.asarray(array) for path, array in flat.items()}

@@ -1,0 +1,383 @@
+"""The benchmark: turns and tables, the peers' protocol, agreement of detectors, the programs."""
+
+import json
+import os
+import pathlib
+import platform
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from afr_jax.benchmark import cloaking, detection, timing
+from afr_jax.core import backend, provenance
+from afr_jax.evaluation import reference
+from afr_jax.evaluation.attackers import other_detectors
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import detect
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_PEERS = _ROOT / "experiments" / "reference"
+
+# Stands in for both peers: finds one face at a fixed place, and cloaks by darkening a little.
+_STUB = """
+import os, sys
+sys.path.insert(0, {peers!r})
+import numpy as np
+import serving
+
+def detect(paths, **options):
+    assert sorted(options) == ["min_face_px", "overlaps", "scale_factor", "thresholds"], options
+    row = [0, 10, 20, 50, 70, 0.99, *range(20, 25), *range(30, 35)]
+    return {{"seconds": [0.5] * len(paths), "faces": [[row] for path in paths]}}
+
+def cloak(chips, output, steps, **options):
+    np.save(output, np.maximum(np.load(chips), 8) - 8)
+    return {{"seconds": 100.0 * steps}}
+
+def fail():
+    raise ValueError("no such thing")
+
+def crash():
+    print("last words", file=sys.stderr, flush=True)
+    os._exit(5)
+
+def noise():
+    print("a stray print")
+    os.system("echo a stray child")
+    return {{"text": "wörds"}}
+
+handlers = dict(detect=detect, cloak=cloak, fail=fail, crash=crash, noise=noise)
+serving.serve(serving.versions("numpy", "no_such_package"), handlers)
+"""
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stub") / "stub.py"
+    path.write_text(_STUB.format(peers=str(_PEERS)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def stub_python(stub):
+    """An interpreter that runs the stub whatever program it is given."""
+    path = stub.parent / "python"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{stub}"\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_sides_take_turns_and_the_first_run_does_not_count():
+    calls = []
+
+    def side(name):
+        def run():
+            calls.append(name)
+            return float(len(calls))
+
+        return run
+
+    times = timing.take_turns({"a": side("a"), "b": side("b")}, repeats=3)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert times == {"a": [3.0, 6.0, 7.0], "b": [4.0, 5.0, 8.0]}
+
+
+def test_ratios_are_taken_round_by_round():
+    row = timing.compare("detection", "ms", [10.0, 20.0, 40.0], [20.0, 60.0, 60.0])
+    assert row["ours"] == {"median": 20, "low": 10, "high": 40, "samples": [10, 20, 40]}
+    assert row["ratio"]["samples"] == [2.0, 3.0, 1.5]
+    assert timing.compare("detection", "ms", [1.0], None)["ratio"] is None
+
+
+def test_table():
+    rows = [
+        timing.compare("a", "ms", [1.0, 2.0, 3.0], [2.0, 8.0, 3000.4]),
+        timing.state("a", "share", 0.98765, None),
+    ]
+    assert timing.table(rows).splitlines() == [
+        "|   |       |    ours |       peer | peer / ours |",
+        "| - | ----- | ------: | ---------: | ----------: |",
+        "| a | ms    | 2 (1-3) | 8 (2-3000) |  4 (2-1000) |",
+        "| a | share |   0.988 |            |             |",
+    ]
+
+
+def test_a_peer_answers_and_its_prints_do_no_harm(stub):
+    with reference.Peer(sys.executable, stub) as other:
+        assert other.versions == {
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "numpy": np.__version__,
+        }
+        assert other.call("noise") == {"text": "wörds"}
+        with pytest.raises(reference.PeerError, match=r"stub.py fail: ValueError: no such thing"):
+            other.call("fail")
+        with pytest.raises(reference.PeerError, match="KeyError"):
+            other.call("unknown")
+        assert other.call("noise") == {"text": "wörds"}
+
+
+def test_a_peer_that_ends_is_reported_with_its_last_words(stub):
+    with reference.Peer(sys.executable, stub) as other:
+        with pytest.raises(reference.PeerError, match="has ended:\n(.*\n)*last words"):
+            other.call("crash")
+        with pytest.raises(reference.PeerError, match="has ended"):
+            other.call("noise")
+
+
+def test_a_peer_that_cannot_start_is_reported(tmp_path):
+    with pytest.raises(reference.PeerError, match="cannot be started"):
+        reference.Peer(tmp_path / "no_python", _PEERS / "mtcnn_driver.py")
+    script = tmp_path / "program.py"
+    script.write_text("import no_such_library")
+    with pytest.raises(reference.PeerError, match="No module named 'no_such_library'"):
+        reference.Peer(sys.executable, script)
+
+
+def test_a_peer_that_does_not_end_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "_END_SECONDS", 0.1)
+    script = tmp_path / "program.py"
+    script.write_text("import time\nprint('{\"versions\": {}}', flush=True)\ntime.sleep(60)")
+    start = time.monotonic()
+    reference.Peer(sys.executable, script).close()
+    assert time.monotonic() - start < 30
+
+
+def _faces(*rows, shift=0.0):
+    """Faces of (y0, x0, side, confidence), all landmarks in the middle, moved right by `shift`."""
+    values = np.array(rows, np.float32).reshape(-1, 4)
+    boxes = np.concatenate([values[:, :2], values[:, :2] + values[:, 2:3]], axis=1)
+    middle = values[:, :2] + values[:, 2:3] / 2 + np.array([0.0, shift], np.float32)
+    return detect.Faces(boxes, values[:, 3], np.repeat(middle[:, None], 5, axis=1))
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, found, known",
+    [
+        ([(0, 0, 20, 0.99)], [(0, 0, 20, 0.99)], [True], [True]),
+        # 20 x 19 of 20 x 20 pixels are 0.95, two boxes moved by 2 share 18 / 22.
+        ([(0, 0, 20, 0.99)], [(0, 2, 20, 0.99)], [False], [False]),
+        # Who is unsure is not asked, but counts as an answer.
+        ([(0, 0, 20, 0.99)], [(0, 0, 20, 0.85)], [True], []),
+        ([(0, 0, 20, 0.99), (50, 50, 20, 0.95)], [(50, 50, 20, 1.0)], [False, True], [True]),
+        ([], [(0, 0, 20, 0.99)], [], [False]),
+        ([(0, 0, 20, 0.99)], [], [False], []),
+        ([], [], [], []),
+    ],
+)
+def test_agreement(ours, theirs, found, known):
+    result = detection.compare(_faces(*ours), _faces(*theirs))
+    assert result.ours.tolist() == found
+    assert result.theirs.tolist() == known
+    assert len(result.landmark_errors) == sum(found)
+
+
+def test_landmark_errors_are_shares_of_the_peers_width():
+    ours, theirs = _faces((50, 50, 40, 1), (0, 0, 20, 1)), _faces((0, 0, 20, 1), (50, 50, 40, 1))
+    theirs.landmarks[0, 3] += [3.0, 4.0]
+    errors = detection.compare(ours, theirs).landmark_errors
+    np.testing.assert_allclose(errors, [0.0, 0.25], atol=1e-6)
+
+
+def test_faces_of_the_package_are_read(stub):
+    with reference.Peer(sys.executable, stub) as other:
+        paths = [pathlib.Path("a.npy")]
+        seconds, (faces,) = other_detectors.ask_mtcnn(other, paths, detect.DetectorOptions())
+    assert seconds == [0.5]
+    assert faces.boxes.tolist() == [[20, 10, 70, 50]]
+    assert faces.landmarks[0].tolist() == [[30 + i, 20 + i] for i in range(5)]
+
+
+def test_chips_are_the_given_faces_then_shaken_ones():
+    extractor = registry.get("dlib")
+    pixels = skimage.data.astronaut()
+    points = np.array([[100, 204], [102, 245], [126, 224], [139, 202], [140, 244]], np.float32)
+    chips = cloaking.cut_chips(extractor, [(pixels, points)], 3, seed=1)
+    assert chips.shape == (3, 150, 150, 3) and chips.dtype == np.uint8
+    # The point between the eyes lies in the chip where the template has it.
+    middle = np.mean(extractor.template[:2], axis=0).round().astype(int)
+    np.testing.assert_allclose(chips[0][tuple(middle)], pixels[101, 224], atol=25)
+    gaps = np.abs(np.diff(chips.astype(int), axis=0)).mean(axis=(1, 2, 3))
+    assert (gaps > 1).all() and (gaps < 40).all()
+    again = cloaking.cut_chips(extractor, [(pixels, points)], 3, seed=1)
+    np.testing.assert_array_equal(chips, again)
+
+
+@pytest.mark.parametrize(
+    "version, given, chosen",
+    [
+        ("0.10.2", None, "--xla_cpu_experimental_ynn_fusion_type="),
+        ("0.10.2", "--a=1", "--a=1 --xla_cpu_experimental_ynn_fusion_type="),
+        ("0.10.2", "--xla_cpu_experimental_ynn_fusion_type=DOT", None),
+        ("0.11.0", None, None),
+        ("0.11.0", "--a=1", None),
+    ],
+)
+def test_compiler_options_leave_alone_what_is_said_and_what_was_not_tried(
+    version, given, chosen, monkeypatch
+):
+    monkeypatch.setattr(backend.jaxlib, "__version__", version)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("XLA_FLAGS", given)
+    for _ in range(2):
+        backend.choose_compiler_options()
+        assert os.environ.get("XLA_FLAGS") == (given if chosen is None else chosen)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again():
+    """Blocks of 64 MiB, freed and allocated again: the system has to clear pages once only."""
+    script = """
+        import resource, sys
+        import numpy as np
+        from afr_jax.core import backend, provenance
+        if sys.argv[1] == "keep":
+            backend.keep_freed_memory()
+        faults = []
+        for _ in range(4):
+            np.ones(8 << 20)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        print(faults[3] - faults[0])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    kept, returned = (
+        int(subprocess.run([*command, what], capture_output=True, check=True, text=True).stdout)
+        for what in ("keep", "return")
+    )
+    assert kept < 100 < returned
+
+
+def test_peers_start_without_our_compiler_options(stub, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ -z "$XLA_FLAGS" ] && exec "{sys.executable}" "{stub}"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("XLA_FLAGS", "--an_option")
+    with reference.Peer(python, stub) as other:
+        assert "numpy" in other.versions
+
+
+@pytest.mark.parametrize(
+    "argument, shown",
+    [
+        (
+            "--images=/data/shared/wider,/data/shared/lfw",
+            "--images=$AFR_SHARED/wider,$AFR_SHARED/lfw",
+        ),
+        ("--images=/data/shared2/my photos", "--images='/data/shared2/my photos'"),
+        ("--images=/data/shared/my photos", "--images=$AFR_SHARED'/my photos'"),
+        ("--weights=a=/data/shared/w.npz,b=c", "--weights=a=$AFR_SHARED/w.npz,b=c"),
+        ("--peer_python=/opt/p/bin/python", "--peer_python=$PEER_PYTHON"),
+        ("--workdir=out", "--workdir=$WORKDIR"),
+        ("out", "$WORKDIR"),
+        ("--output_dir=output", "--output_dir=output"),
+        ("--toy", "--toy"),
+    ],
+)
+def test_provenance_puts_names_for_paths_of_this_machine(argument, shown):
+    names = {"AFR_SHARED": "/data/shared/", "PEER_PYTHON": "/opt/p/bin/python", "WORKDIR": "out"}
+    record = provenance.provenance("experiments.benchmark", [argument], names={**names, "NO": None})
+    assert record["command"] == f"python -m experiments.benchmark {shown}"
+    assert record["machine"]["cores"] >= 1 and record["machine"]["backend"] == "cpu"
+    assert str(_ROOT) not in json.dumps(record)
+
+
+def _run(module, *flags):
+    command = [sys.executable, "-m", f"experiments.{module}", "--toy", *flags]
+    return subprocess.run(command, cwd=_ROOT, env=os.environ, capture_output=True, text=True)
+
+
+def test_benchmark_program_with_peers(tmp_path, stub_python):
+    done = _run("benchmark", f"--peer_python={stub_python}", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    rows = {(row["row"].split(",")[0], row["quantity"]): row for row in result["rows"]}
+    speed = rows["detection", "ms per photo"]
+    assert speed["peer"]["median"] == 500
+    assert speed["ratio"]["median"] == pytest.approx(
+        np.median([500 / sample for sample in speed["ours"]["samples"]])
+    )
+    # The stub's face is nobody's.
+    assert rows["detection", "share of them that the other finds"]["peer"] == 0
+    assert rows["cloaking", "ms per face and step"]["peer"]["median"] == pytest.approx(5e4)
+    assert rows["cloaking", "mean distance by dlib"]["ours"] > 0
+    assert 0 < rows["cloaking", "largest DSSIM"]["ours"] < 0.008
+    assert rows["cloaking", "share of a step outside the net"]["ours"]["high"] < 1
+    assert result["note"] is None
+    assert set(result["peers"]) == {"detection", "cloaking"}
+    table = (tmp_path / "benchmark.md").read_text()
+    assert table in done.stderr
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(result["rows"]) and len(set(map(len, lines))) == 1
+    assert result["command"] == (
+        "python -m experiments.benchmark --toy --peer_python=$PEER_PYTHON --workdir=$WORKDIR"
+    )
+
+
+def test_benchmark_program_without_peers_says_how_to_get_them(tmp_path):
+    flags = ["--rows=detection", "--repeats=1", "--num_photos=1", f"--workdir={tmp_path}"]
+    done = _run("benchmark", *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [row["peer"] for row in result["rows"]] == [None]
+    assert "experiments/reference/README.md" in result["note"]
+    assert result["note"] in (tmp_path / "benchmark.md").read_text()
+    assert result["note"] in done.stderr
+
+
+def test_agreement_program_lists_every_disagreement(tmp_path, stub_python):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(6):
+        Image.new("RGB", (60, 80), (90, 120, 200)).save(photos / f"{number}.png")
+    (photos / "5.png").write_text("no photo")
+    flags = [f"--images={photos}", f"--peer_python={stub_python}", f"--workdir={tmp_path / 'out'}"]
+    done = _run("detector_agreement", "--max_photos=3", *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
+    counts = {"ours": 0, "ours_found": 0, "theirs": 2, "theirs_found": 0}
+    assert result["confident_faces"] == counts
+    first = {"image": "0.png", "found_by": "theirs", "box": [20, 10, 70, 50], "best_iou": 0}
+    assert result["disagreements"][0] == first | {"confidence": pytest.approx(0.99)}
+    assert [item["image"] for item in result["disagreements"]] == ["0.png", "3.png"]
+
+
+@pytest.mark.parametrize(
+    "module, flags, message",
+    [
+        ("benchmark", ["--rows=detection,speed"], "'speed' is none of detection, cloaking"),
+        ("benchmark", ["--peer_python=no/python", "--rows=detection"], "cannot be started"),
+        ("detector_agreement", ["--images=tests"], "--peer_python is needed"),
+    ],
+)
+def test_wrong_usage(tmp_path, module, flags, message):
+    done = _run(module, f"--workdir={tmp_path}", *flags)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and done.stdout == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("AFR_PEER_PYTHON" not in os.environ, reason="AFR_PEER_PYTHON is not set")
+def test_the_real_peers_work_and_attack_the_same_net(tmp_path):
+    extractor = registry.get("dlib")
+    points = np.array([[100, 204], [102, 245], [126, 224], [139, 202], [140, 244]], np.float32)
+    chips = cloaking.cut_chips(extractor, [(skimage.data.astronaut(), points)], 2)
+    np.save(tmp_path / "chips.npy", chips)
+    with reference.Peer(os.environ["AFR_PEER_PYTHON"], _PEERS / "fawkes_driver.py") as other:
+        theirs = other.call("embed", chips=str(tmp_path / "chips.npy"))["embeddings"]
+    ours = registry.embed(extractor, extractor.load(), chips.astype(np.float32) / 255)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    np.save(tmp_path / "photo.npy", skimage.data.astronaut())
+    with reference.Peer(os.environ["AFR_PEER_PYTHON"], _PEERS / "mtcnn_driver.py") as other:
+        options = detect.DetectorOptions()
+        _, (faces,) = other_detectors.ask_mtcnn(other, [tmp_path / "photo.npy"], options)
+    np.testing.assert_allclose(faces.landmarks[0], points, atol=2)

@@ -1,0 +1,247 @@
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import jax
+import pytest
+
+from afr_jax.core import distributed
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+_CLUSTER_VARIABLES = ("AFR_", "SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB", "JAX_LOCAL")
+
+_EXPLICIT = {
+    "AFR_COORDINATOR": "10.0.0.1:1234",
+    "AFR_NUM_PROCESSES": "4",
+    "AFR_PROCESS_ID": "2",
+}
+_EXPLICIT_ARGUMENTS = {
+    "coordinator_address": "10.0.0.1:1234",
+    "num_processes": 4,
+    "process_id": 2,
+    "cluster_detection_method": "deactivate",
+}
+_SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+_JOBSET = {
+    "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+    "JOBSET_NAME": "faces",
+    "JOB_COMPLETION_INDEX": "3",
+}
+
+
+@pytest.fixture
+def initialize(monkeypatch):
+    """A `jax.distributed.initialize` that only notes its call, and no cluster variables."""
+    for name in list(os.environ):
+        if name.startswith(_CLUSTER_VARIABLES) or name == "CUDA_VISIBLE_DEVICES":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    with mock.patch.object(jax.distributed, "initialize") as initialize:
+        yield initialize
+
+
+def _set(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {**_EXPLICIT, "AFR_NUM_PROCESSES": "1", "AFR_PROCESS_ID": "0"},
+        {**_SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+        # The batch script itself, and a shell of salloc: no step, so no srun.
+        {name: value for name, value in _SLURM.items() if "STEP" not in name},
+        {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"},
+        {"MEGASCALE_NUM_SLICES": "1"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
+    ],
+)
+def test_no_effect_without_a_cluster(initialize, monkeypatch, variables):
+    _set(monkeypatch, variables)
+    assert distributed.maybe_initialize() is False
+    initialize.assert_not_called()
+
+
+@pytest.mark.parametrize(
+    "variables, arguments",
+    [
+        (_EXPLICIT, _EXPLICIT_ARGUMENTS),
+        ({**_EXPLICIT, **_SLURM}, _EXPLICIT_ARGUMENTS),
+        (
+            {
+                "AFR_COORDINATOR": "10.0.0.1:1234",
+                "AFR_NUM_PROCESSES": "4",
+                "JOB_COMPLETION_INDEX": "2",
+            },
+            _EXPLICIT_ARGUMENTS,
+        ),
+        (_SLURM, {}),
+        ({"TPU_WORKER_HOSTNAMES": "host0,host1", "TPU_WORKER_ID": "1"}, {}),
+        ({"TPU_PROCESS_ADDRESSES": "host0:1,host1:1", "TPU_WORKER_ID": "1"}, {}),
+        ({"MEGASCALE_NUM_SLICES": "2", "TPU_WORKER_HOSTNAMES": "host0"}, {}),
+    ],
+)
+def test_initializes_in_a_cluster(initialize, monkeypatch, variables, arguments):
+    _set(monkeypatch, variables)
+    assert distributed.maybe_initialize() is True
+    initialize.assert_called_once_with(**arguments)
+
+
+def test_initializes_on_a_cloud_tpu_machine(initialize, monkeypatch):
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
+    monkeypatch.setenv("TPU_ML_PLATFORM", "JAX")
+    assert distributed.maybe_initialize() is True
+    initialize.assert_called_once_with()
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_a_jobset_needs_the_kubernetes_package(initialize, monkeypatch, is_installed):
+    _set(monkeypatch, _JOBSET)
+    monkeypatch.setattr(
+        distributed.importlib.util, "find_spec", lambda name: object() if is_installed else None
+    )
+    if is_installed:
+        assert distributed.maybe_initialize() is True
+        initialize.assert_called_once_with()
+    else:
+        with pytest.raises(RuntimeError, match=r"install jax\[k8s\], or set AFR_COORDINATOR"):
+            distributed.maybe_initialize()
+
+
+@pytest.mark.parametrize(
+    "variables, arguments",
+    [
+        # CUDA shows the two GPUs to the process as 0 and 1.
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, {"local_device_ids": [0, 1]}),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-1a,GPU-2b,GPU-3c"}, {"local_device_ids": [0, 1, 2]}),
+        ({"SLURM_GPUS_ON_NODE": "4"}, {"local_device_ids": [0, 1, 2, 3]}),
+        ({"CUDA_VISIBLE_DEVICES": ""}, {}),
+        ({}, {}),
+    ],
+)
+def test_one_process_per_node_drives_all_gpus(initialize, monkeypatch, variables, arguments):
+    _set(monkeypatch, {**_SLURM, **variables})
+    distributed.maybe_initialize(one_process_per_node=True)
+    initialize.assert_called_once_with(**arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"AFR_PROCESS_ID": None}, "missing: AFR_PROCESS_ID"),
+        ({"AFR_COORDINATOR": None}, "missing: AFR_COORDINATOR"),
+        ({"AFR_NUM_PROCESSES": "two"}, "integers"),
+        ({"AFR_PROCESS_ID": "4"}, r"AFR_PROCESS_ID is 4, but must lie in \[0, .* 4\)"),
+        ({"AFR_COORDINATOR": "10.0.0.1"}, "host:port"),
+    ],
+)
+def test_wrong_explicit_variables_are_named(initialize, monkeypatch, change, message):
+    variables = {**_EXPLICIT, **change}
+    _set(monkeypatch, {name: value for name, value in variables.items() if value is not None})
+    with pytest.raises(ValueError, match=message):
+        distributed.maybe_initialize()
+    initialize.assert_not_called()
+
+
+def test_second_call_has_no_effect(initialize, monkeypatch):
+    _set(monkeypatch, _EXPLICIT)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert distributed.maybe_initialize() is True
+    initialize.assert_not_called()
+
+
+def test_a_lone_process_is_primary_and_waits_for_nobody():
+    assert distributed.is_primary()
+    distributed.barrier("alone")
+
+
+_WORKER = """
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+from afr_jax.core import distributed, parallel
+assert distributed.maybe_initialize() and distributed.maybe_initialize()
+
+import numpy as np
+index = jax.process_index()
+mesh = parallel.make_mesh()
+assert mesh.shape == {"data": 4} and jax.local_device_count() == 2
+
+rows = np.arange(12, dtype=np.float32).reshape(4, 3) + 100 * index
+batch = parallel.shard_batch(rows, mesh)
+assert batch.shape == (8, 3)
+np.testing.assert_array_equal(parallel.local_rows(batch), rows)
+total = jax.jit(lambda batch: batch.sum())(batch)
+assert float(total) == 2 * 66 + 1200, total
+
+keys = jax.random.split(jax.random.key(index), 3)
+add_noise = lambda key, scale, row: row + scale * jax.random.normal(key, row.shape)
+expected = jax.vmap(add_noise, (0, None, 0))(keys, 0.5, rows[:3])
+for backend in ("jit", "pmap"):
+    run = parallel.data_parallel(add_noise, mesh, in_axes=(0, None, 0), backend=backend)
+    np.testing.assert_allclose(run(keys, 0.5, rows[:3]), expected, atol=1e-6)
+
+distributed.barrier("end")
+print("primary" if distributed.is_primary() else "secondary", float(total))
+"""
+
+
+def test_two_real_processes_share_one_mesh(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_CLUSTER_VARIABLES) and not name.lower().endswith("_proxy")
+    }
+    environment |= {
+        "PYTHONPATH": str(_ROOT),
+        "AFR_COORDINATOR": f"127.0.0.1:{port}",
+        "AFR_NUM_PROCESSES": "2",
+    }
+    logs = [tmp_path / f"{index}.log" for index in range(2)]
+    workers = []
+    try:
+        for index, log in enumerate(logs):
+            with open(log, "w") as output:
+                workers.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", _WORKER],
+                        env={**environment, "AFR_PROCESS_ID": str(index)},
+                        stdout=output,
+                        stderr=output,
+                    )
+                )
+        codes = _wait_for_all_or_the_first_failure(workers)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    texts = [log.read_text() for log in logs]
+    assert codes == [0, 0], "\n".join(texts)
+    assert [text.splitlines()[-1] for text in texts] == ["primary 1332.0", "secondary 1332.0"]
+
+
+def _wait_for_all_or_the_first_failure(workers, limit_seconds=100):
+    end = time.monotonic() + limit_seconds
+    while time.monotonic() < end:
+        codes = [worker.poll() for worker in workers]
+        if any(codes) or None not in codes:
+            return codes
+        time.sleep(0.1)
+    return codes

@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from afr_jax.data import video
+from afr_jax.methods.patches import print_sheet
+
+
+def _pictures(count, shape=(16, 24)):
+    # Flat colours survive any codec well enough to be told apart.
+    return [np.full((*shape, 3), (20 + 40 * n, 128, 128), np.uint8) for n in range(count)]
+
+
+def _write_gif(path, pictures):
+    first, *rest = [Image.fromarray(one) for one in pictures]
+    first.save(path, save_all=True, append_images=rest, duration=100)
+
+
+def test_gif_frames_in_order_and_evenly_spread(tmp_path):
+    _write_gif(tmp_path / "film.gif", _pictures(5))
+    found = video.read_frames([tmp_path / "film.gif"])
+    assert [frame.name for frame in found.frames] == [f"film_000{n}" for n in range(5)]
+    reds = [frame.pixels[..., 0].mean() for frame in found.frames]
+    np.testing.assert_allclose(reds, [20, 60, 100, 140, 180], atol=6)
+    some = video.read_frames([tmp_path / "film.gif"], max_frames=2)
+    assert [frame.name for frame in some.frames] == ["film_0000", "film_0002"]
+    assert video.spread(7, 3) == [0, 2, 4]
+
+
+def test_films_by_pyav_and_one_that_breaks_off(tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "film.mkv"
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for one in _pictures(6, (48, 64)):
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(one, format="rgb24")))
+        film.mux(stream.encode(None))
+    found = video.read_frames([path])
+    assert len(found.frames) == 6 and not found.skipped
+    assert found.frames[0].pixels.shape == (48, 64, 3)
+    reds = [frame.pixels[..., 0].mean() for frame in found.frames]
+    assert np.all(np.diff(reds) > 20)
+    (tmp_path / "torn.mkv").write_bytes(path.read_bytes()[:60])
+    with pytest.raises(video.VideoError, match="torn.mkv"):
+        video.read_frames([tmp_path / "torn.mkv"])
+
+
+def test_folders_mix_photos_and_films_and_name_what_is_bad(tmp_path):
+    _write_gif(tmp_path / "b.gif", _pictures(2))
+    Image.fromarray(_pictures(1)[0]).save(tmp_path / "a.png")
+    Image.fromarray(_pictures(1, (40, 30))[0]).save(tmp_path / "d.png")
+    (tmp_path / "c.jpg").write_bytes(b"no photo")
+    found = video.read_frames([tmp_path])
+    assert [frame.name for frame in found.frames] == ["a", "b_0000", "b_0001", "d"]
+    assert [name for name, _ in found.skipped] == ["c.jpg"]
+
+
+def test_missing_empty_and_unreadable_paths_are_told_apart(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        video.read_frames([tmp_path / "missing.gif"])
+    with pytest.raises(video.VideoError, match="it is empty"):
+        video.read_frames([tmp_path])
+    (tmp_path / "bad.gif").write_bytes(b"GIF89a and no more")
+    with pytest.raises(video.VideoError, match="bad.gif"):
+        video.read_frames([tmp_path / "bad.gif"])
+    with pytest.raises(ValueError, match="max_frames is 0"):
+        video.read_frames([tmp_path], max_frames=0)
+
+
+def test_the_pdf_page_has_the_size_it_says():
+    patches = {"left": np.zeros((4, 6), np.uint8), "right": np.full((4, 6), 255, np.uint8)}
+    sizes = {"left": (53.0, 47.5), "right": (53.0, 47.5)}
+    data = print_sheet.pdf(patches, sizes, note="for a face (140 mm)")
+    text = data.decode("latin-1")
+    box = text.split("/MediaBox [")[1].split("]")[0].split()
+    np.testing.assert_allclose([float(v) for v in box], [0, 0, 595.2756, 841.8898], atol=1e-3)
+    for number in range(2):
+        words = text.split(f" cm /I{number} Do")[0].rsplit("q ", 1)[1].split()
+        width, _, _, height, left, bottom = (float(word) * 25.4 / 72 for word in words)
+        np.testing.assert_allclose([width, height], [47.5, 53.0], atol=1e-3)
+        assert left > 10 and bottom > 10
+    # The table at the end points at the objects.
+    start = int(text.rsplit("startxref\n", 1)[1].split()[0])
+    assert text[start:].startswith("xref")
+    offsets = [int(line.split()[0]) for line in text[start:].splitlines()[3:] if " 00000 n" in line]
+    for number, offset in enumerate(offsets, 1):
+        assert text[offset:].startswith(f"{number} 0 obj")
+
+
+def test_what_does_not_fit_on_the_page_is_refused():
+    with pytest.raises(ValueError, match="does not fit"):
+        print_sheet.pdf({"big": np.zeros((2, 2), np.uint8)}, {"big": (300.0, 100.0)})

@@ -1,0 +1,207 @@
+"""What is measured on a cloaked photo, against reading and recognising its files again."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from afr_jax.evaluation.attackers import countermeasures
+from afr_jax.evaluation.cloaking import check
+from afr_jax.methods.cloaking import photo_cloaks
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import detect, embed, pipeline
+
+_SIDE = 16
+_POINTS = np.array([[20, 15], [20, 30], [27, 22], [34, 16], [34, 29]], np.float32)
+_OPTIONS = detect.DetectorOptions()
+
+
+class _Dense(nn.Module):
+    """All pixels of the chip, mixed at random."""
+
+    @nn.compact
+    def __call__(self, images):
+        return nn.Dense(4)(images.reshape(len(images), -1))
+
+
+def _extractor(name, threshold):
+    dlib = registry.get("dlib")
+    return registry.Extractor(
+        name=name,
+        module=_Dense(),
+        input_px=_SIDE,
+        template=tuple((y * _SIDE / 150, x * _SIDE / 150) for y, x in dlib.template),
+        input_scale=1.0,
+        input_offset=0.0,
+        embedding_size=4,
+        normalised=False,
+        thresholds=registry.Thresholds(threshold, None, None),
+        load=dlib.load,
+        source="made up",
+        licence="none",
+    )
+
+
+def _variables(seed):
+    return _Dense().init(jax.random.key(seed), jnp.zeros((1, _SIDE, _SIDE, 3)))
+
+
+@pytest.fixture
+def recogniser(monkeypatch):
+    """Two faces, 50 px apart, whose landmarks depend on the pixels; a black corner hides one.
+
+    In a black photo there is none.
+    """
+
+    def detect_faces(variables, pixels, *, options):
+        if not pixels.any():
+            return detect.no_faces()
+        shift = np.array([0.0, 50.0])[:, None] * [0, 1]
+        jitter = pixels.astype(np.float64).mean() % 1
+        faces = detect.Faces(
+            np.array([[10, 10, 40, 40], [10, 60, 40, 90]], np.float32),
+            np.array([0.99, 0.95], np.float32),
+            (_POINTS + shift[:, None] + jitter).astype(np.float32),
+        )
+        return faces if pixels[0, 0].any() else detect.select_faces(faces, np.array([1]))
+
+    monkeypatch.setattr(detect, "detect_faces", detect_faces)
+    # No distance is below the first threshold, and any is below the second.
+    extractors = {"near": _extractor("near", 1e-9), "far": _extractor("far", 1e9)}
+    variables = {name: _variables(seed) for seed, name in enumerate(extractors)}
+    return pipeline.Recogniser({}, _OPTIONS, extractors, variables)
+
+
+@pytest.fixture
+def photo(recogniser):
+    """A photo with its faces, and the same with both faces changed."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(40, 216, (8, 13, 3), np.uint8)
+    pixels = np.asarray(Image.fromarray(coarse).resize((104, 64), Image.Resampling.BICUBIC)).copy()
+    final = pixels.copy()
+    final[5:45, 5:95] += rng.integers(0, 12, (40, 90, 3), np.uint8)
+    faces = detect.detect_faces({}, pixels, options=_OPTIONS)
+    return photo_cloaks.PhotoFaces("p", pixels, False, None, faces), final
+
+
+def _cloaked():
+    boxes = np.array([[10, 10, 40, 40], [10, 60, 40, 90]])
+    regions = np.array([[5, 5, 45, 45], [5, 45, 45, 95]])
+    return [
+        photo_cloaks.CloakedFace(region, box, {"near": 2.0 + number}, 0.001)
+        for number, (region, box) in enumerate(zip(regions, boxes, strict=True))
+    ]
+
+
+def _check(recogniser, photo, final, **options):
+    defaults = {"surrogates": ["near"], "dssim_budget": 0.9, "options": _OPTIONS}
+    return check.check_photo(recogniser, photo, final, _cloaked(), **(defaults | options))
+
+
+def test_verdicts_are_those_of_the_written_files(recogniser, photo, tmp_path):
+    original, final = photo
+    Image.fromarray(original.pixels).save(tmp_path / "original.png")
+    Image.fromarray(final).save(tmp_path / "final.png")
+    Image.fromarray(final).save(tmp_path / "final.jpg", quality=75)  # Pillow's default is 4:2:0.
+    paths = [tmp_path / name for name in ("original.png", "final.png", "final.jpg")]
+    found = list(pipeline.recognise(recogniser, paths, which="all"))
+    records = _check(recogniser, original, final)
+    assert [record["status"] for record in records] == ["cloaked", "cloaked"]
+    for name in ("near", "far"):
+        clean, written, compressed = (item.embeddings[name] for item in found)
+        for number, record in enumerate(records):
+            entry = record["extractors"][name]
+            expected = np.linalg.norm(written[number] - clean[number])
+            assert entry["distance"] == pytest.approx(expected, rel=1e-4)
+            assert expected > 0.01
+            after = np.linalg.norm(compressed[number] - clean[number])
+            # Another decoder's rounding would move it by more.
+            assert entry["after_jpeg75"]["distance"] == pytest.approx(after, rel=1e-4)
+            assert abs(after - expected) > 1e-3
+            assert entry["same_person"] == (name == "far")
+            assert entry["after_jpeg75"]["same_person"] == (name == "far")
+            assert entry["after_jpeg75"]["reason"] is None
+            assert entry["surrogate"] == (name == "near")
+            assert entry["threshold"] == recogniser.extractors[name].threshold
+    before = [
+        r["extractors"][n]["distance_before_budget"] for r in records for n in ("near", "far")
+    ]
+    assert before == [2.0, None, 3.0, None]
+
+
+def test_a_face_lost_to_jpeg_is_said_to_be(recogniser, photo, monkeypatch):
+    original, final = photo
+    whole = _check(recogniser, original, final)
+
+    def convert(name, images):
+        images = images.copy()
+        images[:, 0, 0] = 0  # Hides the first face.
+        return images
+
+    monkeypatch.setattr(countermeasures, "convert", convert)
+    records = _check(recogniser, original, final)
+    lost, kept = (record["extractors"]["near"]["after_jpeg75"] for record in records)
+    reason = "the face was not found again"
+    assert lost == {"distance": None, "same_person": None, "reason": reason}
+    hidden = final.copy()
+    hidden[0, 0] = 0
+    landmarks = detect.detect_faces({}, hidden, options=_OPTIONS).landmarks[0]
+    pairs = [(original.pixels, original.faces.landmarks[1]), (hidden, landmarks)]
+    extractor = recogniser.extractors["near"]
+    clean, again = embed.embed_faces(extractor, recogniser.variables["near"], pairs)
+    assert kept["distance"] == pytest.approx(np.linalg.norm(again - clean), rel=1e-4)
+    assert kept["same_person"] is False
+    for record, one in zip(records, whole, strict=True):
+        assert record["status"] == "cloaked"
+        assert record["extractors"]["near"]["distance"] == one["extractors"]["near"]["distance"]
+
+
+def test_a_face_lost_in_the_written_file_fails(recogniser, photo):
+    original, final = photo
+    records = _check(recogniser, original, np.zeros_like(final))
+    assert [record["status"] for record in records] == ["failed", "failed"]
+    assert all("was not found again in the written photo" in record["reason"] for record in records)
+    assert all(record["extractors"] == {} for record in records)
+
+
+@pytest.mark.parametrize(
+    ("budget", "leak", "reason"),
+    [(1e-6, 0, "exceeds the budget 1e-06"), (0.9, 1, "pixels outside the face regions changed")],
+)
+def test_broken_promises_fail(recogniser, photo, budget, leak, reason):
+    original, final = photo
+    final[-1, -1] += np.uint8(leak)
+    for record in _check(recogniser, original, final, dssim_budget=budget):
+        assert record["status"] == "failed" and reason in record["reason"]
+
+
+def test_judging_again_gives_what_judging_at_once_gives(recogniser, photo):
+    original, final = photo
+    at_once = _check(recogniser, original, final)
+    alone = {"near": recogniser.extractors["near"]}
+    skipped = {"status": "skipped", "reason": "tiny"}
+    first = [*_check(recogniser._replace(extractors=alone), original, final), skipped]
+    assert [list(record["extractors"]) for record in first[:2]] == [["near"], ["near"]]
+    again = check.judge_again(
+        recogniser,
+        original.pixels,
+        original.faces,
+        final,
+        first,
+        surrogates=["near"],
+        options=_OPTIONS,
+    )
+    assert again == [*at_once, skipped]
+
+
+def test_faces_that_are_not_cloaked_say_why():
+    boxes = np.array([[0.4, 0, 9.5, 9], [0, 0, 30, 30], [0, 0, 60, 60]], np.float32)
+    confidences = np.array([0.95, 0.99, 0.5], np.float32)
+    faces = detect.Faces(boxes, confidences, np.zeros((3, 5, 2), np.float32))
+    kept = np.array([False, True, False])
+    small, unsure = check.skipped_faces(faces, kept, min_confidence=0.9)
+    assert small["box"] == [0, 0, 10, 9] and small["detection"] == boxes[0].tolist()
+    assert (small["status"], small["reason"]) == ("skipped", "it is too small to be recognised")
+    assert unsure["reason"] == "confidence 0.50 is below 0.9"

@@ -1,0 +1,144 @@
+"""Countermeasures: conversions against Pillow and arithmetic, mixing by hand, RandAugment."""
+
+import io
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from afr_jax.evaluation.attackers import countermeasures
+from afr_jax.perturb import sign_descent
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Smooth pictures with some noise, uint8 `[4, 32, 32, 3]`."""
+    generator = np.random.default_rng(0)
+    ramp = np.linspace(20, 200, 32)[:, None, None] + np.array([0.0, 20.0, 40.0])
+    return np.clip(ramp + generator.normal(0, 12, (4, 32, 32, 3)), 0, 255).astype(np.uint8)
+
+
+def _equalised(image):
+    """By OpenCV; Pillow's has steps of whole counts, which small images feel."""
+    return np.stack([cv2.equalizeHist(channel) for channel in np.asarray(image).T]).T
+
+
+def test_grey_is_the_luma_in_all_channels(images):
+    grey = countermeasures.convert("grayscale", images)
+    assert (grey == grey[..., :1]).all()
+    luma = images.astype(np.float64) @ [0.299, 0.587, 0.114]
+    assert np.abs(grey[..., 0] - luma).max() <= 1
+
+
+def test_jpeg_is_the_real_codec_and_lower_quality_is_further_away(images):
+    errors = []
+    for quality in (75, 50, 10):
+        made = countermeasures.convert(f"jpeg{quality}", images)
+        buffer = io.BytesIO()
+        Image.fromarray(images[1]).save(buffer, "JPEG", quality=quality, subsampling=2)
+        np.testing.assert_array_equal(made[1], np.asarray(Image.open(buffer)))
+        errors.append(np.abs(made.astype(int) - images).mean())
+    assert errors == sorted(errors) and errors[0] > 0
+
+
+def test_bit_depth_and_blur(images):
+    low = countermeasures.convert("bit_depth", images)
+    assert set(np.unique(low)) <= {0, 85, 170, 255}
+    assert np.abs(low.astype(int) - images).max() <= 43
+    blurred = countermeasures.convert("blur", images)
+    assert (
+        np.diff(blurred.astype(float), axis=2).std() < np.diff(images.astype(float), axis=2).std()
+    )
+    assert countermeasures.convert("none", images) is images
+    with pytest.raises(ValueError, match="sepia"):
+        countermeasures.convert("sepia", images)
+
+
+def test_mixed_images_are_what_their_shares_say():
+    images = jax.random.uniform(jax.random.key(0), (6, 8, 8, 3))
+    mixed = countermeasures.mixup(jax.random.key(1), images)
+    share = np.asarray(mixed.share).reshape(-1, 1, 1, 1)
+    by_hand = share * np.asarray(images) + (1 - share) * np.asarray(images)[mixed.other]
+    np.testing.assert_allclose(mixed.images, by_hand, atol=1e-6)
+    assert sorted(np.asarray(mixed.other)) == list(range(6)) and 0 <= share.min() <= 1
+
+
+def test_cutmix_pastes_one_rectangle_and_counts_its_area():
+    images = jnp.arange(6.0).reshape(6, 1, 1, 1) * jnp.ones((6, 16, 16, 3)) / 6
+    seen = []
+    for seed in range(12):
+        mixed = countermeasures.cutmix(jax.random.key(seed), images)
+        source = np.asarray(images)[:, 0, 0, 0]
+        values = np.asarray(mixed.images)
+        moved = np.flatnonzero(np.asarray(mixed.other) != np.arange(6))
+        for row in moved:
+            own = np.isclose(values[row, ..., 0], source[row])
+            np.testing.assert_allclose(own.mean(), mixed.share[row], atol=1e-6)
+            other = ~own
+            assert np.isclose(values[row][other], source[mixed.other[row]]).all()
+            rows, columns = np.flatnonzero(other.any(1)), np.flatnonzero(other.any(0))
+            assert other.sum() == len(rows) * len(columns)
+        seen.append(float(mixed.share[0]))
+    assert 1.0 in seen and len(set(seen)) > 3
+
+
+@pytest.mark.parametrize(
+    "index, pillow_fn, tolerance",
+    [
+        (1, ImageOps.autocontrast, 1),
+        (2, _equalised, 0),
+        (4, lambda image: ImageOps.solarize(image, 179), 0),
+        (5, lambda image: ImageOps.posterize(image, 7), 0),
+    ],
+    ids=["autocontrast", "equalise", "solarise", "posterise"],
+)
+def test_operations_do_what_others_do(images, index, pillow_fn, tolerance):
+    """At magnitude 0.3: solarise from 0.7 on (178.5), 7 bits."""
+    operation = countermeasures._operations(0.3)[index]
+    made = np.asarray(operation(jnp.asarray(images[0], jnp.float32) / 255, jnp.ones(()))) * 255
+    expected = np.asarray(pillow_fn(Image.fromarray(images[0]))).astype(np.float64)
+    assert np.abs(made - expected).max() <= tolerance + 0.51
+
+
+def test_geometry_moves_by_what_it_says():
+    image = jnp.zeros((32, 32, 3)).at[10:20, 12:22].set(1.0)
+    rotate, shift = (countermeasures._operations(0.3)[i] for i in (3, 12))
+    moved = np.asarray(shift(image, jnp.ones(())))
+    # 0.3 x 10 px to the left: the place is sampled at column + 3.
+    np.testing.assert_allclose(moved[:, :29], np.asarray(image)[:, 3:], atol=1e-5)
+    there = rotate(image, jnp.ones(()))
+    back = np.asarray(rotate(there, -jnp.ones(())))
+    assert (
+        np.abs(back[13:17, 15:19] - 1).max() < 1e-5
+        and np.abs(np.asarray(there) - image).max() > 0.1
+    )
+
+
+def test_randaugment_stays_in_range_and_depends_on_its_key(images):
+    image = jnp.asarray(images[0], jnp.float32) / 255
+    augment_fn = jax.jit(jax.vmap(countermeasures.randaugment, in_axes=(0, None)))
+    keys = jax.random.split(jax.random.key(0), 16)
+    made = np.asarray(augment_fn(keys, image))
+    np.testing.assert_array_equal(made, augment_fn(keys, image))
+    assert made.min() >= -1e-6 and made.max() <= 1 + 1e-6 and np.isfinite(made).all()
+    assert len({array.tobytes() for array in made}) > 8
+
+
+def test_adversarial_images_raise_the_loss_within_the_ball():
+    weights = jax.random.normal(jax.random.key(2), (8, 8, 3))
+    images = jax.random.uniform(jax.random.key(3), (3, 8, 8, 3))
+
+    def loss_fn(shown):
+        return jnp.sum(shown * weights[None])
+
+    made = sign_descent.adversarial(
+        jax.random.key(4), loss_fn, images, limit=8 / 255, step_size=2 / 255, num_steps=10
+    )
+    change = np.asarray(made - images)
+    assert np.abs(change).max() <= 8 / 255 + 1e-6
+    # A linear loss: ten steps of 2 reach the corner of the ball from anywhere in it.
+    best = np.clip(np.asarray(images) + np.sign(np.asarray(weights)) * 8 / 255, 0, 1)
+    np.testing.assert_allclose(made, best, atol=1e-6)

@@ -1,0 +1,416 @@
+"""Splits, leaks and scores on made-up embeddings; protected photos on disk, cut and resumed."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from afr_jax.data import identities
+from afr_jax.evaluation.attackers import trackers
+from afr_jax.evaluation.cloaking import methods as cloaking_methods
+from afr_jax.evaluation.cloaking import photos, pictures, plots, scores
+from afr_jax.evaluation.cloaking import split as cloaking_split
+from afr_jax.evaluation.cloaking import study as cloaking_study
+from afr_jax.evaluation.cloaking import views as cloaking_views
+from afr_jax.evaluation.cloaking.methods import Cell
+from afr_jax.evaluation.metrics import intervals
+from afr_jax.methods.cloaking import photo_cloaks
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import align, detect
+
+_DLIB = registry.get("dlib")
+
+
+def _listing(counts):
+    samples = [
+        identities.Sample(f"{name}/{i}.png", name, pathlib.Path(f"/x/{name}/{i}.png"))
+        for name, count in counts.items()
+        for i in range(count)
+    ]
+    return identities.Listing(tuple(sorted(samples, key=lambda s: s.sample_id)))
+
+
+def _choose(counts, **options):
+    defaults = {"num_people": 2, "num_published": 3, "num_probes": 2, "num_gallery_people": 3}
+    options = {**defaults, "num_gallery_photos": 2, "seed": 0, **options}
+    return cloaking_split.choose(_listing(counts), **options)
+
+
+def test_split_takes_each_photo_once_and_those_with_enough():
+    counts = {"a": 5, "b": 9, "c": 1, "d": 4, "e": 7, "f": 2, "g": 1}
+    split = _choose(counts)
+    assert {person.identity for person in split.protected} <= {"a", "b", "e"}
+    assert [len(p.published) for p in split.protected] == [3, 3]
+    assert [len(p.probes) for p in split.protected] == [2, 2]
+    samples = [*split.published, *split.probes, *split.gallery]
+    assert len({sample.sample_id for sample in samples}) == len(samples)
+    owners = {sample.identity for sample in split.gallery}
+    # Those with two photos come before those with one.
+    assert len(owners) == 3 and owners <= {"a", "b", "d", "e", "f"} and len(split.gallery) == 6
+    assert not owners & {person.identity for person in split.protected}
+    assert split == _choose(counts) != _choose(counts, seed=1)
+    np.testing.assert_array_equal(
+        np.array(split.identities)[split.labels(split.probes)],
+        [sample.identity for sample in split.probes],
+    )
+
+
+def test_split_divides_half_and_half_where_photos_are_few():
+    split = _choose({"a": 4, "b": 3, "c": 1, "d": 1, "e": 1})
+    assert [(len(p.published), len(p.probes)) for p in split.protected] == [(2, 2), (1, 2)]
+    with pytest.raises(ValueError, match="2 such people to protect"):
+        _choose({"a": 4, "b": 1, "c": 1, "d": 1, "e": 1})
+    with pytest.raises(ValueError, match="3 others to enrol"):
+        _choose({"a": 4, "b": 4, "c": 1, "d": 1})
+
+
+def test_unreadable_photos_are_drawn_again(tmp_path):
+    cloaking_split.make_up(tmp_path, num_people=4, num_photos=3, side=32)
+    (tmp_path / "person_01" / "1.png").write_bytes(b"no photo")
+    listing = identities.list_tree(tmp_path)
+    options = {"num_people": 1, "num_published": 1, "num_probes": 1, "num_gallery_people": 3}
+    split, rest = cloaking_split.choose_readable(listing, num_gallery_photos=3, **options)
+    drawn = {s.sample_id for s in (*split.published, *split.probes, *split.gallery)}
+    assert "person_01/1.png" not in drawn and len(rest.problems) == 1 and len(split.gallery) >= 8
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 1.0])
+def test_leaks_are_the_share_and_spread(share):
+    leaked = scores.leaked_photos(20, share)
+    assert leaked.sum() == round(20 * share)
+    halves = leaked.reshape(2, 10).sum(axis=1)
+    assert abs(halves[0] - halves[1]) <= 1
+
+
+def _views(rng, labels, centres, spread=0.3):
+    vectors = centres[labels] + spread * rng.normal(size=(len(labels), centres.shape[1]))
+    found = np.ones(len(labels), bool)
+    return cloaking_views.Views(
+        found, vectors.astype(np.float32), np.zeros((len(labels), 5, 2), np.float32)
+    )
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """Four protected people and six others; one published photo and one probe have no face."""
+    names = [f"p{i}" for i in range(10)]
+    split = _choose(
+        {name: 6 if i < 4 else 2 for i, name in enumerate(names)},
+        num_people=4,
+        num_published=4,
+        num_gallery_people=6,
+    )
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(10, 5))
+    views = [
+        _views(rng, split.labels(samples), centres)
+        for samples in (split.published, split.probes, list(split.gallery))
+    ]
+    views[0].found[5] = views[1].found[3] = False
+    return scores.make_scene(split, "dlib", _DLIB, *views)
+
+
+@pytest.fixture(scope="module")
+def cloaked(scene):
+    """Published photos moved about: some near, some far, the last person's without any face."""
+    rng = np.random.default_rng(1)
+    shift = rng.normal(size=scene.published.vectors.shape) * np.repeat([0.1, 0.8, 2, 3], 4)[:, None]
+    found = scene.published.found.copy()
+    found[12:] = False
+    return scene.published._replace(
+        vectors=(scene.published.vectors + shift).astype(np.float32), found=found
+    )
+
+
+def _brute_force(scene, cloaked, leak):
+    """Answers of the nearest-neighbour trackers and ranks, probe by probe."""
+    split = scene.split
+    leaked = scores.leaked_photos(len(split.published), leak)
+    answers, limited, ranks, own_distances = [], [], [], []
+    for number, probe in enumerate(split.probes):
+        enrolled = []
+        for i, sample in enumerate(split.published):
+            clean = sample.identity != probe.identity or leaked[i]
+            source = scene.published if clean else cloaked
+            if source.found[i]:
+                enrolled.append((sample.identity, source.vectors[i]))
+        for i, sample in enumerate(split.gallery):
+            enrolled.append((sample.identity, scene.gallery.vectors[i]))
+        people = {}
+        if scene.probes.found[number]:
+            for name, vector in enrolled:
+                apart = np.linalg.norm(np.float64(vector) - scene.probes.vectors[number])
+                people[name] = min(people.get(name, np.inf), apart)
+        order = sorted(people, key=people.get)
+        known = probe.identity in people
+        answers.append(order[0] if order else None)
+        limited.append(order[0] if order and people[order[0]] < 0.6 else None)
+        ranks.append(order.index(probe.identity) + 1 if known else len(split.identities) + 1)
+        if known:
+            own_distances.append(people[probe.identity])
+    return answers, limited, ranks, own_distances
+
+
+@pytest.mark.parametrize("leak", [0.0, 0.25])
+def test_scores_by_brute_force(scene, cloaked, leak):
+    rows = {row["tracker"]: row for row in scores.score(scene, cloaked, leak=leak)}
+    assert tuple(rows) == trackers.KINDS
+    answers, limited, ranks, own = _brute_force(scene, cloaked, leak)
+    truth = [probe.identity for probe in scene.split.probes]
+    for kind, given in (("nearest", answers), ("nearest_threshold", limited)):
+        missed = np.array([a != t for a, t in zip(given, truth, strict=True)], float)
+        assert rows[kind]["protection"] == missed.mean()
+        assert (rows[kind]["low"], rows[kind]["high"]) == intervals.grouped_interval(missed, truth)
+        assert rows[kind]["people"] == 4 and rows[kind]["probes"] == 8
+    assert 0 < rows["nearest"]["protection"] < rows["nearest_threshold"]["protection"] <= 1
+    nearest = rows["nearest"]
+    assert nearest["rank_median"] == np.median(ranks)
+    assert nearest["rank_1"] == np.mean(np.array(ranks) <= 1)
+    assert nearest["rank_5"] == np.mean(np.array(ranks) <= 5)
+    np.testing.assert_allclose(nearest["own_distance"][2], np.median(own), rtol=1e-5)
+    # Of the 16 one has no face clean, four have none any more; leaked are photos 3, 7, 11, 15.
+    assert nearest["leaked"] == 16 * leak
+    assert nearest["not_found"] == (4 if leak else 5)
+    assert nearest["enrolled"] + nearest["not_found"] == 16
+
+
+def test_clean_photos_are_told_apart_and_leaks_of_all_are_clean(scene, cloaked):
+    clean = scores.score(scene, scene.published)
+    # One probe of eight has no face; five dimensions are few for ten people.
+    assert all(row["protection"] <= 0.4 for row in clean if row["tracker"] != "nearest_threshold")
+    leaked = scores.score(scene, cloaked, leak=1.0)
+    for one, other in zip(clean, leaked, strict=True):
+        assert {**one, "leaked": 16} == {**other, "leaked": 16}
+
+
+def test_top_matches_are_those_of_the_nearest_tracker(scene, cloaked):
+    found = scores.top_matches(scene, cloaked)
+    answers, limited, ranks, _ = _brute_force(scene, cloaked, 0.0)
+    seen = [i for i in range(8) if scene.probes.found[i]]
+    assert [row["identity"] for row in found] == [answers[i] for i in seen]
+    assert [row["matched"] for row in found] == [int(limited[i] is not None) for i in seen]
+    assert [row["person_rank"] for row in found] == [ranks[i] for i in seen]
+    assert set(found[0]) == set(cloaking_study.MATCH_COLUMNS)
+    assert all(row["image"].startswith(row["identity"]) for row in found)
+
+
+def test_pictures_are_drawn_of_transfer_cells(scene, cloaked, tmp_path):
+    cells = [Cell("none"), Cell("noise", (), 0.007)]
+    cells += [
+        Cell("fawkes", names, budget)
+        for names in (("dlib",), ("facenet_casia", "mobilefacenet"), ("dlib", "mobilefacenet"))
+        for budget in (0.004, 0.007, 0.012)
+    ]
+    shown = pictures.shown_cells(cells, ["dlib", "facenet_casia"])
+    assert shown["dlib"] == Cell("fawkes", ("facenet_casia", "mobilefacenet"), 0.007)
+    assert shown["facenet_casia"] == Cell("fawkes", ("dlib", "mobilefacenet"), 0.007)
+    assert pictures.shown_cells(cells[:2], ["dlib"])["dlib"] == cells[1]
+    study = cloaking_study.Study(scene.split, None, {"dlib": scene})
+    pictures.draw(study, {"dlib": (shown["dlib"], {"dlib": cloaked})}, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"embeddings.png", "distances.png"}
+
+
+def test_principal_components_against_the_covariance():
+    vectors = np.random.default_rng(0).normal(size=(40, 6)) * [5, 3, 1, 1, 1, 1]
+    found = plots.principal_components(vectors)(vectors)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    values = np.linalg.eigvalsh(np.cov(unit.T))[::-1]
+    np.testing.assert_allclose(np.var(found, axis=0, ddof=1), values[:2], rtol=1e-9)
+
+
+def test_sets_of_surrogates_and_cells():
+    trackers_ = ["dlib", "facenet_casia", "out/robust", "mobilefacenet"]
+    sets = photos.surrogate_sets(["leave_one_out", "all", "dlib+out/robust"], trackers_)
+    assert sets == (
+        ("facenet_casia", "mobilefacenet"),
+        ("dlib", "mobilefacenet"),
+        ("dlib", "facenet_casia"),
+        ("dlib", "facenet_casia", "mobilefacenet"),
+        ("dlib", "out/robust"),
+    )
+    # One set under two names is one set.
+    assert len(photos.surrogate_sets(["all", "openface+dlib"], ["dlib", "openface"])) == 1
+    for wrong in (["dlib+dlib"], ["dlib+"], [""]):
+        with pytest.raises(ValueError, match="each once"):
+            photos.surrogate_sets(wrong, trackers_)
+    with pytest.raises(ValueError, match="two trackers"):
+        photos.surrogate_sets(["leave_one_out"], ["dlib"])
+    cells = photos.cells_of(["fawkes", "none", "noise"], sets[3:], [0.004, 0.012])
+    assert [cell.name for cell in cells] == [
+        "none",
+        "noise-0.004",
+        "noise-0.012",
+        "fawkes-dlib+facenet_casia+mobilefacenet-0.004",
+        "fawkes-dlib+facenet_casia+mobilefacenet-0.012",
+        "fawkes-dlib+robust-0.004",
+        "fawkes-dlib+robust-0.012",
+    ]
+
+
+def test_a_method_may_have_a_budget_of_its_own():
+    methods = ["lowkey@0.007", "none", "lowkey@0.007"]
+    cells = photos.cells_of(methods, [("dlib",)], [0.004, 0.012])
+    assert [cell.name for cell in cells] == ["none", "lowkey-dlib-0.007"]
+    for wrong in ("lowkey@0", "lowkey@high", "magic"):
+        with pytest.raises(ValueError):
+            photos.cells_of([wrong], [("dlib",)], [0.004])
+
+
+def test_half_size_averages_and_the_others_are_the_conversions():
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 14, 3)).astype(np.uint8)
+    half = cloaking_views.convert("half_size", pixels)
+    expected = pixels.reshape(5, 2, 7, 2, 3).mean(axis=(1, 3))
+    # Pillow rounds after either axis.
+    assert half.shape == (5, 7, 3) and np.abs(half - expected).max() <= 1
+    grey = cloaking_views.convert("grayscale", pixels)
+    assert np.ptp(grey, axis=-1).max() == 0
+    np.testing.assert_array_equal(cloaking_views.convert("none", pixels), pixels)
+    with pytest.raises(ValueError, match="no countermeasure 'sepia'"):
+        cloaking_views.convert("sepia", pixels)
+
+
+def _face(centre=(60, 60), size=56.0):
+    points = [(-0.2, -0.2), (-0.2, 0.2), (0.02, 0.0), (0.2, -0.17), (0.2, 0.17)]
+    landmarks = np.array([[centre[0] + a * size, centre[1] + b * size] for a, b in points])
+    box = [centre[0] - size / 2, centre[1] - size / 2, centre[0] + size / 2, centre[1] + size / 2]
+    return detect.Faces(np.array([box], np.float32), np.ones(1, np.float32), landmarks[None])
+
+
+def _photo(**fields):
+    pixels = np.asarray(skimage.data.astronaut()[40:180, 150:290])
+    return photo_cloaks.PhotoFaces("photo", pixels, False, None, _face())._replace(**fields)
+
+
+@pytest.mark.parametrize("budget", [0.004, 0.012])
+def test_noise_is_as_much_as_the_budget_allows(budget):
+    photo = _photo()
+    pixels, (face,) = cloaking_methods.add_noise(photo, [_DLIB], budget)
+    measured = photo_cloaks.face_dssim(photo.pixels, pixels, face.region, face.box)
+    assert face.dssim == measured and 0.99 * budget <= measured <= budget
+    y0, x0, y1, x1 = face.region
+    changed = np.any(pixels != photo.pixels, axis=-1)
+    assert changed[y0:y1, x0:x1].mean() > 0.8
+    changed[y0:y1, x0:x1] = False
+    assert not changed.any()
+    again, _ = cloaking_methods.add_noise(photo, [_DLIB], budget)
+    np.testing.assert_array_equal(pixels, again)
+    other, _ = cloaking_methods.add_noise(photo._replace(name="other"), [_DLIB], budget)
+    assert np.any(other != pixels)
+
+
+def test_noise_keeps_grey_photos_grey_and_transparent_pixels():
+    grey = np.repeat(_photo().pixels[:, :, :1], 3, axis=2)
+    visible = np.ones(grey.shape[:2], bool)
+    visible[:, 60:] = False
+    photo = _photo(pixels=grey, grey=True, visible=visible)
+    pixels, _ = cloaking_methods.add_noise(photo, [_DLIB], 0.007)
+    assert np.ptp(pixels, axis=-1).max() == 0 and np.any(pixels != grey)
+    np.testing.assert_array_equal(pixels[:, 60:], grey[:, 60:])
+
+
+class _Package:
+    """Stands in for PyPI fawkes: adds a pattern to every chip."""
+
+    def __init__(self):
+        self.calls = []
+
+    def call(self, command, *, chips, output, **options):
+        self.calls.append((command, options))
+        images = np.load(chips).astype(np.int32)
+        rows = np.arange(150)[None, :, None, None]
+        images = images + np.round(20 * np.sin(rows / 8)).astype(np.int32)
+        np.save(output, np.clip(images, 0, 255).astype(np.uint8))
+
+
+def test_the_package_s_change_comes_back_through_the_warp(tmp_path):
+    photo = _photo(pixels=np.full((140, 140, 3), 128, np.uint8))
+    package = _Package()
+    ((pixels, (face,)),) = cloaking_methods.cloak_by_package(
+        package, tmp_path, [photo], _DLIB, 0.007, num_steps=9, seed=3
+    )
+    ((command, options),) = package.calls
+    assert command == "cloak" and options["steps"] == 9 and options["dssim"] == 0.007
+    assert 0.98 * 0.007 <= face.dssim <= 0.007
+    # Seen through the chip again it is the pattern, but for a factor, the grid and its rounding.
+    transform = align.chip_transform(_DLIB, photo.faces.landmarks[0])
+    change = jnp.asarray(pixels.astype(np.float32) - 128)
+    seen = jax.jit(align.warp, static_argnames="size")(change, jnp.asarray(transform), size=150)
+    seen = np.asarray(seen)[10:140, 10:140, 0]
+    pattern = np.sin(np.arange(150) / 8)[10:140]
+    factor = seen.mean(axis=1) @ pattern / (pattern @ pattern)
+    assert factor > 1
+    np.testing.assert_allclose(seen / factor, np.tile(pattern[:, None], 130), atol=0.25)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Seven photos of 64 px; the detector finds a face unless a photo is black."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for number in range(7):
+        path = tmp_path / "in" / "p" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (64, 64, 3)).astype(np.uint8) * (number != 4)
+        Image.fromarray(pixels).save(path)
+        samples.append(identities.Sample(f"p/{number}.png", "p", path))
+    sizes = {2: 16.0}
+
+    def find(variables, pixels, *, options=None):
+        is_small = np.array_equal(pixels, np.asarray(Image.open(samples[2].path)))
+        return (
+            _face((32, 32), sizes[2] if is_small else 30.0) if pixels.any() else detect.no_faces()
+        )
+
+    monkeypatch.setattr(detect, "detect_faces", find)
+    return tmp_path, samples
+
+
+def _protect(calls, fail_at=None):
+    def protect(faces):
+        if len(calls) == fail_at:
+            raise KeyboardInterrupt
+        calls.append([face.name for face in faces])
+        # The bytes depend on the group, as those of a batch may.
+        values = [(face.pixels // 2 + len(faces)).astype(np.uint8) for face in faces]
+        region = np.array([0, 0, 64, 64])
+        return [(v, [photo_cloaks.CloakedFace(region, region, {}, 0.005)]) for v in values]
+
+    return protect
+
+
+def _bytes(root):
+    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_a_killed_run_goes_on_group_by_group_with_the_same_bytes(folder):
+    root, samples = folder
+    straight, cut, calls = [], [], []
+
+    def write(name, protect_fn):
+        return photos.write_photos(root / name, samples, {}, protect_fn, group=3)
+
+    paths, records = write("straight", _protect(straight))
+    assert straight == [["p/0.png", "p/1.png"], ["p/3.png", "p/5.png"], ["p/6.png"]]
+    with pytest.raises(KeyboardInterrupt):
+        write("cut", _protect(cut, fail_at=1))
+    (root / "cut/photos/p/1.png.png").unlink()
+    written = write("cut", _protect(calls))
+    # The first group lost a photo and is done as a whole again.
+    assert cut + calls == [straight[0], *straight]
+    assert _bytes(root / "cut") == _bytes(root / "straight")
+    assert [path.name for path in paths] == [f"{i}.png.png" for i in range(7)]
+    problems = [record["problem"] for record in records]
+    assert problems[4] == "no face was found" and "too small" in problems[2]
+    assert [p is None for p in problems] == [True, True, False, True, False, True, True]
+    assert records == written[1] and records[0]["dssim"] == 0.005
+    for number in (2, 4):  # Written as they are.
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(paths[number])), np.asarray(Image.open(samples[number].path))
+        )
+    again = []
+    write("straight", _protect(again))
+    assert not again

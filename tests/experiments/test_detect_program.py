@@ -1,0 +1,173 @@
+"""The detect program from the outside: statuses, boxes, drawings, wrong usage."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# Runs the program with a detector that needs no compilation: one face in every photo, but a photo
+# of 40 rows breaks it. Prints what happens to each command line.
+_DRIVER = """
+import json, sys
+import numpy as np
+from absl import flags
+from absl.testing import flagsaver
+from afr_jax.core import program
+from afr_jax.recognition import detect as detector
+from experiments import detect
+
+def detect_faces(variables, pixels, *, options):
+    if len(pixels) == 40:
+        raise ZeroDivisionError("odd")
+    points = np.zeros((1, 5, 2), np.float32)
+    return detector.Faces(np.array([[1, 2, 9, 8]], np.float32), np.ones(1, np.float32), points)
+
+detector.detect_faces = detect_faces
+program.define_flags()
+flags.FLAGS(["detect"])
+for line in json.loads(sys.argv[1]):
+    with flagsaver.flagsaver():
+        flags.FLAGS(["detect", *line])
+        try:
+            print(json.dumps(detect.detect_program()))
+        except program.UsageError as error:
+            print(json.dumps(str(error)))
+"""
+
+
+def _call(*command):
+    return subprocess.run(
+        [sys.executable, *command], cwd=_ROOT, env=os.environ, capture_output=True, text=True
+    )
+
+
+def _drive(*lines):
+    done = _call("-c", _DRIVER, json.dumps([[str(flag) for flag in line] for line in lines]))
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A face, no face, no photo, half a photo; the outputs go below the same folder."""
+    folder = tmp_path_factory.mktemp("photos")
+    portrait = Image.fromarray(skimage.data.astronaut()[:256, 96:352])
+    (folder / "wörk").mkdir()
+    portrait.save(folder / "wörk" / "face.jpg", quality=95)
+    Image.new("RGB", (64, 48), (90, 120, 200)).save(folder / "sky.png")
+    (folder / "notes.txt").write_text("no photo")
+    (folder / "half.jpg").write_bytes((folder / "wörk" / "face.jpg").read_bytes()[:2000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(photos):
+    """Two runs with the same flags: (process, bytes of faces.json) each."""
+    results = []
+    for _ in range(2):
+        flags = [f"--images={photos}", f"--output_dir={photos / 'out'}", "--toy", "--draw"]
+        done = _call("-m", "experiments.detect", *flags)
+        results.append((done, (photos / "out" / "faces.json").read_bytes()))
+    return results
+
+
+def test_every_file_gets_its_status_and_the_result_names_the_bad_ones(runs):
+    done, data = runs[0]
+    records = {record["image"]: record for record in json.loads(data)["images"]}
+    assert {name: record["status"] for name, record in records.items()} == {
+        "wörk/face.jpg": "ok",
+        "sky.png": "no_face",
+        "notes.txt": "unreadable",
+        "half.jpg": "unreadable",
+    }
+    assert records["sky.png"]["reason"] is None and records["sky.png"]["faces"] == []
+    assert "not a photo" in records["notes.txt"]["reason"]
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.count("\n") == 1
+    result = json.loads(done.stdout)
+    assert (result["num_images"], result["num_faces"]) == (4, 1)
+    assert sorted(item["image"] for item in result["not_handled"]) == ["half.jpg", "notes.txt"]
+
+
+def test_box_and_landmarks_lie_on_the_face(runs):
+    report = json.loads(runs[0][1])
+    (face,) = next(r for r in report["images"] if r["image"] == "wörk/face.jpg")["faces"]
+    y0, x0, y1, x1 = face["box"]
+    assert face["confidence"] > 0.9
+    points = np.array(face["landmarks"])
+    assert points.shape == (5, 2)
+    # Eyes, nose and mouth corners of the portrait as a person marks them, (y, x).
+    marked = np.array([[100, 107], [101, 149], [126, 129], [138, 106], [139, 148]])
+    assert np.abs(points - marked).max() < 8
+    assert (points > [y0, x0]).all() and (points < [y1, x1]).all()
+    assert report["settings"]["min_face_px"] == 80
+
+
+def test_a_second_run_writes_the_same_and_does_not_look_at_its_own_files(runs):
+    assert runs[0][1] == runs[1][1]
+    assert runs[1][0].returncode == 3
+
+
+def test_drawings_show_the_face_and_leave_the_rest(runs, photos):
+    del runs
+    drawn = np.asarray(Image.open(photos / "out" / "wörk" / "face_faces.jpg").convert("RGB"))
+    source = np.asarray(Image.open(photos / "wörk" / "face.jpg"))
+    change = np.abs(drawn.astype(int) - source).max(axis=-1)
+    assert drawn.shape == source.shape
+    assert change.max() > 100
+    assert (change > 60).mean() < 0.05
+    assert (photos / "out" / "sky_faces.jpg").exists()
+    assert not (photos / "out" / "half_faces.jpg").exists()
+
+
+def test_a_photo_that_breaks_the_detector_does_not_stop_the_others(tmp_path):
+    for name, rows in (("a", 30), ("b", 40), ("c", 50)):
+        Image.new("RGB", (30, rows)).save(tmp_path / f"{name}.png")
+    ((result, code),) = _drive([f"--images={tmp_path}", f"--output_dir={tmp_path / 'out'}"])
+    assert code == 3
+    assert result["summary"] == {"ok": 2, "no_face": 0, "unreadable": 0, "failed": 1}
+    assert result["not_handled"][0]["reason"] == "ZeroDivisionError: odd"
+    images = json.loads((tmp_path / "out" / "faces.json").read_text())["images"]
+    assert [record["status"] for record in images] == ["ok", "failed", "ok"]
+    assert images[0]["faces"] == [
+        {"box": [1.0, 2.0, 9.0, 8.0], "confidence": 1.0, "landmarks": [[0.0, 0.0]] * 5}
+    ]
+
+
+def test_defaults_namesakes_and_wrong_usage(tmp_path):
+    for folder in ("one", "two", "empty"):
+        (tmp_path / folder).mkdir()
+    for folder in ("one", "two"):
+        Image.new("RGB", (30, 30)).save(tmp_path / folder / "a.png")
+    out = f"--output_dir={tmp_path / 'out'}"
+    one, two = tmp_path / "one", tmp_path / "two"
+    (portrait, code), (_, again), *messages = _drive(
+        [out, f"--workdir={tmp_path / 'work'}"],
+        [out, f"--images={one},{two}"],
+        [out, f"--images={tmp_path / 'missing'}"],
+        [out, f"--images={tmp_path / 'empty'}"],
+        [out, "--thresholds=0.6,0.7"],
+        [out, "--thresholds=0.6,0.7,much"],
+        [out, "--min_face_px=3"],
+        [out, "--scale_factor=1"],
+        [f"--output_dir={one}", f"--images={one}", "--draw"],
+        [f"--output_dir={one / 'a.png'}", f"--images={two}"],
+    )
+    assert (code, again) == (0, 0)
+    assert portrait["num_images"] == 1
+    assert json.loads((tmp_path / "work" / "result.json").read_text()) == portrait
+    images = json.loads((tmp_path / "out" / "faces.json").read_text())["images"]
+    assert [record["image"] for record in images] == [
+        (folder / "a.png").as_posix() for folder in (one, two)
+    ]
+    parts = ["missing", "holds no files", "thresholds", "much", "min_face_px", "scale_factor"]
+    for message, part in zip(messages, [*parts, "--draw", "a.png"], strict=True):
+        assert part in message

@@ -1,0 +1,219 @@
+"""The enroll and match programs from the outside: galleries, statuses, kills, matches."""
+
+import csv
+import os
+import subprocess
+
+import numpy as np
+import programs
+import pytest
+import skimage.data
+from PIL import Image
+
+from afr_jax.recognition import database
+
+_PERSON = 'Eileen O\'Collins, "Zoë"; DROP'
+
+# Four photos a transaction, and time to be killed between them.
+_SETUP = (
+    programs.STAND_INS
+    + """
+import time
+from afr_jax.recognition import pipeline
+
+def embed_slowly(*arguments):
+    time.sleep(0.2)
+    return embed_faces(*arguments)
+
+embed.embed_faces = embed_slowly
+program._GROUP = pipeline._GROUP = 4
+print("ready", file=sys.stderr, flush=True)
+"""
+)
+
+
+def _enroll(*flags):
+    """Result and exit code."""
+    (answer,) = programs.drive("enroll.enroll_program", flags, setup=_SETUP)
+    return answer[1], answer[0]
+
+
+@pytest.fixture
+def gallery(tmp_path):
+    for person in range(5):
+        for number in range(4):
+            programs.save_photo(
+                tmp_path / "gallery" / f"p{person}" / f"{number}.png", (person, number, 9)
+            )
+    return tmp_path / "gallery"
+
+
+def _rows(folder):
+    opened = database.open_database(folder)
+    entries = opened.entries()
+    return {
+        image: (identity, tuple(vector[:3]))
+        for image, identity, vector in zip(
+            entries.images, entries.identities, entries.vectors, strict=True
+        )
+    }
+
+
+def _expected(gallery):
+    return {
+        f"p{person}/{number}.png": (f"p{person}", (person, number, 9))
+        for person in range(5)
+        for number in range(4)
+    }
+
+
+def test_new_changed_gone_and_replaced_photos(gallery, tmp_path):
+    flags = [f"--gallery={gallery}", f"--database={tmp_path / 'db'}"]
+    code, result = _enroll(*flags)
+    assert (code, result["added"], result["unchanged"]) == (0, 20, 0)
+    assert _rows(tmp_path / "db") == _expected(gallery)
+    # One more, one changed, one that has no face now, one removed, one unreadable.
+    programs.save_photo(gallery / "p9" / "new.png", (9, 9, 9))
+    programs.save_photo(gallery / "p0" / "1.png", (77, 1, 9))
+    programs.save_photo(gallery / "p0" / "2.png", (0, 0, 0))
+    (gallery / "p1" / "3.png").unlink()
+    (gallery / "p2" / "broken.jpg").write_bytes(b"\xff\xd8\xff nonsense")
+    programs.save_photo(gallery / "unknown" / "x.png", (5, 5, 5))
+    latin = os.fsdecode(b"p2/caf\xe9.png")
+    programs.save_photo(gallery / latin, (5, 5, 5))
+    code, result = _enroll(*flags)
+    assert code == 3
+    assert (result["added"], result["changed"], result["unchanged"]) == (1, 1, 17)
+    assert {item["image"]: item["reason"][:12] for item in result["not_handled"]} == {
+        "p0/2.png": "no face was ",
+        "p2/broken.jpg": "the JPEG fil",
+        "unknown/x.png": "nobody may b",
+        latin: "the name is ",
+    }
+    rows = _expected(gallery) | {"p9/new.png": ("p9", (9, 9, 9))}
+    rows["p0/1.png"] = ("p0", (77, 1, 9))
+    del rows["p0/2.png"]
+    assert _rows(tmp_path / "db") == rows
+    # The removed photo is forgotten when its person is replaced.
+    _, result = _enroll(*flags, "--replace")
+    del rows["p1/3.png"]
+    assert _rows(tmp_path / "db") == rows
+    code, result = _enroll(f"--database={tmp_path / 'db'}", "--delete=p0", "--delete=p9", "--purge")
+    assert (code, result["deleted"], result["identities"]) == (0, 4, 4)
+
+
+def test_a_csv_names_the_people(gallery, tmp_path):
+    table = tmp_path / "people.csv"
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerows([["image", "identity"], ["p0/0.png", _PERSON], ["p1/1.png", "李雷"]])
+    _enroll(f"--gallery={gallery}", f"--csv={table}", f"--database={tmp_path / 'db'}")
+    rows = _rows(tmp_path / "db")
+    assert rows == {"p0/0.png": (_PERSON, (0, 0, 9)), "p1/1.png": ("李雷", (1, 1, 9))}
+
+
+def _kill_until_done(gallery, folder, *, num_kills, seed):
+    """Kills the program at random moments after its start; returns the rows after each."""
+    rng = np.random.default_rng(seed)
+    flags = [f"--gallery={gallery}", f"--database={folder}"]
+    counts = []
+    for _ in range(num_kills):
+        child = subprocess.Popen(
+            programs.command("enroll.enroll_program", flags, setup=_SETUP),
+            cwd=programs.ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for line in child.stderr:
+            if line == "ready\n":
+                break
+        try:
+            child.wait(rng.uniform(0.0, 1.5))
+        except subprocess.TimeoutExpired:
+            child.kill()
+        child.wait()
+        child.stderr.close()
+        try:
+            rows = _rows(folder)
+        except database.DatabaseError:
+            rows = {}  # Killed before there was a table.
+        expected = _expected(gallery)
+        assert all(expected[image] == row for image, row in rows.items())
+        counts.append(len(rows))
+    return counts
+
+
+@pytest.mark.parametrize(
+    "num_kills", [2, pytest.param(10, marks=pytest.mark.slow)], ids=["two", "ten"]
+)
+def test_killed_enrolments_leave_whole_rows_and_are_completed(gallery, tmp_path, num_kills):
+    counts = _kill_until_done(gallery, tmp_path / "db", num_kills=num_kills, seed=num_kills)
+    assert counts == sorted(counts)
+    code, result = _enroll(f"--gallery={gallery}", f"--database={tmp_path / 'db'}")
+    assert code == 0 and result["added"] + result["unchanged"] == 20
+    assert _rows(tmp_path / "db") == _expected(gallery)
+
+
+def test_wrong_usage(gallery, tmp_path):
+    _enroll(f"--gallery={gallery}", f"--database={tmp_path / 'db'}")
+    (tmp_path / "empty").mkdir()
+    cases = {
+        "enroll": [
+            ([f"--gallery={gallery}"], "--database is needed"),
+            ([f"--database={tmp_path / 'db'}"], "one of --gallery and --delete"),
+            (["--gallery=x", f"--database={tmp_path / 'new'}"], "x does not exist"),
+            ([f"--gallery={tmp_path / 'empty'}", f"--database={tmp_path / 'n'}"], "no photo"),
+            ([f"--database={tmp_path / 'db'}", "--delete=nobody"], "no identity 'nobody'"),
+            ([f"--database={tmp_path / 'no'}", "--delete=p0"], "there is no database"),
+        ],
+        "match": [
+            ([f"--queries={gallery}", f"--database={tmp_path / 'no'}"], "there is no database"),
+            ([f"--database={tmp_path / 'db'}"], "--queries is needed"),
+            ([f"--queries={tmp_path / 'empty'}", f"--database={tmp_path / 'db'}"], "no files"),
+        ],
+    }
+    for program, lines in cases.items():
+        programs.assert_refused(f"{program}.{program}_program", lines)
+    assert len(_rows(tmp_path / "db")) == 20
+
+
+def test_from_portraits_to_matches(tmp_path):
+    """Both programs with the real detector and extractor."""
+    portrait = Image.fromarray(skimage.data.astronaut()[:256, 96:352])
+    folder = tmp_path / "gallery" / _PERSON
+    folder.mkdir(parents=True)
+    portrait.save(folder / "face.png")
+    programs.save_photo(tmp_path / "gallery" / "nobody" / "sky.png", (90, 120, 200), size=(64, 64))
+    flags = [f"--gallery={tmp_path / 'gallery'}", f"--database={tmp_path / 'db'}"]
+    done, result = programs.run("enroll", *flags)
+    assert done.returncode == 3 and result["enrolled"] == 1, done.stderr
+    assert result["not_handled"] == [{"image": "nobody/sky.png", "reason": "no face was found"}]
+
+    queries = tmp_path / "queries"
+    queries.mkdir()
+    portrait.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(queries / "mirrored.jpg")
+    programs.save_photo(queries / "sky.png", (90, 120, 200), size=(64, 64))
+    database_flag = f"--database={tmp_path / 'db'}"
+    done, result = programs.run(
+        "match", f"--queries={queries}", database_flag, f"--workdir={tmp_path / 'out'}"
+    )
+    assert done.returncode == 3, done.stderr
+    assert result["queries"] == {"ok": 1, "no_face": 1, "unreadable": 0}
+    assert result["identified"] == 1 and result["metric"] == "euclidean"
+    with open(result["matches"], encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["query"], row["rank"], row["matched"]) == ("mirrored.jpg", "1", "1")
+    assert row["identity"] == row["decision"] == _PERSON
+    assert row["image"] == f"{_PERSON}/face.png" and row["threshold"] == "0.6"
+    assert 0.0 < float(row["distance"]) < 0.6
+    # A face is about where it was enrolled, mirrored.
+    box, query_box = (np.array(row[name].split(), float) for name in ("box", "query_box"))
+    np.testing.assert_allclose(query_box[[0, 2]], box[[0, 2]], atol=12)
+    np.testing.assert_allclose(255 - query_box[[3, 1]], box[[1, 3]], atol=12)
+
+    done, result = programs.run(
+        *("match", f"--queries={queries / 'mirrored.jpg'}", database_flag),
+        *(f"--workdir={tmp_path / 'strict'}", "--threshold=0.01"),
+    )
+    assert done.returncode == 0 and result["unknown"] == 1

@@ -1,0 +1,299 @@
+"""The evaluation program from the outside: toy extractors and a stand-in for the detector."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import programs
+import pytest
+from PIL import Image
+
+# Two toy extractors, and a trained one in a folder. Every photo's face is in its middle, but for
+# black photos; an embedding is a projection of the photo at 4 x 4 pixels. A cloak is noise that
+# depends on the group and the options. A line may ask for an interruption of the second cell.
+_DRIVER = """
+import json, sys
+import flax.linen as nn
+import jax, jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from absl import flags
+from absl.testing import flagsaver
+from afr_jax.core import files, program
+from afr_jax.evaluation.cloaking import methods as cloaking_methods
+from afr_jax.methods.cloaking import photo_cloaks
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import detect, embed
+import experiments.fawkes_evaluation as program
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, chips):
+        return nn.Dense(8, name="out")(chips[:, ::6, ::6].reshape(chips.shape[0], -1))
+
+template = ((7.0, 7.5), (7.0, 16.5), (12.0, 12.0), (16.5, 8.0), (16.5, 16.0))
+
+def toy(name, seed):
+    kernel = np.random.default_rng(seed).normal(size=(48, 8)).astype(np.float32)
+    variables = {"params": {"out": {"kernel": kernel, "bias": np.zeros(8, np.float32)}}}
+    limits = registry.Thresholds(None, 0.6, None)
+    load = lambda: variables
+    return registry.Extractor(name, Net(), 24, template, 1.0, 0.0, 8, True, limits, load, "", "")
+
+registry.EXTRACTORS.update({name: toy(name, seed) for seed, name in enumerate(("toy_a", "toy_b"))})
+
+def detect_faces(variables, pixels, *, options=None):
+    side = pixels.shape[0]
+    points = np.array(template) / 24 * 0.5 * side + side / 4
+    box = np.array([[side / 4, side / 4, 3 * side / 4, 3 * side / 4]], np.float32)
+    faces = detect.Faces(box, np.ones(1, np.float32), points[None].astype(np.float32))
+    return faces if pixels.max() else detect.no_faces()
+
+def embed_faces(extractor, variables, faces):
+    size = extractor.embedding_size
+    kernel = np.random.default_rng(len(extractor.name)).normal(size=(48, size))
+    small = [Image.fromarray(pixels).resize((4, 4), Image.BOX) for pixels, _ in faces]
+    flat = np.array([np.asarray(image, float).ravel() - 128 for image in small]).reshape(-1, 48)
+    vectors = flat @ kernel
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+detect.detect_faces, embed.embed_faces = detect_faces, embed_faces
+calls = []
+
+def cloak_photos(key, surrogates, photos, *, config):
+    calls.append([extractor.name for extractor in surrogates.extractors])
+    if len(calls) == cloak_photos.fail_at:
+        raise KeyboardInterrupt
+    return [
+        cloaking_methods.add_noise(
+            photo, surrogates.extractors, config.dssim_budget, seed=len(photos) + config.num_steps
+        )
+        for photo in photos
+    ]
+
+photo_cloaks.cloak_photos = cloak_photos
+program.define_flags()
+flags.FLAGS(["program"])
+for line in json.loads(sys.argv[1]):
+    calls.clear()
+    cloak_photos.fail_at = 2 if "INTERRUPT" in line else None
+    with flagsaver.flagsaver():
+        flags.FLAGS(["program", *(flag for flag in line if flag != "INTERRUPT")])
+        try:
+            result = program.evaluation_program()
+        except (program.UsageError, KeyboardInterrupt) as error:
+            result = str(error)
+        print(json.dumps([files.to_jsonable(result), calls]))
+"""
+
+
+def _drive(*lines):
+    lines = json.dumps([[str(flag) for flag in line] for line in lines])
+    return programs.answers([sys.executable, "-c", _DRIVER, lines])
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """Seven people in patterns of their own; a photo without a face."""
+    root = tmp_path_factory.mktemp("people")
+    rng = np.random.default_rng(0)
+    for person in range(7):
+        pattern = rng.integers(40, 216, (12, 12, 3)).astype(np.float64)
+        for number in range(6 if person < 4 else 2):
+            pixels = np.kron(pattern, np.ones((8, 8, 1))) + rng.normal(0, 6, (96, 96, 3))
+            path = root / f"p{person}" / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.clip(pixels, 1, 255).astype(np.uint8)).save(path)
+    Image.new("RGB", (96, 96)).save(root / "p6" / "0.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained_folder(tmp_path_factory):
+    """A trained extractor, untrained."""
+    import jax
+    import jax.numpy as jnp
+
+    from afr_jax.training import trained
+
+    folder = tmp_path_factory.mktemp("robust")
+    template = ((9.0, 10.0), (9.0, 22.0), (16.0, 16.0), (22.0, 11.0), (22.0, 21.0))
+    card = trained.Card("resnet6", 32, 16, width=4, template=template, threshold=0.5)
+    network = trained.make_network("resnet6", input_px=32, embedding_size=16, width=4)
+    variables = network.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    trained.write_extractor(folder, card, variables)
+    return folder
+
+
+_SMALL = (
+    *("--people=2", "--cloaked_photos=3", "--probes=3", "--gallery_people=5", "--gallery_photos=2"),
+    *("--countermeasures=none,half_size", "--leaks=0,0.5", "--num_steps=2"),
+)
+_MADE = ("cells/*/photos/**/*", "cells/*/matches.csv", "clean/*.npz", "table.csv", "*.json")
+
+
+def _bytes(root):
+    """What a run made, by name; figures and times aside."""
+    paths = [path for pattern in _MADE for path in root.glob(pattern) if path.is_file()]
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def runs(people, trained_folder, tmp_path_factory):
+    """A straight run; one that was interrupted and resumed; one that grew; and wrong ones."""
+    root = tmp_path_factory.mktemp("runs")
+    common = [f"--data={people}", *_SMALL, f"--trackers=toy_a,toy_b,{trained_folder}"]
+    all_sets = "--surrogates=leave_one_out,all"
+
+    def small(name, *flags):
+        return [*common, f"--workdir={root / name}", *flags]
+
+    last = [all_sets, "--budgets=0.007"]
+    grown = ["--surrogates=toy_a", "--end_to_end=1", "--epochs=1"]
+    found = _drive(
+        small("straight", *last),
+        small("straight", *last),
+        small("cut", *last, "INTERRUPT"),
+        small("cut", *last),
+        small("grown", *grown, "--trackers=toy_a", "--budgets=0.007"),
+        small("grown", *grown, "--trackers=toy_a,toy_b", "--budgets=0.004,0.007"),
+        small("steps", *grown[:1], "--trackers=toy_a", "--budgets=0.007,0.004", "--num_steps=5,2"),
+        small("steps", *grown[:1], "--trackers=toy_a", "--budgets=0.007,0.012", "--num_steps=2,5"),
+    )
+    return root, found
+
+
+def test_the_table_has_a_row_for_everything(runs, people, trained_folder):
+    root, ((result, code), _) = runs[0] / "straight", runs[1][0]
+    assert code == 3
+    assert result["not_handled"] == [{"image": "p6/0.png", "reason": "no face was found"}]
+    assert result["people_enrolled"] == 7 and result["photos_enrolled"] == 16
+    table = json.loads((root / "result.json").read_text())["table"]
+    extractors = ("toy_a", "toy_b", trained_folder.name)
+    cells = [("none", ""), ("noise", ""), ("fawkes", "toy_b"), ("fawkes", "toy_a")]
+    cells.append(("fawkes", "toy_a+toy_b"))
+    cases = [("none", 0), ("half_size", 0), ("none", 0.5)]
+    kinds = ("nearest", "nearest_threshold", "knn_vote", "linear_head")
+    keys = ("method", "surrogates", "countermeasure", "leak", "extractor", "tracker")
+    assert [tuple(row[key] for key in keys) for row in table] == [
+        (*cell, *case, extractor, kind)
+        for cell in cells
+        for case in cases
+        for extractor in extractors
+        for kind in kinds
+    ]
+    for row in table:
+        assert 0 <= row["low"] <= row["protection"] <= row["high"] <= 1
+        assert row["probes"] == 6 and row["enrolled"] == 6
+        assert row["leaked"] == (3 if row["leak"] else 0)
+        known = row["extractor"] in row["surrogates"].split("+")
+        assert row["transfer"] == (not known if row["surrogates"] else None)
+        if row["method"] == "none":
+            assert row["mean_dssim"] is None
+            if row["countermeasure"] == "none":
+                assert row["own_distance"] == row["own_distance_clean"]
+        else:
+            assert 0.9 * 0.007 <= row["mean_dssim"] <= 0.007
+    with open(root / "table.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["protection"]) for line in lines] == pytest.approx(
+        [row["protection"] for row in table], abs=1e-5
+    )
+    assert all((root / f"{name}.png").exists() for name in ("budgets", "embeddings", "distances"))
+
+
+def test_matches_are_listed_as_deepface_does(runs):
+    with open(runs[0] / "straight" / "cells" / "none" / "matches.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 6
+    for row in rows:
+        assert row["rank"] == "1" and row["matched"] == str(
+            int(float(row["distance"]) < float(row["threshold"]))
+        )
+        assert (row["identity"] == row["person"]) == (row["person_rank"] == "1")
+        assert row["image"].startswith(f"{row['identity']}/")
+    assert {row["extractor"] for row in rows} >= {"toy_a", "toy_b"}
+
+
+def test_a_resumed_run_is_the_same_and_makes_nothing_twice(runs):
+    root, found = runs
+    (straight, calls), (again, no_calls), (cut, _), (resumed, rest) = found[:4]
+    assert calls == [["toy_b"], ["toy_a"], ["toy_a", "toy_b"]] and no_calls == []
+    assert again == straight and cut == ""
+    # The cell that was interrupted, and those after it.
+    assert rest == calls[1:]
+    assert resumed[0]["nearest"] == straight[0]["nearest"]
+    one, other = _bytes(root / "straight"), _bytes(root / "cut")
+    for files in (one, other):
+        del files["result.json"]
+    assert one == other and sum(name.endswith(".png") for name in one) == 4 * 6
+
+
+def test_a_run_may_grow(runs):
+    root, found = runs
+    (first, calls), (second, more) = found[4:6]
+    assert calls == [["toy_a"]] and more == calls
+    table = json.loads((root / "grown" / "result.json").read_text())["table"]
+    assert {row["budget"] for row in table} == {None, 0.004, 0.007}
+    trained = [row for row in table if row["tracker"] == "end_to_end"]
+    # Two extractors; none, and two methods of two budgets.
+    assert len(trained) == 10 and all(row["people"] == 1 for row in trained)
+    assert all(row["probes"] == 3 for row in trained)
+    kept = [
+        row
+        for row in second[0]["nearest"]
+        if row["budget"] != 0.004 and row["extractor"] == "toy_a"
+    ]
+    assert kept == first[0]["nearest"]
+
+
+def test_every_budget_may_have_its_own_steps(runs):
+    """The run that grew took 2 steps for each. Budgets cannot be added, as steps might change."""
+    root, found = runs
+    assert "budgets" in found[-1][0]
+    for budget, is_same in (("0.004", True), ("0.007", False)):
+        folders = [root / name / f"cells/fawkes-toy_a-{budget}" for name in ("grown", "steps")]
+        photos = [[p.read_bytes() for p in sorted(f.rglob("*.png"))] for f in folders]
+        assert len(photos[0]) == 6 and (photos[0] == photos[1]) == is_same
+    config = json.loads((root / "steps" / "config.json").read_text())
+    assert (config["budgets"], config["num_steps"]) == ([0.004, 0.007], [2, 5])
+
+
+def test_wrong_usage_is_named(people, trained_folder, tmp_path):
+    def small(*flags):
+        return [f"--data={people}", *_SMALL, "--trackers=toy_a,toy_b", *flags]
+
+    namesake = tmp_path / trained_folder.name
+    namesake.symlink_to(trained_folder, target_is_directory=True)
+    out = f"--workdir={tmp_path / 'out'}"
+    lines = {
+        "5 people to protect|needed are 9 such people": small("--people=9", out),
+        "no extractor 'vgg'": small("--trackers=toy_a,vgg", f"--workdir={tmp_path / 'b'}"),
+        "does not exist": small(f"--data={tmp_path / 'nowhere'}", f"--workdir={tmp_path / 'c'}"),
+        "--data is needed": small("--data="),
+        "no method 'magic'; there are none, noise": small("--methods=none,magic"),
+        "--countermeasures=sepia: of none": small("--countermeasures=sepia"),
+        "--leaks must lie in": small("--leaks=0,2"),
+        "--budgets must lie in": small("--budgets=0"),
+        "could not convert": small("--budgets=much"),
+        "--num_steps=1,2: a number, or one for each of 3": small("--num_steps=1,2"),
+        "--num_steps=-1: a number": small("--num_steps=-1"),
+        "no number for a budget of 0.01": small(
+            "--budgets=0.004,0.007", "--num_steps=1,2", "--methods=lowkey@0.01"
+        ),
+        "each once": small("--surrogates=toy_a+toy_a"),
+        "needs two trackers": small("--trackers=toy_a"),
+        "needs --peer_python": small("--methods=fawkes_pypi"),
+        "must have one name": small(f"--trackers=toy_a,toy_b,{trained_folder},{namesake}"),
+        "must be NAME=FILE": small("--weights=x.npz", f"--workdir={tmp_path / 'd'}"),
+    }
+    for expected, (message, _) in zip(lines, _drive(*lines.values()), strict=True):
+        assert isinstance(message, str) and any(e in message for e in expected.split("|")), message
+
+
+def test_toy_runs_on_a_fresh_machine(tmp_path):
+    done, result = programs.run("fawkes_evaluation", "--toy", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert [row["method"] for row in result["nearest"]] == ["none", "noise", "fawkes"]
+    assert result["people_enrolled"] == 5 and not result["not_handled"]

@@ -1,0 +1,154 @@
+import os
+import pathlib
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_SCRIPTS = (".ci/run", "launch/local.sh", "launch/slurm.sbatch")
+
+_PROGRAM = '''
+"""A program for the test."""
+import jax
+from afr_jax.core import program
+
+program.define_flags()
+
+if __name__ == "__main__":
+    result = {"devices": jax.device_count(), "platform": jax.default_backend()}
+    program.main_of_flags(lambda: (result, 3))
+'''
+
+
+@pytest.mark.parametrize("script", _SCRIPTS)
+def test_scripts_parse_and_may_be_run(script):
+    subprocess.run(["bash", "-n", str(_ROOT / script)], check=True, timeout=20)
+    assert (_ROOT / script).stat().st_mode & stat.S_IXUSR
+
+
+@pytest.mark.parametrize("script", _SCRIPTS)
+def test_scripts_stop_at_the_first_error(script):
+    assert "set -euo pipefail" in (_ROOT / script).read_text()
+
+
+def _local(folder, *arguments):
+    (folder / "program.py").write_text(_PROGRAM)
+    return subprocess.run(
+        [str(_ROOT / "launch" / "local.sh"), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_local_runs_a_module_from_any_folder(tmp_path):
+    done = _local(tmp_path, "program", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "A program for the test." in done.stdout and "--workdir" in done.stdout
+
+
+def test_local_gives_cpu_devices_and_passes_the_exit_code_on(tmp_path):
+    done = _local(tmp_path, "--cpu_devices=3", "program", "--toy")
+    assert done.returncode == 3, done.stderr
+    assert done.stdout == '{"devices": 3, "platform": "cpu"}\n'
+
+
+@pytest.mark.parametrize("arguments", [(), ("--gpus=3", "program"), ("--cpu_devices=none", "p")])
+def test_local_rejects_wrong_usage(tmp_path, arguments):
+    done = _local(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert "usage:" in done.stderr and done.stdout == ""
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A folder of commands that stand for SLURM's: they note how they were called."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, body in {
+        "srun": 'echo "srun $* PYTHONPATH=$PYTHONPATH" >>calls; eval "$SRUN_DOES"',
+        "scontrol": 'if [[ $1 == show ]]; then echo a; echo b; else echo "$*" >>calls; fi',
+    }.items():
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (commands / name).chmod(0o755)
+    return tmp_path
+
+
+def _sbatch(folder, *arguments, srun_does):
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("AFR_", "SLURM"))
+    }
+    environment.pop("PYTHONPATH", None)
+    environment |= {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_SUBMIT_DIR": str(folder),
+        "PYTHON": "python3",
+        "SRUN_DOES": srun_does,
+    }
+    return subprocess.Popen(
+        ["bash", str(_ROOT / "launch" / "slurm.sbatch"), *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_slurm_starts_one_step_and_passes_the_exit_code_on(cluster, code):
+    job = _sbatch(cluster, "experiments.verify", "--workdir=w", srun_does=f"exit {code}")
+    _, errors = job.communicate(timeout=20)
+    assert job.returncode == code and errors == ""
+    (call,) = (cluster / "calls").read_text().splitlines()
+    assert f"--output={cluster}/logs/%x-%j-%t.log" in call
+    assert "python3 -m experiments.verify --workdir=w" in call
+    assert call.endswith(f"PYTHONPATH={cluster}")
+    assert (cluster / "logs").is_dir()
+
+
+def test_slurm_goes_back_to_the_queue_when_time_is_nearly_up(cluster):
+    job = _sbatch(
+        cluster, "experiments.verify", "--workdir=w", srun_does="touch up; sleep 1; exit 9"
+    )
+    end = time.monotonic() + 20
+    while not (cluster / "up").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    _, errors = job.communicate(timeout=20)
+    assert "back to the queue" in errors
+    assert (cluster / "calls").read_text().splitlines()[1:] == ["requeue 77"]
+    # The job waited for the step to end.
+    assert job.returncode == 9
+
+
+def test_slurm_warns_of_a_run_that_cannot_resume(cluster):
+    job = _sbatch(cluster, "experiments.verify", srun_does="exit 0")
+    _, errors = job.communicate(timeout=20)
+    assert job.returncode == 0 and "no --workdir" in errors
+
+
+def test_slurm_rejects_wrong_usage(cluster):
+    job = _sbatch(cluster, srun_does="exit 0")
+    _, errors = job.communicate(timeout=20)
+    assert job.returncode == 2 and "usage:" in errors
+
+
+def test_slurm_asks_for_tasks_as_jax_wants_them():
+    directives = [
+        line
+        for line in (_ROOT / "launch" / "slurm.sbatch").read_text().splitlines()
+        if line.startswith("#SBATCH")
+    ]
+    text = "\n".join(directives)
+    assert "--gpus-per-task" not in text and "--requeue" in text
+    values = dict(line.split("--", 1)[1].split("=", 1) for line in directives if "=" in line)
+    assert values["gres"] == f"gpu:{values['ntasks-per-node']}"

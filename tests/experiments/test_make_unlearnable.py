@@ -1,0 +1,158 @@
+"""The make_unlearnable and unlearnable_study programs from the outside, on toy data."""
+
+import numpy as np
+import programs
+import pytest
+from PIL import Image
+
+from afr_jax.data import array_records, identities, image_sets, noise_files
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Three classes of eight images; a grey one, a larger one and half a file among them."""
+    folder = tmp_path_factory.mktemp("tree")
+    programs.save_made_up(folder, 24, num_classes=3)
+    Image.new("L", (16, 16), 90).save(folder / "class_00/grey.png")
+    Image.new("RGB", (40, 30), (9, 9, 9)).save(folder / "class_01/large.png")
+    (folder / "class_02/half.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 50)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tree, tmp_path_factory):
+    """A search, its process, result and output folder."""
+    output = tmp_path_factory.mktemp("made") / "out"
+    return *programs.run(
+        "make_unlearnable", f"--data={tree}", f"--output_dir={output}", "--toy"
+    ), output
+
+
+def test_images_noise_and_result_belong_together(made, tree):
+    done, result, output = made
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.count("\n") == 1
+    protected = image_sets.read_tree(output / "images")
+    originals = image_sets.read_tree(tree)
+    assert protected.sample_ids == originals.sample_ids and len(protected.sample_ids) == 25
+    noise, settings = noise_files.read_noise(output / "noise.npz")
+    assert noise.names == originals.sample_ids and settings["method"] == "error_min"
+    change = protected.images.astype(int) - originals.images
+    assert np.abs(change).max() <= 8 and (change < 0).any() and (change > 0).any()
+    names = [originals.classes[label] for label in originals.labels]
+    again = noise_files.apply(originals.images, noise, originals.sample_ids, names)
+    np.testing.assert_array_equal(again, protected.images)
+    assert result["largest_change_levels"] == np.abs(change).max()
+    reasons = {item["image"]: item["reason"] for item in result["not_handled"]}
+    assert sorted(reasons) == ["class_01/large.png", "class_02/half.png"]
+    assert reasons["class_01/large.png"] == "is 30 x 40 px, not 16 x 16"
+
+
+def test_originals_stay_and_a_second_run_writes_the_same(made, tree):
+    _, result, output = made
+    before = {
+        path: path.read_bytes()
+        for path in [*tree.rglob("*.png"), *output.rglob("*.*")]
+        if path.is_file() and "work" not in path.parts
+    }
+    done, again = programs.run(
+        "make_unlearnable", f"--data={tree}", f"--output_dir={output}", "--toy"
+    )
+    assert again == result, done.stderr
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_a_tfds_set_is_protected_like_its_tree(tmp_path):
+    programs.save_made_up(tmp_path / "tree", 24, num_classes=3)
+    listing = identities.list_tree(tmp_path / "tree")
+    array_records.write_listing(listing, tmp_path / "sets", name="toy")
+    name = "make_unlearnable.make_unlearnable_program"
+    shared = ["--method=random", f"--tfds_dir={tmp_path / 'sets'}"]
+    outputs = [tmp_path / name for name in ("npz", "records", "other")]
+    (of_tree, _), (of_set, _), (other, _), message = programs.drive(
+        name,
+        [f"--data={tmp_path / 'tree'}", f"--output_dir={outputs[0]}", *shared],
+        ["--data=tfds:toy", f"--output_dir={outputs[1]}", *shared, "--noise_format=array_record"],
+        ["--data=tfds:toy", f"--output_dir={outputs[2]}", *shared, "--seed=1"],
+        ["--data=tfds:missing", f"--output_dir={tmp_path / 'none'}", *shared],
+        # It defines flags, which are lost after the first command line that imports it.
+        setup="import array_record.python.array_record_data_source",
+    )
+    assert "no data set missing" in message
+    assert of_tree["images"] == of_set["images"] == 24
+    images = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.png")}
+        for folder in outputs
+    ]
+    assert images[0] == images[1] and len(images[0]) == 24
+    assert images[0].keys() == images[2].keys() and images[0] != images[2]
+    (noise, _), (again, settings) = (
+        noise_files.read_noise(outputs[0] / "noise.npz"),
+        noise_files.read_noise(outputs[1] / "noise"),
+    )
+    assert again.names == noise.names and again.granularity == noise.granularity
+    assert settings["data"] == "tfds:toy" and settings["method"] == "random"
+    np.testing.assert_array_equal(again.levels, noise.levels)
+    assert not (outputs[1] / "noise.npz").exists()
+
+
+def test_wrong_usage_is_said(tree, tmp_path):
+    output = f"--output_dir={tmp_path / 'out'}"
+    cases = [
+        ([output], "--data"),
+        ([f"--data={tree}", f"--output_dir={tree / 'out'}"], "within each other"),
+        ([f"--data={tree}", output, "--method=cuda"], "one filter a class"),
+        ([f"--data={tree}", output, "--image_px=64"], "64 x 64"),
+    ]
+    programs.assert_refused("make_unlearnable.make_unlearnable_program", cases)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The toy study in bfloat16, and then in float32: (result, work folder) of each."""
+    folder = tmp_path_factory.mktemp("study")
+    found = {}
+    for name, flags in (("float32", []), ("bfloat16", ["--bfloat16", "--granularities=class"])):
+        work = folder / name
+        done, result = programs.run(
+            "unlearnable_study", "--toy", "--methods=error_min,random", f"--workdir={work}", *flags
+        )
+        assert done.returncode == 0, done.stderr
+        found[name] = result, work
+    return found
+
+
+def test_a_victim_learns_clean_data_and_not_error_min_data(study):
+    """The acceptance run in small: made-up images, four classes."""
+    result, _ = study["float32"]
+    last = {row["data"]: row["last_accuracy"] for row in result["rows"]}
+    assert last["clean"] > 0.8, last
+    for granularity in ("sample", "class"):
+        assert last[f"error_min {granularity}"] < 0.6, last
+        assert last[f"random {granularity}"] > last[f"error_min {granularity}"] + 0.15, last
+    assert all(result["verdict"].values()), result["verdict"]
+
+
+def test_bfloat16_does_not_change_the_conclusion(study):
+    result, _ = study["bfloat16"]
+    assert result["settings"]["victim"]["bfloat16"]
+    last = {row["data"]: row["last_accuracy"] for row in result["rows"]}
+    assert last["clean"] > 0.8 and last["error_min class"] < 0.6, last
+
+
+def test_a_study_goes_on_cell_by_cell(study):
+    result, work = study["float32"]
+    cells = sorted((work / "cells").iterdir())
+    assert len(cells) == 5
+    times = {path: path.stat().st_mtime_ns for path in cells[1:]}
+    first = cells[0].read_bytes()
+    cells[0].unlink()
+    done, again = programs.run(
+        "unlearnable_study", "--toy", "--methods=error_min,random", f"--workdir={work}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert cells[0].read_bytes() == first
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert again["rows"] == result["rows"]
+    for name in ("matrix.csv", "matrix.png", "curves.csv", "curves.png", "result.json"):
+        assert (work / name).stat().st_size > 100

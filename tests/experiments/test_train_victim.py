@@ -1,0 +1,166 @@
+"""Victims: partial protection, resuming, many at once, countermeasures; the program outside."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import numpy as np
+import programs
+import pytest
+
+from afr_jax.core import checkpoint, parallel
+from afr_jax.data import image_sets, noise_files
+from afr_jax.evaluation.attackers import many_victims, victims
+
+_OPTIONS = victims.VictimOptions(
+    "small_resnet", width=4, num_epochs=2, batch_size=20, augmented=False
+)
+
+
+def _mesh(count=1):
+    return parallel.make_mesh(devices=jax.devices()[:count])
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return tuple(image_sets.made_up(0, 80, side=8, split=split) for split in ("train", "test"))
+
+
+def _train(sets, options=_OPTIONS, images=None, count=1, **changes):
+    train_set, test_set = sets
+    return victims.train_victim(
+        train_set.images if images is None else images,
+        train_set.labels,
+        test_set.images,
+        test_set.labels,
+        num_classes=4,
+        options=options,
+        mesh=_mesh(count),
+        **{"seed": 0} | changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(sets):
+    return _train(sets)
+
+
+def test_a_part_is_protected_by_rate_and_class():
+    clean = np.zeros((100, 1, 1, 3), np.uint8)
+    labels = np.arange(100) % 4
+    smaller, larger = (
+        victims.protect_part(clean, clean + 9, labels, rate=rate)[1] for rate in (0.2, 0.7)
+    )
+    assert smaller.sum() == 20 and larger.sum() == 70 and (larger | ~smaller).all()
+    images, chosen = victims.protect_part(clean, clean + 9, labels, rate=0.4, classes=[1, 3])
+    assert chosen.sum() == 20 and set(labels[chosen]) == {1, 3}
+    np.testing.assert_array_equal(images[:, 0, 0, 0], chosen * 9)
+    with pytest.raises(ValueError, match="rate"):
+        victims.protect_part(clean, clean, labels, rate=1.5)
+
+
+def test_a_resumed_victim_equals_the_straight_one(sets, straight, tmp_path):
+    one = dataclasses.replace(_OPTIONS, num_epochs=2)
+
+    class _Stop(Exception):
+        pass
+
+    def stop(epoch, *_):
+        raise _Stop
+
+    with checkpoint.Checkpoints(tmp_path / "a") as checkpoints:
+        with pytest.raises(_Stop):
+            _train(sets, one, checkpoints=checkpoints, report_fn=stop)
+        assert checkpoints.latest_step() == 1
+        curve, state = _train(sets, one, checkpoints=checkpoints)
+    np.testing.assert_array_equal(curve.test_accuracy, straight[0].test_accuracy)
+    for new, old in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(straight[1].params), strict=True
+    ):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_many_victims_equal_single_ones(sets, straight):
+    train_set, test_set = sets
+    darker = (train_set.images // 2).astype(np.uint8)
+    curves = many_victims.train_many(
+        np.stack([train_set.images, darker]),
+        train_set.labels,
+        test_set.images,
+        test_set.labels,
+        set_of_run=[1, 0, 0],
+        seed_of_run=[0, 0, 3],
+        num_classes=4,
+        options=_OPTIONS,
+        mesh=_mesh(2),
+    )
+    single = [_train(sets, images=darker)[0], straight[0], _train(sets, seed=3)[0]]
+    for many, one in zip(curves, single, strict=True):
+        # Convolutions of several runs are summed in another order: a few of 80 images may turn.
+        np.testing.assert_allclose(many.train_accuracy, one.train_accuracy, atol=0.05)
+        np.testing.assert_allclose(many.test_accuracy, one.test_accuracy, atol=0.08)
+
+
+@pytest.mark.parametrize("countermeasure", ["mixup", "cutmix", "randaugment", "adversarial"])
+def test_countermeasures_in_training_fit_the_step(sets, straight, countermeasure):
+    """Traced, not run: what they do to images is tested where they are made."""
+    recipe = victims.make_recipe(_OPTIONS, num_classes=4, num_examples=80, image_px=8)
+    step_fn = functools.partial(victims.victim_step, recipe=recipe, countermeasure=countermeasure)
+    images, labels = sets[0].images[:20], sets[0].labels[:20]
+    state, accuracy = jax.eval_shape(step_fn, jax.random.key(0), straight[1], images, labels)
+    assert accuracy.shape == ()
+    assert jax.tree.structure(state) == jax.tree.structure(straight[1])
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (state, straight[1])]
+    assert shapes[0] == shapes[1]
+
+
+def test_options_are_checked():
+    for change in ({"architecture": "alexnet"}, {"countermeasure": "jpeg10"}, {"num_epochs": 0}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            dataclasses.replace(_OPTIONS, **change)
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trees")
+    for name in ("train", "test"):
+        data = programs.save_made_up(folder / name, 80, side=8, split=name)
+    (folder / "test" / "class_00" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    levels = np.full((4, 8, 8, 3), 8, np.int16)
+    noise = noise_files.Noise(data.classes, levels, "class")
+    noise_files.write_noise_records(folder / "noise", noise, {"method": "flat"})
+    return folder
+
+
+def test_the_program_measures_writes_and_resumes(trees, tmp_path):
+    flags = [f"--data={trees / 'train'}", f"--test_data={trees / 'test'}", "--toy"]
+    flags += [f"--noise={trees / 'noise'}", "--poison_rate=0.5", "--poison_classes=class_01"]
+    flags += ["--countermeasure=grayscale", f"--workdir={tmp_path / 'work'}", "--noaugment"]
+    done, result = programs.run("train_victim", *flags)
+    assert done.returncode == 3, done.stderr
+    assert json.loads((tmp_path / "work/result.json").read_text()) == result
+    assert (result["train_images"], result["protected_images"], result["test_images"]) == (
+        80,
+        10,
+        80,
+    )
+    assert 0 <= result["last_accuracy"] <= result["peak_accuracy"] <= 1
+    assert result["noise_settings"] == {"method": "flat"}
+    assert [item["image"] for item in result["not_handled"]] == ["class_00/broken.png"]
+    assert len((tmp_path / "work/curve.csv").read_text().splitlines()) == 3
+    assert (tmp_path / "work/curve.png").stat().st_size > 5000
+    assert programs.run("train_victim", *flags)[1] == result
+
+
+def test_wrong_usage_is_said(trees, tmp_path):
+    tree, work = f"--data={trees / 'train'}", f"--workdir={tmp_path / 'work'}"
+    cases = [
+        ([], "--data"),
+        (["--data=missing"], "missing"),
+        (["--data=cifar10"], "--cifar10_dir"),
+        ([tree], "--test_data"),
+        ([tree, f"--test_data={trees / 'train'}", "--poison_rate=0.5"], "--noise"),
+    ]
+    lines = [([*arguments, work], part) for arguments, part in cases]
+    programs.assert_refused("train_victim.train_victim_program", lines)

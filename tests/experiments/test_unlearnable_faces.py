@@ -1,0 +1,111 @@
+"""The face study: who is who, aligned crops, pairs; the programs on made-up pictures."""
+
+import numpy as np
+import programs
+import pytest
+
+from afr_jax.data import image_sets
+from afr_jax.evaluation.unlearnable import faces
+
+
+def test_people_and_photos_are_divided_without_overlap():
+    data = image_sets.made_up(0, 160, num_classes=8, side=8)
+    study = faces.divide(data, num_auxiliary=3, num_protected=2, held_out=0.3, seed=1)
+    groups = study.auxiliary, study.protected, study.clean
+    assert [len(group) for group in groups] == [3, 2, 3]
+    assert sorted(sum(groups, ())) == sorted(data.classes)
+    assert study.training.classes == tuple(sorted(study.protected + study.clean))
+    assert not set(study.training.sample_ids) & set(study.held_out.sample_ids)
+    assert not set(study.search.sample_ids) & set(study.held_out.sample_ids)
+    # Labels follow the names in every part.
+    for part in (study.search, study.training, study.held_out):
+        for name, label in zip(part.sample_ids, part.labels, strict=True):
+            assert name.startswith(f"{part.classes[label]}/")
+    again = faces.divide(data, num_auxiliary=3, num_protected=2, held_out=0.3, seed=1)
+    assert again.protected == study.protected
+    with pytest.raises(ValueError, match="8 people"):
+        faces.divide(data, num_auxiliary=6, num_protected=2)
+
+
+def test_aligned_crops_put_the_eyes_where_the_template_has_them():
+    """Dots at the landmarks of a turned, larger face arrive at the template's places."""
+    template = faces._TEMPLATE
+    angle, scale = 0.3, 1.6
+    turn = scale * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    landmarks = (template - 56) @ turn.T + np.array([140.0, 150.0])
+    rows, columns = np.mgrid[:300, :300]
+    photo = np.zeros((300, 300, 3), np.uint8)
+    for y, x in landmarks:
+        photo[np.hypot(rows - y, columns - x) < 4] = 255
+    for side in (112, 56):
+        crop = faces.aligned(photo, landmarks, side)[..., 0].astype(float)
+        # Pixel centres of a crop of another side lie half a pixel inwards.
+        places = (template + 0.5) * side / 112 - 0.5
+        rows_in, columns_in = np.mgrid[:side, :side]
+        for y, x in places:
+            near = crop * (np.hypot(rows_in - y, columns_in - x) < 6 * side / 112)
+            centre = np.array([(near * rows_in).sum(), (near * columns_in).sum()]) / near.sum()
+            assert np.abs(centre - [y, x]).max() < 0.6, (side, centre, (y, x))
+
+
+def test_the_middle_of_an_lfw_photo_has_the_template_s_scale():
+    photo = np.zeros((250, 250, 3), np.uint8)
+    photo[50:184, 58:192] = 255
+    assert (faces.centred(photo, 67) == 255).all()
+    photo[:48], photo[186:] = 7, 7
+    assert faces.centred(photo, 67).shape == (67, 67, 3)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Six made-up people, and pairs of strangers; one photo of the pairs is broken."""
+    folder = tmp_path_factory.mktemp("world")
+    programs.save_made_up(folder / "people", 288, num_classes=6, side=32)
+    strangers = programs.save_made_up(folder / "strangers", 24, seed=7, num_classes=4, side=60)
+    lines = ["image_a,image_b,same"]
+    names = [f"{name}.png" for name in strangers.sample_ids]
+    for step in (1, 7):
+        for row in range(24):
+            other = (row + step) % 24
+            same = int(strangers.labels[row] == strangers.labels[other])
+            lines.append(f"{names[row]},{names[other]},{same}")
+    (folder / "pairs.csv").write_text("\n".join(lines))
+    (folder / "strangers" / names[0]).write_bytes(b"broken")
+    return folder
+
+
+def test_protected_people_are_lost_and_others_kept(world, tmp_path):
+    flags = [f"--data={world / 'people'}", f"--pairs={world / 'pairs.csv'}", "--crop=centre"]
+    flags += [f"--images={world / 'strangers'}", "--toy", f"--workdir={tmp_path / 'work'}"]
+    done, result = programs.run("unlearnable_faces", *flags)
+    assert done.returncode == 3, done.stderr
+    assert [item["image"] for item in result["not_handled"]] == ["class_00/train_00000.png"]
+    clean, partial, full = (result["settings"][name] for name in ("clean", "partial", "full"))
+    protected, others = "accuracy_of_protected_people", "accuracy_of_other_people"
+    assert clean[protected]["mean"] > 0.4 and clean[others]["mean"] > 0.5
+    assert partial[protected]["mean"] < partial[others]["mean"] - 0.3
+    assert full[others]["mean"] < clean[others]["mean"] - 0.2
+    for setting in (clean, partial, full):
+        assert 0 <= setting["auc"]["mean"] <= 1 and setting["seeds"] == 1
+    assert (tmp_path / "work/roc.png").stat().st_size > 5000
+    assert programs.run("unlearnable_faces", *flags)[1] == result
+
+
+def test_wrong_usage_is_said(world, tmp_path):
+    data, work = f"--data={world / 'people'}", f"--workdir={tmp_path / 'work'}"
+    cases = [
+        ([], "--data"),
+        ([data, "--num_auxiliary=6"], "6 people"),
+        ([data, "--seeds=x"], "x"),
+        ([data, "--toy", "--pairs=missing.csv", "--crop=centre"], "does not exist"),
+    ]
+    lines = [([*arguments, work], part) for arguments, part in cases]
+    programs.assert_refused("unlearnable_faces.faces_program", lines)
+
+
+def test_the_speed_program_measures_both_kinds_of_work(tmp_path):
+    done, result = programs.run("unlearnable_speed", "--toy", f"--workdir={tmp_path / 'work'}")
+    assert done.returncode == 0, done.stderr
+    rows = result["rows"]
+    assert {row["row"] for row in rows} == {"noise, one pass", "victim, one epoch"}
+    assert all(row["ours"] for row in rows) and all(row["peer"] is None for row in rows)

@@ -1,0 +1,168 @@
+"""From photo files to embedded faces: order, problems, choice of faces, several extractors."""
+
+import hashlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import detect, embed, pipeline
+from afr_jax.training import trained
+
+
+class _MeanColour(nn.Module):
+    """The mean colour of the chip, which tells photos of one colour apart."""
+
+    @nn.compact
+    def __call__(self, images):
+        return jnp.mean(images, axis=(1, 2))
+
+
+def _extractor(name, *, normalised=False, side=32):
+    template = tuple((side * y, side * x) for y, x in registry.get("dlib").template)
+    return registry.Extractor(
+        **{
+            **{
+                field: getattr(registry.get("dlib"), field)
+                for field in ("load", "source", "licence")
+            },
+            "name": name,
+            "module": _MeanColour(),
+            "input_px": side,
+            "template": tuple((y / 150, x / 150) for y, x in template),
+            "input_scale": 255.0,
+            "input_offset": 0.0,
+            "embedding_size": 3,
+            "normalised": normalised,
+            "thresholds": registry.Thresholds(10.0, None, None),
+        }
+    )
+
+
+@pytest.fixture
+def recogniser(monkeypatch):
+    """Finds as many faces as the photo's first pixel says in red, 30 px apart."""
+
+    def detect_faces(variables, pixels, *, options):
+        count = int(pixels[0, 0, 0])
+        shift = 30.0 * np.arange(count)[:, None]
+        boxes = np.array([[10, 10, 40, 40]]) + shift * [0, 1, 0, 1]
+        points = np.array([[20, 15], [20, 30], [27, 22], [34, 16], [34, 29]], np.float32)
+        landmarks = points[None] + shift[:, None] * [0, 1]
+        if count == 3:
+            landmarks[1] = 7.0  # All in one spot.
+        confidences = 0.99 - 0.1 * np.arange(count)
+        return detect.Faces(boxes.astype(np.float32), confidences, landmarks)
+
+    monkeypatch.setattr(detect, "detect_faces", detect_faces)
+    extractors = {"a": _extractor("a"), "b": _extractor("b", normalised=True)}
+    return pipeline.Recogniser({}, detect.DetectorOptions(), extractors, {"a": {}, "b": {}})
+
+
+def _photo(path, count, colour):
+    pixels = np.full((60, 160, 3), colour, np.uint8)
+    pixels[0, 0] = count
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_every_path_gets_its_result_in_order(recogniser, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_GROUP", 2)
+    paths = [
+        _photo(tmp_path / "one.png", 1, (10, 20, 30)),
+        tmp_path / "missing.png",
+        _photo(tmp_path / "none.png", 0, (9, 9, 9)),
+        _photo(tmp_path / "two.png", 2, (40, 50, 60)),
+        _photo(tmp_path / "three.png", 3, (70, 80, 90)),
+    ]
+    found = list(pipeline.recognise(recogniser, paths, which="all"))
+    assert [item.path for item in found] == paths
+    assert [item.problem for item in found] == [
+        None,
+        "the file does not exist",
+        pipeline.NO_FACE,
+        None,
+        None,
+    ]
+    # The face of the third photo whose landmarks coincide is left out.
+    assert [len(item.faces.boxes) for item in found] == [1, 0, 0, 2, 2]
+    for item, colour in zip(found[3:], ((40, 50, 60), (70, 80, 90)), strict=True):
+        np.testing.assert_allclose(item.embeddings["a"], [colour] * 2, atol=1e-3)
+        unit = np.array(colour) / np.linalg.norm(colour)
+        np.testing.assert_allclose(item.embeddings["b"], [unit] * 2, atol=1e-5)
+    assert found[1].embeddings["a"].shape == (0, 3) and found[1].digest == ""
+    digest = hashlib.sha256(paths[3].read_bytes()).hexdigest()
+    assert found[3].digest == digest == pipeline.file_digest(paths[3])
+
+
+def test_the_main_face_and_sure_faces_only(recogniser, tmp_path):
+    path = _photo(tmp_path / "five.png", 5, (1, 2, 3))
+    (main,) = pipeline.recognise(recogniser, [path])
+    # The one in the middle of 160 columns.
+    np.testing.assert_array_equal(main.faces.boxes, [[10, 70, 40, 100]])
+    (sure,) = pipeline.recognise(recogniser, [path], which="all", min_confidence=0.85)
+    assert len(sure.faces.boxes) == 2
+    (none,) = pipeline.recognise(recogniser, [path], min_confidence=0.999)
+    assert none.problem == pipeline.NO_FACE
+
+
+def test_faces_spread_over_devices_are_those_of_one(recogniser):
+    rng = np.random.default_rng(0)
+    points = np.array([[20, 15], [20, 30], [27, 22], [34, 16], [34, 29]], np.float32)
+    faces = [
+        (rng.integers(0, 255, (60, 80 + i, 3), np.uint8), points + rng.uniform(0, 9, (1, 2)))
+        for i in range(7)
+    ]
+    extractor = recogniser.extractors["a"]
+    together = embed.embed_faces(extractor, {}, faces)
+    assert len(jax.local_devices()) == 4
+    one_by_one = np.concatenate([embed.embed_faces(extractor, {}, [face]) for face in faces])
+    np.testing.assert_allclose(together, one_by_one, rtol=1e-5)
+    assert embed.embed_faces(extractor, {}, []).shape == (0, 3)
+
+
+def test_weights_of_a_command_line():
+    assert pipeline.parse_weights(["x=1.npz"], ["dlib"]) == {"dlib": "x=1.npz"}
+    assert pipeline.parse_weights(["dlib=1.npz"], ["dlib"]) == {"dlib": "1.npz"}
+    assert pipeline.parse_weights(["b=2", "a=1"], ["a", "b"]) == {"a": "1", "b": "2"}
+    with pytest.raises(ValueError, match="NAME=FILE"):
+        pipeline.parse_weights(["1.npz"], ["a", "b"])
+
+
+def test_loading_names_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="no extractor 'nobody'"):
+        pipeline.load(["nobody"])
+    with pytest.raises(ValueError, match="not among the extractors"):
+        pipeline.load(["dlib"], weights={"openface": "x"})
+    with pytest.raises(FileNotFoundError, match="absent"):
+        pipeline.load(["dlib"], weights={"dlib": str(tmp_path / "absent.dat")})
+
+
+def test_the_tag_names_extractor_and_weights(recogniser):
+    first = pipeline.tag(recogniser, "a")
+    assert (first.name, first.embedding_size, first.metric) == ("a", 3, "euclidean")
+    other = recogniser._replace(variables={"a": {"params": {"w": np.ones(2, np.float32)}}})
+    assert pipeline.tag(other, "a").weights != first.weights
+
+
+def test_a_trained_extractor_is_found_by_its_folder(tmp_path):
+    card = trained.Card(
+        "resnet6", 32, 16, width=4, template=_extractor("t").template, threshold=0.9
+    )
+    network = trained.make_network("resnet6", input_px=32, embedding_size=16, width=4)
+    variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    trained.write_extractor(folder, card, variables)
+    name = str(folder)
+    loaded = pipeline.load([name])
+    extractor = loaded.extractors[name]
+    assert (extractor.name, extractor.threshold) == ("trained:mine", 0.9)
+    expected = registry.fingerprint(jax.device_get(variables))
+    assert pipeline.tag(loaded, name) == ("trained:mine", expected, 16, "euclidean_l2")
+    with pytest.raises(ValueError, match="no extractor"):
+        pipeline.find_extractor(str(tmp_path / "absent"))
