@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import zipfile
 
 import flax.linen as nn
 import jax
@@ -245,7 +246,7 @@ def test_a_file_is_fetched_with_its_hash(cache, monkeypatch):
 def test_an_archive_is_unpacked(cache, monkeypatch, tmp_path):
     source = download.SOURCES["deepface"]
     archive = tmp_path / "archive.zip"
-    with registry.weight_files.zipfile.ZipFile(archive, "w") as file:
+    with zipfile.ZipFile(archive, "w") as file:
         file.writestr(f"inside/{source.member}", b"weights")
     _serve(monkeypatch, cache, archive.read_bytes())
     path = download.fetch("deepface")

@@ -352,7 +352,7 @@ def save_or_stop(self, step, tree):
     save(self, step, tree)
     saved.append(step)
     if len(saved) == 5:
-        raise run.UsageError("stopped")
+        raise program_module.UsageError("stopped")
 
 checkpoint.Checkpoints.save = save_or_stop
 """
