@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import signal
+import subprocess
 
 import jax
 import pytest
@@ -23,6 +25,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 flags.FLAGS.mark_as_parsed()
+# A suite that a script starts in the background inherits SIGINT as ignored, and so would its
+# children, which some tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
@@ -46,6 +51,31 @@ def shared() -> pathlib.Path:
     if not _has_shared_data():
         pytest.skip(_no_shared_data())
     return _SHARED
+
+
+@pytest.fixture
+def start_process():
+    """Starts children that lead a process group of their own; what is left is ended afterwards."""
+    started = []
+
+    def start(command, **options):
+        process = subprocess.Popen(
+            command,
+            text=True,
+            start_new_session=True,
+            **options,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
 
 
 def _has_shared_data() -> bool:

@@ -1,0 +1,93 @@
+import csv
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from afr_jax.core import files
+
+
+class _Pair(NamedTuple):
+    first: int
+    second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    num_steps: int = 3
+    rates: tuple[float, ...] = (0.1, 0.2)
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.bool_(True), True),
+        (np.nan, None),
+        (-math.inf, None),
+        (np.array([1.0, np.nan, np.inf]), [1.0, None, None]),
+        (jnp.ones((2, 1), jnp.bfloat16), [[1.0], [1.0]]),
+        (jnp.int32(4), 4),
+        (_Pair(1, 2.0), {"first": 1, "second": 2.0}),
+        (_Config(), {"num_steps": 3, "rates": [0.1, 0.2]}),
+        ({1: (2, 3)}, {"1": [2, 3]}),
+        ({"b", "a"}, ["a", "b"]),
+        (pathlib.Path("a/b"), "a/b"),
+        (None, None),
+    ],
+)
+def test_to_jsonable(value, expected):
+    result = files.to_jsonable(value)
+    assert result == expected
+    assert type(result) is type(expected)
+
+
+def test_to_jsonable_rejects_what_json_cannot_say():
+    with pytest.raises(TypeError, match="object"):
+        files.to_jsonable({"a": object()})
+
+
+def test_write_json_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    files.write_json(path, {"a": 1})
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        files.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_json_respects_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_csv_cells_are_read_back_as_they_were(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+    rows = [("a,b", 1.5), ('with "quotes"', None), ("two\nlines", "ä")]
+    files.write_csv(path, ("name", "value"), rows)
+    with path.open(encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["name", "value"],
+            ["a,b", "1.5"],
+            ['with "quotes"', ""],
+            ["two\nlines", "ä"],
+        ]
+    assert b"\r" not in path.read_bytes()
+    assert list(tmp_path.iterdir()) == [path]

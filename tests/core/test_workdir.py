@@ -1,0 +1,100 @@
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from afr_jax.core import options, workdir
+
+
+def test_workdir_is_created_and_resumed(tmp_path):
+    config = {"num_steps": 3, "model": {"width": 8, "rates": (0.1, float("inf"))}}
+    work = workdir.open_workdir(tmp_path / "a" / "b", config)
+    assert not work.resumed
+    stored = json.loads((work.path / "config.json").read_text())
+    assert stored == {"num_steps": 3, "model": {"width": 8, "rates": [0.1, None]}}
+    assert workdir.open_workdir(tmp_path / "a" / "b", config).resumed
+
+
+def test_workdir_of_another_run_is_refused_with_the_keys(tmp_path):
+    workdir.open_workdir(tmp_path, {"a": 1, "b": {"c": 2, "d": 3}, "old": 0})
+    with pytest.raises(options.UsageError) as error:
+        workdir.open_workdir(tmp_path, {"a": 1, "b": {"c": 9, "d": 3}, "new": 5})
+    message = str(error.value)
+    assert 'b.c (was 2, is 9); new (was "absent", is 5); old (was 0, is "absent")' in message
+    assert "b.d" not in message
+    assert json.loads((tmp_path / "config.json").read_text())["b"]["c"] == 2
+
+
+def test_resumable_keys_may_change(tmp_path):
+    workdir.open_workdir(tmp_path, {"num_steps": 3, "b": {"c": 2}})
+    new = {"num_steps": 9, "b": {"c": 3}}
+    assert workdir.open_workdir(tmp_path, new, resumable=("num_steps", "b.c")).resumed
+    assert json.loads((tmp_path / "config.json").read_text()) == new
+
+
+def test_unusable_workdirs_are_wrong_usage(tmp_path):
+    with pytest.raises(options.UsageError, match="--workdir is needed"):
+        workdir.open_workdir(None, {})
+    (tmp_path / "file").touch()
+    with pytest.raises(options.UsageError, match="cannot use"):
+        workdir.open_workdir(tmp_path / "file", {})
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(options.UsageError, match="cannot use"):
+        workdir.open_workdir(tmp_path, {})
+
+
+def test_metrics_are_appended_and_truncated_to_the_checkpoint(tmp_path):
+    work = workdir.open_workdir(tmp_path, {})
+    work.truncate_metrics(0)
+    assert work.read_metrics() == []
+    for step in range(5):
+        work.append_metrics({"step": step, "loss": jnp.float32(step) / 2})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    work.truncate_metrics(2)
+    assert work.read_metrics() == [{"step": step, "loss": step / 2} for step in range(3)]
+    work.append_metrics({"step": 3, "loss": np.nan})
+    assert (tmp_path / "metrics.jsonl").read_text().endswith('{"step": 3, "loss": null}\n')
+
+
+def test_result_is_written(tmp_path):
+    work = workdir.open_workdir(tmp_path, {})
+    work.write_result({"accuracy": np.float64(0.5)})
+    assert json.loads((tmp_path / "result.json").read_text()) == {"accuracy": 0.5}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Config(options.Config):
+    width: int = options.option(8, "channels")
+    log_steps: int = options.option(10, "between two log lines", resumable=True)
+
+
+def test_an_options_class_says_what_may_change(tmp_path):
+    workdir.open_workdir(tmp_path, _Config(workdir="a"))
+    assert workdir.open_workdir(tmp_path, _Config(workdir="b", log_steps=1)).resumed
+    with pytest.raises(options.UsageError, match=r"width \(was 8, is 9\)"):
+        workdir.open_workdir(tmp_path, _Config(width=9))
+
+
+def test_a_cell_is_computed_once(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"rate": np.float32(0.5), "pair": (1, 2)}
+
+    path = tmp_path / "cells" / "a.json"
+    first = workdir.load_or_compute(path, compute)
+    assert first == workdir.load_or_compute(path, compute) == {"rate": 0.5, "pair": [1, 2]}
+    assert calls == [1]
+
+
+def test_a_cell_that_fails_leaves_no_file(tmp_path):
+    def fail():
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        workdir.load_or_compute(tmp_path / "a.json", fail)
+    assert not list(tmp_path.iterdir())
