@@ -13,6 +13,7 @@ standard error. With several processes only process 0 writes files and the line.
 """
 
 import contextlib
+import functools
 import inspect
 import json
 import logging as std_logging
@@ -204,18 +205,24 @@ def help_text(config_class: type[options.Config], name: str) -> str:
     return "\n".join(lines)
 
 
-def provenance(module: str) -> dict[str, Any]:
+def provenance(module: str, *, config: options.Config | None = None) -> dict[str, Any]:
     """Says how the result of this program came about; see `provenance.provenance`.
 
-    Paths below $AFR_SHARED, of --workdir and of --peer_python appear under these names.
+    Paths below $AFR_SHARED, of --workdir and of --reference_python appear under these names.
 
     Args:
       module: the program, "experiments.benchmark" say.
+      config: its options; None reads the flags of a program that has none.
     """
-    values = flags.FLAGS
-    names = {"AFR_SHARED": os.environ.get("AFR_SHARED"), "WORKDIR": values.workdir}
-    if "peer_python" in values:
-        names["PEER_PYTHON"] = values.peer_python
+    names = {"AFR_SHARED": os.environ.get("AFR_SHARED")}
+    if config is None:
+        values = flags.FLAGS
+        names["WORKDIR"] = values.workdir
+        names["REFERENCE_PYTHON"] = values.peer_python if "peer_python" in values else None
+    else:
+        named = {leaf.path[-1]: leaf.path for leaf in options.leaves(type(config))}
+        for name in {"workdir", "reference_python"} & named.keys():
+            names[name.upper()] = functools.reduce(getattr, named[name], config)
     return provenance_lib.provenance(module, sys.argv[1:], names=names)
 
 

@@ -1,28 +1,35 @@
-"""Other people's implementations to measure against: a program of another Python, kept alive.
+"""Reference implementations to measure against: a driver in another Python, kept alive.
 
 Both sides measure themselves, so neither the pipe nor the start of the interpreter counts. The
-protocol is that of `experiments/reference/serving.py`: one JSON object a line, the program's first
+protocol is that of `experiments/reference/serving.py`: one JSON object a line, the driver's first
 line names its versions; arrays travel as `.npy` files.
 """
 
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import tempfile
 import types
+from collections.abc import Iterator
 from typing import Any
 
+from afr_jax.core import options
+
+# The drivers come with the checkout, not with the installed package.
+DRIVERS = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "reference"
 _TAIL_LINES = 15
 _END_SECONDS = 5
 
 
-class PeerError(Exception):
+class ReferenceProcessError(Exception):
     """The program could not be started, ended or failed; the message says what it wrote last."""
 
 
-class Peer:
-    """A running program that answers requests; use it as a context manager."""
+class ReferenceProcess:
+    """A running driver that answers requests; use it as a context manager."""
 
     def __init__(self, python: str | os.PathLike[str], script: str | os.PathLike[str]) -> None:
         """Starts the program and waits until it is ready.
@@ -32,7 +39,7 @@ class Peer:
             script: the program.
 
         Raises:
-            PeerError: it does not start.
+            ReferenceProcessError: it does not start.
         """
         self._name = pathlib.Path(script).name
         self._errors = tempfile.TemporaryFile()
@@ -54,7 +61,7 @@ class Peer:
             )
         except OSError as error:
             self._errors.close()
-            raise PeerError(f"{python} cannot be started: {error.strerror}") from error
+            raise ReferenceProcessError(f"{python} cannot be started: {error.strerror}") from error
         try:
             self._versions = self._read()["versions"]
         except BaseException:
@@ -77,16 +84,16 @@ class Peer:
             The answer.
 
         Raises:
-            PeerError: the command failed, or the program has ended.
+            ReferenceProcessError: the command failed, or the program has ended.
         """
         try:
             self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
             self._process.stdin.flush()
         except (OSError, ValueError) as error:
-            raise PeerError(f"{self._name} has ended:\n{self._tail()}") from error
+            raise ReferenceProcessError(f"{self._name} has ended:\n{self._tail()}") from error
         answer = self._read()
         if "error" in answer:
-            raise PeerError(f"{self._name} {command}: {answer['error']}")
+            raise ReferenceProcessError(f"{self._name} {command}: {answer['error']}")
         return answer
 
     def close(self) -> None:
@@ -105,7 +112,7 @@ class Peer:
             self._process.wait()
         self._errors.close()
 
-    def __enter__(self) -> "Peer":
+    def __enter__(self) -> "ReferenceProcess":
         return self
 
     def __exit__(
@@ -121,10 +128,62 @@ class Peer:
         try:
             return json.loads(line)
         except ValueError as error:
-            raise PeerError(f"{self._name} has ended:\n{self._tail()}") from error
+            raise ReferenceProcessError(f"{self._name} has ended:\n{self._tail()}") from error
 
     def _tail(self) -> str:
         """The last lines that the program wrote to its standard error."""
         self._errors.seek(0)
         text = self._errors.read().decode("utf-8", "replace")
         return "\n".join(text.splitlines()[-_TAIL_LINES:])
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceOptions:
+    """Where the reference implementations run."""
+
+    reference_python: str | None = options.option(
+        None,
+        "Python of an environment with the originals (experiments/reference/README.md); without it "
+        "they are not asked",
+        aliases=("peer_python",),
+    )
+
+    @contextlib.contextmanager
+    def open(self, driver: str) -> Iterator[ReferenceProcess | None]:
+        """Starts a driver, and ends it with the context.
+
+        Args:
+            driver: name of a file in `DRIVERS`.
+
+        Yields:
+            The running driver; None without `reference_python`.
+
+        Raises:
+            options.UsageError: it does not start.
+        """
+        if self.reference_python is None:
+            yield None
+            return
+        try:
+            process = ReferenceProcess(
+                pathlib.Path(self.reference_python).expanduser(), DRIVERS / driver
+            )
+        except ReferenceProcessError as error:
+            raise options.UsageError(f"--reference_python: {error}") from error
+        with process:
+            yield process
+
+    def require(self) -> None:
+        """Refuses a run that cannot do without the reference implementations.
+
+        Raises:
+            options.UsageError: `reference_python` is not given.
+        """
+        if self.reference_python is None:
+            raise options.UsageError(
+                "--reference_python is needed; see experiments/reference/README.md"
+            )
+
+
+# The former names, until everything that uses them has moved.
+Peer, PeerError = ReferenceProcess, ReferenceProcessError

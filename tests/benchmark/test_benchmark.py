@@ -273,7 +273,7 @@ def test_peers_start_without_our_compiler_options(stub, tmp_path, monkeypatch):
         ("--images=/data/shared2/my photos", "--images='/data/shared2/my photos'"),
         ("--images=/data/shared/my photos", "--images=$AFR_SHARED'/my photos'"),
         ("--weights=a=/data/shared/w.npz,b=c", "--weights=a=$AFR_SHARED/w.npz,b=c"),
-        ("--peer_python=/opt/p/bin/python", "--peer_python=$PEER_PYTHON"),
+        ("--peer_python=/opt/p/bin/python", "--peer_python=$REFERENCE_PYTHON"),
         ("--workdir=out", "--workdir=$WORKDIR"),
         ("out", "$WORKDIR"),
         ("--output_dir=output", "--output_dir=output"),
@@ -281,7 +281,11 @@ def test_peers_start_without_our_compiler_options(stub, tmp_path, monkeypatch):
     ],
 )
 def test_provenance_puts_names_for_paths_of_this_machine(argument, shown):
-    names = {"AFR_SHARED": "/data/shared/", "PEER_PYTHON": "/opt/p/bin/python", "WORKDIR": "out"}
+    names = {
+        "AFR_SHARED": "/data/shared/",
+        "REFERENCE_PYTHON": "/opt/p/bin/python",
+        "WORKDIR": "out",
+    }
     record = provenance.provenance("experiments.benchmark", [argument], names={**names, "NO": None})
     assert record["command"] == f"python -m experiments.benchmark {shown}"
     assert record["machine"]["cores"] >= 1 and record["machine"]["backend"] == "cpu"
@@ -318,7 +322,7 @@ def test_benchmark_program_with_peers(tmp_path, stub_python):
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(result["rows"]) and len(set(map(len, lines))) == 1
     assert result["command"] == (
-        "python -m experiments.benchmark --toy --peer_python=$PEER_PYTHON --workdir=$WORKDIR"
+        "python -m experiments.benchmark --toy --peer_python=$REFERENCE_PYTHON --workdir=$WORKDIR"
     )
 
 
