@@ -90,7 +90,7 @@ class _Models(NamedTuple):
         weights: fingerprint of each extractor's weights.
     """
 
-    eyes: pipeline.Recogniser
+    eyes: pipeline.Recognizer
     surrogates: list[str]
     checks: list[str]
     weights: dict[str, str]
@@ -345,7 +345,7 @@ class _Session:
         task = photo_cloaks.PhotoFaces(
             name=job.source.relative.as_posix(),
             pixels=photo.pixels,
-            grey=photo.grey,
+            gray=photo.gray,
             visible=visible,
             faces=detect.select_faces(found, kept),
         )

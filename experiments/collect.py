@@ -10,7 +10,7 @@ of photos and a CSV with the columns image, identity (paths below --data). In th
     records/     with --records: an ArrayRecord data set for TFDS and Grain, split train and test
 
 Repeats are equal pixels, and photos whose perceptual hashes of 64 bits differ by --max_distance
-bits at most: resized, recompressed and slightly recoloured copies, but no crops. Of each the one
+bits at most: resized, recompressed and slightly recolored copies, but no crops. Of each the one
 with the most pixels stays. A repeat that is filed under another person is reported as such: one of
 the two is wrong. No photo is moved, changed or deleted.
 

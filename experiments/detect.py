@@ -51,7 +51,7 @@ _THRESHOLDS = flags.DEFINE_list(
 _DRAW = flags.DEFINE_bool("draw", False, "also write each photo with its faces drawn in")
 
 _TOY_FACE_PX = 80
-_FACE_COLOUR, _POINT_COLOUR = (255, 64, 64), (64, 255, 64)
+_FACE_COLOR, _POINT_COLOR = (255, 64, 64), (64, 255, 64)
 
 
 def detect_program() -> tuple[dict[str, Any], int]:
@@ -154,13 +154,13 @@ def draw_faces(pixels: np.ndarray, faces: detect.Faces) -> bytes:
     width = max(1, round(max(pixels.shape[:2]) / 400))
     for box, confidence, points in zip(*faces, strict=True):
         y0, x0, y1, x1 = (float(value) for value in box)
-        pen.rectangle((x0, y0, x1, y1), outline=_FACE_COLOUR, width=width)
+        pen.rectangle((x0, y0, x1, y1), outline=_FACE_COLOR, width=width)
         label, size = f"{confidence:.3f}", max(10, round((x1 - x0) / 5))
         # Above the box, or below its upper edge where the photo ends.
         anchor = "lb" if y0 > size else "lt"
-        pen.text((x0, y0), label, fill=_FACE_COLOUR, font_size=size, anchor=anchor)
+        pen.text((x0, y0), label, fill=_FACE_COLOR, font_size=size, anchor=anchor)
         for y, x in points.tolist():
-            pen.circle((x, y), 1.5 * width, fill=_POINT_COLOUR)
+            pen.circle((x, y), 1.5 * width, fill=_POINT_COLOR)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()

@@ -77,12 +77,12 @@ def _enrol() -> tuple[dict[str, Any], int]:
     items = list(listing.samples[:_TOY_PHOTOS] if flags.FLAGS.toy else listing.samples)
     work = workdir.open_workdir(flags.FLAGS.workdir, _config()) if flags.FLAGS.workdir else None
     start = time.perf_counter()
-    recogniser = pipeline.load(
+    recognizer = pipeline.load(
         [_EXTRACTOR.value],
         weights={_EXTRACTOR.value: _WEIGHTS.value} if _WEIGHTS.value else None,
         options=detect.DetectorOptions(min_face_px=_MIN_FACE.value),
     )
-    tag = pipeline.tag(recogniser, _EXTRACTOR.value)
+    tag = pipeline.tag(recognizer, _EXTRACTOR.value)
     reference = database.open_database(_DATABASE.value, tag=tag, create=True)
     enrolled = {} if _REPLACE.value else reference.images()
     todo = [
@@ -95,8 +95,8 @@ def _enrol() -> tuple[dict[str, Any], int]:
     problems = [(problem.name, problem.reason) for problem in listing.problems]
     if _REPLACE.value:
         todo.sort(key=lambda item: item.identity)
-    found = pipeline.recognise(
-        recogniser, [item.path for item in todo], min_confidence=_MIN_CONFIDENCE.value
+    found = pipeline.recognize(
+        recognizer, [item.path for item in todo], min_confidence=_MIN_CONFIDENCE.value
     )
     found = progress.track(found, description="photos", total=len(todo))
     pairs = zip(todo, found, strict=True)

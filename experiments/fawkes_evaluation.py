@@ -301,11 +301,11 @@ def _split(
     return split, [{"image": p.name, "reason": p.reason} for p in listing.problems]
 
 
-def _check_weights(work: workdir.Workdir, recogniser: pipeline.Recogniser) -> None:
+def _check_weights(work: workdir.Workdir, recognizer: pipeline.Recognizer) -> None:
     """Refuses an extractor whose weights are not those that the run's files were made with."""
     path = work.path / "extractors.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    now = {name: registry.fingerprint(v) for name, v in recogniser.variables.items()}
+    now = {name: registry.fingerprint(v) for name, v in recognizer.variables.items()}
     for name in now:
         if known.get(name, now[name]) != now[name]:
             raise ValueError(f"{work.path} was made with other weights of {name}")

@@ -4,7 +4,7 @@
 
 --data are folders with a folder of photos for each person; names are not used, and the face of each
 photo is detected and aligned for the extractor, in crops as well. Each step looks for the worst
-perturbation of some chips within --epsilon grey levels (--attack_steps signed gradient steps from a
+perturbation of some chips within --epsilon gray levels (--attack_steps signed gradient steps from a
 random start) and moves the parameters so that the embedding comes back to the one that the frozen
 original gives the clean chip. Statistics of BatchNorm are frozen.
 
@@ -58,7 +58,7 @@ _PERTURBATION = flags.DEFINE_enum(
     "perturbation", "pgd", ["pgd", "folder"], "searched in each step, or cloaks from --cloaks"
 )
 _CLOAKS = flags.DEFINE_list("cloaks", [], "folders of cloaked versions of the photos of --data")
-_EPSILON = flags.DEFINE_float("epsilon", 4.0, "largest perturbation, grey levels", 0.0)
+_EPSILON = flags.DEFINE_float("epsilon", 4.0, "largest perturbation, gray levels", 0.0)
 _ATTACK_STEPS = flags.DEFINE_integer("attack_steps", 10, "of the search of each step", 1)
 _CLEAN_WEIGHT = flags.DEFINE_float(
     "clean_weight", 1.0, "of the term that keeps clean embeddings; 0 saves time", 0.0
@@ -77,7 +77,7 @@ _PAIRS = flags.DEFINE_string("pairs", None, "CSV image_a, image_b, same: pairs t
 _IMAGES = flags.DEFINE_string("images", ".", "folder that the paths of --pairs are below")
 _ATTACKED = flags.DEFINE_integer("attacked_pairs", 200, "pairs that are attacked; 0: none", 0)
 _PROBES = flags.DEFINE_integer("probe_chips", 64, "held-out chips that are attacked", 1)
-_TEST_EPSILON = flags.DEFINE_float("test_epsilon", 4.0, "of attacks that measure, grey levels", 0.1)
+_TEST_EPSILON = flags.DEFINE_float("test_epsilon", 4.0, "of attacks that measure, gray levels", 0.1)
 _TEST_STEPS = flags.DEFINE_integer("test_attack_steps", 10, "of attacks that measure", 1)
 _LOG = flags.DEFINE_integer("log_steps", 10, "steps that a line of metrics.jsonl is the mean of", 1)
 _SAVE = flags.DEFINE_integer("checkpoint_steps", 50, "steps between two checkpoints", 1)

@@ -56,7 +56,7 @@ def identify_program() -> tuple[dict[str, Any], int]:
     split = _split()
     try:
         weights = pipeline.parse_weights(_WEIGHTS.value, _EXTRACTORS.value)
-        recogniser = pipeline.load(_EXTRACTORS.value, weights=weights)
+        recognizer = pipeline.load(_EXTRACTORS.value, weights=weights)
     except (FileNotFoundError, ValueError) as error:
         raise program.UsageError(str(error)) from error
     work = workdir.open_workdir(
@@ -71,7 +71,7 @@ def identify_program() -> tuple[dict[str, Any], int]:
         },
     )
     photos = [pair for part in split for pair in part]
-    found = pipeline.recognise(recogniser, [path for path, _ in photos])
+    found = pipeline.recognize(recognizer, [path for path, _ in photos])
     found = list(progress.track(found, description="photos", total=len(photos)))
     root = pathlib.Path(_DATA.value).resolve()
     problems = [
@@ -80,7 +80,7 @@ def identify_program() -> tuple[dict[str, Any], int]:
         if item.problem
     ]
     rows, curves = [], {}
-    for name, extractor in recogniser.extractors.items():
+    for name, extractor in recognizer.extractors.items():
         metric = _METRIC.value or extractor.metric
         scores = _scores(split, [item.embeddings[name] for item in found], metric)
         curves[name] = identification.rate_curve(scores)

@@ -8,12 +8,12 @@ r"""Makes a folder of images unlearnable: noise by sample id or class, and the i
 tfds:NAME, a TFDS data set in --tfds_dir with an image and a class label, stored as ArrayRecord
 (tfds:NAME:SPLIT, or --split; the training set by default). Writes into --output_dir:
   images/<class>/<id>.png   the protected images, lossless, in the folders of the originals
-  noise.npz                 names (sample ids or classes), signed grey levels, settings; with
+  noise.npz                 names (sample ids or classes), signed gray levels, settings; with
                             --noise_format=array_record a TFDS data set in noise/ instead
   result.json               what was done, the course of the search, files that were left out
 
 All images have one size, --image_px; by default that of the commonest square images. Images of
-other sizes are left out with a reason, or cropped and resized with --resize. Grey images become
+other sizes are left out with a reason, or cropped and resized with --resize. Gray images become
 RGB; transparency is dropped. What is left out is not protected: it is named, and the exit code is
 3.
 
@@ -66,7 +66,7 @@ _GRANULARITY = flags.DEFINE_enum(
     "granularity", "sample", ["sample", "class"], "one noise an image, or one a class"
 )
 _EPSILON = flags.DEFINE_float(
-    "epsilon", 8.0, "budget in grey levels of 255, largest change of a value (lsp: see its docs)", 1
+    "epsilon", 8.0, "budget in gray levels of 255, largest change of a value (lsp: see its docs)", 1
 )
 _IMAGE_PX = flags.DEFINE_integer(
     "image_px", None, "side of the images; default: the commonest square", 8
@@ -87,7 +87,7 @@ _SOURCE_STEPS = flags.DEFINE_integer(
     "source_steps", None, "network steps on clean images before the first round", 0
 )
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "noise steps of an image in a round", 1)
-_STEP_LEVELS = flags.DEFINE_float("step_levels", None, "size of a noise step, grey levels")
+_STEP_LEVELS = flags.DEFINE_float("step_levels", None, "size of a noise step, gray levels")
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.1, "of the source network")
 
 

@@ -74,13 +74,13 @@ def match_program() -> tuple[dict[str, Any], int]:
                     f"{reference.uri} was made with {name}: give its --weights"
                 )
             name, weights = weights, None
-        recogniser = pipeline.load(
+        recognizer = pipeline.load(
             [name],
             weights={name: weights} if weights else None,
             options=detect.DetectorOptions(min_face_px=_MIN_FACE.value),
         )
-        reference.check_tag(pipeline.tag(recogniser, name))
-        extractor = recogniser.extractors[name]
+        reference.check_tag(pipeline.tag(recognizer, name))
+        extractor = recognizer.extractors[name]
         metric = _METRIC.value or extractor.metric
         threshold = _THRESHOLD.value
         if threshold is None:
@@ -92,8 +92,8 @@ def match_program() -> tuple[dict[str, Any], int]:
         {"database": reference.uri, "metric": metric, "threshold": threshold},
         resumable=("database", "metric", "threshold"),
     )
-    found = pipeline.recognise(
-        recogniser,
+    found = pipeline.recognize(
+        recognizer,
         [item.path for item in inputs],
         which="all",
         min_confidence=_MIN_CONFIDENCE.value,
@@ -182,7 +182,7 @@ def _spoken(box: np.ndarray) -> str:
     return " ".join(f"{value:.1f}" for value in box)
 
 
-def _status(item: pipeline.Recognised) -> str:
+def _status(item: pipeline.Recognized) -> str:
     if item.problem is None:
         return "ok"
     return "no_face" if item.problem == pipeline.NO_FACE else "unreadable"

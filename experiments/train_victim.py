@@ -12,7 +12,7 @@ class to a share of the samples (--poison_rate), all or of some classes (--poiso
 --countermeasure: what the victim does against the noise. Conversions of its stored images
 (grayscale, jpeg10, jpeg50, jpeg75, blur, bit_depth), which --convert_test also does to what it is
 tested on; or changes in training (cutout, mixup, cutmix, randaugment, adversarial: PGD-10 with 8
-grey levels).
+gray levels).
 
 Writes into --workdir (default out/victim) `result.json` with the clean test accuracy of the last
 and of the best epoch and Wilson's 95 % intervals, `curve.csv`, `curve.png`; resumed after any

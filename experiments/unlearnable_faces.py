@@ -1,4 +1,4 @@
-r"""The face study: what a recogniser learns of people whose photos carry class-wise noise.
+r"""The face study: what a recognizer learns of people whose photos carry class-wise noise.
 
     python -m experiments.unlearnable_faces --data=faces --pairs=lfw_pairs.csv --images=lfw \
         --setting=all --seeds=0,1,2 --workdir=out/faces
@@ -67,7 +67,7 @@ _ARCHITECTURE = flags.DEFINE_enum(
 )
 _WIDTH = flags.DEFINE_integer("width", None, "channels of its first stage; default: published", 1)
 _STEM = flags.DEFINE_enum("stem", "imagenet", ["cifar", "imagenet"], "first layers of a ResNet")
-_EPSILON = flags.DEFINE_float("epsilon", 16.0, "budget of the noise, grey levels", 1)
+_EPSILON = flags.DEFINE_float("epsilon", 16.0, "budget of the noise, gray levels", 1)
 _ROUNDS = flags.DEFINE_integer("max_rounds", 30, "of the search for noise, at most", 1)
 _STOP_ERROR = flags.DEFINE_float(
     "stop_error", 0.1, "training error that ends the search; 0: all rounds are done", 0, 1

@@ -42,7 +42,7 @@ for line in json.loads(sys.argv[2]):
 """
 
 # Code to run first: a detector and an extractor that need no compilation. There is one face in
-# every photo that is not black; its embedding is the colour of the photo's first pixel.
+# every photo that is not black; its embedding is the color of the photo's first pixel.
 STAND_INS = """
 import numpy as np
 from afr_jax.recognition import detect, embed
@@ -135,10 +135,10 @@ def assert_refused(program, cases):
         assert isinstance(answer, str) and part in answer, (flags, answer)
 
 
-def save_photo(path, colour, *, size=(24, 24)):
-    """Writes a photo of one colour, and the folders above it."""
+def save_photo(path, color, *, size=(24, 24)):
+    """Writes a photo of one color, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 def save_made_up(folder, num_images, *, seed=0, **options):

@@ -161,7 +161,7 @@ def _cloak(extractor, variables, chips, config, batch, seed) -> np.ndarray:
             boxes=jnp.tile(jnp.array([0, 0, side, side]), (count, 2, 1)),
             views=(view,),
             has_target=jnp.zeros(count),
-            grey=jnp.zeros(count),
+            gray=jnp.zeros(count),
         )
         delta, _ = face_cloaks.cloak_faces(
             keys[start : start + batch],

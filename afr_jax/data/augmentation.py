@@ -1,4 +1,4 @@
-"""Random changes of training images on the device: crop, resize, flip, colour, grey, cutout.
+"""Random changes of training images on the device: crop, resize, flip, color, gray, cutout.
 
 Every function takes the key first and ONE image `[H, W, 3]`, float RGB in [0, 1], and returns the
 same shape and range; batch with `jax.vmap` and one key an image (`augment_batch`). The same key
@@ -28,7 +28,7 @@ class Augmentation:
         brightness: factor between 1 - this and 1 + this.
         contrast: likewise, about the mean luma.
         saturation: likewise, about the luma of each pixel.
-        grey_probability: of an image without colour.
+        gray_probability: of an image without color.
         cutout_px: side of a black square at a random centre (DeVries and Taylor 2017); at the
             border only a part of it lies in the image.
     """
@@ -40,12 +40,12 @@ class Augmentation:
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
-    grey_probability: float = 0.0
+    gray_probability: float = 0.0
     cutout_px: int = 0
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        for name in ("flip_probability", "grey_probability"):
+        for name in ("flip_probability", "gray_probability"):
             _check(name, getattr(self, name), 0, 1)
         for name in ("brightness", "contrast", "saturation"):
             _check(name, getattr(self, name), 0, 1)
@@ -83,15 +83,15 @@ def augment(key: jax.Array, image: jax.Array, *, options: Augmentation) -> jax.A
     if options.flip_probability:
         image = random_flip(keys[2], image, probability=options.flip_probability)
     if options.brightness or options.contrast or options.saturation:
-        image = colour_jitter(
+        image = color_jitter(
             keys[3],
             image,
             brightness=options.brightness,
             contrast=options.contrast,
             saturation=options.saturation,
         )
-    if options.grey_probability:
-        image = random_grey(keys[4], image, probability=options.grey_probability)
+    if options.gray_probability:
+        image = random_gray(keys[4], image, probability=options.gray_probability)
     if options.cutout_px:
         image = cutout(keys[5], image, side_px=options.cutout_px)
     return image
@@ -129,7 +129,7 @@ def random_flip(key: jax.Array, image: jax.Array, *, probability: float = 0.5) -
     return jnp.where(jax.random.bernoulli(key, probability), image[:, ::-1], image)
 
 
-def colour_jitter(
+def color_jitter(
     key: jax.Array,
     image: jax.Array,
     *,
@@ -150,13 +150,13 @@ def colour_jitter(
     return jnp.clip(luma + (image - luma) * factors[2], 0.0, 1.0)
 
 
-def random_grey(key: jax.Array, image: jax.Array, *, probability: float) -> jax.Array:
-    """Takes the colour out of an image with a probability; the channels are then its luma."""
-    return jnp.where(jax.random.bernoulli(key, probability), grey(image), image)
+def random_gray(key: jax.Array, image: jax.Array, *, probability: float) -> jax.Array:
+    """Takes the color out of an image with a probability; the channels are then its luma."""
+    return jnp.where(jax.random.bernoulli(key, probability), gray(image), image)
 
 
-def grey(image: jax.Array) -> jax.Array:
-    """The image without colour, `[H, W, 3]` with three equal channels."""
+def gray(image: jax.Array) -> jax.Array:
+    """The image without color, `[H, W, 3]` with three equal channels."""
     return jnp.broadcast_to(_luma(image), image.shape)
 
 
@@ -193,5 +193,5 @@ FACES = Augmentation(
     brightness=0.3,
     contrast=0.3,
     saturation=0.3,
-    grey_probability=0.1,
+    gray_probability=0.1,
 )

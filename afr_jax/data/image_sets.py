@@ -51,7 +51,7 @@ def made_up(
     textures = np.random.default_rng([seed, num_classes, side])
     generator = np.random.default_rng([seed, num_images, len(split), ord(split[0])])
     waves = textures.integers(1, 4, (num_classes, 3, 2)) * textures.choice([-1, 1], (1, 3, 2))
-    colours = textures.uniform(-1, 1, (num_classes, 3, 3))
+    colors = textures.uniform(-1, 1, (num_classes, 3, 3))
     place = np.arange(side) * (2 * np.pi / side)
     labels = np.arange(num_images) % num_classes
     phase = generator.uniform(0, 2 * np.pi, (num_images, 2))
@@ -59,7 +59,7 @@ def made_up(
     rows = wave[:, :, 0] * (place + phase[:, :1])[:, None]
     columns = wave[:, :, 1] * (place + phase[:, 1:])[:, None]
     texture = np.cos(rows[:, :, :, None] + columns[:, :, None, :])
-    signal = np.einsum("nwrc,nwk->nrck", texture, colours[labels])
+    signal = np.einsum("nwrc,nwk->nrck", texture, colors[labels])
     noise = generator.normal(0, 1, (num_images, side, side, 3))
     images = np.clip(127.5 + 13 * signal + 20 * noise, 0, 255).astype(np.uint8)
     classes = tuple(f"class_{number:02d}" for number in range(num_classes))
@@ -136,7 +136,7 @@ def read_tree(
 ) -> ImageSet:
     """Reads a folder with one folder per class.
 
-    Grey images become RGB with equal channels, transparency is dropped. Files that cannot be read,
+    Gray images become RGB with equal channels, transparency is dropped. Files that cannot be read,
     images that are not `image_px` square (without `resize`) and images of unknown classes are left
     out and become problems.
 

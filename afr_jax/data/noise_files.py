@@ -1,6 +1,6 @@
 """Noise by sample id, and protected images: what the generators of unlearnable data write.
 
-Noise is signed and in whole grey levels, so that what is written stays within a budget exactly. It
+Noise is signed and in whole gray levels, so that what is written stays within a budget exactly. It
 belongs to stable sample ids (see `image_sets`) or to class names, never to a position in a loader
 or a file: it is read back in the order of its names, however a file is shuffled or cut into parts.
 Host code.
@@ -32,7 +32,7 @@ class Noise(NamedTuple):
 
     Attributes:
         names: M sample ids, or class names.
-        levels: `[M, H, W, 3]` int16, signed grey levels.
+        levels: `[M, H, W, 3]` int16, signed gray levels.
         granularity: "sample" or "class": what `names` are.
     """
 
@@ -46,7 +46,7 @@ def to_levels(values: np.ndarray, *, limit_levels: float | None = None) -> np.nd
 
     Args:
         values: any shape, float.
-        limit_levels: grey levels; None for no limit.
+        limit_levels: gray levels; None for no limit.
 
     Returns:
         The same shape, int16.

@@ -1,6 +1,6 @@
 """Photo files to arrays and back: decoding to upright RGB, encoding to PNG.
 
-A decoded photo is uint8 in 0..255, layout [H, W, 3], RGB, upright; alpha, grey mode and colour
+A decoded photo is uint8 in 0..255, layout [H, W, 3], RGB, upright; alpha, gray mode and color
 profile travel beside it, so that what is written back differs from the source in its pixels only.
 Pixels of wide-gamut photos are not converted: they stay in the space their profile describes.
 
@@ -82,14 +82,14 @@ class Photo:
     Attributes:
         pixels: RGB, upright, uint8 [H, W, 3].
         alpha: Opacity, uint8 [H, W], 255 is opaque; None if the file has none.
-        grey: Whether the file was greyscale; the three channels are then equal.
+        gray: Whether the file was grayscale; the three channels are then equal.
         icc_profile: Profile of `pixels` to write back; None stands for sRGB.
         exif: EXIF block without orientation, thumbnail and maker note, for `keep_metadata`.
     """
 
     pixels: np.ndarray
     alpha: np.ndarray | None = None
-    grey: bool = False
+    gray: bool = False
     icc_profile: bytes | None = None
     exif: bytes | None = None
 
@@ -135,8 +135,8 @@ def read_photo_bytes(path: str | os.PathLike[str]) -> bytes:
 def decode_photo(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
     """Decodes the bytes of a JPEG, PNG, WebP, BMP, TIFF, HEIC or still GIF file.
 
-    16-bit grey is scaled by 1 / 257 and rounded; 16-bit colour keeps its high bytes (Pillow has no
-    other way). Grey without a fixed range (32-bit integers, floats) is scaled by the smallest of
+    16-bit gray is scaled by 1 / 257 and rounded; 16-bit color keeps its high bytes (Pillow has no
+    other way). Gray without a fixed range (32-bit integers, floats) is scaled by the smallest of
     the usual ranges that holds the brightest pixel; see `_WIDE_RANGES`. CMYK goes to sRGB, through
     the embedded profile if there is one. Of several photos in an MPO or HEIC file the main one is
     taken.
@@ -178,11 +178,11 @@ def decode_photo(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
 
 
 def encode_png(photo: Photo, pixels: np.ndarray, *, keep_metadata: bool = False) -> bytes:
-    """Encodes new pixels as PNG, with alpha, grey mode and colour profile of the photo.
+    """Encodes new pixels as PNG, with alpha, gray mode and color profile of the photo.
 
     Args:
         photo: What was decoded.
-        pixels: What replaces `photo.pixels`: uint8, of its shape [H, W, 3]. For a grey photo the
+        pixels: What replaces `photo.pixels`: uint8, of its shape [H, W, 3]. For a gray photo the
             ITU-R 601 luma is written, which is any of the channels where they are equal.
         keep_metadata: Whether `photo.exif` is written: camera, date, and place, too. Comments and
             XMP are never written.
@@ -198,7 +198,7 @@ def encode_png(photo: Photo, pixels: np.ndarray, *, keep_metadata: bool = False)
             f"pixels must be uint8 {photo.pixels.shape}, got {pixels.dtype} {pixels.shape}"
         )
     image = Image.fromarray(pixels)
-    if photo.grey:
+    if photo.gray:
         image = image.convert("L")
     if photo.alpha is not None:
         image.putalpha(Image.fromarray(photo.alpha))
@@ -244,24 +244,24 @@ def _decode(image: ImageFile.ImageFile, file_format: str, data: bytes) -> Photo:
     with _warnings_ignored() if file_format == "TIFF" else contextlib.nullcontext():
         image.load()
     icc_profile = image.info.get("icc_profile")
-    _repair_transparent_colour(image, file_format, data)
+    _repair_transparent_color(image, file_format, data)
     with _warnings_ignored():
         exif = _make_upright(image)
     if image.mode in _WIDE_RANGES:
-        pixels, alpha = _from_wide_grey(image)
-        grey = True
+        pixels, alpha = _from_wide_gray(image)
+        gray = True
     else:
-        # Pillow gives 16-bit grey with alpha (PNG colour type 4) as RGBA of equal channels.
-        grey = image.mode in ("1", "L", "LA", "La") or (file_format == "PNG" and data[25] == 4)
+        # Pillow gives 16-bit gray with alpha (PNG color type 4) as RGBA of equal channels.
+        gray = image.mode in ("1", "L", "LA", "La") or (file_format == "PNG" and data[25] == 4)
         pixels, alpha = _from_eight_bits(image, icc_profile)
         if image.mode in ("CMYK", "LAB"):
             icc_profile = None  # The pixels are sRGB now.
     # Bytes 16 to 20 of a profile name the space of the pixels; 36 to 40 are its signature.
     fits = icc_profile and (icc_profile[16:20], icc_profile[36:40]) == (
-        b"GRAY" if grey else b"RGB ",
+        b"GRAY" if gray else b"RGB ",
         b"acsp",
     )
-    return Photo(pixels, alpha, grey, icc_profile if fits else None, exif)
+    return Photo(pixels, alpha, gray, icc_profile if fits else None, exif)
 
 
 def _make_upright(image: Image.Image) -> bytes | None:
@@ -285,16 +285,16 @@ def _make_upright(image: Image.Image) -> bytes | None:
         return None
 
 
-def _repair_transparent_colour(image: Image.Image, file_format: str, data: bytes) -> None:
-    """Brings PNG's transparent colour, in units of the file, to the 8 bits that pixels now have."""
-    colour = image.info.get("transparency")
-    if file_format != "PNG" or colour is None:
+def _repair_transparent_color(image: Image.Image, file_format: str, data: bytes) -> None:
+    """Brings PNG's transparent color, in units of the file, to the 8 bits that pixels now have."""
+    color = image.info.get("transparency")
+    if file_format != "PNG" or color is None:
         return
     depth = data[24]
     if image.mode == "L":
-        image.info["transparency"] = colour * 255 // (2**depth - 1)
+        image.info["transparency"] = color * 255 // (2**depth - 1)
     elif image.mode == "RGB" and depth == 16:
-        image.info["transparency"] = tuple(level >> 8 for level in colour)
+        image.info["transparency"] = tuple(level >> 8 for level in color)
 
 
 # Brightest value of white, by mode; the first one that holds the brightest pixel counts.
@@ -308,7 +308,7 @@ _WIDE_RANGES = {
 }
 
 
-def _from_wide_grey(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+def _from_wide_gray(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
     levels = np.asarray(image)
     alpha = None
     if "transparency" in image.info:
@@ -318,8 +318,8 @@ def _from_wide_grey(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
         ranges = (4095,)
     values = np.nan_to_num(levels.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     white = next((end for end in ranges if values.max() <= end), ranges[-1])
-    grey = np.floor(np.clip(values / white, 0, 1) * 255 + 0.5).astype(np.uint8)
-    return np.repeat(grey[:, :, None], 3, axis=2), alpha
+    gray = np.floor(np.clip(values / white, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return np.repeat(gray[:, :, None], 3, axis=2), alpha
 
 
 def _from_eight_bits(

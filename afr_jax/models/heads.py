@@ -1,7 +1,7 @@
 """What a network is trained for: softmax, ArcFace, CosFace, triplets, or its own logits.
 
 A head is a linen module that takes embeddings `[B, D]` and labels `[B]` and returns a `Judged`: the
-loss of each example and whether it was recognised. Its parameters, if any, are trained with the
+loss of each example and whether it was recognized. Its parameters, if any, are trained with the
 network and dropped afterwards. All arithmetic is float32, whatever the network computes in.
 """
 

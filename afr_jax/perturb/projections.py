@@ -1,6 +1,6 @@
 """Projections onto the sets that perturbations must stay in.
 
-All take and return a perturbation of ONE image; values are in [0, 1] units (8 grey levels are
+All take and return a perturbation of ONE image; values are in [0, 1] units (8 gray levels are
 8 / 255).
 """
 
@@ -18,6 +18,6 @@ def image_box(delta: jax.Array, image: jax.Array) -> jax.Array:
     return jnp.clip(delta, -image, 1.0 - image)
 
 
-def grey(delta: jax.Array) -> jax.Array:
+def gray(delta: jax.Array) -> jax.Array:
     """The nearest perturbation `[H, W, C]` that is equal in all channels: their mean."""
     return jnp.broadcast_to(jnp.mean(delta, axis=-1, keepdims=True), delta.shape)

@@ -95,7 +95,7 @@ def random_view(
 def random_light(
     key: jax.Array, image: jax.Array, options: ViewOptions, *, mean: jax.Array | None = None
 ) -> jax.Array:
-    """The scene in another light: brightness, contrast, colour cast. The same key, the same light.
+    """The scene in another light: brightness, contrast, color cast. The same key, the same light.
 
     Args:
         key: decides the draws.
@@ -160,7 +160,7 @@ def blur(image: jax.Array, sigma: jax.Array | float) -> jax.Array:
 def jpeg(image: jax.Array, quality: jax.Array | float) -> jax.Array:
     """What JPEG compression with 4:2:0 chroma leaves of an image, clipped to [0, 1].
 
-    The lossy half of baseline JPEG: colour transform, chroma averaged over 2 x 2 pixels, 8 x 8 DCT,
+    The lossy half of baseline JPEG: color transform, chroma averaged over 2 x 2 pixels, 8 x 8 DCT,
     division by the standard tables scaled as the Independent JPEG Group does, rounding. Rounding
     passes the gradient straight through (Bengio et al. 2013). Chroma is doubled by repetition.
 

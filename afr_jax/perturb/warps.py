@@ -110,14 +110,14 @@ def paste(
     piece = jax.lax.dynamic_slice(image, start, (*window, image.shape[2]))
     pixels = jnp.stack(jnp.meshgrid(*(jnp.arange(n) for n in window), indexing="ij"), axis=-1)
     places = (pixels.reshape(-1, 2) + low[None]).astype(jnp.float32)
-    colours, opacity = _look_up(texture, corners, places)
+    colors, opacity = _look_up(texture, corners, places)
     opacity = opacity.reshape(*window, 1)
-    piece = piece * (1 - opacity) + colours.reshape(*window, -1) * opacity
+    piece = piece * (1 - opacity) + colors.reshape(*window, -1) * opacity
     return jax.lax.dynamic_update_slice(image, piece.astype(image.dtype), start)
 
 
 def _look_up(texture, corners, places):
-    """Colours `[N, C]` of the texture at photo places `[N, 2]` (y, x), and opacities `[N]`."""
+    """Colors `[N, C]` of the texture at photo places `[N, 2]` (y, x), and opacities `[N]`."""
     rows, columns = corners.shape[0] - 1, corners.shape[1] - 1
     quads = jnp.stack(
         [
@@ -150,10 +150,10 @@ def _look_up(texture, corners, places):
     height, width, _ = texture.shape
     by_row = _weights(down * height / rows, spans[:, 1] * height / rows, height)
     by_column = _weights(across * width / columns, spans[:, 0] * width / columns, width)
-    colours = jnp.einsum("nh,hwc->nwc", by_row, texture)
-    colours = jnp.sum(colours * by_column[:, :, None], axis=1)
+    colors = jnp.einsum("nh,hwc->nwc", by_row, texture)
+    colors = jnp.sum(colors * by_column[:, :, None], axis=1)
     opacity = _coverage(down, spans[:, 1], rows) * _coverage(across, spans[:, 0], columns)
-    return colours, jnp.where(is_drawn, opacity, 0.0)
+    return colors, jnp.where(is_drawn, opacity, 0.0)
 
 
 def _is_front(maps, quads):

@@ -1,8 +1,8 @@
 """Stage 1 of face recognition: collected photos without repeats.
 
 Scraped data sets hold the same photo many times: as the same pixels, or resized, recompressed and
-slightly recoloured. The first kind is found by a digest of the pixels, the second by a perceptual
-hash of 64 bits: which of the lowest frequencies of a grey 32 x 32 thumbnail lie above their median
+slightly recolored. The first kind is found by a digest of the pixels, the second by a perceptual
+hash of 64 bits: which of the lowest frequencies of a gray 32 x 32 thumbnail lie above their median
 (Zauner 2010, "Implementation and benchmarking of perceptual image hash functions", section 3.2.1).
 Crops and mirror images of a photo are not found.
 
@@ -126,9 +126,9 @@ def perceptual_hash(pixels: np.ndarray) -> int:
 
     The mean of the picture is not among the frequencies, so brightness does not count.
     """
-    grey = Image.fromarray(pixels).convert("L")
+    gray = Image.fromarray(pixels).convert("L")
     # Box averaging, then a smooth reduction: the thumbnails of two sizes of a photo agree.
-    thumbnail = grey.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
+    thumbnail = gray.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
     values = np.asarray(thumbnail, np.float64)
     cosines = _cosines()
     low = (cosines @ values @ cosines.T).reshape(-1)

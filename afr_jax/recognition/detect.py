@@ -391,7 +391,7 @@ def _move(boxes, regression):
 
 @functools.partial(jax.jit, static_argnames="side")
 def _crops(image, size, boxes, side):
-    """Crops `[K, side, side, 3]` as TensorFlow's `crop_and_resize`, grey (0) outside the photo."""
+    """Crops `[K, side, side, 3]` as TensorFlow's `crop_and_resize`, gray (0) outside the photo."""
     steps = jnp.arange(side, dtype=jnp.float32) / (side - 1)
     shrink = ((size - 1.0) / size)[None]
     low, high = boxes[:, :2] * shrink, boxes[:, 2:] * shrink

@@ -24,7 +24,7 @@ _GROUP = 64
 NO_FACE = "no face was found"
 
 
-class Recogniser(NamedTuple):
+class Recognizer(NamedTuple):
     """A detector and some extractors, loaded.
 
     Attributes:
@@ -40,7 +40,7 @@ class Recogniser(NamedTuple):
     variables: dict[str, dict]
 
 
-class Recognised(NamedTuple):
+class Recognized(NamedTuple):
     """What was found in one photo.
 
     Attributes:
@@ -63,7 +63,7 @@ def load(
     *,
     weights: Mapping[str, str] | None = None,
     options: detect.DetectorOptions | None = None,
-) -> Recogniser:
+) -> Recognizer:
     """Loads the detector and extractors.
 
     Args:
@@ -80,7 +80,7 @@ def load(
         if name not in names:
             raise ValueError(f"weights are given for {name!r}, which is not among the extractors")
     extractors = {name: find_extractor(name) for name in names}
-    return Recogniser(
+    return Recognizer(
         detector=jax.tree.map(jnp.asarray, mtcnn.read_weights(mtcnn.find_weights())),
         options=options or detect.DetectorOptions(),
         extractors=extractors,
@@ -104,10 +104,10 @@ def find_extractor(name: str) -> registry.Extractor:
     return registry.get(name)
 
 
-def tag(recogniser: Recogniser, name: str) -> database.ExtractorTag:
+def tag(recognizer: Recognizer, name: str) -> database.ExtractorTag:
     """What a reference database notes of the extractor that filled it."""
-    extractor = recogniser.extractors[name]
-    weights = registry.fingerprint(recogniser.variables[name])
+    extractor = recognizer.extractors[name]
+    weights = registry.fingerprint(recognizer.variables[name])
     size = extractor.embedding_size
     return database.ExtractorTag(extractor.name, weights, size, extractor.metric)
 
@@ -129,20 +129,20 @@ def parse_weights(values: Sequence[str], names: Sequence[str]) -> dict[str, str]
     return found
 
 
-def recognise(
-    recogniser: Recogniser,
+def recognize(
+    recognizer: Recognizer,
     paths: Iterable[pathlib.Path],
     *,
     which: Literal["main", "all"] = "main",
     min_confidence: float = 0.0,
-) -> Iterator[Recognised]:
+) -> Iterator[Recognized]:
     """Reads photos, finds and embeds their faces.
 
     Photos are taken in groups of 64, two at a time through the detector, and dropped as soon as
     their faces are embedded.
 
     Args:
-        recogniser: from `load`.
+        recognizer: from `load`.
         paths: of photo files.
         which: the face that a photo is of (`detect.main_face`), or every one.
         min_confidence: of the detector, for a face to count.
@@ -154,21 +154,21 @@ def recognise(
     for start in range(0, len(paths), _GROUP):
         group = paths[start : start + _GROUP]
         found = parallel.overlapped(
-            lambda path: _find(recogniser, path, which, min_confidence), group
+            lambda path: _find(recognizer, path, which, min_confidence), group
         )
         pairs = [
             (pixels, landmarks) for pixels, faces, _, _ in found for landmarks in faces.landmarks
         ]
         embeddings = {
-            name: embed.embed_faces(extractor, recogniser.variables[name], pairs)
-            for name, extractor in recogniser.extractors.items()
+            name: embed.embed_faces(extractor, recognizer.variables[name], pairs)
+            for name, extractor in recognizer.extractors.items()
         }
         at = 0
         for path, (_, faces, digest, problem) in zip(group, found, strict=True):
             rows = slice(at, at + len(faces.boxes))
             at = rows.stop
             own = {name: vectors[rows] for name, vectors in embeddings.items()}
-            yield Recognised(path, problem, digest, faces, own)
+            yield Recognized(path, problem, digest, faces, own)
 
 
 def file_digest(path: pathlib.Path) -> str:
@@ -179,7 +179,7 @@ def file_digest(path: pathlib.Path) -> str:
         return ""
 
 
-def _find(recogniser, path, which, min_confidence):
+def _find(recognizer, path, which, min_confidence):
     """Pixels (None for an unreadable photo), faces, digest and problem of one photo."""
     none = detect.no_faces()
     try:
@@ -187,7 +187,7 @@ def _find(recogniser, path, which, min_confidence):
         pixels = photos.decode_photo(data).pixels
     except photos.PhotoError as error:
         return None, none, "", str(error)
-    faces = detect.detect_faces(recogniser.detector, pixels, options=recogniser.options)
+    faces = detect.detect_faces(recognizer.detector, pixels, options=recognizer.options)
     spread = np.ptp(faces.landmarks, axis=1).max(axis=1, initial=0.0)
     # Landmarks in one spot cannot be aligned.
     faces = detect.select_faces(faces, (faces.confidences >= min_confidence) & (spread >= 1.0))

@@ -29,7 +29,7 @@ class ExtractorOptions:
         """Checks ranges and choices."""
         options.check(self)
 
-    def load(self) -> pipeline.Recogniser:
+    def load(self) -> pipeline.Recognizer:
         """Loads the detector and the extractor.
 
         Raises:

@@ -211,11 +211,11 @@ def _rates(variables, test, patches) -> dict[str, Any]:
 
 
 def _table(table: dict[str, dict[str, Any]]) -> str:
-    lines = ["| row | missed | 95 % interval | mean grey |", "|---|--:|--:|--:|"]
+    lines = ["| row | missed | 95 % interval | mean gray |", "|---|--:|--:|--:|"]
     for name, row in table.items():
-        grey = f"{row['mean_grey']:.2f}" if "mean_grey" in row else ""
+        gray = f"{row['mean_grey']:.2f}" if "mean_grey" in row else ""
         interval = f"{row['low']:.2f}-{row['high']:.2f}"
-        lines.append(f"| {name} | {row['rate']:.2f} | {interval} | {grey} |")
+        lines.append(f"| {name} | {row['rate']:.2f} | {interval} | {gray} |")
     return "\n".join(lines) + "\n"
 
 

@@ -53,7 +53,7 @@ _COUNTERMEASURES = flags.DEFINE_list("countermeasures", ["none"], "of the victim
 _ARCHITECTURES = flags.DEFINE_list("architectures", [], "of the victims; default: the source's")
 _RATES = flags.DEFINE_list("poison_rates", ["1"], "shares of the training images with noise")
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "of noise and victims")
-_EPSILON = flags.DEFINE_float("epsilon", 8.0, "budget of the noise, grey levels", 1)
+_EPSILON = flags.DEFINE_float("epsilon", 8.0, "budget of the noise, gray levels", 1)
 _AT_ONCE = flags.DEFINE_integer("at_once", 1, "victims trained together", 1)
 _BFLOAT16 = flags.DEFINE_bool("bfloat16", False, "compute in bfloat16")
 

@@ -40,7 +40,7 @@ def test_resize_area_equals_opencv(size, shape):
     image = _noise(*size, 3)
     resized = _resize(image, shape)
     assert resized.shape == (*shape, 3) and resized.dtype == jnp.float32
-    # Far below a grey level: row starts of 14-pixel cells are known to 1e-4 pixel.
+    # Far below a gray level: row starts of 14-pixel cells are known to 1e-4 pixel.
     np.testing.assert_allclose(resized, _inter_area(image, shape), atol=2e-5)
 
 

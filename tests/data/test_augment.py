@@ -19,7 +19,7 @@ _ALL = augmentation.Augmentation(
     brightness=0.3,
     contrast=0.3,
     saturation=0.3,
-    grey_probability=0.3,
+    gray_probability=0.3,
     cutout_px=4,
 )
 
@@ -61,33 +61,33 @@ def test_resized_crop_of_a_ramp_is_a_part_of_the_ramp():
     np.testing.assert_allclose(whole, np.broadcast_to(ramp, whole.shape), atol=1e-5)
 
 
-def test_colour_jitter_against_numpy():
-    brightness = _many(augmentation.colour_jitter, brightness=0.4)
+def test_color_jitter_against_numpy():
+    brightness = _many(augmentation.color_jitter, brightness=0.4)
     factors = np.median(brightness / _IMAGE, axis=(1, 2, 3))
     assert factors.min() > 0.59 and factors.max() < 1.41 and np.ptp(factors) > 0.5
     expected = np.clip(_IMAGE * factors[:, None, None, None], 0, 1)
     np.testing.assert_allclose(brightness, expected, atol=1e-5)
     luma = _IMAGE @ np.array([0.299, 0.587, 0.114])
-    for image in _many(augmentation.colour_jitter, saturation=1.0)[:8]:
-        # Colours move along the line through their luma, which stays where nothing is clipped.
+    for image in _many(augmentation.color_jitter, saturation=1.0)[:8]:
+        # Colors move along the line through their luma, which stays where nothing is clipped.
         inside = ((image > 0) & (image < 1)).all(axis=-1)
         weights = np.array([0.299, 0.587, 0.114])
         np.testing.assert_allclose((image @ weights)[inside], luma[inside], atol=1e-5)
     small = (0.5 + 0.1 * (_IMAGE - 0.5)).astype(np.float32)
-    contrast = _many(augmentation.colour_jitter, image=small, contrast=0.5)
+    contrast = _many(augmentation.color_jitter, image=small, contrast=0.5)
     means = (contrast @ np.array([0.299, 0.587, 0.114])).mean(axis=(1, 2))
     np.testing.assert_allclose(means, (small @ np.array([0.299, 0.587, 0.114])).mean(), atol=1e-5)
     spread = contrast.std(axis=(1, 2, 3)) / small.std()
     assert spread.min() > 0.49 and spread.max() < 1.51 and np.ptp(spread) > 0.6
 
 
-def test_grey():
-    images = _many(augmentation.random_grey, probability=0.5)
-    is_grey = (np.ptp(images, axis=-1) == 0).all(axis=(1, 2))
-    assert 16 < is_grey.sum() < 48
+def test_gray():
+    images = _many(augmentation.random_gray, probability=0.5)
+    is_gray = (np.ptp(images, axis=-1) == 0).all(axis=(1, 2))
+    assert 16 < is_gray.sum() < 48
     luma = _IMAGE @ np.array([0.299, 0.587, 0.114])
-    np.testing.assert_allclose(images[is_grey][0, ..., 0], luma, atol=1e-6)
-    np.testing.assert_array_equal(images[~is_grey][0], _IMAGE)
+    np.testing.assert_allclose(images[is_gray][0, ..., 0], luma, atol=1e-6)
+    np.testing.assert_array_equal(images[~is_gray][0], _IMAGE)
 
 
 def test_cutout_is_a_square_within_the_image():

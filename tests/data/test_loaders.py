@@ -67,15 +67,15 @@ def test_a_sample_stays_on_its_side_of_the_split():
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Three identities with 4 photos each of one colour, in three formats and sizes."""
+    """Three identities with 4 photos each of one color, in three formats and sizes."""
     root = tmp_path_factory.mktemp("tree")
     for person in range(3):
         folder = root / f"person {person}"
         folder.mkdir()
         for number, suffix in enumerate(("jpg", "png", "webp", "png")):
             size = (20 + number, 20)
-            colour = (80 * person, 20, 200 - 60 * person)
-            Image.new("RGB", size, colour).save(folder / f"{number}.{suffix}")
+            color = (80 * person, 20, 200 - 60 * person)
+            Image.new("RGB", size, color).save(folder / f"{number}.{suffix}")
     return root
 
 

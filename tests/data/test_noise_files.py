@@ -17,11 +17,11 @@ def _save(path, pixels, mode="RGB"):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Two classes: good images, a grey one, one of another size, half a file, a text, a stray."""
+    """Two classes: good images, a gray one, one of another size, half a file, a text, a stray."""
     generator = np.random.default_rng(0)
     for name in ("cat/a.png", "cat/b.png", "dog/a.png", "dog/c.png"):
         _save(tmp_path / name, generator.integers(0, 256, (16, 16, 3)).astype(np.uint8))
-    _save(tmp_path / "dog/grey.png", np.full((16, 16, 3), 77, np.uint8), "L")
+    _save(tmp_path / "dog/gray.png", np.full((16, 16, 3), 77, np.uint8), "L")
     _save(tmp_path / "dog/large.png", np.full((30, 20, 3), 9, np.uint8))
     _save(tmp_path / "dog/wide.bmp", np.full((16, 16, 3), 200, np.uint8))
     (tmp_path / "cat/half.png").write_bytes((tmp_path / "cat/a.png").read_bytes()[:200])
@@ -32,7 +32,7 @@ def tree(tmp_path):
 
 def test_a_tree_keeps_what_fits_and_names_the_rest(tree):
     data = image_sets.read_tree(tree)
-    ids = ("cat/a", "cat/b", "dog/a", "dog/c", "dog/grey", "dog/wide")
+    ids = ("cat/a", "cat/b", "dog/a", "dog/c", "dog/gray", "dog/wide")
     assert data.sample_ids == ids
     assert data.classes == ("cat", "dog") and data.labels.tolist() == [0, 0, 1, 1, 1, 1]
     assert (data.images[4] == 77).all() and (data.images[5] == 200).all()
@@ -94,7 +94,7 @@ def _same(data, other):
 
 
 def test_a_tfds_set_is_the_tree_it_was_made_from(tree, tmp_path_factory):
-    """Damaged files, other sizes and grey images included; the order of the records is another."""
+    """Damaged files, other sizes and gray images included; the order of the records is another."""
     folder = tmp_path_factory.mktemp("sets")
     listing = identities.list_tree(tree)
     listing = listing.without([identities.Problem("cat/notes.txt", "")])
@@ -135,9 +135,9 @@ def _write_set(folder, name, features, examples):
 
 
 def test_foreign_tfds_sets(tmp_path):
-    """Ids of their own or none, grey images, names that are no folders, features that are wrong."""
+    """Ids of their own or none, gray images, names that are no folders, features that are wrong."""
     label = tfds.features.ClassLabel(names=["b/c", "a"])
-    grey = tfds.features.Image(shape=(12, 12, 1))
+    gray = tfds.features.Image(shape=(12, 12, 1))
     names = ("x_1", "/../y", "z.png")
 
     def example(number):
@@ -146,7 +146,7 @@ def test_foreign_tfds_sets(tmp_path):
         buffer.seek(0)
         return {"image": buffer, "label": number % 2}
 
-    features = {"image": grey, "label": label}
+    features = {"image": gray, "label": label}
     named = [example(number) | {"id": name} for number, name in enumerate(names)]
     named += [example(1) | {"id": "y"}, example(1) | {"id": "w", "label": -1}]
     _write_set(tmp_path, "named", features | {"id": tfds.features.Text()}, named)

@@ -38,9 +38,9 @@ def _noise(*shape: int) -> np.ndarray:
 
 def _blocks() -> np.ndarray:
     """Upright [32, 48, 3], six flat blocks, no symmetry; flat so that lossy formats keep it."""
-    colours = [[250, 20, 20], [20, 200, 20], [20, 20, 220], [240, 240, 240], [10, 10, 10]]
-    colours = np.array([*colours, [220, 220, 30]], np.uint8).reshape(2, 3, 3)
-    return colours.repeat(16, axis=0).repeat(16, axis=1)
+    colors = [[250, 20, 20], [20, 200, 20], [20, 20, 220], [240, 240, 240], [10, 10, 10]]
+    colors = np.array([*colors, [220, 220, 30]], np.uint8).reshape(2, 3, 3)
+    return colors.repeat(16, axis=0).repeat(16, axis=1)
 
 
 def _bytes(image: Image.Image | np.ndarray, kind: str = "PNG", **options) -> bytes:
@@ -59,9 +59,9 @@ def _chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def _png(width, height, depth, colour_type, rows: bytes, *chunks: bytes) -> bytes:
+def _png(width, height, depth, color_type, rows: bytes, *chunks: bytes) -> bytes:
     """A PNG file by its parts, for what Pillow does not write; a row starts with its filter."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
     body = b"".join(chunks) + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + body
 
@@ -79,7 +79,7 @@ def _tiff(fields: dict[int, tuple[int, ...]], samples: bytes) -> bytes:
 
 
 def _profile(space: bytes) -> bytes:
-    """The header of a colour profile, enough to tell the space of its pixels."""
+    """The header of a color profile, enough to tell the space of its pixels."""
     header = bytearray(132)
     header[0:4] = struct.pack(">I", 132)
     header[12:24] = b"mntr" + space + b"XYZ "
@@ -133,13 +133,13 @@ def test_lossless_formats_are_exact(kind):
     photo = photos.decode_photo(_bytes(pixels, kind))
     np.testing.assert_array_equal(photo.pixels, pixels)
     assert photo.pixels.dtype == np.uint8 and photo.pixels.flags.writeable
-    assert photo.alpha is None and not photo.grey and photo.exif is None
+    assert photo.alpha is None and not photo.gray and photo.exif is None
 
 
 @pytest.mark.parametrize("kind", LOSSY)
 def test_lossy_formats_are_close(kind):
     photo = photos.decode_photo(_bytes(_blocks(), kind))
-    # The codecs change flat colours by a few levels; swapped channels or blocks change them by 200.
+    # The codecs change flat colors by a few levels; swapped channels or blocks change them by 200.
     np.testing.assert_allclose(photo.pixels.astype(int), _blocks(), atol=12)
 
 
@@ -174,7 +174,7 @@ def test_orientation_is_applied_and_gone(kind, orientation):
     np.testing.assert_array_equal(photos.decode_photo(png).pixels, photo.pixels)
 
 
-def test_orientation_turns_alpha_and_wide_grey_too():
+def test_orientation_turns_alpha_and_wide_gray_too():
     rgba = _noise(6, 10, 4)
     photo = photos.decode_photo(_bytes(rgba, exif=_exif(6).tobytes()))
     np.testing.assert_array_equal(photo.alpha, np.rot90(rgba[:, :, 3], -1))
@@ -191,14 +191,14 @@ def test_mpo_gives_its_first_frame():
     np.testing.assert_allclose(photos.decode_photo(data).pixels.astype(int), _blocks(), atol=12)
 
 
-# Decoding: grey, alpha, palettes, other colour spaces
+# Decoding: gray, alpha, palettes, other color spaces
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG", "HEIF"])
-def test_grey_is_grey_again(kind):
+def test_gray_is_gray_again(kind):
     levels = _blocks()[:, :, 0]
     photo = photos.decode_photo(_bytes(levels, kind))
-    assert photo.grey and (photo.pixels == photo.pixels[:, :, :1]).all()
+    assert photo.gray and (photo.pixels == photo.pixels[:, :, :1]).all()
     np.testing.assert_allclose(photo.pixels[:, :, 0].astype(int), levels, atol=2)
     image = Image.open(io.BytesIO(photos.encode_png(photo, photo.pixels)))
     assert image.mode == "L"
@@ -210,16 +210,16 @@ def test_one_bit_is_black_and_white(kind):
     bits = _noise(5, 11) > 127
     photo = photos.decode_photo(_bytes(Image.fromarray(bits), kind))
     np.testing.assert_array_equal(photo.pixels[:, :, 2], bits * 255)
-    # BMP has no grey: its two colours are a palette, which Pillow reads as bits where it can.
-    assert photo.grey
+    # BMP has no gray: its two colors are a palette, which Pillow reads as bits where it can.
+    assert photo.gray
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_is_scaled_not_clipped(kind):
+def test_sixteen_bit_gray_is_scaled_not_clipped(kind):
     levels = np.array([[0, 128, 129, 256, 257, 32767, 32768, 65406, 65407, 65535]], np.uint16)
     photo = photos.decode_photo(_bytes(levels, kind))
     expected = [0, 0, 1, 1, 1, 127, 128, 254, 255, 255]  # round(level / 257)
-    assert photo.grey and photo.pixels[0, :, 0].tolist() == expected
+    assert photo.gray and photo.pixels[0, :, 0].tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -235,24 +235,24 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(kind):
         (np.zeros((1, 3), np.float32), [0, 0, 0]),
     ],
 )
-def test_grey_without_fixed_range(levels, expected):
+def test_gray_without_fixed_range(levels, expected):
     photo = photos.decode_photo(_bytes(levels, "TIFF"))
-    assert photo.grey and photo.pixels[0, :, 0].tolist() == expected
+    assert photo.gray and photo.pixels[0, :, 0].tolist() == expected
 
 
-def test_twelve_bit_grey_tiff_reaches_white():
+def test_twelve_bit_gray_tiff_reaches_white():
     samples = bytes([0x00, 0x08, 0x00, 0xFF, 0xF0, 0x00])  # 0, 2048, 4095, 0 of 12 bits each
     data = _tiff({256: (4,), 257: (1,), 258: (12,), 259: (1,), 262: (1,)}, samples)
     assert photos.decode_photo(data).pixels[0, :, 0].tolist() == [0, 128, 255, 0]
 
 
-def test_sixteen_bit_colour():
+def test_sixteen_bit_color():
     rows = b"\0" + struct.pack(">6H", 65535, 0, 0x8034, 0x0100, 0x00FF, 0xFE00)
     photo = photos.decode_photo(_png(2, 1, 16, 2, rows))
     assert photo.pixels.tolist() == [[[255, 0, 128], [1, 0, 254]]]
     rows = b"\0" + struct.pack(">4H", 65535, 0x80FF, 0x0700, 65535)
-    photo = photos.decode_photo(_png(2, 1, 16, 4, rows))  # Grey with alpha.
-    assert photo.grey and photo.pixels[0, :, 0].tolist() == [255, 7]
+    photo = photos.decode_photo(_png(2, 1, 16, 4, rows))  # Gray with alpha.
+    assert photo.gray and photo.pixels[0, :, 0].tolist() == [255, 7]
     assert photo.alpha.tolist() == [[128, 255]]
 
 
@@ -269,20 +269,20 @@ def test_alpha_is_exact_there_and_back(kind):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_grey_with_alpha_there_and_back(kind):
-    grey_alpha = _noise(7, 12, 2)
-    photo = photos.decode_photo(_bytes(Image.fromarray(grey_alpha), kind))
-    assert photo.grey
-    np.testing.assert_array_equal(photo.pixels, grey_alpha[:, :, :1].repeat(3, axis=2))
+def test_gray_with_alpha_there_and_back(kind):
+    gray_alpha = _noise(7, 12, 2)
+    photo = photos.decode_photo(_bytes(Image.fromarray(gray_alpha), kind))
+    assert photo.gray
+    np.testing.assert_array_equal(photo.pixels, gray_alpha[:, :, :1].repeat(3, axis=2))
     image = Image.open(io.BytesIO(photos.encode_png(photo, photo.pixels)))
     assert image.mode == "LA"
-    np.testing.assert_array_equal(image, grey_alpha)
+    np.testing.assert_array_equal(image, gray_alpha)
 
 
-def test_premultiplied_grey_tiff():
+def test_premultiplied_gray_tiff():
     fields = {256: (2,), 257: (1,), 258: (8, 8), 259: (1,), 262: (1,), 338: (1,)}
     photo = photos.decode_photo(_tiff(fields, bytes([100, 128, 50, 255])))
-    assert photo.alpha.tolist() == [[128, 255]] and photo.grey
+    assert photo.alpha.tolist() == [[128, 255]] and photo.gray
     assert photo.pixels[0, :, 0].tolist() == [199, 50]  # 100 * 255 / 128 = 199.2
 
 
@@ -290,17 +290,17 @@ def test_palettes():
     image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "L")
     image = Image.frombytes("P", (3, 1), image.tobytes())
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    colours = [[[10, 20, 30], [40, 50, 60], [70, 80, 90]]]
+    colors = [[[10, 20, 30], [40, 50, 60], [70, 80, 90]]]
     expected = {None: None, 1: [[255, 0, 255]], bytes([7, 255, 99]): [[7, 255, 99]]}
     for transparency, alpha in expected.items():
         options = {} if transparency is None else {"transparency": transparency}
         photo = photos.decode_photo(_bytes(image, **options))
-        assert photo.pixels.tolist() == colours and not photo.grey
+        assert photo.pixels.tolist() == colors and not photo.gray
         assert (photo.alpha if alpha is None else photo.alpha.tolist()) == alpha
 
 
 @pytest.mark.parametrize(
-    "depth, colour_type, row, colour, grey, alpha",
+    "depth, color_type, row, color, gray, alpha",
     [
         (1, 0, b"\x50", [1], [0, 255, 0, 255], [255, 0, 255, 0]),
         (2, 0, b"\x1b", [3], [0, 85, 170, 255], [255, 255, 255, 0]),
@@ -317,12 +317,12 @@ def test_palettes():
         ),
     ],
 )
-def test_png_transparent_colour(depth, colour_type, row, colour, grey, alpha):
-    chunk = _chunk(b"tRNS", struct.pack(f">{len(colour)}H", *colour))
-    photo = photos.decode_photo(_png(4, 1, depth, colour_type, b"\0" + row, chunk))
-    assert photo.pixels[0, :, 0].tolist() == grey
+def test_png_transparent_color(depth, color_type, row, color, gray, alpha):
+    chunk = _chunk(b"tRNS", struct.pack(f">{len(color)}H", *color))
+    photo = photos.decode_photo(_png(4, 1, depth, color_type, b"\0" + row, chunk))
+    assert photo.pixels[0, :, 0].tolist() == gray
     assert photo.alpha.tolist() == [alpha]
-    assert photo.grey == (colour_type == 0)
+    assert photo.gray == (color_type == 0)
 
 
 INKS = np.array([[[255, 0, 0, 0], [0, 0, 255, 0], [0, 0, 0, 255], [0, 0, 0, 0]]], np.uint8)
@@ -333,7 +333,7 @@ def test_cmyk_without_a_usable_profile(profile):
     image = Image.frombytes("CMYK", (4, 1), INKS.tobytes())
     photo = photos.decode_photo(_bytes(image, "TIFF", icc_profile=profile))
     assert photo.pixels.tolist() == [[[0, 255, 255], [255, 255, 0], [0, 0, 0], [255, 255, 255]]]
-    assert photo.icc_profile is None and not photo.grey
+    assert photo.icc_profile is None and not photo.gray
 
 
 def test_cmyk_goes_through_its_profile():
@@ -346,9 +346,9 @@ def test_cmyk_goes_through_its_profile():
 
 
 @pytest.mark.parametrize("mode", ["YCbCr", "LAB"])
-def test_other_colour_spaces(mode):
-    colour = {"YCbCr": (76, 85, 255), "LAB": (138, 128 + 81, 128 + 70)}[mode]  # Red.
-    photo = photos.decode_photo(_bytes(Image.new(mode, (16, 16), colour), "TIFF"))
+def test_other_color_spaces(mode):
+    color = {"YCbCr": (76, 85, 255), "LAB": (138, 128 + 81, 128 + 70)}[mode]  # Red.
+    photo = photos.decode_photo(_bytes(Image.new(mode, (16, 16), color), "TIFF"))
     np.testing.assert_allclose(photo.pixels[8, 8].astype(int), [254, 0, 0], atol=12)
 
 

@@ -7,7 +7,7 @@ from afr_jax.methods.patches import print_sheet
 
 
 def _pictures(count, shape=(16, 24)):
-    # Flat colours survive any codec well enough to be told apart.
+    # Flat colors survive any codec well enough to be told apart.
     return [np.full((*shape, 3), (20 + 40 * n, 128, 128), np.uint8) for n in range(count)]
 
 

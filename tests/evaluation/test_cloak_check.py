@@ -1,4 +1,4 @@
-"""What is measured on a cloaked photo, against reading and recognising its files again."""
+"""What is measured on a cloaked photo, against reading and recognizing its files again."""
 
 import flax.linen as nn
 import jax
@@ -49,7 +49,7 @@ def _variables(seed):
 
 
 @pytest.fixture
-def recogniser(monkeypatch):
+def recognizer(monkeypatch):
     """Two faces, 50 px apart, whose landmarks depend on the pixels; a black corner hides one.
 
     In a black photo there is none.
@@ -71,11 +71,11 @@ def recogniser(monkeypatch):
     # No distance is below the first threshold, and any is below the second.
     extractors = {"near": _extractor("near", 1e-9), "far": _extractor("far", 1e9)}
     variables = {name: _variables(seed) for seed, name in enumerate(extractors)}
-    return pipeline.Recogniser({}, _OPTIONS, extractors, variables)
+    return pipeline.Recognizer({}, _OPTIONS, extractors, variables)
 
 
 @pytest.fixture
-def photo(recogniser):
+def photo(recognizer):
     """A photo with its faces, and the same with both faces changed."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(40, 216, (8, 13, 3), np.uint8)
@@ -95,19 +95,19 @@ def _cloaked():
     ]
 
 
-def _check(recogniser, photo, final, **options):
+def _check(recognizer, photo, final, **options):
     defaults = {"surrogates": ["near"], "dssim_budget": 0.9, "options": _OPTIONS}
-    return check.check_photo(recogniser, photo, final, _cloaked(), **(defaults | options))
+    return check.check_photo(recognizer, photo, final, _cloaked(), **(defaults | options))
 
 
-def test_verdicts_are_those_of_the_written_files(recogniser, photo, tmp_path):
+def test_verdicts_are_those_of_the_written_files(recognizer, photo, tmp_path):
     original, final = photo
     Image.fromarray(original.pixels).save(tmp_path / "original.png")
     Image.fromarray(final).save(tmp_path / "final.png")
     Image.fromarray(final).save(tmp_path / "final.jpg", quality=75)  # Pillow's default is 4:2:0.
     paths = [tmp_path / name for name in ("original.png", "final.png", "final.jpg")]
-    found = list(pipeline.recognise(recogniser, paths, which="all"))
-    records = _check(recogniser, original, final)
+    found = list(pipeline.recognize(recognizer, paths, which="all"))
+    records = _check(recognizer, original, final)
     assert [record["status"] for record in records] == ["cloaked", "cloaked"]
     for name in ("near", "far"):
         clean, written, compressed = (item.embeddings[name] for item in found)
@@ -124,16 +124,16 @@ def test_verdicts_are_those_of_the_written_files(recogniser, photo, tmp_path):
             assert entry["after_jpeg75"]["same_person"] == (name == "far")
             assert entry["after_jpeg75"]["reason"] is None
             assert entry["surrogate"] == (name == "near")
-            assert entry["threshold"] == recogniser.extractors[name].threshold
+            assert entry["threshold"] == recognizer.extractors[name].threshold
     before = [
         r["extractors"][n]["distance_before_budget"] for r in records for n in ("near", "far")
     ]
     assert before == [2.0, None, 3.0, None]
 
 
-def test_a_face_lost_to_jpeg_is_said_to_be(recogniser, photo, monkeypatch):
+def test_a_face_lost_to_jpeg_is_said_to_be(recognizer, photo, monkeypatch):
     original, final = photo
-    whole = _check(recogniser, original, final)
+    whole = _check(recognizer, original, final)
 
     def convert(name, images):
         images = images.copy()
@@ -141,7 +141,7 @@ def test_a_face_lost_to_jpeg_is_said_to_be(recogniser, photo, monkeypatch):
         return images
 
     monkeypatch.setattr(countermeasures, "convert", convert)
-    records = _check(recogniser, original, final)
+    records = _check(recognizer, original, final)
     lost, kept = (record["extractors"]["near"]["after_jpeg75"] for record in records)
     reason = "the face was not found again"
     assert lost == {"distance": None, "same_person": None, "reason": reason}
@@ -149,8 +149,8 @@ def test_a_face_lost_to_jpeg_is_said_to_be(recogniser, photo, monkeypatch):
     hidden[0, 0] = 0
     landmarks = detect.detect_faces({}, hidden, options=_OPTIONS).landmarks[0]
     pairs = [(original.pixels, original.faces.landmarks[1]), (hidden, landmarks)]
-    extractor = recogniser.extractors["near"]
-    clean, again = embed.embed_faces(extractor, recogniser.variables["near"], pairs)
+    extractor = recognizer.extractors["near"]
+    clean, again = embed.embed_faces(extractor, recognizer.variables["near"], pairs)
     assert kept["distance"] == pytest.approx(np.linalg.norm(again - clean), rel=1e-4)
     assert kept["same_person"] is False
     for record, one in zip(records, whole, strict=True):
@@ -158,9 +158,9 @@ def test_a_face_lost_to_jpeg_is_said_to_be(recogniser, photo, monkeypatch):
         assert record["extractors"]["near"]["distance"] == one["extractors"]["near"]["distance"]
 
 
-def test_a_face_lost_in_the_written_file_fails(recogniser, photo):
+def test_a_face_lost_in_the_written_file_fails(recognizer, photo):
     original, final = photo
-    records = _check(recogniser, original, np.zeros_like(final))
+    records = _check(recognizer, original, np.zeros_like(final))
     assert [record["status"] for record in records] == ["failed", "failed"]
     assert all("was not found again in the written photo" in record["reason"] for record in records)
     assert all(record["extractors"] == {} for record in records)
@@ -170,22 +170,22 @@ def test_a_face_lost_in_the_written_file_fails(recogniser, photo):
     ("budget", "leak", "reason"),
     [(1e-6, 0, "exceeds the budget 1e-06"), (0.9, 1, "pixels outside the face regions changed")],
 )
-def test_broken_promises_fail(recogniser, photo, budget, leak, reason):
+def test_broken_promises_fail(recognizer, photo, budget, leak, reason):
     original, final = photo
     final[-1, -1] += np.uint8(leak)
-    for record in _check(recogniser, original, final, dssim_budget=budget):
+    for record in _check(recognizer, original, final, dssim_budget=budget):
         assert record["status"] == "failed" and reason in record["reason"]
 
 
-def test_judging_again_gives_what_judging_at_once_gives(recogniser, photo):
+def test_judging_again_gives_what_judging_at_once_gives(recognizer, photo):
     original, final = photo
-    at_once = _check(recogniser, original, final)
-    alone = {"near": recogniser.extractors["near"]}
+    at_once = _check(recognizer, original, final)
+    alone = {"near": recognizer.extractors["near"]}
     skipped = {"status": "skipped", "reason": "tiny"}
-    first = [*_check(recogniser._replace(extractors=alone), original, final), skipped]
+    first = [*_check(recognizer._replace(extractors=alone), original, final), skipped]
     assert [list(record["extractors"]) for record in first[:2]] == [["near"], ["near"]]
     again = check.judge_again(
-        recogniser,
+        recognizer,
         original.pixels,
         original.faces,
         final,
@@ -203,5 +203,5 @@ def test_faces_that_are_not_cloaked_say_why():
     kept = np.array([False, True, False])
     small, unsure = check.skipped_faces(faces, kept, min_confidence=0.9)
     assert small["box"] == [0, 0, 10, 9] and small["detection"] == boxes[0].tolist()
-    assert (small["status"], small["reason"]) == ("skipped", "it is too small to be recognised")
+    assert (small["status"], small["reason"]) == ("skipped", "it is too small to be recognized")
     assert unsure["reason"] == "confidence 0.50 is below 0.9"

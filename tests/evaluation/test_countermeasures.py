@@ -26,11 +26,11 @@ def _equalised(image):
     return np.stack([cv2.equalizeHist(channel) for channel in np.asarray(image).T]).T
 
 
-def test_grey_is_the_luma_in_all_channels(images):
-    grey = countermeasures.convert("grayscale", images)
-    assert (grey == grey[..., :1]).all()
+def test_gray_is_the_luma_in_all_channels(images):
+    gray = countermeasures.convert("grayscale", images)
+    assert (gray == gray[..., :1]).all()
     luma = images.astype(np.float64) @ [0.299, 0.587, 0.114]
-    assert np.abs(grey[..., 0] - luma).max() <= 1
+    assert np.abs(gray[..., 0] - luma).max() <= 1
 
 
 def test_jpeg_is_the_real_codec_and_lower_quality_is_further_away(images):

@@ -266,8 +266,8 @@ def test_half_size_averages_and_the_others_are_the_conversions():
     expected = pixels.reshape(5, 2, 7, 2, 3).mean(axis=(1, 3))
     # Pillow rounds after either axis.
     assert half.shape == (5, 7, 3) and np.abs(half - expected).max() <= 1
-    grey = cloaking_views.convert("grayscale", pixels)
-    assert np.ptp(grey, axis=-1).max() == 0
+    gray = cloaking_views.convert("grayscale", pixels)
+    assert np.ptp(gray, axis=-1).max() == 0
     np.testing.assert_array_equal(cloaking_views.convert("none", pixels), pixels)
     with pytest.raises(ValueError, match="no countermeasure 'sepia'"):
         cloaking_views.convert("sepia", pixels)
@@ -302,14 +302,14 @@ def test_noise_is_as_much_as_the_budget_allows(budget):
     assert np.any(other != pixels)
 
 
-def test_noise_keeps_grey_photos_grey_and_transparent_pixels():
-    grey = np.repeat(_photo().pixels[:, :, :1], 3, axis=2)
-    visible = np.ones(grey.shape[:2], bool)
+def test_noise_keeps_gray_photos_gray_and_transparent_pixels():
+    gray = np.repeat(_photo().pixels[:, :, :1], 3, axis=2)
+    visible = np.ones(gray.shape[:2], bool)
     visible[:, 60:] = False
-    photo = _photo(pixels=grey, grey=True, visible=visible)
+    photo = _photo(pixels=gray, gray=True, visible=visible)
     pixels, _ = cloaking_methods.add_noise(photo, [_DLIB], 0.007)
-    assert np.ptp(pixels, axis=-1).max() == 0 and np.any(pixels != grey)
-    np.testing.assert_array_equal(pixels[:, 60:], grey[:, 60:])
+    assert np.ptp(pixels, axis=-1).max() == 0 and np.any(pixels != gray)
+    np.testing.assert_array_equal(pixels[:, 60:], gray[:, 60:])
 
 
 class _Package:

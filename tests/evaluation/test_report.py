@@ -103,7 +103,7 @@ def _decode(uri):
     return header, np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
 
 
-def test_amplified_difference_is_ten_times_the_change_around_mid_grey():
+def test_amplified_difference_is_ten_times_the_change_around_mid_gray():
     rng = np.random.default_rng(0)
     original, cloaked = rng.integers(0, 256, size=(2, 16, 16, 3), dtype=np.uint8)
     cloaked[:8] = np.clip(original[:8].astype(int) + rng.integers(-14, 15, (8, 16, 3)), 0, 255)
@@ -130,7 +130,7 @@ def test_small_face_is_shown_at_native_pixels_without_loss():
         header, shown = _decode(page.pictures(kind)[1]["src"])
         assert header == "data:image/png;base64"
         np.testing.assert_array_equal(shown, array)
-    assert "Difference × 10 around mid grey" in page.words
+    assert "Difference × 10 around mid gray" in page.words
     assert "26 × 26 pixels, each drawn 18 × 18" in page.words
     assert "0 pixels outside the cloaked faces’ boxes changed" in page.words
 
@@ -432,7 +432,7 @@ def test_honest_words_are_there_and_soothing_ones_are_not():
         "adaptive tracker undoes it",
         "purifies pictures",
         "Clean photos of the person elsewhere",
-        "Made against dlib. Other recognisers may not be moved",
+        "Made against dlib. Other recognizers may not be moved",
         "Checked on dlib and facenet only, on the PNG file as written",
         "Sites re-encode and shrink what is uploaded. That was neither modelled nor checked",
         "exit code 0, all done; 3, done, but some inputs could not be handled",

@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
     portrait = _portrait()
     portrait.save(photos / "a.jpg", quality=95)
     portrait.save(photos / "a.png", icc_profile=_srgb())
-    portrait.convert("L").save(photos / "nested ünïcode" / "grey.png")
+    portrait.convert("L").save(photos / "nested ünïcode" / "gray.png")
     rgba = portrait.convert("RGBA")
     alpha = np.full((256, 256), 255, np.uint8)
     alpha[:, 250:] = 0
@@ -104,7 +104,7 @@ def test_statuses_and_names(folder):
     assert found == {
         "a.jpg": "cloaked",
         "a.png": "cloaked",
-        "nested ünïcode/grey.png": "cloaked",
+        "nested ünïcode/gray.png": "cloaked",
         "alpha.png": "cloaked",
         "two.webp": "cloaked",
         "turned.jpg": "cloaked",
@@ -114,7 +114,7 @@ def test_statuses_and_names(folder):
         "cut.jpg": "unreadable",
     }
     assert records["a.jpg"]["output"] != records["a.png"]["output"]
-    assert records["nested ünïcode/grey.png"]["output"] == "nested ünïcode/grey_cloaked.png"
+    assert records["nested ünïcode/gray.png"]["output"] == "nested ünïcode/gray_cloaked.png"
     assert {entry["image"] for entry in result["not_handled"]} == {
         "empty.jpg",
         "notes.txt",
@@ -160,8 +160,8 @@ def test_mode_profile_and_alpha_are_kept(folder):
     root, photos, _, _ = folder
     records, _ = _report(root)
     written = root / "out"
-    with Image.open(written / records["nested ünïcode/grey.png"]["output"]) as grey:
-        assert grey.mode == "L"
+    with Image.open(written / records["nested ünïcode/gray.png"]["output"]) as gray:
+        assert gray.mode == "L"
     alpha = _pixels(written / records["alpha.png"]["output"], "RGBA")[..., 3]
     np.testing.assert_array_equal(alpha, _pixels(photos / "alpha.png", "RGBA")[..., 3])
     with Image.open(written / records["a.png"]["output"]) as final:

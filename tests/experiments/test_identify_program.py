@@ -9,15 +9,13 @@ from afr_jax.evaluation.recognition import verify
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory):
-    """Eight people of six photos in colours of their own, and ten strangers."""
+    """Eight people of six photos in colors of their own, and ten strangers."""
     root = tmp_path_factory.mktemp("people")
     rng = np.random.default_rng(0)
     for person in range(8):
         for number in range(6):
-            colour = np.array([20 + 25 * person, 100, 50]) + rng.integers(-2, 3, 3)
-            programs.save_photo(
-                root / f"p{person}" / f"{number}.png", tuple(int(c) for c in colour)
-            )
+            color = np.array([20 + 25 * person, 100, 50]) + rng.integers(-2, 3, 3)
+            programs.save_photo(root / f"p{person}" / f"{number}.png", tuple(int(c) for c in color))
     for stranger in range(10):
         programs.save_photo(root / f"s{stranger}" / "0.png", (20 + 20 * stranger, 200, 200))
     # A stranger who looks like person 3, and a probe or enrolled photo without a face.

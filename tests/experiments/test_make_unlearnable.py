@@ -10,10 +10,10 @@ from afr_jax.data import array_records, identities, image_sets, noise_files
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Three classes of eight images; a grey one, a larger one and half a file among them."""
+    """Three classes of eight images; a gray one, a larger one and half a file among them."""
     folder = tmp_path_factory.mktemp("tree")
     programs.save_made_up(folder, 24, num_classes=3)
-    Image.new("L", (16, 16), 90).save(folder / "class_00/grey.png")
+    Image.new("L", (16, 16), 90).save(folder / "class_00/gray.png")
     Image.new("RGB", (40, 30), (9, 9, 9)).save(folder / "class_01/large.png")
     (folder / "class_02/half.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 50)
     return folder

@@ -125,7 +125,7 @@ def test_people_do_not_influence_each_other(surrogates):
     together = _cloak(surrogates, photos)
     for photo, (pixels, _) in zip(photos, together, strict=True):
         ((alone, _),) = _cloak(surrogates, [photo])
-        # Another batch size may round differently in the last bit of a float: one grey level.
+        # Another batch size may round differently in the last bit of a float: one gray level.
         assert np.abs(alone.astype(int) - pixels).max() <= 1
         assert np.mean(alone != pixels) < 0.02
     assert np.any(together[0][0] != together[1][0])
@@ -196,12 +196,12 @@ def test_seed_and_name_decide_the_noise(surrogates):
     assert np.any(first[0] != other)
 
 
-def test_grey_and_transparent_pixels(surrogates):
-    grey = _photo(grey=True)
-    grey = grey._replace(pixels=np.repeat(grey.pixels[..., :1], 3, axis=-1))
-    ((pixels, _),) = _cloak(surrogates, [grey])
+def test_gray_and_transparent_pixels(surrogates):
+    gray = _photo(gray=True)
+    gray = gray._replace(pixels=np.repeat(gray.pixels[..., :1], 3, axis=-1))
+    ((pixels, _),) = _cloak(surrogates, [gray])
     np.testing.assert_array_equal(pixels[..., 0], pixels[..., 1])
-    assert np.any(pixels != grey.pixels)
+    assert np.any(pixels != gray.pixels)
     visible = np.ones((200, 200), bool)
     visible[:, 100:] = False
     half = _photo(visible=visible)

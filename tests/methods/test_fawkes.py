@@ -80,9 +80,9 @@ def _image(number: int) -> np.ndarray:
     return np.clip(image, 0, 1).astype(np.float32)
 
 
-def _face(number: int, *, views: int = 1, grey: bool = False, **changes) -> face_cloaks.Face:
+def _face(number: int, *, views: int = 1, gray: bool = False, **changes) -> face_cloaks.Face:
     image = _image(number)
-    if grey:
+    if gray:
         image = np.repeat(image.mean(axis=-1, keepdims=True), 3, axis=-1)
     limit = np.zeros((_SIDE, _SIDE), np.float32)
     limit[_REGION[0] : _REGION[2], _REGION[1] : _REGION[3]] = _CONFIG.linf_limit
@@ -101,7 +101,7 @@ def _face(number: int, *, views: int = 1, grey: bool = False, **changes) -> face
         boxes=np.array([_REGION, _BOX], np.int32),
         views=(face_cloaks.FaceView(_transform(number), blank, blank, blank),) * views,
         has_target=np.float32(0),
-        grey=np.float32(grey),
+        gray=np.float32(gray),
     )
     return face._replace(**changes)
 
@@ -207,8 +207,8 @@ def test_pixels_at_the_ends_of_the_range_change_inwards(faces, cloaks):
         assert np.all(sign * deltas[at_end] >= 0) and np.any(sign * deltas[at_end] > 0.005)
 
 
-def test_grey_faces_stay_grey(cloaks):
-    faces = _batch(_face(0, grey=True), _face(1), _face(2, grey=True), _face(3))
+def test_gray_faces_stay_gray(cloaks):
+    faces = _batch(_face(0, gray=True), _face(1), _face(2, gray=True), _face(3))
     deltas, distances = _cloak(faces)
     for number in (0, 2):
         assert np.ptp(deltas[number], axis=-1).max() == 0 and np.abs(deltas[number]).max() > 0.01
@@ -424,9 +424,9 @@ def test_surrogates_that_lag_behind_count_for_more(sharpness):
     np.testing.assert_allclose(fawkes.soft_minimum(jnp.array([0.7]), sharpness), 0.7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("grey", [False, True])
-def test_project_is_idempotent(grey):
-    face = _face(1, grey=grey)
+@pytest.mark.parametrize("gray", [False, True])
+def test_project_is_idempotent(gray):
+    face = _face(1, gray=gray)
     delta = np.random.default_rng(0).normal(0, 0.1, face.image.shape).astype(np.float32)
     project = jax.jit(face_cloaks.project)
     once = project(delta, face)

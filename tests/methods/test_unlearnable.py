@@ -61,7 +61,7 @@ def test_lsp_is_separable_patches_of_one_norm():
     blocks = noise.levels.reshape(200, 4, 8, 4, 8, 3)
     assert (blocks == blocks[:, :, :1, :, :1]).all()
     norms = np.linalg.norm(noise.levels.reshape(200, -1).astype(float), axis=1)
-    # sqrt(d) * 6 grey levels; the 48 distinct values are rounded to whole levels.
+    # sqrt(d) * 6 gray levels; the 48 distinct values are rounded to whole levels.
     np.testing.assert_allclose(norms, np.sqrt(np.prod(_SHAPE)) * 6, rtol=0.05)
     assert learnability.linear_probe(noise.levels, data.labels) > 0.98
 

@@ -420,11 +420,11 @@ def _all_projections(image):
             lambda d: projections.image_box(d, image),
             lambda d: np.all((image + d >= -1e-6) & (image + d <= 1 + 1e-6)),
         ),
-        "grey": (projections.grey, lambda d: np.ptp(d, axis=-1).max() == 0),
+        "gray": (projections.gray, lambda d: np.ptp(d, axis=-1).max() == 0),
     }
 
 
-@pytest.mark.parametrize("name", ["linf", "linf by pixel", "image", "grey"])
+@pytest.mark.parametrize("name", ["linf", "linf by pixel", "image", "gray"])
 def test_projections_are_the_nearest_points_of_their_sets(name):
     rng = np.random.default_rng(0)
     image = jnp.asarray(rng.uniform(size=(6, 5, 3)).astype(np.float32))

@@ -268,7 +268,7 @@ def test_a_checkerboard_becomes_flat(factor, residue):
     transform = _transform(factor, 0, ((factor - 1) / 2, (factor - 1) / 2))
     pool = align.pool_factor(factor)
     chip = _warp(board, transform, size=72 // factor, pool=pool)
-    # Of 9 pixels 5 are of one colour.
+    # Of 9 pixels 5 are of one color.
     np.testing.assert_allclose(np.abs(2 * np.asarray(chip) - 1), residue, atol=1e-5)
 
 

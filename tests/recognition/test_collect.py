@@ -135,9 +135,9 @@ def test_reading_squares(tmp_path):
 
 def test_the_hash_is_that_of_the_cosine_transform():
     pixels = _picture(3, (64, 64))
-    grey = np.asarray(Image.fromarray(pixels).convert("L"), np.float64)
+    gray = np.asarray(Image.fromarray(pixels).convert("L"), np.float64)
     # 64 px to 32: box averaging is the mean of 2 x 2 pixels, rounded to bytes as Pillow does.
-    thumbnail = np.floor(grey.reshape(32, 2, 32, 2).mean(axis=(1, 3)) + 0.5)
+    thumbnail = np.floor(gray.reshape(32, 2, 32, 2).mean(axis=(1, 3)) + 0.5)
     low = scipy.fft.dctn(thumbnail, type=2)[1:9, 1:9].reshape(-1)
     expected = int("".join("1" if value > np.median(low) else "0" for value in low), 2)
     assert collect.perceptual_hash(pixels) == expected

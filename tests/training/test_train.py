@@ -28,12 +28,12 @@ def _recipe(**options):
 
 
 def _images(count=48):
-    """Classes that differ in colour, with noise."""
+    """Classes that differ in color, with noise."""
     generator = np.random.default_rng(0)
     labels = np.arange(count) % _NUM_CLASSES
-    colours = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])
+    colors = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])
     noise = generator.integers(-50, 50, (count, 8, 8, 3))
-    return np.clip(colours[labels][:, None, None] + noise, 0, 255).astype(np.uint8), labels
+    return np.clip(colors[labels][:, None, None] + noise, 0, 255).astype(np.uint8), labels
 
 
 _KEY = jax.random.key(7)

@@ -127,8 +127,8 @@ def _haar(path: str) -> Detector:
     cascade = cv2.CascadeClassifier(path)
 
     def detect(pixels):
-        grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-        found = cascade.detectMultiScale(grey, 1.1, 3, minSize=(_MIN_PX, _MIN_PX))
+        gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+        found = cascade.detectMultiScale(gray, 1.1, 3, minSize=(_MIN_PX, _MIN_PX))
         return _boxes(found)
 
     return detect

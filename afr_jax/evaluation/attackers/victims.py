@@ -26,7 +26,7 @@ from afr_jax.models.classifiers import registry
 from afr_jax.perturb import loop, sign_descent
 from afr_jax.training import optimizers, scores, trainer
 
-# Adversarial training of the same authors: PGD-10, epsilon 8, step 2 grey levels.
+# Adversarial training of the same authors: PGD-10, epsilon 8, step 2 gray levels.
 _ATTACK = {"limit": 8 / 255, "step_size": 2 / 255, "num_steps": 10}
 # DeVries and Taylor 2017 on CIFAR-10: half of the side.
 _CUTOUT_SHARE = 0.5

@@ -1,4 +1,4 @@
-"""What a cloak did, measured on the final pixels as recognisers would see them.
+"""What a cloak did, measured on the final pixels as recognizers would see them.
 
 Every face is looked at in the final photo as written and in the same photo after JPEG: detected,
 aligned and embedded again each time, and compared with its clean embedding. The extractors that
@@ -27,7 +27,7 @@ _NOT_FOUND = "the face was not found again"
 
 
 def check_photo(
-    recogniser: pipeline.Recogniser,
+    recognizer: pipeline.Recognizer,
     photo: photo_cloaks.PhotoFaces,
     final: np.ndarray,
     cloaked: Sequence[photo_cloaks.CloakedFace],
@@ -39,7 +39,7 @@ def check_photo(
     """Measures every cloaked face of a photo on its final pixels.
 
     Args:
-        recogniser: the detector, and the extractors that judge.
+        recognizer: the detector, and the extractors that judge.
         photo: the original.
         final: `[H, W, 3]` uint8, decoded from the final file.
         cloaked: what was done to each face of `photo.faces`.
@@ -61,7 +61,7 @@ def check_photo(
         untouched[y0:y1, x0:x1] = False
     leaked = bool(np.any(photo.pixels[untouched] != final[untouched]))
     before = [face.distances for face in cloaked]
-    judged = _judge(recogniser, photo.pixels, photo.faces, final, before, surrogates, options)
+    judged = _judge(recognizer, photo.pixels, photo.faces, final, before, surrogates, options)
     records = []
     for number, (face, entries) in enumerate(zip(cloaked, judged, strict=True)):
         y0, x0, y1, x1 = face.region
@@ -86,7 +86,7 @@ def check_photo(
 
 
 def judge_again(
-    recogniser: pipeline.Recogniser,
+    recognizer: pipeline.Recognizer,
     pixels: np.ndarray,
     faces: detect.Faces,
     final: np.ndarray,
@@ -98,7 +98,7 @@ def judge_again(
     """Records of `check_photo` with verdicts of other extractors in place of the old ones.
 
     Args:
-        recogniser: the detector, and the extractors that judge.
+        recognizer: the detector, and the extractors that judge.
         pixels: `[H, W, 3]` uint8 of the original.
         faces: the faces that were cloaked, as they were found in the original.
         final: `[H, W, 3]` uint8, decoded from the final file.
@@ -114,7 +114,7 @@ def judge_again(
         {name: entry["distance_before_budget"] for name, entry in entries.items()}
         for entries in cloaked
     ]
-    judged = iter(_judge(recogniser, pixels, faces, final, before, surrogates, options))
+    judged = iter(_judge(recognizer, pixels, faces, final, before, surrogates, options))
     return [
         {**record, "extractors": next(judged) or {}} if record["status"] == "cloaked" else record
         for record in records
@@ -135,7 +135,7 @@ def skipped_faces(
     for number in np.flatnonzero(~kept):
         box, confidence = faces.boxes[number], faces.confidences[number]
         region = np.concatenate([np.floor(box[:2]), np.ceil(box[2:])]).astype(int)
-        reason = "it is too small to be recognised"
+        reason = "it is too small to be recognized"
         if confidence < min_confidence:
             reason = f"confidence {confidence:.2f} is below {min_confidence}"
         place = _place(faces, number, region)
@@ -152,19 +152,19 @@ def _place(faces: detect.Faces, number: int, region: np.ndarray) -> dict[str, An
 
 
 def _judge(
-    recogniser, pixels, faces, final, before_budget, surrogates, options
+    recognizer, pixels, faces, final, before_budget, surrogates, options
 ) -> list[dict[str, dict[str, Any]] | None]:
     """Entries by extractor for each face; None for one that was not found again in `final`."""
     compressed = countermeasures.convert("jpeg75", final[None])[0]
     views = [
-        (view, _find_again(recogniser.detector, faces, view, options))
+        (view, _find_again(recognizer.detector, faces, view, options))
         for view in (final, compressed)
     ]
     results = [None if landmarks is None else {} for landmarks in views[0][1]]
-    for name, extractor in recogniser.extractors.items():
+    for name, extractor in recognizer.extractors.items():
         pairs = [(pixels, landmarks) for landmarks in faces.landmarks]
         pairs += [(view, found) for view, again in views for found in again if found is not None]
-        vectors = iter(embed.embed_faces(extractor, recogniser.variables[name], pairs))
+        vectors = iter(embed.embed_faces(extractor, recognizer.variables[name], pairs))
         clean = [next(vectors) for _ in faces.landmarks]
         written, after = (
             [

@@ -24,7 +24,7 @@ CLOAKS = {"fawkes": fawkes.FawkesConfig, "lowkey": lowkey.LowKeyConfig}
 METHODS = ("none", "noise", *CLOAKS, "fawkes_pypi")
 # Halvings of the interval that a change's scale lies in, when it is fitted to its budget.
 _ROUNDS = 14
-# Standard deviation of noise before it is fitted, in grey levels.
+# Standard deviation of noise before it is fitted, in gray levels.
 _NOISE_LEVELS = 8.0
 # Regions are warped at sides that are multiples of this, to share compiled programs.
 _SIDE_STEP = 64
@@ -89,7 +89,7 @@ def cloak_options() -> dict[str, dict[str, Any]]:
 
 def protect_fn(
     cell: Cell,
-    recogniser: pipeline.Recogniser,
+    recognizer: pipeline.Recognizer,
     *,
     covered: Sequence[registry.Extractor],
     package: reference.Peer | None,
@@ -101,7 +101,7 @@ def protect_fn(
 
     Args:
         cell: of any method but `none`.
-        recogniser: has the cell's surrogates among its extractors.
+        recognizer: has the cell's surrogates among its extractors.
         covered: extractors whose chips noise covers.
         package: `experiments/reference/fawkes_driver.py`, for `fawkes_pypi`; it takes as many
             steps as our cloak.
@@ -112,8 +112,8 @@ def protect_fn(
     Returns:
         A function of photos with their faces to what `photo_cloaks.cloak_photos` returns.
     """
-    extractors = tuple(recogniser.extractors[name] for name in cell.surrogates)
-    variables = tuple(recogniser.variables[name] for name in cell.surrogates)
+    extractors = tuple(recognizer.extractors[name] for name in cell.surrogates)
+    variables = tuple(recognizer.variables[name] for name in cell.surrogates)
 
     def protect(faces: Sequence[photo_cloaks.PhotoFaces]) -> Protected:
         if cell.method == "noise":
@@ -258,7 +258,7 @@ _warp = jax.jit(align.warp, static_argnames=("size", "pool"))
 def _fitted(base, original, region, box, change, budget, photo):
     """`base` with a multiple of a change in a region, and the DSSIM of its 8-bit pixels."""
     y0, x0, y1, x1 = region
-    if photo.grey:
+    if photo.gray:
         change = change.mean(axis=-1, keepdims=True)
     if photo.visible is not None:
         change = change * photo.visible[y0:y1, x0:x1, None]

@@ -141,7 +141,7 @@ def _write_group(samples, paths, detector, protect_fn) -> None:
         if problem is None:
             visible = None if photo.alpha is None else photo.alpha > 0
             task = photo_cloaks.PhotoFaces(
-                sample.sample_id, photo.pixels, photo.grey, visible, found
+                sample.sample_id, photo.pixels, photo.gray, visible, found
             )
             tasks.append(task)
     results = iter(protect_fn(tasks) if tasks else [])

@@ -12,15 +12,15 @@ import numpy as np
 from afr_jax.evaluation.report import figures
 from afr_jax.recognition import match
 
-_METHOD_COLOURS = {
+_METHOD_COLORS = {
     "none": "black",
-    "noise": "grey",
+    "noise": "gray",
     "fawkes": "tab:blue",
     "lowkey": "tab:orange",
     "fawkes_pypi": "tab:green",
 }
 _MARKERS = "osDv^<>P"
-_OTHER_COLOURS = ("tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
+_OTHER_COLORS = ("tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 
 
 class Cloud(NamedTuple):
@@ -114,8 +114,8 @@ def plot_embeddings(path: str | os.PathLike[str], clouds: Sequence[Cloud]) -> No
     for panel, cloud in zip(axes, clouds, strict=True):
         parts = [cloud.before, cloud.after, cloud.probes, *cloud.others.values()]
         project_fn = principal_components(np.concatenate(parts))
-        for colour, (name, vectors) in zip(_OTHER_COLOURS, cloud.others.items(), strict=False):
-            panel.scatter(*project_fn(vectors).T, s=22, color=colour, alpha=0.7, label=name)
+        for color, (name, vectors) in zip(_OTHER_COLORS, cloud.others.items(), strict=False):
+            panel.scatter(*project_fn(vectors).T, s=22, color=color, alpha=0.7, label=name)
         panel.scatter(*project_fn(cloud.before).T, s=30, color="tab:blue", label="clean")
         panel.scatter(
             *project_fn(cloud.after).T, s=45, color="tab:red", marker="x", label="published"
@@ -136,13 +136,13 @@ def plot_distances(path: str | os.PathLike[str], found: Sequence[Distances]) -> 
         parts = {
             "own photos, clean": (item.before, "tab:blue"),
             "own photos, published": (item.after, "tab:red"),
-            "nearest other person": (item.others, "grey"),
+            "nearest other person": (item.others, "gray"),
         }
-        parts = {name: (v[np.isfinite(v)], colour) for name, (v, colour) in parts.items()}
+        parts = {name: (v[np.isfinite(v)], color) for name, (v, color) in parts.items()}
         high = max([v.max() for v, _ in parts.values() if len(v)], default=1.0)
-        for name, (values, colour) in parts.items():
+        for name, (values, color) in parts.items():
             bins = np.linspace(0, 1.02 * high, 30)
-            panel.hist(values, bins=bins, color=colour, alpha=0.55, label=name)
+            panel.hist(values, bins=bins, color=color, alpha=0.55, label=name)
         panel.axvline(item.threshold, color="black", linestyle="--", linewidth=1, label="threshold")
         panel.set_title(item.title, fontsize=9)
         panel.set(xlabel="distance of a probe")
@@ -165,16 +165,16 @@ def principal_components(vectors: np.ndarray):
 
 
 def _budget_line(panel, line, style, label, marker) -> None:
-    colour = _METHOD_COLOURS[line[0]["method"]]
+    color = _METHOD_COLORS[line[0]["method"]]
     share = 100 * np.array([row["protection"] for row in line])
     if line[0]["budget"] is None:
         label = label if style == "-" else None
-        panel.axhline(share[0], color=colour, linestyle=style, linewidth=1, label=label)
+        panel.axhline(share[0], color=color, linestyle=style, linewidth=1, label=label)
         return
     order = np.argsort([row["budget"] for row in line])
     budgets = np.array([row["budget"] for row in line])[order]
     if style == ":":
-        panel.plot(budgets, share[order], style, color=colour, markersize=3, **marker)
+        panel.plot(budgets, share[order], style, color=color, markersize=3, **marker)
         return
     low, high = (100 * np.array([row[end] for row in line])[order] for end in ("low", "high"))
     spread = np.maximum([share[order] - low, high - share[order]], 0)
@@ -183,7 +183,7 @@ def _budget_line(panel, line, style, label, marker) -> None:
         share[order],
         spread,
         linestyle=style,
-        color=colour,
+        color=color,
         markersize=4,
         capsize=2,
         linewidth=1,

@@ -141,11 +141,11 @@ def choose_readable(
 
 
 def make_up(folder: pathlib.Path, *, num_people: int, num_photos: int, side: int = 160) -> None:
-    """Writes a folder of people for trying things out: the sample portrait in many colours.
+    """Writes a folder of people for trying things out: the sample portrait in many colors.
 
     Args:
         folder: gets `person_NN/N.png`; files that are there stay.
-        num_people: folders; people differ in colour and every other one is mirrored.
+        num_people: folders; people differ in color and every other one is mirrored.
         num_photos: of each; photos of a person differ in their crop.
         side: of the photos, pixels.
     """

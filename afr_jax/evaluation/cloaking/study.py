@@ -40,31 +40,31 @@ class Study(NamedTuple):
 
     Attributes:
         split: who is who.
-        recogniser: the detector, and the extractors that trackers use.
+        recognizer: the detector, and the extractors that trackers use.
         scenes: what each of them saw of the clean photos, by name.
     """
 
     split: Split
-    recogniser: pipeline.Recogniser
+    recognizer: pipeline.Recognizer
     scenes: dict[str, scores.Scene]
 
 
-def open_study(split: Split, recogniser: pipeline.Recogniser, folder: pathlib.Path) -> Study:
+def open_study(split: Split, recognizer: pipeline.Recognizer, folder: pathlib.Path) -> Study:
     """Looks at the clean photos, unless that is done.
 
     Args:
         split: who is who.
-        recogniser: the detector, and the extractors that trackers use.
+        recognizer: the detector, and the extractors that trackers use.
         folder: where views are kept.
 
     Raises:
         ValueError: an extractor has no threshold.
     """
     samples = [*split.published, *split.probes, *split.gallery]
-    views = cloaking_views.look(recogniser, [sample.path for sample in samples], folder)
+    views = cloaking_views.look(recognizer, [sample.path for sample in samples], folder)
     ends = np.cumsum([len(split.published), len(split.probes)])
     scenes = {}
-    for name, extractor in recogniser.extractors.items():
+    for name, extractor in recognizer.extractors.items():
         # Asked for here, so that a run does not end on it later.
         _ = extractor.threshold
         parts = [
@@ -72,7 +72,7 @@ def open_study(split: Split, recogniser: pipeline.Recogniser, folder: pathlib.Pa
             for start, end in ((0, ends[0]), (ends[0], ends[1]), (ends[1], None))
         ]
         scenes[name] = scores.make_scene(split, name, extractor, *parts)
-    return Study(split, recogniser, scenes)
+    return Study(split, recognizer, scenes)
 
 
 def without_faces(study: Study) -> list[str]:
@@ -99,7 +99,7 @@ def cell_views(
         if change == "none":
             return {name: scene.published for name, scene in study.scenes.items()}
         paths = [sample.path for sample in study.split.published]
-    return cloaking_views.look(study.recogniser, paths, folder, countermeasure=change)
+    return cloaking_views.look(study.recognizer, paths, folder, countermeasure=change)
 
 
 def score_cell(
@@ -189,7 +189,7 @@ def end_to_end(
     ]
     logits_fn = tracker_training.train(
         extractor,
-        study.recogniser.variables[name],
+        study.recognizer.variables[name],
         np.concatenate([own, clean, others]),
         np.concatenate(labels),
         len(split.identities),

@@ -58,7 +58,7 @@ def convert(name: str, pixels: np.ndarray) -> np.ndarray:
 
 
 def look(
-    recogniser: pipeline.Recogniser,
+    recognizer: pipeline.Recognizer,
     paths: Sequence[pathlib.Path],
     folder: pathlib.Path,
     *,
@@ -67,7 +67,7 @@ def look(
     """Views of some photos by every extractor, from their files where there are any.
 
     Args:
-        recogniser: detector and extractors.
+        recognizer: detector and extractors.
         paths: of photos; always the same ones for one folder.
         folder: where `<countermeasure>-<extractor>.npz` are kept.
         countermeasure: of `COUNTERMEASURES`, applied to every photo before it is looked at.
@@ -77,11 +77,11 @@ def look(
     """
     files = {
         name: folder / f"{countermeasure}-{methods.file_name(name)}.npz"
-        for name in recogniser.extractors
+        for name in recognizer.extractors
     }
-    missing = {name: recogniser.extractors[name] for name in files if not files[name].exists()}
+    missing = {name: recognizer.extractors[name] for name in files if not files[name].exists()}
     if missing:
-        eyes = recogniser._replace(extractors=missing)
+        eyes = recognizer._replace(extractors=missing)
         for name, views in _seen(eyes, paths, countermeasure).items():
             buffer = io.BytesIO()
             np.savez(buffer, **views._asdict())
@@ -94,7 +94,7 @@ def concatenate(parts: Sequence[Views]) -> Views:
     return Views(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
 
 
-def _seen(recogniser, paths, countermeasure) -> Mapping[str, Views]:
+def _seen(recognizer, paths, countermeasure) -> Mapping[str, Views]:
     with tempfile.TemporaryDirectory() as scratch:
         if countermeasure != "none":
             folder = pathlib.Path(scratch)
@@ -106,12 +106,12 @@ def _seen(recogniser, paths, countermeasure) -> Mapping[str, Views]:
                 return folder / f"{number}.png"
 
             paths = parallel.overlapped(write, list(enumerate(paths)))
-        found = list(pipeline.recognise(recogniser, paths))
+        found = list(pipeline.recognize(recognizer, paths))
     mask = np.array([len(item.faces.boxes) > 0 for item in found], bool)
     landmarks = np.zeros((len(found), 5, 2), np.float32)
     landmarks[mask] = [item.faces.landmarks[0] for item in found if len(item.faces.boxes)]
     views = {}
-    for name, extractor in recogniser.extractors.items():
+    for name, extractor in recognizer.extractors.items():
         vectors = np.zeros((len(found), extractor.embedding_size), np.float32)
         vectors[mask] = np.concatenate([item.embeddings[name] for item in found])
         views[name] = Views(mask, vectors, landmarks)

@@ -129,7 +129,7 @@ def plot_rocs(
     figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
     for name, (far, tar) in lines.items():
         axes.plot(far, tar, label=name)
-    axes.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
+    axes.plot([0, 1], [0, 1], ":", color="gray", linewidth=1)
     axes.set(xlabel="false acceptance rate", ylabel="true acceptance rate", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
@@ -154,14 +154,14 @@ def plot_matrix(
     axes.set_yticks(range(len(row_names)), row_names, fontsize=8)
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            colour = "black" if value > 0.6 else "white"
+            color = "black" if value > 0.6 else "white"
             axes.text(
                 column,
                 row,
                 f"{100 * value:.0f}",
                 ha="center",
                 va="center",
-                color=colour,
+                color=color,
                 fontsize=8,
             )
     axes.set_title(title, fontsize=9)

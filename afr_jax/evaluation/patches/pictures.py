@@ -9,7 +9,7 @@ from matplotlib import figure
 from PIL import Image, ImageDraw
 
 _FOUND, _MISSED = (230, 60, 60), (60, 200, 90)
-_COLOURS = ("#1f5fa8", "#8fb8de", "#555555", "#d9b44a", "#b5838d", "#9cc29c")
+_COLORS = ("#1f5fa8", "#8fb8de", "#555555", "#d9b44a", "#b5838d", "#9cc29c")
 
 
 def bar_chart(table: Mapping[str, Mapping[str, Any]], *, title: str) -> bytes:
@@ -29,9 +29,9 @@ def bar_chart(table: Mapping[str, Mapping[str, Any]], *, title: str) -> bytes:
         low = np.maximum(height - [row["low"] for row in rates], 0)
         high = np.maximum([row["high"] for row in rates] - height, 0)
         places = np.arange(len(factors)) + (number - (len(table) - 1) / 2) * width
-        colour = _COLOURS[number % len(_COLOURS)]
+        color = _COLORS[number % len(_COLORS)]
         axes.bar(
-            places, height, width * 0.92, label=variant, color=colour, yerr=[low, high],
+            places, height, width * 0.92, label=variant, color=color, yerr=[low, high],
             error_kw={"elinewidth": 1, "ecolor": "#333333"},
         )  # fmt: skip
     axes.set_xticks(range(len(factors)), factors)
@@ -82,7 +82,7 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], *, cell_px: int = 160) 
 
 def film(pictures: Sequence[Image.Image], *, width_px: int = 400, frame_ms: int = 150) -> bytes:
     """GIF of pictures, scaled to one width."""
-    # The default method drops colours of few pixels: those of the boxes.
+    # The default method drops colors of few pixels: those of the boxes.
     small = [
         one.resize((width_px, round(one.height * width_px / one.width))).quantize(
             256, method=Image.Quantize.FASTOCTREE

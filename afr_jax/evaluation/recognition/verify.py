@@ -55,8 +55,8 @@ def run(config: VerifyConfig) -> options.Outcome:
         raise options.UsageError("give one of --pair and --pairs")
     if config.pair and len(config.pair) != 2:
         raise options.UsageError(f"--pair takes two photos, not {len(config.pair)}")
-    recogniser = config.recognition.load()
-    extractor = recogniser.extractors[config.recognition.extractor]
+    recognizer = config.recognition.load()
+    extractor = recognizer.extractors[config.recognition.extractor]
     metric = config.recognition.metric or extractor.metric
     threshold = config.recognition.threshold
     # Scores over pairs need none.
@@ -66,16 +66,16 @@ def run(config: VerifyConfig) -> options.Outcome:
         except ValueError as error:
             raise options.UsageError(str(error)) from error
     if config.pair:
-        return _verify_pair(config, recogniser, metric, threshold)
-    return _verify_pairs(config, recogniser, metric, threshold)
+        return _verify_pair(config, recognizer, metric, threshold)
+    return _verify_pairs(config, recognizer, metric, threshold)
 
 
 def _verify_pair(
-    config: VerifyConfig, recogniser: pipeline.Recogniser, metric: str, threshold: float
+    config: VerifyConfig, recognizer: pipeline.Recognizer, metric: str, threshold: float
 ) -> options.Outcome:
     name = config.recognition.extractor
     start = time.perf_counter()
-    found = list(pipeline.recognise(recogniser, config.pair))
+    found = list(pipeline.recognize(recognizer, config.pair))
     if problems := [f"{item.path}: {item.problem}" for item in found if item.problem]:
         return options.Outcome({"verified": None, "reason": "; ".join(problems)}, complete=False)
     first, second = (item.embeddings[name][0] for item in found)
@@ -85,7 +85,7 @@ def _verify_pair(
         "verified": distance < threshold,
         "distance": distance,
         "threshold": threshold,
-        "model": recogniser.extractors[name].name,
+        "model": recognizer.extractors[name].name,
         "detector_backend": "mtcnn",
         "similarity_metric": metric,
         "facial_areas": areas,
@@ -95,13 +95,13 @@ def _verify_pair(
 
 
 def _verify_pairs(
-    config: VerifyConfig, recogniser: pipeline.Recogniser, metric: str, threshold: float | None
+    config: VerifyConfig, recognizer: pipeline.Recognizer, metric: str, threshold: float | None
 ) -> options.Outcome:
     name = config.recognition.extractor
     rows, same = _read_pairs(config)
     work = workdir.open_workdir(config.workdir, config)
     photos = sorted({photo for row in rows for photo in row})
-    found = pipeline.recognise(recogniser, [pathlib.Path(config.images) / each for each in photos])
+    found = pipeline.recognize(recognizer, [pathlib.Path(config.images) / each for each in photos])
     embeddings, problems = {}, []
     for photo, item in zip(
         photos, progress.track(found, description="photos", total=len(photos)), strict=True
@@ -114,7 +114,7 @@ def _verify_pairs(
     curve = verification.roc(distances, same)
     accuracies = verification.fold_accuracies(distances, same)
     result = {
-        "extractor": recogniser.extractors[name].name,
+        "extractor": recognizer.extractors[name].name,
         "similarity_metric": metric,
         "pairs": len(rows),
         "photos": len(photos),

@@ -212,7 +212,7 @@ def _page(report: Mapping[str, Any], load_pair: LoadPair, preview_px: int) -> di
         "heads": [head for head in heads if head["cloaked"]],
         "photos": _photos(records, images, heads, load_pair, preview_px, settings, axis),
         "gain": pictures.GAIN,
-        "gain_limit": (255 - pictures.MID_GREY) // pictures.GAIN,
+        "gain_limit": (255 - pictures.MID_GRAY) // pictures.GAIN,
     }
 
 

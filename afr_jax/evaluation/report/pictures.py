@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 GAIN = 10
-MID_GREY = 128
+MID_GRAY = 128
 
 _SMALL_FACE = 0.5  # of the photo's long side; a smaller face is also shown by itself
 _FACE_MARGIN = 0.15  # of the box's long side, added on each side of that crop
@@ -25,7 +25,7 @@ _TALL_PX = 640  # no picture is drawn higher than this
 def amplified_difference(
     original: np.ndarray, cloaked: np.ndarray, *, gain: int = GAIN
 ) -> np.ndarray:
-    """The change of each pixel, enlarged around mid grey: clip(128 + gain * (cloaked - original)).
+    """The change of each pixel, enlarged around mid gray: clip(128 + gain * (cloaked - original)).
 
     Args:
       original: uint8 [H, W, 3].
@@ -36,7 +36,7 @@ def amplified_difference(
       uint8 [H, W, 3]; 128 where nothing changed.
     """
     change = cloaked.astype(np.int32) - original.astype(np.int32)
-    return np.clip(MID_GREY + gain * change, 0, 255).astype(np.uint8)
+    return np.clip(MID_GRAY + gain * change, 0, 255).astype(np.uint8)
 
 
 def photo_pictures(
@@ -132,7 +132,7 @@ def _data_uri(image: np.ndarray, size: tuple[int, int], *, lossless: bool) -> st
     if lossless:
         picture.save(buffer, format="PNG", optimize=True)
     else:
-        # Full colour resolution: halved chroma alone would change a face by more than a cloak does.
+        # Full color resolution: halved chroma alone would change a face by more than a cloak does.
         picture.save(buffer, format="JPEG", quality=92, subsampling=0, optimize=True)
     kind = "png" if lossless else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

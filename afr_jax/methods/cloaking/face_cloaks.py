@@ -55,7 +55,7 @@ class Face(NamedTuple):
             the distortion of the face.
         views: one for each surrogate.
         has_target: float, 1 where `target` counts, else 0.
-        grey: float, 1 where the change must be equal in all channels, else 0.
+        gray: float, 1 where the change must be equal in all channels, else 0.
         budget: float, largest DSSIM; `cloak_faces` fills it in.
     """
 
@@ -64,7 +64,7 @@ class Face(NamedTuple):
     boxes: jax.Array
     views: tuple[FaceView, ...]
     has_target: jax.Array
-    grey: jax.Array
+    gray: jax.Array
     budget: jax.Array | float = 0.0
 
 
@@ -224,8 +224,8 @@ def make_problem(
 
 
 def project(delta: jax.Array, face: Face) -> jax.Array:
-    """The nearest allowed change: grey where asked, within the pixel limits and the image box."""
-    delta = jnp.where(face.grey > 0, projections.grey(delta), delta)
+    """The nearest allowed change: gray where asked, within the pixel limits and the image box."""
+    delta = jnp.where(face.gray > 0, projections.gray(delta), delta)
     delta = projections.linf_box(delta, face.limit[..., None])
     return projections.image_box(delta, face.image)
 

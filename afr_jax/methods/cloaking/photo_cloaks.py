@@ -41,7 +41,7 @@ class PhotoFaces(NamedTuple):
     Attributes:
         name: identifies the photo; seeds its randomness, so that no other photo influences it.
         pixels: `[H, W, 3]` uint8.
-        grey: the change must be equal in all channels.
+        gray: the change must be equal in all channels.
         visible: `[H, W]` bool, False where the photo is fully transparent and must not change; or
             None.
         faces: to cloak, all others stay as they are.
@@ -49,7 +49,7 @@ class PhotoFaces(NamedTuple):
 
     name: str
     pixels: np.ndarray
-    grey: bool
+    gray: bool
     visible: np.ndarray | None
     faces: detect.Faces
 
@@ -94,7 +94,7 @@ class Surrogates:
 def is_large_enough(boxes: np.ndarray) -> np.ndarray:
     """Which faces can be cloaked: the longer side of the box has 24 pixels, the shorter one 12.
 
-    DSSIM needs 11 pixels, and no recogniser gets anywhere with a smaller face.
+    DSSIM needs 11 pixels, and no recognizer gets anywhere with a smaller face.
 
     Args:
         boxes: `[N, 4]`.
@@ -213,7 +213,7 @@ def _plan(extractors, photo, index, number, targets, config) -> _Plan:
         boxes=boxes,
         views=tuple(views),
         has_target=np.float32(targets is not None),
-        grey=np.float32(photo.grey),
+        gray=np.float32(photo.gray),
     )
     seed = (zlib.crc32(photo.name.encode("utf-8", "surrogateescape")), number)
     return _Plan(index, region, box, canvas, tuple(pools), face, seed)

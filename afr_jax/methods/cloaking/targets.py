@@ -56,12 +56,12 @@ def farthest_identity(
 
 
 def folder_centroids(
-    recogniser: pipeline.Recogniser, folder: str | os.PathLike[str], *, options_fn: OptionsFn
+    recognizer: pipeline.Recognizer, folder: str | os.PathLike[str], *, options_fn: OptionsFn
 ) -> dict[str, np.ndarray]:
     """Centroids of a person's photos: the most confident face of each that is readable.
 
     Args:
-        recogniser: detector and extractors.
+        recognizer: detector and extractors.
         folder: with photos, in it and below it.
         options_fn: the detector's options for a photo's shape.
 
@@ -71,14 +71,14 @@ def folder_centroids(
     Raises:
         ValueError: no photo has a face.
     """
-    faces = _faces_below(recogniser, folder, options_fn)
+    faces = _faces_below(recognizer, folder, options_fn)
     if not faces:
         raise ValueError(f"{folder} holds no photo with a face")
-    return _centroids(recogniser, faces)
+    return _centroids(recognizer, faces)
 
 
 def farthest_in_gallery(
-    recogniser: pipeline.Recogniser,
+    recognizer: pipeline.Recognizer,
     gallery: str | os.PathLike[str],
     paths: Iterable[pathlib.Path],
     *,
@@ -87,7 +87,7 @@ def farthest_in_gallery(
     """The person of a gallery who is farthest from all faces of some photos.
 
     Args:
-        recogniser: detector and extractors.
+        recognizer: detector and extractors.
         gallery: folder with a folder of photos for each person; who has no face there is left out.
         paths: of the user's photos; unreadable ones are left out.
         options_fn: the detector's options for a photo's shape.
@@ -101,22 +101,22 @@ def farthest_in_gallery(
     centroids = {}
     for folder in sorted(pathlib.Path(gallery).iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
-            if faces := _faces_below(recogniser, folder, options_fn):
-                centroids[folder.name] = _centroids(recogniser, faces)
+            if faces := _faces_below(recognizer, folder, options_fn):
+                centroids[folder.name] = _centroids(recognizer, faces)
     own = []
     for path in paths:
         with contextlib.suppress(photos.PhotoError):
             pixels = photos.read_photo(path).pixels
-            found = _detect(recogniser, pixels, options_fn)
+            found = _detect(recognizer, pixels, options_fn)
             own += [(pixels, landmarks) for landmarks in found.landmarks]
     if not own:
         raise ValueError("no face was found in the photos to cloak")
-    thresholds = {name: each.threshold for name, each in recogniser.extractors.items()}
-    identity = farthest_identity(_embed(recogniser, own), centroids, thresholds)
+    thresholds = {name: each.threshold for name, each in recognizer.extractors.items()}
+    identity = farthest_identity(_embed(recognizer, own), centroids, thresholds)
     return identity, centroids[identity]
 
 
-def _faces_below(recogniser, folder, options_fn) -> list[tuple[np.ndarray, np.ndarray]]:
+def _faces_below(recognizer, folder, options_fn) -> list[tuple[np.ndarray, np.ndarray]]:
     """The most confident face of every readable photo of a folder, with its landmarks."""
     faces = []
     for source in photo_files.list_photos([folder]):
@@ -125,22 +125,22 @@ def _faces_below(recogniser, folder, options_fn) -> list[tuple[np.ndarray, np.nd
         except photos.PhotoError as error:
             logging.warning("%s: %s", source.path, error)
             continue
-        found = _detect(recogniser, pixels, options_fn)
+        found = _detect(recognizer, pixels, options_fn)
         if len(found.boxes):
             faces.append((pixels, found.landmarks[0]))
     return faces
 
 
-def _centroids(recogniser, faces) -> dict[str, np.ndarray]:
-    return {name: centroid(vectors) for name, vectors in _embed(recogniser, faces).items()}
+def _centroids(recognizer, faces) -> dict[str, np.ndarray]:
+    return {name: centroid(vectors) for name, vectors in _embed(recognizer, faces).items()}
 
 
-def _detect(recogniser, pixels, options_fn) -> detect.Faces:
-    return detect.detect_faces(recogniser.detector, pixels, options=options_fn(pixels.shape))
+def _detect(recognizer, pixels, options_fn) -> detect.Faces:
+    return detect.detect_faces(recognizer.detector, pixels, options=options_fn(pixels.shape))
 
 
-def _embed(recogniser, faces) -> dict[str, np.ndarray]:
+def _embed(recognizer, faces) -> dict[str, np.ndarray]:
     return {
-        name: embed.embed_faces(extractor, recogniser.variables[name], faces)
-        for name, extractor in recogniser.extractors.items()
+        name: embed.embed_faces(extractor, recognizer.variables[name], faces)
+        for name, extractor in recognizer.extractors.items()
     }

@@ -1,4 +1,4 @@
-"""Printable grey patches that hide a face from MTCNN.
+"""Printable gray patches that hide a face from MTCNN.
 
 Kaziakhmedov, Kireev, Melnikov, Pautov, Petiushko: "Real-world attack on MTCNN face detection
 system", 2019. The loss is P-Net's face probability at every cell that looks at the face, on the
@@ -306,7 +306,7 @@ def make_trainer(
 
 
 def to_files(patches: Mapping[str, jax.Array], options: PatchOptions) -> dict[str, np.ndarray]:
-    """Patches as 8-bit grey, rounded and still within the ink's limits."""
+    """Patches as 8-bit gray, rounded and still within the ink's limits."""
     low, high = np.ceil(255 * options.ink[0]), np.floor(255 * options.ink[1])
     return {
         name: np.clip(np.asarray(images.to_uint8(patch)), low, high).astype(np.uint8)

@@ -64,7 +64,7 @@ def find_aruco(
     import cv2  # Optional.
 
     known = cv2.aruco.getPredefinedDictionary(getattr(cv2.aruco, dictionary))
-    corners, numbers, _ = cv2.aruco.ArucoDetector(known).detectMarkers(_grey(cv2, pixels))
+    corners, numbers, _ = cv2.aruco.ArucoDetector(known).detectMarkers(_gray(cv2, pixels))
     seen = {} if numbers is None else dict(zip(np.ravel(numbers).tolist(), corners, strict=True))
     grids = {}
     for number, name in enumerate(names):
@@ -97,9 +97,9 @@ def find_chessboards(
 
     rows, columns = corners
     flags = sum(getattr(cv2, name) for name in _BOARD_FLAGS)
-    grey, grids = _grey(cv2, pixels).copy(), []
+    gray, grids = _gray(cv2, pixels).copy(), []
     for _ in names:
-        is_seen, points = cv2.findChessboardCorners(grey, (columns, rows), flags=flags)
+        is_seen, points = cv2.findChessboardCorners(gray, (columns, rows), flags=flags)
         if not is_seen:
             raise ValueError(f"{len(grids)} chessboards are seen, {len(names)} are needed")
         grid = _upright(points.reshape(rows, columns, 2)[..., ::-1])
@@ -109,7 +109,7 @@ def find_chessboards(
         margin = (high - low) / (np.array(corners) - 1)
         y0, x0 = np.maximum(np.floor(low - margin), 0).astype(int)
         y1, x1 = np.ceil(high + margin).astype(int)
-        grey[y0:y1, x0:x1] = int(np.median(grey))
+        gray[y0:y1, x0:x1] = int(np.median(gray))
     grids.sort(key=lambda grid: grid[..., 1].mean())
     return dict(zip(names, grids, strict=True))
 
@@ -133,5 +133,5 @@ def _upright(grid: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(grid[:, ::-1] if grid[0, -1, 1] < grid[0, 0, 1] else grid)
 
 
-def _grey(cv2, pixels: np.ndarray) -> np.ndarray:
+def _gray(cv2, pixels: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)

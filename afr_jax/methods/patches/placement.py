@@ -18,7 +18,7 @@ from afr_jax.perturb import warps
 # Share of the face's pixels that are darker than paper would be in their place.
 _PAPER_QUANTILE = 0.98
 _DIMMEST_PAPER = 0.35
-_MASK_COLOUR = (0.78, 0.88, 0.93)  # Pale blue, as medical masks are.
+_MASK_COLOR = (0.78, 0.88, 0.93)  # Pale blue, as medical masks are.
 _WINDOW_STEP = 16
 
 
@@ -55,11 +55,11 @@ def place(
         ValueError: a patch lies outside the photo, or the landmarks show no face.
     """
     areas = geometry.PLACEMENTS[placement]
-    paper = paper_colour(pixels, box)
+    paper = paper_color(pixels, box)
     pose = geometry.estimate_pose(landmarks)
     if placement == "mask" and grids is None:
-        colour = np.asarray(_MASK_COLOUR, np.float32) * paper
-        mask = {"mask": np.broadcast_to(colour, (1, 1, 3))}
+        color = np.asarray(_MASK_COLOR, np.float32) * paper
+        mask = {"mask": np.broadcast_to(color, (1, 1, 3))}
         grid = {"mask": geometry.face_grid(pose, geometry.MASK)}
         pixels = draw(pixels, mask, grid)
     if grids is None:
@@ -79,8 +79,8 @@ def place(
     return Placed(pixels, np.asarray(box, np.float32), found, paper)
 
 
-def paper_colour(pixels: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Colour `[3]` in [0, 1] that white paper has beside a face: as bright as its brightest parts.
+def paper_color(pixels: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Color `[3]` in [0, 1] that white paper has beside a face: as bright as its brightest parts.
 
     Args:
         pixels: `[H, W, 3]` uint8.
@@ -124,7 +124,7 @@ def draw(
 
 
 def printed(patches: Mapping[str, np.ndarray], paper: np.ndarray) -> dict[str, np.ndarray]:
-    """Patches `[h, w]` as coloured textures `[h, w, 3]`, printed on paper of a colour `[3]`."""
+    """Patches `[h, w]` as colored textures `[h, w, 3]`, printed on paper of a color `[3]`."""
     return {name: patch[..., None] * paper.reshape(1, 1, 3) for name, patch in patches.items()}
 
 

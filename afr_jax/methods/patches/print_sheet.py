@@ -1,4 +1,4 @@
-"""Grey pictures on a printable PDF page, each at its true size in millimetres.
+"""Gray pictures on a printable PDF page, each at its true size in millimetres.
 
 A page of PDF 1.4 (ISO 32000-1), written directly: a print must not depend on how some library
 scales its figures. Host code: no JAX here.

@@ -92,7 +92,7 @@ class Scene(NamedTuple):
 
     region `[S, S, 3]` uint8 with its origin `[2]` in the photo of `size` `[2]` rows and columns;
     centre `[2]` (y, x) and side of the face; grids: name -> `[R + 1, C + 1, 3]` in photo pixels;
-    paper `[3]`, colour of white paper there; levels: for each group `[L, 2]` rows and columns of
+    paper `[3]`, color of white paper there; levels: for each group `[L, 2]` rows and columns of
     pyramid levels, and counts, how many of them are real.
     """
 
@@ -206,7 +206,7 @@ def view(
     shift = turns.shift * scene.side * _even(keys[2], (2,))
     ends = turns.print_contrast * jax.random.uniform(keys[3], (2,))
     origin, window = scene.origin + low, (sizes.window, sizes.window)
-    # In units of the paper's colour a patch is grey: one channel to draw instead of three.
+    # In units of the paper's color a patch is gray: one channel to draw instead of three.
     paper = scene.paper.reshape(1, 1, 3)
     inner = inner / paper
     for name in sorted(patches):

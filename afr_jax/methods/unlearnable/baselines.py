@@ -1,7 +1,7 @@
 """Noise without a network: uniform noise, linearly separable patches (LSP), class filters (CUDA).
 
 What an image or a class gets depends on the seed and its name alone, not on what else is in the
-data set or in which order. Results are signed grey levels. NumPy on the host.
+data set or in which order. Results are signed gray levels. NumPy on the host.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def uniform(
         seed: of all draws.
         names: sample ids or class names.
         shape: (H, W, 3).
-        epsilon_levels: grey levels.
+        epsilon_levels: gray levels.
 
     Returns:
         `[len(names), H, W, 3]` int16.
@@ -53,7 +53,7 @@ def separable_patches(
     epsilon_levels: float,
     patch_px: int | None = None,
 ) -> np.ndarray:
-    """Linearly separable patches: each class is a cluster of coarse colour patterns.
+    """Linearly separable patches: each class is a cluster of coarse color patterns.
 
     Yu et al. 2022, section 4.2: a class has a corner of a hypercube as its centre and a random
     linear map for its spread; a draw is reshaped to a grid of patches and scaled to an L2 norm. The
@@ -64,7 +64,7 @@ def separable_patches(
         names: sample ids, or class names for the centres of the clusters alone.
         class_names: class of each name; equal to `names` for class-wise noise.
         shape: (H, W, 3).
-        epsilon_levels: grey levels.
+        epsilon_levels: gray levels.
         patch_px: side of a patch; default 8 for images up to 64 px, else 32 (the authors').
 
     Returns:

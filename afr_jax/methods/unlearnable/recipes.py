@@ -42,7 +42,7 @@ class Made(NamedTuple):
     Attributes:
         noise: by sample or by class.
         report: facts of the run as JSON can say them: training errors of the source network after
-            each round, whether the stop was reached, the largest change in grey levels.
+            each round, whether the stop was reached, the largest change in gray levels.
     """
 
     noise: noise_files.Noise
@@ -133,7 +133,7 @@ def make(
         method: one of `METHODS`.
         granularity: one noise an image or a class. CUDA's filters are by class, but the change that
             they make is that of each image, and is returned by sample.
-        epsilon_levels: budget, grey levels: L-infinity for searched and random noise; lsp scales
+        epsilon_levels: budget, gray levels: L-infinity for searched and random noise; lsp scales
             its L2 norm by it, cuda has none.
         seed: of everything random.
         options: of the search, whose granularity and epsilon these arguments replace; by default

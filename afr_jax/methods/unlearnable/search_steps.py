@@ -27,8 +27,8 @@ class SearchOptions:
         granularity: one noise an image, or one a class.
         ascend: raise the loss instead of lowering it.
         permuted: towards the label of another class (a fixed permutation) instead of the own one.
-        epsilon_levels: largest absolute value of the noise, grey levels.
-        step_levels: of a signed step, grey levels.
+        epsilon_levels: largest absolute value of the noise, gray levels.
+        step_levels: of a signed step, gray levels.
         num_steps: T, signed steps of one pass.
         source_steps: optimiser steps of theta on clean images before the first round.
         train_steps: M, optimiser steps of theta on noisy images in each round.
@@ -38,7 +38,7 @@ class SearchOptions:
         stop_error: rounds end once the training error is below it (above it with `ascend`); None
             uses them all. With `permuted` the error is that of the other labels.
         views: random crops and flips of an image that a step averages over; 0 for the image itself.
-        adversary_levels: radius of the inner adversary, grey levels; 0 for none.
+        adversary_levels: radius of the inner adversary, gray levels; 0 for none.
         adversary_step_levels: its step size.
         adversary_steps: its steps.
     """

@@ -67,7 +67,7 @@ class Extractor:
         licence: of the weights.
         read: reads the variables from a file of the original's format.
         stretch: how much wider a face is in its chips than in a photo.
-        is_bgr: whether the network takes the colours in the order blue, green, red.
+        is_bgr: whether the network takes the colors in the order blue, green, red.
         nearest_other: distance, in its own metric, from a photo to the nearest one of 189 other
             people (950 photos in all): the median over LFW; None where it was not measured.
     """

@@ -14,8 +14,8 @@ from afr_jax.recognition import detect, embed, pipeline
 from afr_jax.training import trained
 
 
-class _MeanColour(nn.Module):
-    """The mean colour of the chip, which tells photos of one colour apart."""
+class _MeanColor(nn.Module):
+    """The mean color of the chip, which tells photos of one color apart."""
 
     @nn.compact
     def __call__(self, images):
@@ -31,7 +31,7 @@ def _extractor(name, *, normalised=False, side=32):
                 for field in ("load", "source", "licence")
             },
             "name": name,
-            "module": _MeanColour(),
+            "module": _MeanColor(),
             "input_px": side,
             "template": tuple((y / 150, x / 150) for y, x in template),
             "input_scale": 255.0,
@@ -44,7 +44,7 @@ def _extractor(name, *, normalised=False, side=32):
 
 
 @pytest.fixture
-def recogniser(monkeypatch):
+def recognizer(monkeypatch):
     """Finds as many faces as the photo's first pixel says in red, 30 px apart."""
 
     def detect_faces(variables, pixels, *, options):
@@ -60,17 +60,17 @@ def recogniser(monkeypatch):
 
     monkeypatch.setattr(detect, "detect_faces", detect_faces)
     extractors = {"a": _extractor("a"), "b": _extractor("b", normalised=True)}
-    return pipeline.Recogniser({}, detect.DetectorOptions(), extractors, {"a": {}, "b": {}})
+    return pipeline.Recognizer({}, detect.DetectorOptions(), extractors, {"a": {}, "b": {}})
 
 
-def _photo(path, count, colour):
-    pixels = np.full((60, 160, 3), colour, np.uint8)
+def _photo(path, count, color):
+    pixels = np.full((60, 160, 3), color, np.uint8)
     pixels[0, 0] = count
     Image.fromarray(pixels).save(path)
     return path
 
 
-def test_every_path_gets_its_result_in_order(recogniser, tmp_path, monkeypatch):
+def test_every_path_gets_its_result_in_order(recognizer, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "_GROUP", 2)
     paths = [
         _photo(tmp_path / "one.png", 1, (10, 20, 30)),
@@ -79,7 +79,7 @@ def test_every_path_gets_its_result_in_order(recogniser, tmp_path, monkeypatch):
         _photo(tmp_path / "two.png", 2, (40, 50, 60)),
         _photo(tmp_path / "three.png", 3, (70, 80, 90)),
     ]
-    found = list(pipeline.recognise(recogniser, paths, which="all"))
+    found = list(pipeline.recognize(recognizer, paths, which="all"))
     assert [item.path for item in found] == paths
     assert [item.problem for item in found] == [
         None,
@@ -90,34 +90,34 @@ def test_every_path_gets_its_result_in_order(recogniser, tmp_path, monkeypatch):
     ]
     # The face of the third photo whose landmarks coincide is left out.
     assert [len(item.faces.boxes) for item in found] == [1, 0, 0, 2, 2]
-    for item, colour in zip(found[3:], ((40, 50, 60), (70, 80, 90)), strict=True):
-        np.testing.assert_allclose(item.embeddings["a"], [colour] * 2, atol=1e-3)
-        unit = np.array(colour) / np.linalg.norm(colour)
+    for item, color in zip(found[3:], ((40, 50, 60), (70, 80, 90)), strict=True):
+        np.testing.assert_allclose(item.embeddings["a"], [color] * 2, atol=1e-3)
+        unit = np.array(color) / np.linalg.norm(color)
         np.testing.assert_allclose(item.embeddings["b"], [unit] * 2, atol=1e-5)
     assert found[1].embeddings["a"].shape == (0, 3) and found[1].digest == ""
     digest = hashlib.sha256(paths[3].read_bytes()).hexdigest()
     assert found[3].digest == digest == pipeline.file_digest(paths[3])
 
 
-def test_the_main_face_and_sure_faces_only(recogniser, tmp_path):
+def test_the_main_face_and_sure_faces_only(recognizer, tmp_path):
     path = _photo(tmp_path / "five.png", 5, (1, 2, 3))
-    (main,) = pipeline.recognise(recogniser, [path])
+    (main,) = pipeline.recognize(recognizer, [path])
     # The one in the middle of 160 columns.
     np.testing.assert_array_equal(main.faces.boxes, [[10, 70, 40, 100]])
-    (sure,) = pipeline.recognise(recogniser, [path], which="all", min_confidence=0.85)
+    (sure,) = pipeline.recognize(recognizer, [path], which="all", min_confidence=0.85)
     assert len(sure.faces.boxes) == 2
-    (none,) = pipeline.recognise(recogniser, [path], min_confidence=0.999)
+    (none,) = pipeline.recognize(recognizer, [path], min_confidence=0.999)
     assert none.problem == pipeline.NO_FACE
 
 
-def test_faces_spread_over_devices_are_those_of_one(recogniser):
+def test_faces_spread_over_devices_are_those_of_one(recognizer):
     rng = np.random.default_rng(0)
     points = np.array([[20, 15], [20, 30], [27, 22], [34, 16], [34, 29]], np.float32)
     faces = [
         (rng.integers(0, 255, (60, 80 + i, 3), np.uint8), points + rng.uniform(0, 9, (1, 2)))
         for i in range(7)
     ]
-    extractor = recogniser.extractors["a"]
+    extractor = recognizer.extractors["a"]
     together = embed.embed_faces(extractor, {}, faces)
     assert len(jax.local_devices()) == 4
     one_by_one = np.concatenate([embed.embed_faces(extractor, {}, [face]) for face in faces])
@@ -142,10 +142,10 @@ def test_loading_names_what_is_wrong(tmp_path):
         pipeline.load(["dlib"], weights={"dlib": str(tmp_path / "absent.dat")})
 
 
-def test_the_tag_names_extractor_and_weights(recogniser):
-    first = pipeline.tag(recogniser, "a")
+def test_the_tag_names_extractor_and_weights(recognizer):
+    first = pipeline.tag(recognizer, "a")
     assert (first.name, first.embedding_size, first.metric) == ("a", 3, "euclidean")
-    other = recogniser._replace(variables={"a": {"params": {"w": np.ones(2, np.float32)}}})
+    other = recognizer._replace(variables={"a": {"params": {"w": np.ones(2, np.float32)}}})
     assert pipeline.tag(other, "a").weights != first.weights
 
 
