@@ -13,11 +13,15 @@ group become flags beside the others. A field without `option` or `group` is no 
 types: str, int, float, bool, `Literal` of strings, each also `| None` or as `tuple[T, ...]`.
 """
 
+import contextlib
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
+
+_Options = TypeVar("_Options")
 
 WORKDIR_HELP = "folder for config.json, metrics.jsonl, result.json; resumed if it has them"
 
@@ -127,6 +131,37 @@ class Config:
     def toy(self) -> Self:
         """The same run, shrunk to seconds on a CPU."""
         return self
+
+
+@contextlib.contextmanager
+def usage(what: str) -> Iterator[None]:
+    """Says of a file that is missing or wrong which flag named it.
+
+    Args:
+        what: put before the message, "--data=photos" say.
+
+    Raises:
+        UsageError: the body raised FileNotFoundError or ValueError.
+    """
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"{what}: {error}" if what else str(error)) from error
+
+
+def fill_defaults(values: _Options, others: Mapping[str, Any]) -> _Options:
+    """The same options with other values where a field still has its default, for `Config.toy`.
+
+    Args:
+        values: an instance of an options class.
+        others: values by flag, also of groups.
+    """
+    changes = {}
+    for leaf in leaves(type(values)):
+        is_default = functools.reduce(getattr, leaf.path, values) == leaf.default
+        if leaf.flag in others and is_default:
+            changes[leaf.path] = others[leaf.flag]
+    return _replaced(values, changes)
 
 
 def leaves(options_class: type) -> Iterator[Leaf]:

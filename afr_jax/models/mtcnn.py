@@ -160,6 +160,16 @@ def find_weights() -> pathlib.Path:
     )
 
 
+def load() -> dict:
+    """The variables of the installed `mtcnn` wheel as `read_weights` reads them, on the device.
+
+    Raises:
+        FileNotFoundError: the package or its files are missing; the message says how to get them.
+        ValueError: a file is damaged.
+    """
+    return jax.tree.map(jnp.asarray, read_weights(find_weights()))
+
+
 def read_weights(folder: pathlib.Path | str) -> dict:
     """Reads `pnet.lz4`, `rnet.lz4` and `onet.lz4` into the variables of the three networks.
 

@@ -57,3 +57,29 @@ class _Wrong:
 def test_a_field_that_no_flag_can_have_is_named():
     with pytest.raises(TypeError, match=r"_Wrong\.table"):
         list(options.leaves(_Wrong))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    batch_size: int = options.option(128, "images of a step", flag="batch")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run(options.Config):
+    epochs: int = options.option(30, "passes")
+    step: _Step = options.group(_Step, batch_size=64)
+
+
+def test_defaults_are_filled_but_what_is_said_stays():
+    others = {"epochs": 2, "batch": 8}
+    found = options.fill_defaults(_Run(epochs=5), others)
+    assert (found.epochs, found.step.batch_size) == (5, 8)
+    # The default is the group's in this place, not its class's.
+    found = options.fill_defaults(_Run(step=_Step(128)), others)
+    assert (found.epochs, found.step.batch_size) == (2, 128)
+
+
+def test_what_a_flag_named_is_blamed_on_the_flag():
+    with pytest.raises(options.UsageError, match="--data=x: nothing there"):
+        with options.usage("--data=x"):
+            raise FileNotFoundError("nothing there")
