@@ -38,12 +38,12 @@ from afr_jax.data import video
 from afr_jax.evaluation import reference
 from afr_jax.evaluation.metrics import misdetection
 from afr_jax.evaluation.patches import study as patches_study
-from afr_jax.methods.patches import attack, geometry, markers, placement, scenes, training
+from afr_jax.methods.patches import config, geometry, markers, placement, scenes, training
 from afr_jax.models import mtcnn
 from afr_jax.perturb import transformations
 from afr_jax.recognition import detect
 
-_DEFAULTS = attack.PatchOptions()
+_DEFAULTS = config.PatchConfig()
 _TRAIN = flags.DEFINE_list("train", [], "films, folders and photos to train on")
 _TEST = flags.DEFINE_list("test", [], "films, folders and photos to measure on")
 _PLACEMENT = flags.DEFINE_enum(
@@ -72,7 +72,7 @@ _STAGES = flags.DEFINE_float(
     "stage_weight", _DEFAULTS.stage_weight, "of R-Net and O-Net; 0: P-Net alone, as published"
 )
 _OFF = flags.DEFINE_list(
-    "off", [], f"parts of the random views to leave out, of {', '.join(training.PARTS)}"
+    "off", [], f"parts of the random views to leave out, of {', '.join(config.PARTS)}"
 )
 _CORNERS = flags.DEFINE_string(
     "corners", None, "corner grids: a JSON file, or aruco, or chessboard (printed markers)"
@@ -162,7 +162,7 @@ def attack_program() -> tuple[dict[str, Any], int]:
     return result, program.EXIT_PARTIAL if unreadable else program.EXIT_OK
 
 
-def _options() -> tuple[attack.PatchOptions, dict[str, Any]]:
+def _options() -> tuple[config.PatchConfig, dict[str, Any]]:
     """Options of the training, and everything that a run is known by."""
     toy = flags.FLAGS.toy
     try:
@@ -174,11 +174,11 @@ def _options() -> tuple[attack.PatchOptions, dict[str, Any]]:
             levels = scenes.LevelOptions(
                 min_face_px=_TOY_FACE_PX, scale_factors=factors[:1], draws=1
             )
-        options = attack.PatchOptions(
+        options = config.PatchConfig(
             placement=_PLACEMENT.value,
             patch_px=12 if toy else _DEFAULTS.patch_px,
-            num_steps=min(_EPOCHS.value, 8) if toy else _EPOCHS.value,
-            optimiser=_OPTIMISER.value,
+            epochs=min(_EPOCHS.value, 8) if toy else _EPOCHS.value,
+            optimizer=_OPTIMISER.value,
             loss=_LOSS.value,
             margin=_MARGIN.value,
             tv_weight=_TV.value,
@@ -187,7 +187,7 @@ def _options() -> tuple[attack.PatchOptions, dict[str, Any]]:
             levels=levels,
             views=transformations.ViewOptions(),
         )
-        options = training.without(options, _OFF.value)
+        options = options.without(_OFF.value)
     except ValueError as error:
         raise program.UsageError(str(error)) from error
     if _STARTS.value < 1 or not 80 <= _FACE_WIDTH.value <= 220:
@@ -254,7 +254,7 @@ def _corners():
         raise program.UsageError(f"--corners: {error}") from error
 
 
-def _placed(shown: _People, options: attack.PatchOptions, corners) -> list[patches_study.Shown]:
+def _placed(shown: _People, options: config.PatchConfig, corners) -> list[patches_study.Shown]:
     """Patches placed on every frame; where that fails, the frame is left out, with the reason."""
     found = []
     for person in shown.people:
@@ -274,8 +274,8 @@ def _placed(shown: _People, options: attack.PatchOptions, corners) -> list[patch
     return found
 
 
-def _grids(person: misdetection.Person, options: attack.PatchOptions, corners):
-    names = sorted(attack.patch_shapes(options.placement, options.patch_px))
+def _grids(person: misdetection.Person, options: config.PatchConfig, corners):
+    names = sorted(options.shapes())
     if corners is None:
         return None
     if corners == "aruco":

@@ -37,7 +37,7 @@ from afr_jax.core import files, program, workdir
 from afr_jax.data import video
 from afr_jax.evaluation import reference
 from afr_jax.evaluation.metrics import misdetection
-from afr_jax.methods.patches import attack, placement
+from afr_jax.methods.patches import config, placement, training
 from afr_jax.methods.patches import scenes as patches_scenes
 from afr_jax.models import mtcnn
 from afr_jax.perturb import loop
@@ -59,7 +59,7 @@ def speed_program() -> tuple[dict[str, Any], int]:
         variables = jax.tree.map(jnp.asarray, mtcnn.read_weights(mtcnn.find_weights()))
     except (FileNotFoundError, ValueError) as error:
         raise program.UsageError(str(error)) from error
-    default = attack.PatchOptions()
+    default = config.PatchConfig()
     options = dataclasses.replace(default, stage_weight=0.0)
     settings = {
         "train": _TRAIN.value,
@@ -142,7 +142,7 @@ def _placed(variables: dict) -> list[placement.Placed]:
 
 def _ours(variables, placed, options, epochs):
     scenes = jax.tree.map(jnp.asarray, patches_scenes.make_scenes(placed, options.levels))
-    trainer = attack.make_trainer(jax.random.key(0), variables, scenes, options)
+    trainer = training.make_trainer(jax.random.key(0), variables, scenes, options)
     chunk = min(loop.chunk_length(), epochs)
 
     def measure():
@@ -175,7 +175,7 @@ def _theirs(other, placed, options, epochs, folder):
         ]
         for number in range(len(placed))
     ]
-    shape = next(iter(attack.patch_shapes("cheeks", options.patch_px).values()))
+    shape = next(iter(options.shapes().values()))
 
     def measure():
         answer = other.call(

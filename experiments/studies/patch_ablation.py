@@ -31,7 +31,7 @@ from afr_jax.core import files, program, progress, workdir
 from afr_jax.data import video
 from afr_jax.evaluation.metrics import misdetection
 from afr_jax.evaluation.patches import study
-from afr_jax.methods.patches import attack, geometry, placement, scenes, training
+from afr_jax.methods.patches import config, geometry, placement, scenes, training
 from afr_jax.models import mtcnn
 
 _TRAIN = flags.DEFINE_list("train", [], "films, folders and photos to train on")
@@ -53,7 +53,7 @@ _TOY_ROWS, _TOY_EPOCHS, _TOY_FACE_PX = ("full", "no noise"), 3, 60
 class _Row:
     """Options of a run, its number of frames (None for all) and of starts."""
 
-    options: attack.PatchOptions
+    options: config.PatchConfig
     num_frames: int | None = None
     num_starts: int = 1
 
@@ -89,7 +89,7 @@ def ablation_program() -> tuple[dict[str, Any], int]:
     result = {
         **program.provenance("experiments.studies.patch_ablation"),
         "settings": settings,
-        "epochs": rows["full"].options.num_steps,
+        "epochs": rows["full"].options.epochs,
         "num_train": len(train),
         "num_test": len(test),
         "rows": table,
@@ -109,10 +109,10 @@ def _rows() -> dict[str, _Row]:
             levels = scenes.LevelOptions(
                 min_face_px=_TOY_FACE_PX, scale_factors=(_FACTOR.value,), draws=1
             )
-        full = attack.PatchOptions(
+        full = config.PatchConfig(
             placement=_PLACEMENT.value,
-            num_steps=min(_EPOCHS.value, _TOY_EPOCHS) if toy else _EPOCHS.value,
-            patch_px=12 if toy else attack.PatchOptions.patch_px,
+            epochs=min(_EPOCHS.value, _TOY_EPOCHS) if toy else _EPOCHS.value,
+            patch_px=12 if toy else config.PatchConfig.patch_px,
             levels=levels,
         )
         if not 0 < _FACTOR.value < 1:
@@ -127,16 +127,16 @@ def _rows() -> dict[str, _Row]:
         return change(levels=dataclasses.replace(levels, **changes))
 
     rows = {"full": _Row(full)}
-    for name in training.PARTS:
-        rows[f"no {name}"] = _Row(training.without(full, [name]))
-    rows["no views"] = _Row(training.without(full, list(training.PARTS)))
+    for name in config.PARTS:
+        rows[f"no {name}"] = _Row(full.without([name]))
+    rows["no views"] = _Row(full.without(list(config.PARTS)))
     for weight in (0.0, 1.0):
         rows[f"total variation {weight}"] = change(tv_weight=weight)
     for weight in (0.1, 1.0):
         rows[f"black area {weight}"] = change(black_weight=weight)
     rows["maximum loss"] = change(loss="max")
     rows["P-Net alone"] = change(stage_weight=0.0)
-    rows["Adam"] = change(optimiser="adam")
+    rows["Adam"] = change(optimizer="adam")
     rows["levels of 0.709 only"] = change_levels(scale_factors=(0.709,))
     rows["coarse levels only"] = change_levels(window_ratios=_COARSE)
     for count in (1, 5):
@@ -179,9 +179,11 @@ def _kept(name, rows, variables, train, test, work) -> dict[str, Any]:
     except (OSError, ValueError):
         pass  # Not measured yet.
     if name == "black":
-        full = rows["full"].options
-        shapes = attack.patch_shapes(full.placement, full.patch_px)
-        patches = {part: np.full(shape, full.ink[0], np.float32) for part, shape in shapes.items()}
+        options = rows["full"].options
+        shapes = options.shapes()
+        patches = {
+            part: np.full(shape, options.ink[0], np.float32) for part, shape in shapes.items()
+        }
         record = {}
     else:
         row = rows[name]

@@ -9,9 +9,7 @@ import pytest
 import skimage.data
 
 from afr_jax.core import parallel
-from afr_jax.methods.patches import attack, geometry, markers
-from afr_jax.methods.patches import placement as patches_placement
-from afr_jax.methods.patches import scenes as patches_scenes
+from afr_jax.methods.patches import config, geometry, loss, markers, placement, scenes, training
 from afr_jax.models import mtcnn
 from afr_jax.perturb import transformations
 from afr_jax.recognition import detect
@@ -20,13 +18,13 @@ from afr_jax.recognition import detect
 _BOX = np.array([72, 88, 158, 154], np.float32)
 _LANDMARKS = np.array([[100, 107], [101, 149], [126, 129], [138, 106], [139, 148]], np.float32)
 _STILL = transformations.ViewOptions(0.0, 0.0, 0.0, 0.0, 0.0, None)
-_LEVELS = patches_scenes.LevelOptions(
+_LEVELS = scenes.LevelOptions(
     min_face_px=40, scale_factors=(0.709, 0.82), window_ratios=(0.5, 1.0, 2.0), draws=2,
     scale_jitter=0.0,
 )  # fmt: skip
-_OPTIONS = attack.PatchOptions(
-    patch_px=10, num_steps=6, stage_weight=0.0, levels=_LEVELS, views=_STILL,
-    turns=patches_scenes.TurnOptions(0.0, 0.0, 0.0, 0.0),
+_OPTIONS = config.PatchConfig(
+    patch_px=10, epochs=6, stage_weight=0.0, levels=_LEVELS, views=_STILL,
+    turns=scenes.TurnOptions(0.0, 0.0, 0.0, 0.0),
 )  # fmt: skip
 
 
@@ -48,7 +46,7 @@ def placed(portrait):
     for y, x in ((0, 0), (8, 3), (3, 12), (16, 16)):
         shift = np.array([y, x], np.float32)
         cut = portrait[y : y + 224, x : x + 224]
-        place = patches_placement.place(
+        place = placement.place(
             cut, _BOX - np.tile(shift, 2), _LANDMARKS - shift[None], placement="cheeks"
         )
         photos.append(place)
@@ -76,11 +74,11 @@ def test_landmarks_that_fall_together_are_refused():
         geometry.estimate_pose(np.zeros((5, 2)))
 
 
-@pytest.mark.parametrize(("placement", "height"), [("cheeks", 54), ("wide_cheeks", 64)])
-def test_cheeks_lie_below_the_eyes_beside_the_mouth_and_mirror(placement, height):
+@pytest.mark.parametrize(("name", "height"), [("cheeks", 54), ("wide_cheeks", 64)])
+def test_cheeks_lie_below_the_eyes_beside_the_mouth_and_mirror(name, height):
     points = geometry.LANDMARKS_MM[:, :2] + 200
     pose = geometry.estimate_pose(points[:, ::-1])
-    areas = geometry.PLACEMENTS[placement]
+    areas = geometry.PLACEMENTS[name]
     left, right = (geometry.face_grid(pose, areas[f"{s}_cheek"]) for s in ("left", "right"))
     assert left[..., 0].min() > points[0, 1]
     assert left[..., 1].max() < points[3, 0] and points[4, 0] < right[..., 1].min()
@@ -114,19 +112,17 @@ def _area_resize(image, size):
 
 
 def test_cuts_equal_the_whole_levels(placed):
-    scenes = patches_scenes.make_scenes(placed, _LEVELS)
-    scene = jax.tree.map(lambda leaf: jnp.asarray(leaf[3]), scenes)
-    sizes = patches_scenes.view_sizes(scenes, _OPTIONS.turns)
-    patches = attack.random_patches(jax.random.key(0), _OPTIONS)
-    seen = patches_scenes.view(
+    batch = scenes.make_scenes(placed, _LEVELS)
+    scene = jax.tree.map(lambda leaf: jnp.asarray(leaf[3]), batch)
+    sizes = scenes.view_sizes(batch, _OPTIONS.turns)
+    patches = training.random_patches(jax.random.key(0), _OPTIONS)
+    seen = scenes.view(
         jax.random.key(1), patches, scene, turns=_OPTIONS.turns, views=_STILL, sizes=sizes
     )
-    texture = patches_placement.printed(jax.tree.map(np.asarray, patches), placed[3].paper)
-    worn = patches_placement.draw(placed[3].pixels, texture, placed[3].grids)
+    texture = placement.printed(jax.tree.map(np.asarray, patches), placed[3].paper)
+    worn = placement.draw(placed[3].pixels, texture, placed[3].grids)
     whole = worn / 255.0
-    for group, crops in enumerate(
-        patches_scenes.level_crops(jax.random.key(2), seen, scene, _LEVELS)
-    ):
+    for group, crops in enumerate(scenes.level_crops(jax.random.key(2), seen, scene, _LEVELS)):
         known = {tuple(int(n) for n in size) for size in np.asarray(scene.levels[group])}
         levels = [_area_resize(whole, size) for size in sorted(known)]
         for pixels, mask in zip(np.asarray(crops.pixels), np.asarray(crops.masks), strict=True):
@@ -146,16 +142,16 @@ def test_cuts_equal_the_whole_levels(placed):
 
 
 def test_every_texel_has_a_gradient_through_views_and_levels(placed, variables):
-    scenes = patches_scenes.make_scenes(placed[:1], _SMALL.levels)
-    sizes = patches_scenes.view_sizes(scenes, _SMALL.turns)
+    batch = scenes.make_scenes(placed[:1], _SMALL.levels)
+    sizes = scenes.view_sizes(batch, _SMALL.turns)
 
     def cost(patches):
-        parts = attack.loss_parts(
-            jax.random.key(0), variables, patches, scenes, options=_SMALL, sizes=sizes
+        parts = loss.loss_parts(
+            jax.random.key(0), variables, patches, batch, config=_SMALL, sizes=sizes
         )
         return parts.pnet
 
-    patches = attack.random_patches(jax.random.key(0), _SMALL)
+    patches = training.random_patches(jax.random.key(0), _SMALL)
     value, gradient = jax.jit(jax.value_and_grad(cost))(patches)
     assert value > 0
     for leaf in jax.tree.leaves(gradient):
@@ -164,16 +160,16 @@ def test_every_texel_has_a_gradient_through_views_and_levels(placed, variables):
 
 def test_the_later_networks_see_the_face_as_the_detector_crops_it(placed, variables, monkeypatch):
     net, side = mtcnn.RNet(), 24
-    monkeypatch.setattr(attack, "_STAGES", {"rnet": (net, side, (1.2, 1.2), 0.0)})
+    monkeypatch.setattr(loss, "_STAGES", {"rnet": (net, side, (1.2, 1.2), 0.0)})
     options = dataclasses.replace(_SMALL, stage_weight=1.0, margin=0.1)
-    scenes = patches_scenes.make_scenes(placed[:1], options.levels)
-    sizes = patches_scenes.view_sizes(scenes, options.turns)
-    patches = attack.random_patches(jax.random.key(0), options)
-    parts = attack.loss_parts(
-        jax.random.key(0), variables, patches, scenes, options=options, sizes=sizes
+    batch = scenes.make_scenes(placed[:1], options.levels)
+    sizes = scenes.view_sizes(batch, options.turns)
+    patches = training.random_patches(jax.random.key(0), options)
+    parts = loss.loss_parts(
+        jax.random.key(0), variables, patches, batch, config=options, sizes=sizes
     )
-    texture = patches_placement.printed(jax.tree.map(np.asarray, patches), placed[0].paper)
-    worn = patches_placement.draw(placed[0].pixels, texture, placed[0].grids) / 1.0
+    texture = placement.printed(jax.tree.map(np.asarray, patches), placed[0].paper)
+    worn = placement.draw(placed[0].pixels, texture, placed[0].grids) / 1.0
     middle = (_BOX[:2] + _BOX[2:]) / 2
     length = 1.2 * np.sqrt(np.prod(_BOX[2:] - _BOX[:2]))
     rows, columns = (middle[:, None] + np.linspace(-0.5, 0.5, side) * length).astype(np.float64)
@@ -186,38 +182,38 @@ def test_the_later_networks_see_the_face_as_the_detector_crops_it(placed, variab
     np.testing.assert_allclose(parts.stages, max(float(score) - 0.1, 0) ** 2, atol=0.01)
     assert parts.stages > 0.05
     without = dataclasses.replace(options, stage_weight=0.0)
-    none = attack.loss_parts(
-        jax.random.key(0), variables, patches, scenes, options=without, sizes=sizes
+    none = loss.loss_parts(
+        jax.random.key(0), variables, patches, batch, config=without, sizes=sizes
     )
     assert none.stages == 0
 
 
 def test_penalties_on_known_patches():
     board = jnp.asarray(np.indices((4, 6)).sum(0) % 2, jnp.float32)
-    np.testing.assert_allclose(attack.total_variation(board), 2.0)
-    np.testing.assert_allclose(attack.total_variation(jnp.full((4, 6), 0.3)), 0.0)
-    np.testing.assert_allclose(attack.blackness(board), 0.5)
+    np.testing.assert_allclose(loss.total_variation(board), 2.0)
+    np.testing.assert_allclose(loss.total_variation(jnp.full((4, 6), 0.3)), 0.0)
+    np.testing.assert_allclose(loss.blackness(board), 0.5)
     scores = jnp.array([[[0.2, 0.5], [0.9, 0.7]]])
     masks = jnp.array([[[True, True], [True, False]]])
-    np.testing.assert_allclose(attack.excess(scores, masks, _OPTIONS), [0.04 + 0.36], atol=1e-6)
+    np.testing.assert_allclose(loss.excess(scores, masks, _OPTIONS), [0.04 + 0.36], atol=1e-6)
     largest = dataclasses.replace(_OPTIONS, loss="max")
-    np.testing.assert_allclose(attack.excess(scores, masks, largest), [0.6], atol=1e-6)
+    np.testing.assert_allclose(loss.excess(scores, masks, largest), [0.6], atol=1e-6)
 
 
 def test_training_descends_keeps_ink_and_is_the_same_on_four_devices(placed, variables):
     results = []
     for num_devices in (1, 4):
         mesh = parallel.make_mesh(devices=jax.devices()[:num_devices])
-        scenes = parallel.shard_batch(patches_scenes.make_scenes(placed, _SMALL.levels), mesh)
-        trainer = attack.make_trainer(
-            jax.random.key(1), parallel.replicate(variables, mesh), scenes, _SMALL, num_judged=1
+        batch = parallel.shard_batch(scenes.make_scenes(placed, _SMALL.levels), mesh)
+        trainer = training.make_trainer(
+            jax.random.key(1), parallel.replicate(variables, mesh), batch, _SMALL, num_judged=1
         )
         states = parallel.replicate(trainer.start_fn(jax.random.key(2), 2), mesh)
         # Judging takes no part in the sharding: one compilation is enough.
         judge_fn = trainer.judge_fn if num_devices == 1 else lambda patches: None
         first = judge_fn(states.delta)
         losses = []
-        for _ in range(_SMALL.num_steps):
+        for _ in range(_SMALL.epochs):
             states, metrics = trainer.advance_fn(states, 1)
             losses.append(np.asarray(metrics["pnet"])[:, 0])
         last = judge_fn(states.delta)
@@ -230,36 +226,34 @@ def test_training_descends_keeps_ink_and_is_the_same_on_four_devices(placed, var
         assert patch.min() >= low and patch.max() <= high
         # Sign steps amplify rounding where a gradient is next to zero: a few texels may differ.
         assert (np.abs(patch - others[name]) > 1e-4).mean() < 0.02
-    files = attack.to_files(jax.tree.map(lambda leaf: leaf[0], patches), _SMALL)
+    files = training.to_files(jax.tree.map(lambda leaf: leaf[0], patches), _SMALL)
     assert all(255 * low <= f.min() and f.max() <= 255 * high for f in files.values())
 
 
 def test_bad_input_is_refused(portrait):
     outside = _LANDMARKS + np.array([[0, 260.0]], np.float32)
     with pytest.raises(ValueError, match="is not in it"):
-        patches_placement.place(portrait, _BOX, outside, placement="cheeks")
+        placement.place(portrait, _BOX, outside, placement="cheeks")
     with pytest.raises(ValueError, match="no photo"):
-        patches_scenes.make_scenes([], _LEVELS)
-    tiny = patches_placement.place(portrait, _BOX, _LANDMARKS, placement="cheeks")
+        scenes.make_scenes([], _LEVELS)
+    tiny = placement.place(portrait, _BOX, _LANDMARKS, placement="cheeks")
     huge_faces = dataclasses.replace(_LEVELS, min_face_px=250)
     with pytest.raises(ValueError, match="no level"):
-        patches_scenes.make_scenes([tiny], huge_faces)
+        scenes.make_scenes([tiny], huge_faces)
     with pytest.raises(ValueError, match="placement"):
-        attack.PatchOptions(placement="hat")
+        config.PatchConfig(placement="hat")
     with pytest.raises(ValueError, match="grids"):
-        patches_placement.place(
-            portrait, _BOX, _LANDMARKS, placement="cheeks", grids={"left": None}
-        )
+        placement.place(portrait, _BOX, _LANDMARKS, placement="cheeks", grids={"left": None})
 
 
 def test_photos_of_different_sizes_share_a_batch(portrait):
     photos = [
-        patches_placement.place(cut, _BOX, _LANDMARKS, placement="mask")
+        placement.place(cut, _BOX, _LANDMARKS, placement="mask")
         for cut in (portrait, portrait[:200, :180])
     ]
-    scenes = patches_scenes.make_scenes(photos, _LEVELS)
-    assert scenes.region.shape[0] == 2
-    np.testing.assert_array_equal(scenes.size, [[256, 256], [200, 180]])
+    batch = scenes.make_scenes(photos, _LEVELS)
+    assert batch.region.shape[0] == 2
+    np.testing.assert_array_equal(batch.size, [[256, 256], [200, 180]])
     # The mask is painted before the patch goes on it.
     assert np.abs(photos[0].pixels.astype(int) - portrait).max() > 50
 

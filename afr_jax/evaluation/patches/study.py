@@ -18,7 +18,7 @@ from afr_jax.evaluation import reference
 from afr_jax.evaluation.attackers import other_detectors
 from afr_jax.evaluation.metrics import misdetection
 from afr_jax.evaluation.patches import pictures as patches_pictures
-from afr_jax.methods.patches import attack, geometry, placement, print_sheet
+from afr_jax.methods.patches import config, geometry, placement, print_sheet
 from afr_jax.perturb import warps
 from afr_jax.recognition import detect
 
@@ -55,7 +55,7 @@ class Study:
     """
 
     variables: dict
-    options: attack.PatchOptions
+    options: config.PatchConfig
     frames: Sequence[Shown]
     patches: Mapping[str, np.ndarray]
     start: Mapping[str, np.ndarray]

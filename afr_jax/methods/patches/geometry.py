@@ -20,7 +20,7 @@ LANDMARKS_MM = np.array(
 )
 # An ellipsoid through the eyes and the mouth corners; 140 mm is the width of an adult head across
 # the cheekbones.
-_CENTRE_MM = np.array([0.0, 35.0, -66.8])
+_CENTER_MM = np.array([0.0, 35.0, -66.8])
 _RADII_MM = np.array([70.0, 110.0, 80.0])
 # Nothing is laid further around the head than this share of its half width.
 _REACH = 0.92
@@ -165,7 +165,7 @@ def _surface(area: Area) -> np.ndarray:
     radii = _RADII_MM + area.off_mm
     rows, columns = area.cells
     y = np.linspace(area.top_mm, area.bottom_mm, rows + 1)
-    waist = np.sqrt(np.maximum(1 - ((y - _CENTRE_MM[1]) / radii[1]) ** 2, 0))
+    waist = np.sqrt(np.maximum(1 - ((y - _CENTER_MM[1]) / radii[1]) ** 2, 0))
     points = np.zeros((rows + 1, columns + 1, 3))
     for row, share in enumerate(waist):
         reach = _REACH * radii[0] * share
@@ -175,7 +175,7 @@ def _surface(area: Area) -> np.ndarray:
         arc = np.concatenate([[0], np.cumsum(np.hypot(np.diff(fine), np.diff(depth)))])
         x = np.interp(np.linspace(0, arc[-1], columns + 1), arc, fine)
         points[row] = np.stack([x, np.full_like(x, y[row]), np.interp(x, fine, depth)], axis=1)
-    points[..., 2] += _CENTRE_MM[2]
+    points[..., 2] += _CENTER_MM[2]
     return points
 
 

@@ -18,7 +18,7 @@ from afr_jax.perturb import warps
 # Share of the face's pixels that are darker than paper would be in their place.
 _PAPER_QUANTILE = 0.98
 _DIMMEST_PAPER = 0.35
-_MASK_COLOR = (0.78, 0.88, 0.93)  # Pale blue, as medical masks are.
+_MASK_COLOUR = (0.78, 0.88, 0.93)  # Pale blue, as medical masks are.
 _WINDOW_STEP = 16
 
 
@@ -58,7 +58,7 @@ def place(
     paper = paper_color(pixels, box)
     pose = geometry.estimate_pose(landmarks)
     if placement == "mask" and grids is None:
-        color = np.asarray(_MASK_COLOR, np.float32) * paper
+        color = np.asarray(_MASK_COLOUR, np.float32) * paper
         mask = {"mask": np.broadcast_to(color, (1, 1, 3))}
         grid = {"mask": geometry.face_grid(pose, geometry.MASK)}
         pixels = draw(pixels, mask, grid)

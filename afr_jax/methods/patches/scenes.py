@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.core import images
+from afr_jax.core import images, options
 from afr_jax.methods.patches import placement
 from afr_jax.models import mtcnn
 from afr_jax.perturb import transformations, warps
 from afr_jax.recognition import detect
 
 _CELL = 12  # Side of P-Net's window in pixels of a level.
-# Windows count whose centre lies within the face, and a tenth of their own side beyond it.
+# Windows count whose center lies within the face, and a tenth of their own side beyond it.
 _BEYOND = 0.1
 # Side of the part of a view that gets noise, blur and JPEG, in sides of the face: the patches and
 # what the finest levels look at.
@@ -39,13 +39,15 @@ class LevelOptions:
         scale_factors: of their pyramids; the levels of all of them are drawn from.
         window_ratios: P-Net windows count from the first to the last of these sides, in sides of
             the face (the square root of its box's area), in rising order; levels are drawn apart,
-            equally often, between each two neighbours.
-        draws: levels drawn in a view between two neighbours.
+            equally often, between each two neighbors.
+        draws: levels drawn in a view between two neighbors.
         scale_jitter: the photo is enlarged by a factor in [1 - jitter, 1 + jitter].
     """
 
     min_face_px: float = 20.0
-    scale_factors: tuple[float, ...] = (0.709, 0.82, 0.9, 0.95)
+    scale_factors: tuple[float, ...] = options.option(
+        (0.709, 0.82, 0.9, 0.95), "scale factors of the detectors' pyramids, between 0 and 1"
+    )
     window_ratios: tuple[float, ...] = (0.45, 0.8, 1.25, 2.0)
     draws: int = 2
     scale_jitter: float = 0.1
@@ -54,8 +56,10 @@ class LevelOptions:
         rising = all(a < b for a, b in itertools.pairwise(self.window_ratios))
         if len(self.window_ratios) < 2 or not rising or not self.window_ratios[0] > 0:
             raise ValueError(f"window_ratios is {self.window_ratios}, must rise from above 0")
-        if self.draws < 1 or not self.scale_factors:
-            raise ValueError("at least one level is drawn, of at least one pyramid")
+        if not self.scale_factors or not all(0 < factor < 1 for factor in self.scale_factors):
+            raise ValueError(f"scale_factors is {self.scale_factors}, must lie in (0, 1)")
+        if self.draws < 1:
+            raise ValueError(f"draws is {self.draws}, must be at least 1")
         if not 0 <= self.scale_jitter < 0.5:
             raise ValueError(f"scale_jitter is {self.scale_jitter}, must lie in [0, 0.5)")
 
@@ -91,7 +95,7 @@ class Scene(NamedTuple):
     """A photo with a face, as arrays; of a batch, every leaf has a leading axis.
 
     region `[S, S, 3]` uint8 with its origin `[2]` in the photo of `size` `[2]` rows and columns;
-    centre `[2]` (y, x) and side of the face; grids: name -> `[R + 1, C + 1, 3]` in photo pixels;
+    center `[2]` (y, x) and side of the face; grids: name -> `[R + 1, C + 1, 3]` in photo pixels;
     paper `[3]`, color of white paper there; levels: for each group `[L, 2]` rows and columns of
     pyramid levels, and counts, how many of them are real.
     """
@@ -99,7 +103,7 @@ class Scene(NamedTuple):
     region: jax.Array
     origin: jax.Array
     size: jax.Array
-    centre: jax.Array
+    center: jax.Array
     side: jax.Array
     grids: dict[str, jax.Array]
     paper: jax.Array
@@ -107,12 +111,12 @@ class Scene(NamedTuple):
     counts: tuple[jax.Array, ...]
 
 
-def make_scenes(placed: Sequence[placement.Placed], options: LevelOptions) -> Scene:
+def make_scenes(placed: Sequence[placement.Placed], level_options: LevelOptions) -> Scene:
     """A batch of scenes from photos of any sizes.
 
     Args:
         placed: photos with patches placed, at least one.
-        options: which levels matter.
+        level_options: Which levels matter.
 
     Returns:
         NumPy arrays with a leading axis.
@@ -123,25 +127,26 @@ def make_scenes(placed: Sequence[placement.Placed], options: LevelOptions) -> Sc
     if not placed:
         raise ValueError("no photo to train on")
     sides = [float(np.sqrt(np.prod(item.box[2:] - item.box[:2]))) for item in placed]
-    num_groups = len(options.window_ratios) - 1
-    widest = max(options.region_sides(group) for group in range(num_groups))
+    num_groups = len(level_options.window_ratios) - 1
+    widest = max(level_options.region_sides(group) for group in range(num_groups))
     region = images.bucket_size(int(np.ceil(widest * max(sides))) + 2, (_REGION_STEP,))
     tables = [
-        _levels(item.pixels.shape, side, options) for item, side in zip(placed, sides, strict=True)
+        _levels(item.pixels.shape, side, level_options)
+        for item, side in zip(placed, sides, strict=True)
     ]
     length = max(len(levels) for table in tables for levels in table)
     scenes = []
     for item, side, table in zip(placed, sides, tables, strict=True):
         size = np.array(item.pixels.shape[:2])
-        centre = (item.box[:2] + item.box[2:]) / 2
-        origin = np.clip(np.round(centre - region / 2), 0, np.maximum(size - region, 0)).astype(int)
+        center = (item.box[:2] + item.box[2:]) / 2
+        origin = np.clip(np.round(center - region / 2), 0, np.maximum(size - region, 0)).astype(int)
         cut = item.pixels[origin[0] :, origin[1] :][:region, :region]
         scenes.append(
             Scene(
                 region=images.pad_to(cut, (region, region)),
                 origin=origin.astype(np.float32),
                 size=size.astype(np.float32),
-                centre=centre.astype(np.float32),
+                center=center.astype(np.float32),
                 side=np.float32(side),
                 grids=dict(item.grids),
                 paper=item.paper,
@@ -240,7 +245,7 @@ def view_sizes(scenes: Scene, turns: TurnOptions) -> Sizes:
 
 
 def level_crops(
-    key: jax.Array, seen: View, scene: Scene, options: LevelOptions
+    key: jax.Array, seen: View, scene: Scene, level_options: LevelOptions
 ) -> tuple[Crops, ...]:
     """Cuts around the face out of random levels of the pyramid of a photo, for each group.
 
@@ -248,27 +253,27 @@ def level_crops(
         key: decides the levels, and how much the photo is enlarged.
         seen: a view of the scene.
         scene: it is of.
-        options: of the levels.
+        level_options: How levels are drawn.
 
     Returns:
-        One `Crops` a group, of `options.draws` levels.
+        One `Crops` a group, of `level_options.draws` levels.
     """
     keys = jax.random.split(key, len(scene.levels))
     whole, inner = seen.outer.shape[0], seen.inner.shape[0]
-    widest = max(options.region_sides(group) for group in range(len(scene.levels)))
+    widest = max(level_options.region_sides(group) for group in range(len(scene.levels)))
     found = []
     for group, (group_key, levels) in enumerate(zip(keys, scene.levels, strict=True)):
         pick_key, scale_key = jax.random.split(group_key)
-        count, draws = scene.counts[group], options.draws
+        count, draws = scene.counts[group], level_options.draws
         # One level out of each of as many equal parts of the list.
         places = (jnp.arange(draws) + jax.random.uniform(pick_key, (draws,))) / draws
         index = jnp.minimum((places * count).astype(jnp.int32), count - 1)
-        grown = 1 + options.scale_jitter * _even(scale_key, (draws, 1))
+        grown = 1 + level_options.scale_jitter * _even(scale_key, (draws, 1))
         shapes = jnp.floor(levels[index] * grown + 1e-3)
-        side = options.crop_px(group)
+        side = level_options.crop_px(group)
         cut = _cut_level(shapes, scene, side)
         pixels = cut.apply(seen.inner, scene.origin + seen.low)
-        part = 8 * int(np.ceil(options.region_sides(group) / widest * whole / 8))
+        part = 8 * int(np.ceil(level_options.region_sides(group) / widest * whole / 8))
         if part > inner:
             part = min(part, whole)
             low = _low(scene, whole, part)
@@ -308,7 +313,7 @@ class _Cut(NamedTuple):
 def _cut_level(shapes, scene, side):
     """Where to cut levels of `shapes` `[K, 2]`: around the face."""
     ratios = scene.size[None] / shapes
-    middle = (scene.centre[None] + 0.5) / ratios
+    middle = (scene.center[None] + 0.5) / ratios
     # P-Net's cells lie on even pixels of a level, so cuts begin there.
     last = 2 * jnp.ceil(jnp.maximum(shapes - side, 0) / 2)
     first = jnp.clip(2 * jnp.round((middle - side / 2) / 2), 0, last)
@@ -317,34 +322,36 @@ def _cut_level(shapes, scene, side):
         ratio, begin = ratios[:, axis, None], first[:, axis, None]
         starts.append((begin + jnp.arange(side, dtype=jnp.float32)[None]) * ratio)
         cells = 2 * jnp.arange(mtcnn.map_size(side), dtype=jnp.float32)[None]
-        centres = (begin + cells + _CELL / 2 + 0.5) * ratio - 0.5
+        centers = (begin + cells + _CELL / 2 + 0.5) * ratio - 0.5
         reach = 0.5 * scene.side + _BEYOND * _CELL * ratio
-        near.append(jnp.abs(centres - scene.centre[axis]) <= reach)
+        near.append(jnp.abs(centers - scene.center[axis]) <= reach)
     sizes = jnp.minimum(shapes - first, side).astype(jnp.int32)
     return _Cut(*starts, ratios, sizes, near[0][:, :, None] & near[1][:, None, :])
 
 
 def _low(scene, whole, part):
     """First row and column of a part of the region, about the face."""
-    low = jnp.round(scene.centre - scene.origin - part / 2)
+    low = jnp.round(scene.center - scene.origin - part / 2)
     return jnp.clip(low, 0, whole - part).astype(jnp.int32)
 
 
-def _levels(shape, side, options):
+def _levels(shape, side, level_options):
     """Rows and columns `[L, 2]` of the levels of all pyramids, by group, finest first."""
     height, width = shape[:2]
     found = set()
-    for factor in options.scale_factors:
-        detector = detect.DetectorOptions(min_face_px=options.min_face_px, scale_factor=factor)
+    for factor in level_options.scale_factors:
+        detector = detect.DetectorOptions(
+            min_face_px=level_options.min_face_px, scale_factor=factor
+        )
         scales = detect.pyramid_scales(height, width, detector)
         found |= set(zip(scales, detect.level_sizes(height, width, scales), strict=True))
     groups = []
-    for low, high in itertools.pairwise(options.window_ratios):
+    for low, high in itertools.pairwise(level_options.window_ratios):
         rows = [size for scale, size in sorted(found) if low <= _CELL / scale / side < high]
         groups.append(np.array(rows[::-1], np.float32).reshape(-1, 2))
     if not any(map(len, groups)):
         raise ValueError(f"a face of {side:.0f} px is seen on no level of the detectors")
-    # A group that the pyramids do not reach is trained on its neighbours' levels.
+    # A group that the pyramids do not reach is trained on its neighbors' levels.
     full = [levels for levels in groups if len(levels)]
     return [levels if len(levels) else full[0] for levels in groups]
 
