@@ -46,7 +46,7 @@ class ViewOptions:
     Attributes:
         light: brightness gain in [1 - light, 1 + light].
         contrast: factor about the image's mean, likewise.
-        colour_cast: gain of each channel, likewise.
+        color_cast: gain of each channel, likewise.
         noise: largest standard deviation of Gaussian noise, in [0, 1] units.
         blur_px: largest standard deviation of Gaussian blur, in pixels, at most 1.5.
         jpeg_quality: (lowest, highest) quality in 1..100.
@@ -54,13 +54,13 @@ class ViewOptions:
 
     light: float = 0.3
     contrast: float = 0.2
-    colour_cast: float = 0.05
+    color_cast: float = 0.05
     noise: float = 0.02
     blur_px: float = 0.8
     jpeg_quality: tuple[int, int] | None = (50, 95)
 
     def __post_init__(self):
-        for name in ("light", "contrast", "colour_cast"):
+        for name in ("light", "contrast", "color_cast"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must lie in [0, 1)")
         if not 0 <= self.noise <= 1:
@@ -112,8 +112,8 @@ def random_light(
         image = change_contrast(image, gain(keys[0], options.contrast), mean=mean)
     if options.light:
         image = image * gain(keys[1], options.light)
-    if options.colour_cast:
-        image = image * gain(keys[2], options.colour_cast, (1, 1, 3))
+    if options.color_cast:
+        image = image * gain(keys[2], options.color_cast, (1, 1, 3))
     return image
 
 

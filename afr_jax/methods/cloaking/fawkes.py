@@ -98,7 +98,7 @@ class FawkesConfig:
         return transformations.ViewOptions(
             light=0.0,
             contrast=0.0,
-            colour_cast=0.0,
+            color_cast=0.0,
             noise=0.0,
             blur_px=self.blur_px,
             jpeg_quality=self.jpeg_quality,

@@ -13,7 +13,7 @@ from afr_jax.perturb import transformations
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "light": ("views", {"light": 0.0}),
     "contrast": ("views", {"contrast": 0.0}),
-    "colour_cast": ("views", {"colour_cast": 0.0}),
+    "color_cast": ("views", {"color_cast": 0.0}),
     "noise": ("views", {"noise": 0.0}),
     "blur": ("views", {"blur_px": 0.0}),
     "jpeg": ("views", {"jpeg_quality": None}),
