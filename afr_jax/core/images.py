@@ -51,14 +51,14 @@ def resize_area(
     """
     chex.assert_rank(image, 3)
     image = jnp.asarray(image)
-    in_size = image.shape[:2] if in_size is None else in_size
-    out_size = shape if out_size is None else out_size
+    true_in = image.shape[:2] if in_size is None else in_size
+    true_out = shape if out_size is None else out_size
     if not all(0 < new <= old for new, old in zip(shape, image.shape[:2], strict=True)):
         raise ValueError(f"resize_area shrinks: {shape} does not lie within {image.shape[:2]}")
     height, width, channels = image.shape
-    rows = _average_leading(image.reshape(height, -1), shape[0], in_size[0], out_size[0])
+    rows = _average_leading(image.reshape(height, -1), shape[0], true_in[0], true_out[0])
     by_column = rows.reshape(shape[0], width, channels).transpose(1, 0, 2).reshape(width, -1)
-    columns = _average_leading(by_column, shape[1], in_size[1], out_size[1])
+    columns = _average_leading(by_column, shape[1], true_in[1], true_out[1])
     return columns.reshape(shape[1], shape[0], channels).transpose(1, 0, 2)
 
 

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 import tqdm
@@ -39,7 +39,7 @@ def track(
       The items.
     """
     iterable: Iterable[Any] = range(items) if isinstance(items, int) else items
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     if not distributed.is_primary():
         yield from iterable

@@ -212,8 +212,9 @@ def open_source(
             f"{name} is stored as {stored}, which needs TensorFlow; prepare it with "
             'tfds.builder(..., file_format="array_record")'
         )
-    decoders = None if decode else {"image": tfds.decode.SkipDecoding()}
-    return builder.as_data_source(split, decoders=decoders)
+    decoders: Any = None if decode else {"image": tfds.decode.SkipDecoding()}
+    read: Any = builder.as_data_source  # Wrapped; its stated type lacks the builder itself.
+    return read(split, decoders=decoders)
 
 
 def classes_of(data_dir: str | os.PathLike[str], name: str) -> tuple[str, ...]:

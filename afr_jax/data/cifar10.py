@@ -174,7 +174,9 @@ def _read_archive(source: pathlib.Path, name: str) -> bytes:
         with tarfile.open(source) as archive:
             for member in archive:
                 if member.isfile() and pathlib.PurePosixPath(member.name).name == name:
-                    return archive.extractfile(member).read()
+                    content = archive.extractfile(member)
+                    assert content is not None  # It is a file.
+                    return content.read()
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{source} is no tar archive: {error}") from error
     raise ValueError(f"{source} has no {name}; is it the binary version of CIFAR-10?")

@@ -117,6 +117,8 @@ def read(
     if source == "cifar10":
         if not cifar10_dir:
             raise ValueError("cifar10 needs --cifar10_dir, the folder it is in")
+        if split not in ("train", "test"):
+            raise ValueError(f"split is {split!r}, but must be 'train' or 'test' for cifar10")
         return read_cifar10(cifar10_dir, split=split)
     options = {"image_px": image_px, "resize": resize, "classes": classes}
     if not source.startswith("tfds:"):

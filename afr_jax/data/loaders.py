@@ -8,7 +8,7 @@ position. Small data sets are better loaded whole (`load_all`).
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -16,9 +16,15 @@ import numpy as np
 from afr_jax.core import parallel
 from afr_jax.data import identities, sampling
 
-# A data set with random access: image `[S, S, 3]` uint8 and label of an example by its index, from
-# several threads.
-Source = Sequence[tuple[np.ndarray, int]]
+
+class Source(Protocol):
+    """A data set with random access, also from several threads."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[np.ndarray, int]:
+        """Image `[S, S, 3]` uint8 and label of an example."""
+        ...
 
 
 class FileSource(Source):
@@ -114,8 +120,8 @@ def load_all(source: Source, *, num_threads: int = 4) -> tuple[np.ndarray, np.nd
 
 def _loader(source: Source, batches: sampling.Batches) -> Callable[[int], HostBatch]:
     def load(step: int) -> HostBatch:
-        rows = sampling.local_rows(batches.rows(int(step)))
+        rows = sampling.local_rows(batches.rows(step))
         images, labels = zip(*(source[int(row)] for row in rows), strict=True)
-        return HostBatch(int(step), np.stack(images), np.array(labels, np.int32))
+        return HostBatch(step, np.stack(images), np.array(labels, np.int32))
 
     return load

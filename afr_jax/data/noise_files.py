@@ -201,7 +201,8 @@ def _read_archive(path: pathlib.Path) -> tuple[Noise, dict[str, Any]]:
         names = tuple(str(name) for name in archive["names"])
         levels = archive["levels"].astype(np.int16)
         settings = json.loads(str(archive["settings"]))
-        return Noise(names, levels, str(archive["granularity"])), settings
+        granularity: Any = str(archive["granularity"])
+        return Noise(names, levels, granularity), settings
 
 
 def _read_records(folder: pathlib.Path) -> tuple[Noise, dict[str, Any]]:

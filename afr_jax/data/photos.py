@@ -17,7 +17,7 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import numpy as np
 from PIL import (
@@ -229,7 +229,7 @@ def _reader(file_format: str) -> Callable[[io.BytesIO], ImageFile.ImageFile]:
 
 
 @contextlib.contextmanager
-def _warnings_ignored() -> Iterator[None]:
+def _warnings_ignored() -> Generator[None]:
     """Ignores warnings about odd headers and large sizes, which are decided upon here.
 
     The filters belong to the process, hence one thread at a time.

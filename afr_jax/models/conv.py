@@ -47,9 +47,8 @@ def conv_general_dilated(
     Returns:
         `[B, H', W', D]`.
     """
-    if dimension_numbers is None:
-        dimension_numbers = _NHWC
-    numbers = jax.lax.conv_dimension_numbers(inputs.shape, kernel.shape, dimension_numbers)
+    asked = _NHWC if dimension_numbers is None else dimension_numbers
+    numbers = jax.lax.conv_dimension_numbers(inputs.shape, kernel.shape, asked)
     plain = jax.lax.conv_dimension_numbers(inputs.shape, kernel.shape, _NHWC)
     dilated = any(step != 1 for step in (*(lhs_dilation or ()), *(rhs_dilation or ())))
     depthwise = feature_group_count == inputs.shape[-1] == kernel.shape[-1]
@@ -62,7 +61,7 @@ def conv_general_dilated(
             padding,
             lhs_dilation=lhs_dilation,
             rhs_dilation=rhs_dilation,
-            dimension_numbers=dimension_numbers,
+            dimension_numbers=asked,
             feature_group_count=feature_group_count,
             precision=precision,
         )
@@ -71,7 +70,7 @@ def conv_general_dilated(
         padding = jax.lax.padtype_to_pads(
             inputs.shape[1:3], kernel.shape[:2], strides, padding.upper()
         )
-    padding = tuple((int(before), int(after)) for before, after in padding)
+    padding = tuple((before, after) for before, after in padding)
     return _convolve(inputs, kernel, strides, padding, feature_group_count)
 
 

@@ -1,6 +1,7 @@
 """Layers that several networks share and that Flax lacks or runs slowly on CPU."""
 
 import functools
+import operator
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -96,11 +97,12 @@ def _shifted_products(x: jax.Array, kernel: jax.Array, *, stride: int, padding: 
         return jnp.einsum("bhwc,hwc->bc", x, kernel)[:, None, None]
     height = (x.shape[1] - rows) // stride * stride + 1
     width = (x.shape[2] - columns) // stride * stride + 1
-    return sum(
+    products = [
         x[:, i : i + height : stride, j : j + width : stride] * kernel[i, j].reshape(1, 1, 1, -1)
         for i in range(rows)
         for j in range(columns)
-    )
+    ]
+    return functools.reduce(operator.add, products)
 
 
 class PReLU(nn.Module):
@@ -146,6 +148,8 @@ class ConvNorm(nn.Module):
         """`[B, H, W, C]` to `[B, H', W', features]`; `train` normalises by the batch."""
         if self.depthwise:
             x = x if self.dtype is None else x.astype(self.dtype)
+            if isinstance(self.padding, str):
+                raise ValueError(f"padding is {self.padding!r}, must be a number with depthwise")
             kernel = _DepthwiseKernel(self.kernel, name="conv")(x.shape[-1])
             x = depthwise_conv(x, kernel, stride=self.stride, padding=self.padding)
         else:

@@ -12,6 +12,7 @@ import importlib.util
 import io
 import pathlib
 import pickle
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -258,6 +259,11 @@ def _flatten(x: jax.Array) -> jax.Array:
 
 class _ArrayRecord:
     """What a joblib dump says of one array; the array's bytes follow the record in the file."""
+
+    stream: "_Stream"  # Of the unpickler; set on a subclass.
+    dtype: Any
+    shape: tuple[int, ...]
+    order: Literal["C", "F"]
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)

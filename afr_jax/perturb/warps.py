@@ -97,22 +97,21 @@ def paste(
     """
     chex.assert_rank([image, texture, grid], 3)
     shape = image.shape[:2]
-    window = (
-        shape if window is None else tuple(min(pair) for pair in zip(window, shape, strict=True))
-    )
+    rows, columns = shape if window is None else map(min, window, shape)
     corners = grid[..., :2] if origin is None else grid[..., :2] - origin.reshape(1, 1, 2)
     corners = jax.lax.stop_gradient(corners)
     flat = corners.reshape(-1, 2)
     middle = (jnp.min(flat, axis=0) + jnp.max(flat, axis=0)) / 2
-    room = jnp.array([side - part for side, part in zip(shape, window, strict=True)])
-    low = jnp.clip(jnp.round(middle - (jnp.array(window) - 1) / 2).astype(jnp.int32), 0, room)
+    size = jnp.array((rows, columns))
+    room = jnp.array(shape) - size
+    low = jnp.clip(jnp.round(middle - (size - 1) / 2).astype(jnp.int32), 0, room)
     start = (low[0], low[1], 0)
-    piece = jax.lax.dynamic_slice(image, start, (*window, image.shape[2]))
-    pixels = jnp.stack(jnp.meshgrid(*(jnp.arange(n) for n in window), indexing="ij"), axis=-1)
+    piece = jax.lax.dynamic_slice(image, start, (rows, columns, image.shape[2]))
+    pixels = jnp.stack(jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij"), axis=-1)
     places = (pixels.reshape(-1, 2) + low[None]).astype(jnp.float32)
     colors, opacity = _look_up(texture, corners, places)
-    opacity = opacity.reshape(*window, 1)
-    piece = piece * (1 - opacity) + colors.reshape(*window, -1) * opacity
+    opacity = opacity.reshape(rows, columns, 1)
+    piece = piece * (1 - opacity) + colors.reshape(rows, columns, -1) * opacity
     return jax.lax.dynamic_update_slice(image, piece.astype(image.dtype), start)
 
 

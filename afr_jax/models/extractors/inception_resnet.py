@@ -10,6 +10,7 @@ Three public forms of the weights are read: facenet-pytorch's state dict, Keras 
 TensorFlow layer names (keras-facenet, deepface) and `.npz` files with the same names.
 """
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -199,7 +200,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict:
     if kind == "keras":
         arrays = {name.replace("/", "_"): array for name, array in arrays.items()}
     has_scale = any(name.endswith("_gamma") for name in arrays)
-    return conversion.fill(path, shapes, arrays, lambda *leaf: _tensorflow_entry(*leaf, has_scale))
+    entry_fn = functools.partial(_tensorflow_entry, has_scale=has_scale)
+    return conversion.fill(path, shapes, arrays, entry_fn)
 
 
 def _tensorflow_entry(leaf: tuple[str, ...], shape: tuple[int, ...], has_scale: bool):
@@ -219,7 +221,10 @@ def _tensorflow_entry(leaf: tuple[str, ...], shape: tuple[int, ...], has_scale: 
 
 def _torch_names() -> dict[tuple[str, ...], str]:
     """facenet-pytorch's name of every scope of ours."""
-    names = {("Bottleneck",): "last_linear", ("Bottleneck_BatchNorm",): "last_bn"}
+    names: dict[tuple[str, ...], str] = {
+        ("Bottleneck",): "last_linear",
+        ("Bottleneck_BatchNorm",): "last_bn",
+    }
     for stem in ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3", "4b_3x3"):
         for ours, theirs in (("conv", "conv"), ("norm", "bn")):
             names[f"Conv2d_{stem}", ours] = f"conv2d_{stem[:2]}.{theirs}"

@@ -9,6 +9,7 @@ contain BatchNorm's epsilon, as in ncnn's files) and torch state dicts with Insi
 """
 
 import os
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -66,7 +67,7 @@ class MobileFaceNet(nn.Module):
     @nn.compact
     def __call__(self, chips: jax.Array, *, train: bool = False) -> jax.Array:
         """Embeddings; `train` normalises by the batch and updates `batch_stats`."""
-        options = {"epsilon": self.epsilon, "momentum": 0.9, "dtype": self.dtype}
+        options: dict[str, Any] = {"epsilon": self.epsilon, "momentum": 0.9, "dtype": self.dtype}
 
         def unit(x, name, features, kernel=1, **more):
             size = (kernel, kernel)
@@ -137,7 +138,10 @@ def _torch_names() -> dict[tuple[str, ...], str]:
         block = f"layers.{stages[stage]}" + (f".layers.{number}" if number else "")
         for index, part in enumerate(("sep", "dw", "proj")):
             units[f"{name}_conv_{part}"] = f"{block}.layers.{index}"
-    names = {("pre_fc1",): "features.layers.2", ("fc1",): "features.layers.3"}
+    names: dict[tuple[str, ...], str] = {
+        ("pre_fc1",): "features.layers.2",
+        ("fc1",): "features.layers.3",
+    }
     for ours, theirs in units.items():
         for index, layer in enumerate(("conv", "norm", "activation")):
             names[ours, layer] = f"{theirs}.layers.{index}"

@@ -10,6 +10,7 @@ those of `deepface` 0.0.103 for its own alignment, which differs from ours.
 import dataclasses
 import functools
 import os
+import pathlib
 import types
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -84,7 +85,7 @@ class Extractor:
     load: Callable[[], dict]
     source: str
     licence: str
-    read: Callable[[str | os.PathLike[str]], dict] | None = None
+    read: Callable[[pathlib.Path], dict] | None = None
     stretch: float = 1.0
     is_bgr: bool = False
     nearest_other: float | None = None
@@ -316,7 +317,7 @@ def load_variables(extractor: Extractor, path: str | os.PathLike[str] | None) ->
         return conversion.read_safetensors(path, shapes)
     if extractor.read is None:
         raise ValueError(f"{path}: of {extractor.name} only safetensors files are read")
-    return extractor.read(path)
+    return extractor.read(pathlib.Path(path))
 
 
 def fingerprint(variables: Mapping) -> str:
@@ -340,7 +341,7 @@ def embed(extractor: Extractor, variables: dict, chips: jax.Array) -> jax.Array:
     inputs = chips * extractor.input_scale + extractor.input_offset
     if extractor.is_bgr:
         inputs = inputs[..., ::-1]
-    embeddings = extractor.module.apply(variables, inputs)
+    embeddings = jnp.asarray(extractor.module.apply(variables, inputs))
     if extractor.normalised:
         length = jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
         embeddings = embeddings / jnp.maximum(length, 1e-12)

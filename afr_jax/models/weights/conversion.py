@@ -14,7 +14,7 @@ import os
 import pathlib
 import secrets
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
@@ -61,9 +61,13 @@ class Entry(NamedTuple):
 EntryFn = Callable[[tuple[str, ...], tuple[int, ...]], Entry | float]
 
 
-@functools.cache
 def shapes(module: nn.Module, input_px: int) -> dict:
     """The variables of a module as `jax.ShapeDtypeStruct`, for chips of side `input_px`."""
+    return _shapes(module, input_px)  # pyrefly: ignore[bad-argument-type]  Modules are hashable.
+
+
+@functools.cache
+def _shapes(module: nn.Module, input_px: int) -> dict:
     chips = jax.ShapeDtypeStruct((1, input_px, input_px, 3), jnp.float32)
     return jax.eval_shape(module.init, jax.random.key(0), chips)
 
@@ -128,7 +132,8 @@ def fill(
             array.
     """
     variables, missing, misshapen, used = {}, [], [], set()
-    for leaf, expected in flax.traverse_util.flatten_dict(dict(variable_shapes)).items():
+    needed: Any = flax.traverse_util.flatten_dict(dict(variable_shapes))
+    for leaf, expected in needed.items():
         entry = entry_fn(leaf, expected.shape)
         if not isinstance(entry, Entry):
             variables[leaf] = np.full(expected.shape, entry, np.float32)

@@ -97,7 +97,8 @@ def fetch(name: str) -> pathlib.Path:
         )
     logging.getLogger("pooch").setLevel(logging.WARNING)
     known = None if source.sha256 is None else f"sha256:{source.sha256}"
-    archive = None if source.member is None else f"{source.file_name}.zip"
+    member = source.member
+    archive = None if member is None else f"{source.file_name}.zip"
     try:
         found = pooch.retrieve(
             source.url, known, fname=archive or source.file_name, path=cache_folder()
@@ -108,8 +109,8 @@ def fetch(name: str) -> pathlib.Path:
             f"({type(error).__name__}); fetch them yourself and put "
             f"{'the unpacked file' if archive else 'the file'} at {path}"
         ) from error
-    if archive is not None:
-        _unpack(pathlib.Path(found), source.member, path)
+    if member is not None:
+        _unpack(pathlib.Path(found), member, path)
     return path
 
 

@@ -125,4 +125,4 @@ def _read_keras(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def _text(name: bytes | str) -> str:
-    return name.decode() if isinstance(name, bytes) else str(name)
+    return name.decode() if isinstance(name, bytes) else name
