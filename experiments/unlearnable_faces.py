@@ -176,12 +176,12 @@ def _count(value: int, in_toy: int) -> int:
 
 def _read() -> image_sets.ImageSet:
     if flags.FLAGS.toy and not _DATA.value:
-        return image_sets.made_up(flags.FLAGS.seed, 288, num_classes=6)
+        return image_sets.synthetic(flags.FLAGS.seed, 288, num_classes=6)
     if not _DATA.value:
         raise ValueError("--data is needed: a folder with one folder of face crops per identity")
     root = pathlib.Path(_DATA.value).expanduser()
     side = 32 if flags.FLAGS.toy else _IMAGE_PX.value
-    data = image_sets.read_tree(root, image_px=side, resize=True)
+    data = image_sets.load_image_folder(root, image_px=side, resize=True)
     if _MAX_PHOTOS.value is None:
         return data
     rows = [np.flatnonzero(data.labels == label) for label in range(len(data.classes))]

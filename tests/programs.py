@@ -141,8 +141,8 @@ def save_photo(path, color, *, size=(24, 24)):
     Image.new("RGB", size, color).save(path)
 
 
-def save_made_up(folder, num_images, *, seed=0, **options):
-    """Writes the images of `image_sets.made_up` as a folder per class; returns them."""
-    data = image_sets.made_up(seed, num_images, **options)
+def save_synthetic(folder, num_images, *, seed=0, **options):
+    """Writes the images of `image_sets.synthetic` as a folder per class; returns them."""
+    data = image_sets.synthetic(seed, num_images, **options)
     noise_files.write_images(folder, data.sample_ids, data.images)
     return data

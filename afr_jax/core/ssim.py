@@ -176,7 +176,7 @@ def _filter_last(values: jax.Array) -> jax.Array:
 
 
 def _window_matrix(num_out: int) -> np.ndarray:
-    """`[num_out + 10, num_out]`: column i holds the normalised window at rows i..i+10."""
+    """`[num_out + 10, num_out]`: column i holds the normalized window at rows i..i+10."""
     offsets = np.arange(WINDOW) - WINDOW // 2
     weights = np.exp(-0.5 * (offsets / _SIGMA) ** 2)
     weights /= weights.sum()

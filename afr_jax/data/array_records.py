@@ -116,7 +116,7 @@ def write_examples(
     *,
     name: str,
 ) -> pathlib.Path:
-    """Writes a data set of labelled images.
+    """Writes a data set of labeled images.
 
     Args:
         splits: examples of each split ("train", ...), read once.

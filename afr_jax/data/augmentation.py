@@ -29,7 +29,7 @@ class Augmentation:
         contrast: likewise, about the mean luma.
         saturation: likewise, about the luma of each pixel.
         gray_probability: of an image without color.
-        cutout_px: side of a black square at a random centre (DeVries and Taylor 2017); at the
+        cutout_px: side of a black square at a random center (DeVries and Taylor 2017); at the
             border only a part of it lies in the image.
     """
 
@@ -161,7 +161,7 @@ def gray(image: jax.Array) -> jax.Array:
 
 
 def cutout(key: jax.Array, image: jax.Array, *, side_px: int) -> jax.Array:
-    """Blackens a square of `side_px` at a random centre in the image."""
+    """Blackens a square of `side_px` at a random center in the image."""
     height, width, _ = image.shape
     row_key, column_key = jax.random.split(key)
     row = jax.random.randint(row_key, (), 0, height) - side_px // 2

@@ -1,4 +1,4 @@
-"""Labelled image sets in memory, every image of one square size.
+"""Labeled image sets in memory, every image of one square size.
 
 They come from a folder per class, a TFDS data set stored as ArrayRecord, or CIFAR-10. A sample's id
 is stable and names its class's folder: for a tree the path below its root without the extension
@@ -36,7 +36,7 @@ class ImageSet(NamedTuple):
     problems: tuple[identities.Problem, ...] = ()
 
 
-def made_up(
+def synthetic(
     seed: int, num_images: int, *, num_classes: int = 4, side: int = 16, split: str = "train"
 ) -> ImageSet:
     """A toy set: each class is a faint smooth texture of its own, shifted at random, in clutter.
@@ -102,13 +102,13 @@ def read(
     """Reads the set that a word names, as the programs' flags do.
 
     Args:
-        source: "cifar10", "tfds:NAME" or "tfds:NAME:SPLIT", or a folder for `read_tree`.
+        source: "cifar10", "tfds:NAME" or "tfds:NAME:SPLIT", or a folder for `load_image_folder`.
         cifar10_dir: where CIFAR-10 is.
         tfds_dir: folder of TFDS data sets; default `~/tensorflow_datasets`.
         split: of CIFAR-10, and of a TFDS set without one.
-        image_px: see `read_tree`.
-        resize: see `read_tree`.
-        classes: see `read_tree`; CIFAR-10 has its own.
+        image_px: see `load_image_folder`.
+        resize: see `load_image_folder`.
+        classes: see `load_image_folder`; CIFAR-10 has its own.
 
     Raises:
         FileNotFoundError: it does not exist.
@@ -122,13 +122,13 @@ def read(
         return read_cifar10(cifar10_dir, split=split)
     options = {"image_px": image_px, "resize": resize, "classes": classes}
     if not source.startswith("tfds:"):
-        return read_tree(pathlib.Path(source).expanduser(), **options)
+        return load_image_folder(pathlib.Path(source).expanduser(), **options)
     name, _, own_split = source.removeprefix("tfds:").partition(":")
     folder = pathlib.Path(tfds_dir or "~/tensorflow_datasets").expanduser()
     return read_records(folder, name, split=own_split or split, **options)
 
 
-def read_tree(
+def load_image_folder(
     root: str | pathlib.Path,
     *,
     image_px: int | None = None,
@@ -182,14 +182,14 @@ def read_records(
     Ids come from the feature "sample_id" or "id", and do not depend on the order of the examples or
     on the number of files: its path, without the extension, if the last folder of that is the
     class, else "<class>/" and the path with "_" for "/". So what `array_records` wrote from a tree
-    or from CIFAR-10 has the ids of `read_tree` and `read_cifar10`. A set without such a feature is
-    numbered in its own order: "<class>/<split>_<number>".
+    or from CIFAR-10 has the ids of `load_image_folder` and `read_cifar10`. A set without such a
+    feature is numbered in its own order: "<class>/<split>_<number>".
 
     Args:
         data_dir: folder of data sets.
         name: of the set, or "name/config"; its newest version is read.
         split: its name.
-        image_px: as in `read_tree`, like everything below.
+        image_px: as in `load_image_folder`, like everything below.
         resize: likewise.
         classes: likewise.
         num_threads: that decode.

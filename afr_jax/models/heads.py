@@ -71,7 +71,7 @@ class Softmax(nn.Module):
 
 
 class AngularMargin(nn.Module):
-    """Cross entropy over scaled cosines to class centres, the label's made harder by a margin.
+    """Cross entropy over scaled cosines to class centers, the label's made harder by a margin.
 
     The label's cosine c = cos(t) becomes cos(t + angle) - cosine, all are multiplied by the scale.
     ArcFace (Deng et al. 2019) has an angle of 0.5, CosFace (Wang et al. 2018) a cosine of 0.35,
@@ -102,11 +102,11 @@ class AngularMargin(nn.Module):
 
     @nn.compact
     def cosines(self, embeddings: jax.Array) -> jax.Array:
-        """Cosines `[B, K]` of embeddings `[B, D]` and class centres."""
-        # Any scale of the initial centres gives the same cosines.
+        """Cosines `[B, K]` of embeddings `[B, D]` and class centers."""
+        # Any scale of the initial centers gives the same cosines.
         shape = (self.num_classes, embeddings.shape[-1])
-        centres = self.param("centres", nn.initializers.normal(1.0), shape)
-        return unit(embeddings.astype(jnp.float32)) @ unit(centres).T
+        centers = self.param("centres", nn.initializers.normal(1.0), shape)
+        return unit(embeddings.astype(jnp.float32)) @ unit(centers).T
 
     def logits(self, embeddings: jax.Array) -> jax.Array:
         """`[B, K]` float32 without a margin, for evaluation."""

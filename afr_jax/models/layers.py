@@ -145,7 +145,7 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """`[B, H, W, C]` to `[B, H', W', features]`; `train` normalises by the batch."""
+        """`[B, H, W, C]` to `[B, H', W', features]`; `train` normalizes by the batch."""
         if self.depthwise:
             x = x if self.dtype is None else x.astype(self.dtype)
             if isinstance(self.padding, str):

@@ -2,10 +2,10 @@
 
 Zhang, Zhang, Li, Qiao: "Joint Face Detection and Alignment Using Multitask Cascaded Convolutional
 Networks", IEEE Signal Processing Letters 2016. The weights are those of the `mtcnn` wheel (MIT
-licence), which go back to the authors' Caffe models. The cascade around the networks is in
+license), which go back to the authors' Caffe models. The cascade around the networks is in
 `afr_jax.recognition.detect`.
 
-All networks take RGB scaled by (x - 127.5) / 128 from 0..255 (`normalise`).
+All networks take RGB scaled by (x - 127.5) / 128 from 0..255 (`normalize`).
 """
 
 import importlib.util
@@ -35,7 +35,7 @@ class PNet(nn.Module):
         """Face probability and box regression at every cell.
 
         Args:
-            images: `[B, H, W, 3]` normalised, zero-padded behind their true size.
+            images: `[B, H, W, 3]` normalized, zero-padded behind their true size.
             sizes: `[B, 2]` int, true rows and columns.
 
         Returns:
@@ -135,7 +135,7 @@ _FILES = {
 }
 
 
-def normalise(pixels: jax.Array) -> jax.Array:
+def normalize(pixels: jax.Array) -> jax.Array:
     """The networks' input range from RGB in [0, 255]."""
     return (pixels - 127.5) / 128.0
 

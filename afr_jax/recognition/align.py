@@ -4,7 +4,7 @@ A similarity transform takes five landmarks to an extractor's template; the phot
 it. The warp is antialiased and differentiable, so gradients flow from the chip to the photo's own
 pixels.
 
-Coordinates are (y, x) in pixels, 0 at the centre of the first pixel. A transform is `[2, 3]`: chip
+Coordinates are (y, x) in pixels, 0 at the center of the first pixel. A transform is `[2, 3]`: chip
 point (y, x, 1) to photo point (y, x).
 """
 
@@ -68,9 +68,9 @@ def integer_bounds(bounds: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarr
 
 def canvas_transform(transform: np.ndarray, canvas: Canvas) -> np.ndarray:
     """The transform `[2, 3]` from chip to canvas, of one from chip to photo."""
-    centre = np.asarray(canvas.origin) + (canvas.factor - 1) / 2
+    center = np.asarray(canvas.origin) + (canvas.factor - 1) / 2
     moved = np.array(transform, np.float64)
-    moved[:, 2] -= centre
+    moved[:, 2] -= center
     return moved / canvas.factor
 
 
@@ -94,9 +94,9 @@ def similarity_transform(landmarks: np.ndarray, template: np.ndarray) -> np.ndar
         raise ValueError("the landmarks are not finite numbers")
     source = np.asarray(landmarks, np.float64) @ [1j, 1.0]
     target = np.asarray(template, np.float64) @ [1j, 1.0]
-    centred = source - source.mean()
-    spread = np.sum(np.abs(centred) ** 2)
-    factor = np.sum(np.conj(centred) * (target - target.mean())) / spread if spread > 0 else 0.0
+    centered = source - source.mean()
+    spread = np.sum(np.abs(centered) ** 2)
+    factor = np.sum(np.conj(centered) * (target - target.mean())) / spread if spread > 0 else 0.0
     if abs(factor) < 1e-9:
         raise ValueError("the landmarks do not span a face")
     inverse = 1.0 / factor
@@ -122,11 +122,11 @@ def chip_transform(extractor: registry.Extractor, landmarks: np.ndarray) -> np.n
     Raises:
         ValueError: the landmarks span no face.
     """
-    centre, stretch = (extractor.input_px - 1) / 2, extractor.stretch
+    center, stretch = (extractor.input_px - 1) / 2, extractor.stretch
     template = np.array(extractor.template)
-    template[:, 1] = centre + (template[:, 1] - centre) / stretch
+    template[:, 1] = center + (template[:, 1] - center) / stretch
     transform = similarity_transform(landmarks, template)
-    squeeze = np.array([[1, 0, 0], [0, 1 / stretch, centre - centre / stretch], [0, 0, 1]])
+    squeeze = np.array([[1, 0, 0], [0, 1 / stretch, center - center / stretch], [0, 0, 1]])
     return np.vstack([transform, [0, 0, 1]])[:2] @ squeeze
 
 
@@ -163,17 +163,17 @@ def jitter_transform(
         size: side of the chip.
         shift: standard deviation of the shift in both axes, as a share of the chip's side.
         turn: standard deviation of the rotation (radians) and of the relative scale about its
-            centre.
+            center.
 
     Returns:
         `[2, 3]`.
     """
     spread = jnp.array([shift, shift, turn, turn])
     shift_y, shift_x, angle, growth = spread * jax.random.normal(key, (4,))
-    centre = (size - 1) / 2
+    center = (size - 1) / 2
     cosine, sine = (1 + growth) * jnp.cos(angle), (1 + growth) * jnp.sin(angle)
     matrix = jnp.array([[cosine, sine], [-sine, cosine]])
-    offset = centre - matrix @ jnp.full(2, centre) + size * jnp.array([shift_y, shift_x])
+    offset = center - matrix @ jnp.full(2, center) + size * jnp.array([shift_y, shift_x])
     linear = transform[:, :2]
     return jnp.concatenate([linear @ matrix, (linear @ offset + transform[:, 2])[:, None]], axis=1)
 
@@ -208,7 +208,7 @@ def warp(image: jax.Array, transform: jax.Array, *, size: int, pool: int = 1) ->
 
 
 def _bilinear(image: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
-    """Samples `[H, W, C]` at points `[R, S]`; beyond the outermost centres it fades to zero."""
+    """Samples `[H, W, C]` at points `[R, S]`; beyond the outermost centers it fades to zero."""
     height, width, channels = image.shape
     low_y, low_x = jnp.floor(y), jnp.floor(x)
     flat = image.reshape(height * width, channels)

@@ -26,7 +26,7 @@ def template_for(side: int) -> tuple[tuple[float, float], ...]:
     """The landmarks (y, x) of ArcFace's alignment, in a chip of another side."""
     arcface = registry.get("mobilefacenet")
     ratio = side / arcface.input_px
-    # Pixel centres, not corners, lie at whole numbers.
+    # Pixel centers, not corners, lie at whole numbers.
     return tuple(((y + 0.5) * ratio - 0.5, (x + 0.5) * ratio - 0.5) for y, x in arcface.template)
 
 

@@ -148,13 +148,13 @@ def find_repeats(
     for index in order:
         first_of.setdefault(fingerprints[index].digest, index)
     firsts = list(first_of.values())
-    neighbours = _neighbours([fingerprints[i].bits for i in firsts], max_distance)
+    neighbors = _neighbors([fingerprints[i].bits for i in firsts], max_distance)
     # What stays in the place of each first photo of some pixels: (distance, index).
     stays: list[tuple[int, int]] = []
     for place, index in enumerate(firsts):
         near = [
             (distance, firsts[other])
-            for other, distance in neighbours[place]
+            for other, distance in neighbors[place]
             if stays[other][1] == firsts[other]
         ]
         stays.append(min(near, default=(0, index)))
@@ -209,13 +209,13 @@ def near_pairs(bits: np.ndarray, max_distance: int) -> np.ndarray:
     return np.unique(np.concatenate(found).astype(np.int64), axis=0)
 
 
-def _neighbours(bits: list[int], max_distance: int | None) -> list[list[tuple[int, int]]]:
+def _neighbors(bits: list[int], max_distance: int | None) -> list[list[tuple[int, int]]]:
     """For each hash the earlier ones near it, with their distances."""
-    neighbours: list[list[tuple[int, int]]] = [[] for _ in bits]
+    neighbors: list[list[tuple[int, int]]] = [[] for _ in bits]
     if max_distance is not None:
         for first, second, distance in near_pairs(np.array(bits, np.uint64), max_distance):
-            neighbours[second].append((int(first), int(distance)))
-    return neighbours
+            neighbors[second].append((int(first), int(distance)))
+    return neighbors
 
 
 @functools.cache

@@ -73,7 +73,7 @@ class Database:
         return dict(sorted((count["values"], count["counts"]) for count in counts))
 
     def entries(self) -> Entries:
-        """All faces, in the order of their enrolment; kept in memory until the table changes."""
+        """All faces, in the order of their enrollment; kept in memory until the table changes."""
         version = self._table.version
         if self._entries is None or self._entries[0] != version:
             rows = self._scan(["identity", "image", "digest", "face", "box", "vector"])
@@ -155,7 +155,7 @@ class Database:
         return sum(enrolled[name] for name in names)
 
     def maintain(self) -> None:
-        """Joins small files, and keeps the index fit for the number of rows; call after enrolment.
+        """Joins small files, and keeps the index fit for the number of rows; call after enrollment.
 
         Below `INDEX_FROM` rows there is none. The index is trained again when the table has
         doubled, else new rows are added to it.
@@ -183,7 +183,7 @@ class Database:
         """The nearest entries of each probe.
 
         Without an index all distances are computed on the accelerator (`match.top_k`). With one
-        (IVF: the vectors in cells around k-means centres) only the cells nearest to the probe are
+        (IVF: the vectors in cells around k-means centers) only the cells nearest to the probe are
         looked through; distances are exact, but a nearer entry in another cell is missed.
 
         Args:

@@ -192,7 +192,7 @@ def select_faces(faces: Faces, index: np.ndarray) -> Faces:
 def main_face(faces: Faces, shape: tuple[int, ...]) -> Faces:
     """The face that the photo is of: large and central; none where there is none.
 
-    Largest area minus twice the squared distance of its centre from the photo's (the rule of David
+    Largest area minus twice the squared distance of its center from the photo's (the rule of David
     Sandberg's facenet for LFW).
     """
     if not len(faces.boxes):
@@ -247,9 +247,9 @@ class _Maps(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("scales", "options"))
 def _propose(params, canvas, size, sizes, scales, options):
-    """Normalised float image `[H, W, 3]` and P-Net's proposals on all levels."""
+    """Normalized float image `[H, W, 3]` and P-Net's proposals on all levels."""
     height, width, _ = canvas.shape
-    image = mtcnn.normalise(canvas.astype(jnp.float32))
+    image = mtcnn.normalize(canvas.astype(jnp.float32))
     shapes = level_sizes(height, width, scales)
     scores, boxes, levels = [], [], []
     for index, (shape, scale) in enumerate(zip(shapes, scales, strict=True)):
@@ -376,7 +376,7 @@ def _sorted(candidates):
 
 
 def _square(boxes):
-    """Boxes widened to squares about their centres."""
+    """Boxes widened to squares about their centers."""
     low, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     side = jnp.max(sides, axis=1, keepdims=True)
     low = low + (sides - side) / 2

@@ -1,6 +1,6 @@
 """Stages 2 to 4 of face recognition in one call: from photo files to embedded faces.
 
-What enrolment, matching, verification and evaluations share: a photo is read and its faces are
+What enrollment, matching, verification and evaluations share: a photo is read and its faces are
 detected once, then aligned and embedded for every extractor in use.
 """
 

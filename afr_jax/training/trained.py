@@ -214,11 +214,11 @@ def read_extractor(path: str | os.PathLike[str]) -> registry.Extractor:
         input_scale=INPUT_SCALE,
         input_offset=INPUT_OFFSET,
         embedding_size=card.embedding_size,
-        normalised=True,
+        normalized=True,
         thresholds=registry.Thresholds(None, card.threshold, None),
         load=load,
         source=str(path),
-        licence="as its training data",
+        license="as its training data",
     )
 
 

@@ -202,8 +202,8 @@ def _check_names(flag: str, names: list[str], known: tuple[str, ...]) -> None:
 
 def _read(scale: _Scale) -> tuple[image_sets.ImageSet, image_sets.ImageSet]:
     if flags.FLAGS.toy:
-        train_set = image_sets.made_up(flags.FLAGS.seed, scale.train_images)
-        test_set = image_sets.made_up(flags.FLAGS.seed, scale.test_images, split="test")
+        train_set = image_sets.synthetic(flags.FLAGS.seed, scale.train_images)
+        test_set = image_sets.synthetic(flags.FLAGS.seed, scale.test_images, split="test")
         return train_set, test_set
     if not _CIFAR10.value:
         raise ValueError("--cifar10_dir is needed: the folder of CIFAR-10")

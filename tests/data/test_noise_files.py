@@ -1,4 +1,4 @@
-"""Labelled sets and noise by id: stable ids, exact budgets, same bytes, odd files."""
+"""Labeled sets and noise by id: stable ids, exact budgets, same bytes, odd files."""
 
 import io
 
@@ -31,7 +31,7 @@ def tree(tmp_path):
 
 
 def test_a_tree_keeps_what_fits_and_names_the_rest(tree):
-    data = image_sets.read_tree(tree)
+    data = image_sets.load_image_folder(tree)
     ids = ("cat/a", "cat/b", "dog/a", "dog/c", "dog/gray", "dog/wide")
     assert data.sample_ids == ids
     assert data.classes == ("cat", "dog") and data.labels.tolist() == [0, 0, 1, 1, 1, 1]
@@ -41,21 +41,21 @@ def test_a_tree_keeps_what_fits_and_names_the_rest(tree):
     assert reasons["dog/large.png"] == "is 30 x 20 px, not 16 x 16"
     assert "damaged" in reasons["cat/half.png"] and "not a photo" in reasons["cat/notes.txt"]
     assert "stray.png" in reasons and len(reasons) == 4
-    resized = image_sets.read_tree(tree, resize=True)
+    resized = image_sets.load_image_folder(tree, resize=True)
     assert "dog/large" in resized.sample_ids and resized.images.shape == (7, 16, 16, 3)
 
 
 def test_two_files_that_differ_in_their_extension_get_two_ids(tree):
     (tree / "cat/a.bmp").write_bytes((tree / "dog/wide.bmp").read_bytes())
-    assert image_sets.read_tree(tree).sample_ids[:3] == ("cat/a", "cat/a_png", "cat/b")
+    assert image_sets.load_image_folder(tree).sample_ids[:3] == ("cat/a", "cat/a_png", "cat/b")
 
 
 def test_unusable_trees_say_why(tree, tmp_path):
     with pytest.raises(ValueError, match="64 x 64"):
-        image_sets.read_tree(tree, image_px=64)
+        image_sets.load_image_folder(tree, image_px=64)
     with pytest.raises(FileNotFoundError):
-        image_sets.read_tree(tmp_path / "missing")
-    known = image_sets.read_tree(tree, classes=("dog", "emu"))
+        image_sets.load_image_folder(tmp_path / "missing")
+    known = image_sets.load_image_folder(tree, classes=("dog", "emu"))
     assert set(known.labels) == {0} and known.classes == ("dog", "emu")
     assert any(problem.reason == "cat is none of the classes" for problem in known.problems)
 
@@ -110,12 +110,12 @@ def test_a_tfds_set_is_the_tree_it_was_made_from(tree, tmp_path_factory):
             {"whole": iter(examples[rows])}, ("dog", "cat"), folder, name=name
         )
         found[name] = image_sets.read(f"tfds:{name}:whole", tfds_dir=str(folder))
-    expected = image_sets.read_tree(tree)
+    expected = image_sets.load_image_folder(tree)
     for data in found.values():
         _same(data, expected)
         assert sorted(data.problems, key=lambda p: p.name) == list(expected.problems)
     resized = image_sets.read_records(folder, "few", split="whole", resize=True)
-    _same(resized, image_sets.read_tree(tree, resize=True))
+    _same(resized, image_sets.load_image_folder(tree, resize=True))
     for source, match in (("few", "splits"), ("few:test", "splits"), ("many", "no data set many")):
         with pytest.raises((FileNotFoundError, ValueError), match=match):
             image_sets.read(f"tfds:{source}", tfds_dir=str(folder))
@@ -272,6 +272,6 @@ def test_written_images_are_lossless_and_keep_their_folders(tmp_path):
     images = np.random.default_rng(3).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
     ids = ("cat/a", "cat/b", "dog/a")
     noise_files.write_images(tmp_path, ids, images)
-    data = image_sets.read_tree(tmp_path)
+    data = image_sets.load_image_folder(tmp_path)
     assert data.sample_ids == ids
     np.testing.assert_array_equal(data.images, images)

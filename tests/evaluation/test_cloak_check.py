@@ -36,11 +36,11 @@ def _extractor(name, threshold):
         input_scale=1.0,
         input_offset=0.0,
         embedding_size=4,
-        normalised=False,
+        normalized=False,
         thresholds=registry.Thresholds(threshold, None, None),
         load=dlib.load,
         source="made up",
-        licence="none",
+        license="none",
     )
 
 

@@ -12,7 +12,7 @@ from afr_jax.data import array_records, identities, image_sets, noise_files
 def tree(tmp_path_factory):
     """Three classes of eight images; a gray one, a larger one and half a file among them."""
     folder = tmp_path_factory.mktemp("tree")
-    programs.save_made_up(folder, 24, num_classes=3)
+    programs.save_synthetic(folder, 24, num_classes=3)
     Image.new("L", (16, 16), 90).save(folder / "class_00/gray.png")
     Image.new("RGB", (40, 30), (9, 9, 9)).save(folder / "class_01/large.png")
     (folder / "class_02/half.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 50)
@@ -32,8 +32,8 @@ def test_images_noise_and_result_belong_together(made, tree):
     done, result, output = made
     assert done.returncode == 3, done.stderr
     assert done.stdout.count("\n") == 1
-    protected = image_sets.read_tree(output / "images")
-    originals = image_sets.read_tree(tree)
+    protected = image_sets.load_image_folder(output / "images")
+    originals = image_sets.load_image_folder(tree)
     assert protected.sample_ids == originals.sample_ids and len(protected.sample_ids) == 25
     noise, settings = noise_files.read_noise(output / "noise.npz")
     assert noise.names == originals.sample_ids and settings["method"] == "error_min"
@@ -63,7 +63,7 @@ def test_originals_stay_and_a_second_run_writes_the_same(made, tree):
 
 
 def test_a_tfds_set_is_protected_like_its_tree(tmp_path):
-    programs.save_made_up(tmp_path / "tree", 24, num_classes=3)
+    programs.save_synthetic(tmp_path / "tree", 24, num_classes=3)
     listing = identities.list_tree(tmp_path / "tree")
     array_records.write_listing(listing, tmp_path / "sets", name="toy")
     name = "make_unlearnable.make_unlearnable_program"

@@ -24,7 +24,7 @@ def _mesh(count=1):
 
 @pytest.fixture(scope="module")
 def sets():
-    return tuple(image_sets.made_up(0, 80, side=8, split=split) for split in ("train", "test"))
+    return tuple(image_sets.synthetic(0, 80, side=8, split=split) for split in ("train", "test"))
 
 
 def _train(sets, options=_OPTIONS, images=None, count=1, **changes):
@@ -125,7 +125,7 @@ def test_options_are_checked():
 def trees(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trees")
     for name in ("train", "test"):
-        data = programs.save_made_up(folder / name, 80, side=8, split=name)
+        data = programs.save_synthetic(folder / name, 80, side=8, split=name)
     (folder / "test" / "class_00" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     levels = np.full((4, 8, 8, 3), 8, np.int16)
     noise = noise_files.Noise(data.classes, levels, "class")

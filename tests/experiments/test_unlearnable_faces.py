@@ -9,7 +9,7 @@ from afr_jax.evaluation.unlearnable import faces
 
 
 def test_people_and_photos_are_divided_without_overlap():
-    data = image_sets.made_up(0, 160, num_classes=8, side=8)
+    data = image_sets.synthetic(0, 160, num_classes=8, side=8)
     study = faces.divide(data, num_auxiliary=3, num_protected=2, held_out=0.3, seed=1)
     groups = study.auxiliary, study.protected, study.clean
     assert [len(group) for group in groups] == [3, 2, 3]
@@ -60,8 +60,8 @@ def test_the_middle_of_an_lfw_photo_has_the_template_s_scale():
 def world(tmp_path_factory):
     """Six made-up people, and pairs of strangers; one photo of the pairs is broken."""
     folder = tmp_path_factory.mktemp("world")
-    programs.save_made_up(folder / "people", 288, num_classes=6, side=32)
-    strangers = programs.save_made_up(folder / "strangers", 24, seed=7, num_classes=4, side=60)
+    programs.save_synthetic(folder / "people", 288, num_classes=6, side=32)
+    strangers = programs.save_synthetic(folder / "strangers", 24, seed=7, num_classes=4, side=60)
     lines = ["image_a,image_b,same"]
     names = [f"{name}.png" for name in strangers.sample_ids]
     for step in (1, 7):

@@ -48,11 +48,11 @@ _TOY = registry.Extractor(
     input_scale=4.0,
     input_offset=-2.0,
     embedding_size=6,
-    normalised=False,
+    normalized=False,
     thresholds=registry.Thresholds(0.5, None, None),
     load=dict,
     source="",
-    licence="",
+    license="",
 )
 _SURROGATES = (face_cloaks.Surrogate(_TOY, 1),)
 

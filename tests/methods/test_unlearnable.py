@@ -12,7 +12,7 @@ _SHAPE = (32, 32, 3)
 
 
 def _data(count=40, side=32):
-    return image_sets.made_up(0, count, num_classes=4, side=side)
+    return image_sets.synthetic(0, count, num_classes=4, side=side)
 
 
 def _make(data, method, granularity, seed=0):

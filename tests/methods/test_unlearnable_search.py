@@ -52,7 +52,7 @@ _OPTIONS = search_steps.SearchOptions(
 @pytest.fixture(scope="module")
 def data():
     # 50 images: the last batch of 24 is filled up.
-    return image_sets.made_up(0, 50, num_classes=4, side=8)
+    return image_sets.synthetic(0, 50, num_classes=4, side=8)
 
 
 def _mesh(count=1):
@@ -79,7 +79,7 @@ def straight(data):
 
 def test_a_linear_net_gives_the_closed_form():
     """Two classes: the gradient is p (w_other - w_own), so each step goes the same way."""
-    data = image_sets.made_up(1, 12, num_classes=2, side=8)
+    data = image_sets.synthetic(1, 12, num_classes=2, side=8)
     recipe = _recipe(_Linear())
     options = dataclasses.replace(_OPTIONS, train_steps=0, max_rounds=1, num_steps=3)
     kernel = trainer.init_state(jax.random.key(0), recipe, image_shape=(8, 8, 3)).params["net"]

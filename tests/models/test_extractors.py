@@ -158,7 +158,7 @@ def test_half_precision_keeps_parameters_and_embeddings_in_float32(name):
     assert text.count("bf16[") > 100
 
 
-def test_training_normalises_by_the_batch_and_moves_the_statistics():
+def test_training_normalizes_by_the_batch_and_moves_the_statistics():
     module = layers.ConvNorm(3, (3, 3), padding=1, activation="none", momentum=0.9)
     x = np.random.default_rng(0).normal(2.0, 3.0, (4, 6, 5, 2)).astype(np.float32)
     variables = module.init(jax.random.key(0), x)

@@ -46,9 +46,9 @@ def test_angular_margins_against_the_arccosine(angle, cosine):
     head = heads.AngularMargin(5, 16.0, angle, cosine)
     variables = head.init(jax.random.key(0), embeddings, labels)
     judged = head.apply(variables, embeddings, labels)
-    centres = np.asarray(variables["params"]["centres"], np.float64)
+    centers = np.asarray(variables["params"]["centres"], np.float64)
     cosines = (embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)) @ (
-        centres / np.linalg.norm(centres, axis=1, keepdims=True)
+        centers / np.linalg.norm(centers, axis=1, keepdims=True)
     ).T
     logits, rows = 16.0 * cosines, np.arange(len(labels))
     own = np.arccos(cosines[rows, labels])

@@ -237,9 +237,9 @@ def test_map_size_is_that_of_the_network(mtcnn_variables):
     np.testing.assert_array_equal(mtcnn.map_size(jnp.asarray(sizes)), expected)
 
 
-def test_normalise():
+def test_normalize():
     pixels = jnp.array([0.0, 127.5, 255.0])
-    np.testing.assert_array_equal(mtcnn.normalise(pixels), [-127.5 / 128, 0.0, 127.5 / 128])
+    np.testing.assert_array_equal(mtcnn.normalize(pixels), [-127.5 / 128, 0.0, 127.5 / 128])
 
 
 def _record(array: np.ndarray, **changes) -> bytes:

@@ -80,7 +80,7 @@ def _numpy_resnet(module, variables, x, train):
 
 
 def _random_variables(module, images):
-    """Variables with statistics and scales that are not 0 and 1; no initialiser is compiled."""
+    """Variables with statistics and scales that are not 0 and 1; no initializer is compiled."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), images)
     generator = np.random.default_rng(0)
 

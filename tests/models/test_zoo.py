@@ -31,11 +31,11 @@ def _toy(**changes) -> registry.Extractor:
         input_scale=2.0,
         input_offset=-1.0,
         embedding_size=3,
-        normalised=False,
+        normalized=False,
         thresholds=registry.Thresholds(1.0, None, 0.3),
         load=dict,
         source="",
-        licence="",
+        license="",
     )
     return registry.Extractor(**(fields | changes))
 
@@ -47,16 +47,16 @@ def _toy_variables() -> dict:
 
 
 @pytest.mark.parametrize("is_bgr", [False, True])
-@pytest.mark.parametrize("normalised", [False, True])
-def test_embed_converts_the_range_and_normalises(normalised, is_bgr):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_embed_converts_the_range_and_normalizes(normalized, is_bgr):
     chips = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
     variables = _toy_variables()
-    extractor = _toy(normalised=normalised, is_bgr=is_bgr)
+    extractor = _toy(normalized=normalized, is_bgr=is_bgr)
     embeddings = jax.jit(registry.embed, static_argnums=0)(extractor, variables, chips)
     dense = variables["params"]["Dense_0"]
     mean = chips.mean(axis=(1, 2))[:, :: -1 if is_bgr else 1]
     expected = (2 * mean - 1) @ dense["kernel"] + dense["bias"]
-    if normalised:
+    if normalized:
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(embeddings, expected, atol=1e-6)
 
@@ -75,7 +75,7 @@ def test_distance_and_its_gradient():
 
 def test_the_threshold_is_that_of_the_extractors_own_metric():
     assert (_toy().metric, _toy().threshold) == ("euclidean", 1.0)
-    other = _toy(normalised=True, thresholds=registry.Thresholds(None, 1.1, None))
+    other = _toy(normalized=True, thresholds=registry.Thresholds(None, 1.1, None))
     assert (other.metric, other.threshold) == ("euclidean_l2", 1.1)
     assert set(registry.METRICS) == set(registry.Thresholds._fields)
 
@@ -89,7 +89,7 @@ def test_reach_is_the_nearest_other_person_or_the_threshold():
 
 
 def test_an_unknown_threshold_is_an_error():
-    extractor = _toy(normalised=True)
+    extractor = _toy(normalized=True)
     with pytest.raises(ValueError, match="threshold of toy in euclidean_l2 is not known"):
         _ = extractor.threshold
 
@@ -117,7 +117,7 @@ def test_the_table_agrees_with_the_modules(name):
     left, right = np.array(extractor.template)[:2]
     # Both eyes on one height, the picture's left one first.
     assert abs(left[0] - right[0]) < 0.02 * extractor.input_px and left[1] < right[1]
-    assert extractor.licence and extractor.source
+    assert extractor.license and extractor.source
     assert 0 < extractor.threshold < 100
     l2, cosine = extractor.thresholds.euclidean_l2, extractor.thresholds.cosine
     # Of unit vectors both measure one angle; deepface rounds, and tuned each by itself.

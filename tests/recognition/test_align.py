@@ -122,7 +122,7 @@ def test_landmarks_that_span_no_face_are_refused(landmarks, template, message):
 def test_chip_bounds_are_the_smallest_rectangle_over_all_chip_pixels(transform):
     size = 24
     edges = np.arange(size + 1) - 0.5
-    # Corners of all pixels; photo pixel i covers [i, i + 1) of the bounds, its centre is i.
+    # Corners of all pixels; photo pixel i covers [i, i + 1) of the bounds, its center is i.
     corners = _apply(transform, np.array(list(itertools.product(edges, edges)))) + 0.5
     bounds = align.chip_bounds(transform, size)
     np.testing.assert_allclose(bounds, [*corners.min(axis=0), *corners.max(axis=0)], atol=1e-9)
@@ -176,8 +176,8 @@ def test_jitter_moves_turns_and_scales_about_the_centre():
     assert np.allclose(jittered[:, 0, 1], -jittered[:, 1, 0], atol=1e-6)
     relative = (jittered[:, 1, 1] + 1j * jittered[:, 0, 1]) / scale
     relative /= np.exp(1j * 0.5)
-    centre = np.array([(size - 1) / 2] * 2)
-    moved = jittered[:, :, :2] @ centre + jittered[:, :, 2] - _apply(transform, centre)
+    center = np.array([(size - 1) / 2] * 2)
+    moved = jittered[:, :, :2] @ center + jittered[:, :, 2] - _apply(transform, center)
     draws = {
         "scale": (np.abs(relative) - 1, turn),
         "turn": (np.angle(relative), turn),
@@ -374,7 +374,7 @@ def test_a_canvas_holds_block_averages_of_the_photo():
 
 
 def test_canvas_transform_keeps_points():
-    """A canvas pixel's centre is the mean of its photo pixels' centres."""
+    """A canvas pixel's center is the mean of its photo pixels' centers."""
     canvas = align.Canvas(np.zeros((8, 8, 3), np.float32), (10, 20), 3, (8, 8))
     to_canvas = align.canvas_transform(np.eye(2, 3), canvas)
     np.testing.assert_allclose(

@@ -175,7 +175,7 @@ def test_select_faces():
     [
         # The larger of two equally central ones.
         ([[40, 40, 60, 60], [30, 30, 70, 70]], 1),
-        # The central one of two equal ones; 20 px off centre cost 2 * 20^2 px of area.
+        # The central one of two equal ones; 20 px off center cost 2 * 20^2 px of area.
         ([[0, 0, 40, 40], [30, 30, 70, 70]], 1),
         ([[30, 50, 70, 90], [36, 36, 64, 64]], 0),
         ([[30, 50, 70, 90], [35, 35, 65, 65]], 1),
@@ -323,7 +323,7 @@ def test_a_suppressed_candidate_still_suppresses():
 def test_cells_behind_the_photo_propose_nothing(variables, face_photo):
     """A face in the padding of a level, which a true canvas does not have, is not seen."""
     scale = 12 / 80
-    level = images.resize_area(mtcnn.normalise(jnp.float32(face_photo)), (34, 36))
+    level = images.resize_area(mtcnn.normalize(jnp.float32(face_photo)), (34, 36))
     propose = jax.jit(detect._level_proposals)
     seen, boxes = propose(variables["pnet"], level, jnp.array([34, 36]), scale)
     assert seen.size == 12 * 13 and seen.max() > 0.6

@@ -27,11 +27,11 @@ _TOY = registry.Extractor(
     input_scale=1.0,
     input_offset=0.0,
     embedding_size=4,
-    normalised=True,
+    normalized=True,
     thresholds=registry.Thresholds(None, 1.0, None),
     load=dict,
     source="",
-    licence="",
+    license="",
 )
 _PORTRAIT = skimage.data.astronaut()
 

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours on the accelerator, by NumPy float64."""
+"""Exact nearest neighbors on the accelerator, by NumPy float64."""
 
 import jax
 import numpy as np

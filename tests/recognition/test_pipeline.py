@@ -22,13 +22,13 @@ class _MeanColor(nn.Module):
         return jnp.mean(images, axis=(1, 2))
 
 
-def _extractor(name, *, normalised=False, side=32):
+def _extractor(name, *, normalized=False, side=32):
     template = tuple((side * y, side * x) for y, x in registry.get("dlib").template)
     return registry.Extractor(
         **{
             **{
                 field: getattr(registry.get("dlib"), field)
-                for field in ("load", "source", "licence")
+                for field in ("load", "source", "license")
             },
             "name": name,
             "module": _MeanColor(),
@@ -37,7 +37,7 @@ def _extractor(name, *, normalised=False, side=32):
             "input_scale": 255.0,
             "input_offset": 0.0,
             "embedding_size": 3,
-            "normalised": normalised,
+            "normalized": normalized,
             "thresholds": registry.Thresholds(10.0, None, None),
         }
     )
@@ -59,7 +59,7 @@ def recognizer(monkeypatch):
         return detect.Faces(boxes.astype(np.float32), confidences, landmarks)
 
     monkeypatch.setattr(detect, "detect_faces", detect_faces)
-    extractors = {"a": _extractor("a"), "b": _extractor("b", normalised=True)}
+    extractors = {"a": _extractor("a"), "b": _extractor("b", normalized=True)}
     return pipeline.Recognizer({}, detect.DetectorOptions(), extractors, {"a": {}, "b": {}})
 
 

@@ -24,7 +24,7 @@ def test_landmarks_at_the_template_give_the_photo_itself():
 def test_a_photo_of_twice_the_size_is_averaged_and_a_shift_is_followed():
     photo = _photo(1, 2 * _SIDE + 20)
     template = np.array(chips.template_for(_SIDE))
-    # Pixel centres of a chip of half the size, at (6, 10) in the photo.
+    # Pixel centers of a chip of half the size, at (6, 10) in the photo.
     landmarks = 2 * template + 0.5 + np.array([6, 10])
     chip = chips.face_chip(photo, landmarks, template, _SIDE)
     piece = photo[6 : 6 + 2 * _SIDE, 10 : 10 + 2 * _SIDE].astype(float)

@@ -44,11 +44,11 @@ def _extractor(*, is_linear=True):
         input_scale=2.0,
         input_offset=-1.0,
         embedding_size=_SIZE,
-        normalised=not is_linear,
+        normalized=not is_linear,
         thresholds=registry.Thresholds(0.5, 0.5, None),
         load=dict,
         source="",
-        licence="",
+        license="",
     )
 
 
@@ -303,7 +303,7 @@ def test_a_hardened_folder_is_an_extractor(tmp_path, dtype):
     assert found.name == f"hardened:{tmp_path.name}"
     # Where others lie for the original does not hold for it.
     assert found.threshold == found.reach == 1.1
-    same = ("module", "template", "input_scale", "input_offset", "stretch", "normalised", "metric")
+    same = ("module", "template", "input_scale", "input_offset", "stretch", "normalized", "metric")
     assert all(getattr(found, name) == getattr(entry, name) for name in same)
     jax.tree.map(np.testing.assert_array_equal, registry.load_variables(found, None), variables)
     size = (tmp_path / trained.WEIGHTS_NAME).stat().st_size

@@ -85,7 +85,7 @@ def fit_head(
 ) -> Head:
     """Multinomial logistic regression on frozen embeddings.
 
-    Minimises mean cross entropy + 1e-4 / 2 * |weights|^2 by L-BFGS over all rows. The problem is
+    Minimizes mean cross entropy + 1e-4 / 2 * |weights|^2 by L-BFGS over all rows. The problem is
     strictly convex in the weights: where it starts from is a matter of time.
 
     Args:

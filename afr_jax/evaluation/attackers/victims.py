@@ -2,7 +2,7 @@
 
 One run is `train_victim`; many small ones at once are in `many_victims`. The recipe is Huang et al.
 2021's for CIFAR-10: SGD 0.1, momentum 0.9, weight decay 5e-4, cosine to zero, batch 128, crop and
-flip, no normalisation.
+flip, no normalization.
 
 Images are uint8 on the devices; accuracy is measured on clean test images after every epoch, as are
 the last and the peak of the curve (`learnability`).

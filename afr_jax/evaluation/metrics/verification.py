@@ -101,7 +101,7 @@ def accuracy(distances: np.ndarray, same: np.ndarray, threshold: float) -> float
 
 
 def best_threshold(distances: np.ndarray, same: np.ndarray) -> float:
-    """A threshold of highest accuracy: midway between two neighbouring distances."""
+    """A threshold of highest accuracy: midway between two neighboring distances."""
     order = np.argsort(distances, kind="stable")
     ranked, positive = distances[order], same[order]
     # Accepting the first k pairs: their positives and the rest's negatives are right.

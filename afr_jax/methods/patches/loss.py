@@ -112,7 +112,7 @@ def loss_parts(
     costs = []
     for crops in groups:
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), crops)
-        pixels = mtcnn.normalise(255.0 * flat.pixels)
+        pixels = mtcnn.normalize(255.0 * flat.pixels)
         scores, _ = mtcnn.PNet().apply(variables["pnet"], pixels, flat.sizes)
         cells = jnp.arange(scores.shape[1])[None, :]
         inside = mtcnn.map_size(flat.sizes)[:, :, None] > cells[:, None, :]
@@ -131,7 +131,7 @@ def _stage_cost(key, variables, seen, scene, margin):
     total = jnp.zeros(())
     size = jnp.array(seen.inner.shape[:2])
     middle = scene.center - scene.origin - seen.low
-    normal = mtcnn.normalise(255.0 * seen.inner)
+    normal = mtcnn.normalize(255.0 * seen.inner)
     for number, (name, (net, pixels, sides, shift)) in enumerate(_STAGES.items()):
         keys = jax.random.split(jax.random.fold_in(key, number))
         low, high = sides

@@ -4,7 +4,7 @@ He et al. 2016, "Deep Residual Learning for Image Recognition"; layout as in tor
 the bottleneck: the 3 x 3 convolution has the stride). The CIFAR stem is one 3 x 3 convolution
 without pooling, for images of about 32 px; the ImageNet stem 7 x 7 / 2 and a 3 x 3 / 2 pool.
 
-Images are `[B, H, W, 3]` float, already in the range that the run uses (nothing is normalised
+Images are `[B, H, W, 3]` float, already in the range that the run uses (nothing is normalized
 here). Parameters and BatchNorm statistics are float32; `dtype` is that of the computation.
 BatchNorm statistics are in the collection "batch_stats": with `train` the ones of the batch are
 used and the running ones are updated (apply with `mutable=["batch_stats"]`). Running variances are
@@ -93,7 +93,7 @@ class FaceResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Embeddings `[B, D]`, float32, not normalised, of images `[B, H, W, 3]`."""
+        """Embeddings `[B, D]`, float32, not normalized, of images `[B, H, W, 3]`."""
         features = self.backbone(images, train=train)
         embeddings = nn.Dense(self.embedding_size, use_bias=False, name="embedding")(features)
         norm = nn.BatchNorm(

@@ -55,12 +55,12 @@ class _LocallyConnected(nn.Module):
         taps = [x[:, :, j : j + width : self.stride] for j in range(self.kernel)]
         patches = jnp.stack(taps, axis=4).reshape(x.shape[0], rows, columns, -1)
         shape = (rows, columns, patches.shape[-1], self.features)
-        kernel = self.param("kernel", _initialise_local, shape)
+        kernel = self.param("kernel", _initialize_local, shape)
         bias = self.param("bias", nn.initializers.zeros, (rows, columns, self.features))
         return jnp.einsum("bhwk,hwkf->bhwf", patches, kernel) + bias[None]
 
 
-def _initialise_local(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _initialize_local(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """LeCun's normal, with the fan-in of one place."""
     return jax.random.normal(key, shape) * shape[2] ** -0.5
 

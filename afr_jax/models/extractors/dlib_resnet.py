@@ -2,7 +2,7 @@
 
 The network is `dlib_face_recognition_resnet_model_v1` (Davis King, 2017): a 29-convolution residual
 network that maps a 150 x 150 face chip to a 128-d descriptor. Two photos show the same person below
-an L2 distance of 0.6. The `.dat` file is dlib's own serialisation; it is read here as plain data,
+an L2 distance of 0.6. The `.dat` file is dlib's own serialization; it is read here as plain data,
 nothing in it is executed.
 
 Every convolution of the file is followed by an affine layer (a frozen BatchNorm); the reader folds
@@ -32,7 +32,7 @@ class DlibResNet(nn.Module):
     """Face chips to descriptors.
 
     `__call__` takes images `[B, 150, 150, 3]`, float RGB in [0, 255], and returns descriptors
-    `[B, 128]`, float32. They are not normalised (their L2 norm is about 1.4), as in dlib.
+    `[B, 128]`, float32. They are not normalized (their L2 norm is about 1.4), as in dlib.
     """
 
     @nn.compact

@@ -66,7 +66,7 @@ class MobileFaceNet(nn.Module):
 
     @nn.compact
     def __call__(self, chips: jax.Array, *, train: bool = False) -> jax.Array:
-        """Embeddings; `train` normalises by the batch and updates `batch_stats`."""
+        """Embeddings; `train` normalizes by the batch and updates `batch_stats`."""
         options: dict[str, Any] = {"epsilon": self.epsilon, "momentum": 0.9, "dtype": self.dtype}
 
         def unit(x, name, features, kernel=1, **more):

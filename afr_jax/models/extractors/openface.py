@@ -64,7 +64,7 @@ class OpenFace(nn.Module):
 
     @nn.compact
     def __call__(self, chips: jax.Array, *, train: bool = False) -> jax.Array:
-        """Embeddings; `train` normalises by the batch and updates `batch_stats`."""
+        """Embeddings; `train` normalizes by the batch and updates `batch_stats`."""
 
         def unit(x, conv, norm, features, kernel=1, stride=1):
             size = (kernel, kernel)

@@ -60,12 +60,12 @@ class Extractor:
         input_scale: its input is input_scale * x + input_offset for x in [0, 1].
         input_offset: see input_scale.
         embedding_size: D.
-        normalised: whether embeddings are scaled to unit length before distances are taken.
+        normalized: whether embeddings are scaled to unit length before distances are taken.
         thresholds: for each metric.
         load: reads the variables of the module from their default source: an installed package, or
             the cache of downloads (raises FileNotFoundError with what to do).
         source: where the weights come from.
-        licence: of the weights.
+        license: of the weights.
         read: reads the variables from a file of the original's format.
         stretch: how much wider a face is in its chips than in a photo.
         is_bgr: whether the network takes the colors in the order blue, green, red.
@@ -80,11 +80,11 @@ class Extractor:
     input_scale: float
     input_offset: float
     embedding_size: int
-    normalised: bool
+    normalized: bool
     thresholds: Thresholds
     load: Callable[[], dict]
     source: str
-    licence: str
+    license: str
     read: Callable[[pathlib.Path], dict] | None = None
     stretch: float = 1.0
     is_bgr: bool = False
@@ -93,7 +93,7 @@ class Extractor:
     @property
     def metric(self) -> str:
         """The metric that `embed` and `distance` measure in: one of `METRICS`."""
-        return "euclidean_l2" if self.normalised else "euclidean"
+        return "euclidean_l2" if self.normalized else "euclidean"
 
     @property
     def threshold(self) -> float:
@@ -145,7 +145,7 @@ _SHAPE = ((-0.562, -0.5), (-0.562, 0.5), (0.053, 0.0), (0.535, -0.45), (0.535, 0
 
 
 def _placed(
-    side: int, eye_distance: float, centre_y: float, stretch: float = 1.0
+    side: int, eye_distance: float, center_y: float, stretch: float = 1.0
 ) -> tuple[tuple[float, float], ...]:
     """The mean shape in a chip; distances in shares of the chip's side, midway across.
 
@@ -153,7 +153,7 @@ def _placed(
     """
     scale = eye_distance * side
     return tuple(
-        (centre_y * side + scale * y, (side - 1) / 2 + stretch * scale * x) for y, x in _SHAPE
+        (center_y * side + scale * y, (side - 1) / 2 + stretch * scale * x) for y, x in _SHAPE
     )
 
 
@@ -175,9 +175,9 @@ def _facenet(name: str, thresholds: Thresholds, nearest_other: float | None = No
         input_scale=255.0 / 128.0,
         input_offset=-127.5 / 128.0,
         embedding_size=inception_resnet.EMBEDDING_SIZE,
-        normalised=True,
+        normalized=True,
         thresholds=thresholds,
-        licence="MIT (weights by David Sandberg); the photos they learned from are for research",
+        license="MIT (weights by David Sandberg); the photos they learned from are for research",
         nearest_other=nearest_other,
     )
 
@@ -187,7 +187,7 @@ def _deepface(
     package: types.ModuleType,
     module: nn.Module,
     thresholds: Thresholds,
-    licence: str,
+    license: str,
 ) -> Extractor:
     """An extractor as `deepface` uses it: BGR in [0, 1], the detected box fills the chip."""
     return _downloaded(
@@ -200,9 +200,9 @@ def _deepface(
         input_scale=1.0,
         input_offset=0.0,
         embedding_size=package.EMBEDDING_SIZE,
-        normalised=True,
+        normalized=True,
         thresholds=thresholds,
-        licence=licence,
+        license=license,
         is_bgr=True,
     )
 
@@ -219,9 +219,9 @@ def _arcface(name: str, blocks: tuple[int, ...], thresholds: Thresholds) -> Extr
         input_scale=2.0,
         input_offset=-1.0,
         embedding_size=iresnet.EMBEDDING_SIZE,
-        normalised=True,
+        normalized=True,
         thresholds=thresholds,
-        licence="InsightFace: non-commercial research only",
+        license="InsightFace: non-commercial research only",
     )
 
 
@@ -237,11 +237,11 @@ EXTRACTORS = {
             input_scale=255.0,
             input_offset=0.0,
             embedding_size=dlib_resnet.EMBEDDING_SIZE,
-            normalised=False,
+            normalized=False,
             thresholds=Thresholds(0.6, 0.4, 0.07),
             load=lambda: dlib_resnet.read_weights(dlib_resnet.find_weights()),
             source="PyPI face_recognition_models 0.3.0, dlib_face_recognition_resnet_model_v1.dat",
-            licence="CC0-1.0",
+            license="CC0-1.0",
             read=dlib_resnet.read_weights,
             nearest_other=0.57,
         ),
@@ -273,10 +273,10 @@ EXTRACTORS = {
             input_scale=255.0 * mobilefacenet.INPUT_SCALE,
             input_offset=-127.5 * mobilefacenet.INPUT_SCALE,
             embedding_size=mobilefacenet.EMBEDDING_SIZE,
-            normalised=True,
+            normalized=True,
             # Of highest accuracy on 3,000 LFW pairs (99.5 %), landmarks given.
             thresholds=Thresholds(None, 1.20, 0.72),
-            licence="InsightFace: non-commercial research only",
+            license="InsightFace: non-commercial research only",
             nearest_other=1.17,
         ),
     )
@@ -334,7 +334,7 @@ def embed(extractor: Extractor, variables: dict, chips: jax.Array) -> jax.Array:
         chips: `[B, S, S, 3]` float RGB in [0, 1].
 
     Returns:
-        `[B, D]` float32, of unit length where `extractor.normalised`.
+        `[B, D]` float32, of unit length where `extractor.normalized`.
     """
     side = extractor.input_px
     chex.assert_shape(chips, (None, side, side, 3))
@@ -342,7 +342,7 @@ def embed(extractor: Extractor, variables: dict, chips: jax.Array) -> jax.Array:
     if extractor.is_bgr:
         inputs = inputs[..., ::-1]
     embeddings = jnp.asarray(extractor.module.apply(variables, inputs))
-    if extractor.normalised:
+    if extractor.normalized:
         length = jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
         embeddings = embeddings / jnp.maximum(length, 1e-12)
     return embeddings
