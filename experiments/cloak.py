@@ -289,7 +289,7 @@ class _Session:
         return result, program.EXIT_PARTIAL if incomplete else program.EXIT_OK
 
     def _work_on_group(self, group: Sequence[cloaking_records.Job]) -> None:
-        loaded = [item for item in parallel.overlapped(self._load, group) if item is not None]
+        loaded = [item for item in parallel.thread_map(self._load, group) if item is not None]
         num_faces = sum(len(item.task.faces.boxes) for item in loaded)
         steps = tqdm.tqdm(
             total=num_faces * self._config.num_steps, desc="face steps", leave=False, disable=None

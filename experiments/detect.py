@@ -84,7 +84,7 @@ def detect_program() -> tuple[dict[str, Any], int]:
         return record
 
     pairs = progress.track(list(zip(inputs, drawings, strict=True)), description="photos")
-    records = parallel.overlapped(record_of, pairs)
+    records = parallel.thread_map(record_of, pairs)
     _tell_namesakes_apart(records, inputs)
     if distributed.is_primary():
         files.write_json(output_dir / "faces.json", {"images": records, "settings": options})

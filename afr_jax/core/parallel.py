@@ -1,21 +1,28 @@
 """The single door to meshes and device placement: data parallelism over one axis, "data".
 
-Per-image functions are written for one image and run over a batch by `data_parallel`, which adds
-vmap, jit and shardings. Functions with shared state (a training step, one patch for all images)
-need only a plain `jax.jit`: place the batch with `shard_batch` and the state with `replicate`, and
-the compiler reduces gradients over the devices by itself.
+Row-wise functions (an image in, a result out) run over any number of rows by `map_batches`, which
+adds batches, padding, vmap, jit and shardings (or `pmap`). Functions with shared state (a training
+step, one patch for all images) need only a plain `jax.jit`: place the batch with `shard_batch` and
+the state with `replicate`, and the compiler reduces gradients over the devices by itself.
 
-With several processes each passes its own rows; the mesh spans the devices of all of them.
+With several processes the mesh spans the devices of all of them. Steps of training take the rows of
+each process (`shard_batch`); `map_batches` takes all rows in every process.
 """
 
 import concurrent.futures
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+import functools
+import operator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeVar
 
 import chex
 import jax
 import numpy as np
 
+Tree = chex.ArrayTree
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Backend = Literal["jit", "pmap"]
 AXIS = "data"
 Mesh = jax.sharding.Mesh
 NamedSharding = jax.sharding.NamedSharding
@@ -45,7 +52,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def pad_batch(tree: Any, multiple: int) -> tuple[Any, np.ndarray]:
+def pad_batch(tree: Tree, multiple: int) -> tuple[Tree, np.ndarray]:
     """Repeats the last row until the number of rows is a multiple.
 
     Args:
@@ -67,7 +74,7 @@ def pad_batch(tree: Any, multiple: int) -> tuple[Any, np.ndarray]:
     return jax.tree.map(lambda leaf: leaf[rows], tree), mask
 
 
-def shard_batch(tree: Any, mesh: Mesh) -> Any:
+def shard_batch(tree: Tree, mesh: Mesh) -> Tree:
     """Places a batch on the mesh, its rows split over the devices.
 
     Args:
@@ -84,12 +91,14 @@ def shard_batch(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
+def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """Places a whole copy on every device; with several processes the values must be equal."""
     return jax.device_put(tree, replicated(mesh))
 
 
-def overlapped(fn: Callable[[Any], Any], items: Iterable[Any], *, width: int = 2) -> list[Any]:
+def thread_map(
+    fn: Callable[[Item], Result], items: Iterable[Item], *, width: int = 2
+) -> list[Result]:
     """Maps a function of host work and small programs over items, a few at a time, in threads.
 
     Args:
@@ -104,7 +113,11 @@ def overlapped(fn: Callable[[Any], Any], items: Iterable[Any], *, width: int = 2
         return list(pool.map(fn, items))
 
 
-def local_rows(tree: Any) -> Any:
+# Until all callers say `thread_map`.
+overlapped = thread_map
+
+
+def local_rows(tree: Tree) -> Tree:
     """Returns this process's rows of what `shard_batch` or a sharded function returned.
 
     Args:
@@ -123,94 +136,187 @@ def local_rows(tree: Any) -> Any:
     return jax.tree.map(rows, tree)
 
 
-def data_parallel(
-    fn: Callable[..., Any],
+def map_batches(
+    fn: Callable[..., Tree],
     mesh: Mesh,
     *,
     in_axes: Sequence[Literal[0] | None],
-    backend: Literal["jit", "pmap"] = "jit",
-) -> Callable[..., Any]:
-    """Turns a function of one image into one of a batch that is split over the devices.
+    batch_size: int | Sequence[int],
+    of: Literal["image", "batch"] = "image",
+    backend: Backend | Literal["host"] = "jit",
+    static: Mapping[str, Hashable] | None = None,
+) -> Callable[..., Tree]:
+    """Maps a function over any number of rows, in batches that are split over the devices.
 
-    The result does not depend on the number of devices if every image brings its own key. Call this
-    once and keep the result: each call compiles anew, and so does each new padded batch size.
+    Rows must not influence each other, and what is random must have a key for each row: then the
+    result depends neither on the batches nor on the number of devices. The last batch is filled up
+    with repetitions of its last row, whose results are cut off.
+
+    Compiled programs are kept by function, mesh and options, so that a second `map_batches` of the
+    same does not compile again. Therefore `fn` should be a function of a module: a new lambda is a
+    new program.
 
     Args:
-      fn: for one image; positional arguments, any pytrees in and out.
-      mesh: from `make_mesh`.
-      in_axes: for each argument 0 (leaves [B, ...], one row an image) or None (the same for all
-        images: parameters). Arguments that stay the same are best placed once with `replicate`.
+      fn: The function; positional arguments, any trees in and out.
+      mesh: The devices, from `make_mesh`.
+      in_axes: For each argument 0 (leaves [N, ...], a row each) or None (the same for all rows:
+        parameters, options that are arrays). Arguments that stay the same over several calls are
+        best placed once, with `replicate`.
+      batch_size: The rows of one call, over all devices; it is cut to N and filled up to a multiple
+        of the devices. Several rising sizes are the bucket sizes of a batch: batches have the
+        largest one, and the last has the smallest that holds what is left.
+      of: Whether `fn` takes one row ("image"), and is vmapped, or a whole batch ("batch"), leaves
+        [B, ...] to leaves [B, ...].
       backend: "jit" (with shardings) or "pmap", which gives the same values and is slower to call.
+        With "host", `fn` of a batch is called as it is, without a program around it, for functions
+        that drive programs of their own: it gets the rows of a batch where they are, their number a
+        multiple of the devices, and places them itself.
+      static: Arguments that `fn` takes by name, hashable, constants of the compiled program.
 
     Returns:
-      A function of the batched arguments, with leaves [B, ...] for any B >= 1, that returns leaves
-      [B, ...]. With several processes B counts the rows of this process, and must be equal in all.
+      A function of the arguments, for any N >= 1, that returns NumPy leaves [N, ...]. With several
+      processes each passes the same N rows, and gets the results of all of them.
+
+    Raises:
+      ValueError: `in_axes` has no 0, or `batch_size` does not rise from 1 on, or a single image is
+        asked for from the host.
     """
     in_axes = tuple(in_axes)
     if 0 not in in_axes or set(in_axes) - {0, None}:
         raise ValueError(f"in_axes is {in_axes}, but must be of 0 and None, with one 0 at least")
-    runner = {"jit": _jit_runner, "pmap": _pmap_runner}[backend](fn, mesh, in_axes)
-    num_local = len(mesh.local_devices)
+    sizes = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
+    if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
+        raise ValueError(f"batch_size is {batch_size}, but must be at least 1, or several, rising")
+    if backend == "host" and of == "image":
+        raise ValueError("a function that is called from the host takes a batch, not an image")
+    named = tuple(sorted((static or {}).items()))
+    runner = _RUNNERS[backend](_Mapped(fn, mesh, in_axes, of, named))
 
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Tree) -> Tree:
         if len(arguments) != len(in_axes):
             raise TypeError(f"got {len(arguments)} arguments, but in_axes has {len(in_axes)}")
-        batched = [item for item, axis in zip(arguments, in_axes, strict=True) if axis == 0]
-        count = _num_rows(batched)
-        padded, _ = pad_batch(batched, num_local)
-        rows = iter(padded)
         arguments = tuple(
-            argument if axis is None else next(rows)
+            replicate(argument, mesh) if axis is None and backend == "jit" else argument
             for argument, axis in zip(arguments, in_axes, strict=True)
         )
-        outputs = runner(*arguments)
-        if count % num_local == 0:
-            return outputs
-        return jax.tree.map(lambda leaf: leaf[:count], outputs)
+        batched = [item for item, axis in zip(arguments, in_axes, strict=True) if axis == 0]
+        parts, waiting = [], None
+        for begin, end, size in _cut(_num_rows(batched), sizes, mesh.devices.size):
+            part = jax.tree.map(operator.itemgetter(slice(begin, end)), batched)
+            padded, _ = pad_batch(part, size)
+            rows = iter(padded)
+            outputs = runner(
+                *(
+                    argument if axis is None else next(rows)
+                    for argument, axis in zip(arguments, in_axes, strict=True)
+                )
+            )
+            # One batch is under way while the results of the one before are fetched.
+            if waiting is not None:
+                parts.append(_fetch(*waiting))
+            waiting = outputs, end - begin
+        parts.append(_fetch(*waiting))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
     return run
 
 
-def _jit_runner(
-    fn: Callable[..., Any], mesh: Mesh, in_axes: tuple[int | None, ...]
-) -> Callable[..., Any]:
-    batch_fn = jax.jit(jax.vmap(fn, in_axes=in_axes), out_shardings=batch_sharding(mesh))
+def _cut(count: int, sizes: tuple[int, ...], num_devices: int) -> Iterator[tuple[int, int, int]]:
+    """First row, end and padded size of each batch of `count` rows."""
+    if count < 1:
+        raise ValueError("no rows to map over")
+    if len(sizes) == 1:
+        sizes = (min(sizes[0], count),)
+    for begin in range(0, count, sizes[-1]):
+        end = min(begin + sizes[-1], count)
+        size = next(size for size in sizes if size >= end - begin) if len(sizes) > 1 else sizes[0]
+        yield begin, end, -(-size // num_devices) * num_devices
 
-    def run(*arguments: Any) -> Any:
-        placed = [
-            replicate(argument, mesh) if axis is None else shard_batch(argument, mesh)
-            for argument, axis in zip(arguments, in_axes, strict=True)
-        ]
-        return local_rows(batch_fn(*placed))
+
+def _fetch(outputs: Tree, count: int) -> Tree:
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], outputs)
+
+
+class _Mapped(NamedTuple):
+    """What a compiled program depends on, hashable."""
+
+    fn: Callable[..., Tree]
+    mesh: Mesh
+    in_axes: tuple[Literal[0] | None, ...]
+    of: str
+    static: tuple[tuple[str, Hashable], ...]
+
+    def batch_fn(self) -> Callable[..., Tree]:
+        named = functools.partial(self.fn, **dict(self.static))
+        return jax.vmap(named, in_axes=self.in_axes) if self.of == "image" else named
+
+
+# Few are in use at a time, and each may hold what its function closes over.
+@functools.lru_cache(maxsize=32)
+def _jit_runner(mapped: _Mapped) -> Callable[..., Tree]:
+    mesh = mapped.mesh
+    # What lies on devices of other processes cannot be fetched.
+    results = replicated(mesh) if mesh.is_multi_process else batch_sharding(mesh)
+    batch_fn = jax.jit(mapped.batch_fn(), out_shardings=results)
+
+    def run(*arguments: Tree) -> Tree:
+        return batch_fn(
+            *(
+                replicate(argument, mesh)
+                if axis is None
+                else shard_batch(_own_rows(argument, mesh), mesh)
+                for argument, axis in zip(arguments, mapped.in_axes, strict=True)
+            )
+        )
 
     return run
 
 
-def _pmap_runner(
-    fn: Callable[..., Any], mesh: Mesh, in_axes: tuple[int | None, ...]
-) -> Callable[..., Any]:
+@functools.lru_cache(maxsize=32)
+def _pmap_runner(mapped: _Mapped) -> Callable[..., Tree]:
+    mesh, in_axes, batch_fn = mapped.mesh, mapped.in_axes, mapped.batch_fn()
     num_local = len(mesh.local_devices)
-    batch_fn = jax.pmap(
-        jax.vmap(fn, in_axes=in_axes), in_axes=in_axes, devices=list(mesh.devices.flat)
+
+    def gathered(*arguments: Tree) -> Tree:
+        outputs = batch_fn(*arguments)
+        return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, AXIS, tiled=True), outputs)
+
+    run_all = jax.pmap(
+        gathered, AXIS, in_axes=in_axes, out_axes=None, devices=list(mesh.devices.flat)
     )
 
-    def split(leaf: Any) -> Any:
+    def split(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
         return leaf.reshape(num_local, leaf.shape[0] // num_local, *leaf.shape[1:])
 
-    def join(leaf: jax.Array) -> jax.Array:
-        return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
-
-    def run(*arguments: Any) -> Any:
-        placed = [
-            argument if axis is None else jax.tree.map(split, argument)
-            for argument, axis in zip(arguments, in_axes, strict=True)
-        ]
-        return jax.tree.map(join, batch_fn(*placed))
+    def run(*arguments: Tree) -> Tree:
+        return run_all(
+            *(
+                argument if axis is None else jax.tree.map(split, _own_rows(argument, mesh))
+                for argument, axis in zip(arguments, in_axes, strict=True)
+            )
+        )
 
     return run
 
 
-def _num_rows(tree: Any) -> int:
+def _host_runner(mapped: _Mapped) -> Callable[..., Tree]:
+    return mapped.batch_fn()
+
+
+_RUNNERS = {"jit": _jit_runner, "pmap": _pmap_runner, "host": _host_runner}
+
+
+def _own_rows(tree: Tree, mesh: Mesh) -> Tree:
+    """The rows of a batch that belong on the devices of this process."""
+    if not mesh.is_multi_process:
+        return tree
+    owners = [device.process_index for device in mesh.devices.flat]
+    owner_of_row = np.repeat(owners, _num_rows(tree) // len(owners))
+    own = np.flatnonzero(owner_of_row == jax.process_index())
+    return jax.tree.map(lambda leaf: leaf[own], tree)
+
+
+def _num_rows(tree: Tree) -> int:
     leaves = jax.tree.leaves(tree)
     if not leaves:
         raise ValueError("a batch without arrays")

@@ -216,7 +216,7 @@ def without_unreadable(
     problems = []
     for start in range(0, len(listing.samples), 256):
         part = listing.samples[start : start + 256]
-        problems += filter(None, parallel.overlapped(problem_of, part, width=num_threads))
+        problems += filter(None, parallel.thread_map(problem_of, part, width=num_threads))
         if report_fn is not None:
             report_fn(len(part))
     return listing.without(problems)
@@ -246,7 +246,7 @@ def read_samples(
         except photos.PhotoError as error:
             return str(error)
 
-    results = parallel.overlapped(read, listing.samples, width=num_threads)
+    results = parallel.thread_map(read, listing.samples, width=num_threads)
     problems = [
         Problem(sample.sample_id, result)
         for sample, result in zip(listing.samples, results, strict=True)

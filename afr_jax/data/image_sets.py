@@ -156,7 +156,7 @@ def load_image_folder(
     listing = identities.list_tree(root)
 
     paths = [sample.path for sample in listing.samples]
-    found = parallel.overlapped(_or_reason(photos.read_photo), paths, width=num_threads)
+    found = parallel.thread_map(_or_reason(photos.read_photo), paths, width=num_threads)
     items = [
         _Item(sample.sample_id, sample.identity, pixels)
         for sample, pixels in zip(listing.samples, found, strict=True)
@@ -211,7 +211,7 @@ def read_records(
         pixels = _or_reason(photos.decode_photo)(example["image"])
         return _Item(_path_in_class(own, class_name), class_name, pixels)
 
-    items = parallel.overlapped(read_one, range(len(examples)), width=num_threads)
+    items = parallel.thread_map(read_one, range(len(examples)), width=num_threads)
     return _squares(items, classes or folders, f"{name}:{split}", image_px=image_px, resize=resize)
 
 

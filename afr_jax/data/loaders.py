@@ -113,7 +113,7 @@ def load_all(source: Source, *, num_threads: int = 4) -> tuple[np.ndarray, np.nd
     """A whole data set, `[N, S, S, 3]` uint8 and labels `[N]` int32, in the order of the source."""
     if not len(source):
         raise ValueError("the data set is empty")
-    pairs = parallel.overlapped(source.__getitem__, range(len(source)), width=num_threads)
+    pairs = parallel.thread_map(source.__getitem__, range(len(source)), width=num_threads)
     images, labels = zip(*pairs, strict=True)
     return np.stack(images), np.array(labels, np.int32)
 

@@ -244,4 +244,4 @@ def write_images(
         path = folder / f"{sample_ids[row]}.png"
         files.write_atomically(path, buffer.getvalue(), overwrite=True)
 
-    parallel.overlapped(write, range(len(sample_ids)), width=num_threads)
+    parallel.thread_map(write, range(len(sample_ids)), width=num_threads)

@@ -144,7 +144,7 @@ def cut_faces(
     results: list[np.ndarray | str] = []
     for start in range(0, len(listing.samples), _GROUP):
         part = listing.samples[start : start + _GROUP]
-        results += parallel.overlapped(chip, part)
+        results += parallel.thread_map(chip, part)
         if report_fn is not None:
             report_fn(len(part))
     problems = [

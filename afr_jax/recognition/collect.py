@@ -96,7 +96,7 @@ def collect(
     prints: list[Fingerprint | str] = []
     for start in range(0, len(listing.samples), 256):
         part = listing.samples[start : start + 256]
-        prints += parallel.overlapped(read, part, width=num_threads)
+        prints += parallel.thread_map(read, part, width=num_threads)
         if report_fn is not None:
             report_fn(len(part))
     problems = [

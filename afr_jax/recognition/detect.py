@@ -179,7 +179,7 @@ def detect_photos(
     Returns:
         The faces of each photo, equal to those of `detect_faces`.
     """
-    return parallel.overlapped(
+    return parallel.thread_map(
         lambda pixels: detect_faces(variables, pixels, options=options), photos
     )
 

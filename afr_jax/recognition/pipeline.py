@@ -153,7 +153,7 @@ def recognize(
     paths = [pathlib.Path(path) for path in paths]
     for start in range(0, len(paths), _GROUP):
         group = paths[start : start + _GROUP]
-        found = parallel.overlapped(
+        found = parallel.thread_map(
             lambda path: _find(recognizer, path, which, min_confidence), group
         )
         pairs = [

@@ -188,12 +188,16 @@ np.testing.assert_array_equal(parallel.local_rows(batch), rows)
 total = jax.jit(lambda batch: batch.sum())(batch)
 assert float(total) == 2 * 66 + 1200, total
 
-keys = jax.random.split(jax.random.key(index), 3)
+# All rows in every process, and all results.
+rows = np.arange(21, dtype=np.float32).reshape(7, 3)
+keys = jax.random.split(jax.random.key(0), 7)
 add_noise = lambda key, scale, row: row + scale * jax.random.normal(key, row.shape)
-expected = jax.vmap(add_noise, (0, None, 0))(keys, 0.5, rows[:3])
+expected = jax.vmap(add_noise, (0, None, 0))(keys, 0.5, rows)
 for backend in ("jit", "pmap"):
-    run = parallel.data_parallel(add_noise, mesh, in_axes=(0, None, 0), backend=backend)
-    np.testing.assert_allclose(run(keys, 0.5, rows[:3]), expected, atol=1e-6)
+    run = parallel.map_batches(
+        add_noise, mesh, in_axes=(0, None, 0), batch_size=4, backend=backend
+    )
+    np.testing.assert_allclose(run(keys, 0.5, rows), expected, atol=1e-6)
 
 distributed.barrier("end")
 print("primary" if distributed.is_primary() else "secondary", float(total))

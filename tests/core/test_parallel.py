@@ -1,5 +1,3 @@
-from functools import partial
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -84,40 +82,100 @@ def test_pad_batch_rejects_what_is_no_batch(tree, multiple, error):
         parallel.pad_batch(tree, multiple)
 
 
-@pytest.mark.parametrize("count", [8, 5, 1])
+def _perturb_batch(keys, params, images):
+    return jax.vmap(_perturb_one, in_axes=_IN_AXES)(keys, params, images)
+
+
+_FUNCTIONS = {"image": _perturb_one, "batch": _perturb_batch}
+
+
+@pytest.mark.parametrize(
+    "count, batch_size, of",
+    [
+        (8, 8, "image"),
+        (11, 4, "image"),
+        (11, 3, "batch"),
+        (1, 8, "batch"),
+        (7, (1, 2, 5), "image"),
+        (6, (1, 2, 5), "batch"),
+    ],
+)
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
 @pytest.mark.parametrize("num_devices", [1, 4])
-def test_every_backend_and_device_count_gives_the_vmapped_result(backend, num_devices, count):
+def test_every_backend_and_device_count_gives_the_vmapped_result(
+    num_devices, backend, count, batch_size, of
+):
     inputs = _inputs(count)
-    expected = jax.jit(jax.vmap(_perturb_one, in_axes=_IN_AXES))(*inputs)
+    expected = jax.jit(_perturb_batch)(*inputs)
     mesh = parallel.make_mesh(devices=jax.devices()[:num_devices])
-    run = parallel.data_parallel(_perturb_one, mesh, in_axes=_IN_AXES, backend=backend)
+    run = parallel.map_batches(
+        _FUNCTIONS[of], mesh, in_axes=_IN_AXES, batch_size=batch_size, of=of, backend=backend
+    )
     result = run(*inputs)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(result))
     chex.assert_trees_all_equal_shapes_and_dtypes(result, expected)
     # XLA may sum in another order where a device has another number of rows.
     chex.assert_trees_all_close(result, expected, atol=1e-6)
 
 
 def test_jit_and_pmap_agree_bit_for_bit_on_the_same_devices():
-    inputs = _inputs(8)
+    inputs = _inputs(11)
     mesh = parallel.make_mesh()
     results = [
-        parallel.data_parallel(_perturb_one, mesh, in_axes=_IN_AXES, backend=backend)(*inputs)
+        parallel.map_batches(_perturb_one, mesh, in_axes=_IN_AXES, batch_size=8, backend=backend)(
+            *inputs
+        )
         for backend in ("jit", "pmap")
     ]
     chex.assert_trees_all_equal(*results)
 
 
-def test_jit_result_stays_split_over_the_devices():
+@pytest.mark.parametrize(
+    "count, batch_size, sizes",
+    [
+        (11, 8, [8, 8]),
+        (11, 6, [8, 8]),
+        (3, 8, [4]),
+        (11, (1, 3, 8), [8, 4]),
+        (13, (1, 3, 8), [8, 8]),
+        (2, (1, 3, 8), [4]),
+    ],
+)
+def test_batches_have_few_sizes_and_no_device_is_dropped(count, batch_size, sizes):
+    """Padded to multiples of four devices; the function is called from the host."""
+    seen = []
+
+    def double(rows):
+        seen.append(len(rows))
+        return 2 * rows
+
+    run = parallel.map_batches(
+        double,
+        parallel.make_mesh(),
+        in_axes=(0,),
+        batch_size=batch_size,
+        of="batch",
+        backend="host",
+    )
+    np.testing.assert_array_equal(run(np.arange(count)), 2 * np.arange(count))
+    assert seen == sizes
+
+
+def test_every_device_gets_its_share_of_a_batch():
+    seen = []
+
+    def shards(rows):
+        jax.debug.inspect_array_sharding(rows, callback=seen.append)
+        return rows
+
     mesh = parallel.make_mesh()
-    run = parallel.data_parallel(_perturb_one, mesh, in_axes=_IN_AXES)
-    delta = run(*_inputs(8))["delta"]
-    assert delta.sharding.is_equivalent_to(parallel.batch_sharding(mesh), delta.ndim)
+    parallel.map_batches(shards, mesh, in_axes=(0,), batch_size=8, of="batch")(np.zeros((5, 3)))
+    assert [sharding.shard_shape((8, 3)) for sharding in seen] == [(2, 3)]
 
 
 def test_batch_result_equals_the_single_result():
     keys, params, images = _inputs(6)
-    run = parallel.data_parallel(_perturb_one, parallel.make_mesh(), in_axes=_IN_AXES)
+    run = parallel.map_batches(_perturb_one, parallel.make_mesh(), in_axes=_IN_AXES, batch_size=4)
     row = jax.tree.map(lambda leaf: leaf[3], run(keys, params, images))
     chex.assert_trees_all_close(row, _perturb_one(keys[3], params, images[3]), atol=1e-5)
 
@@ -126,11 +184,39 @@ def test_batch_result_equals_the_single_result():
 def test_second_call_does_not_recompile(backend):
     chex.clear_trace_counter()
     counted = chex.assert_max_traces(_perturb_one, n=1)
-    run = parallel.data_parallel(counted, parallel.make_mesh(), in_axes=_IN_AXES, backend=backend)
-    keys, params, images = _inputs(8)
-    run(keys, params, images)
-    run(keys, jax.tree.map(lambda leaf: 2 * leaf, params), 1 - images)
-    run(keys[:7], params, images[:7])
+    keys, params, images = _inputs(11)
+    for change in (1.0, 2.0):
+        run = parallel.map_batches(
+            counted, parallel.make_mesh(), in_axes=_IN_AXES, batch_size=4, backend=backend
+        )
+        run(keys, jax.tree.map(lambda leaf, by=change: by * leaf, params), images)
+        run(keys[:7], params, images[:7])
+
+
+def _scaled(image, *, scale):
+    return scale * image
+
+
+@pytest.mark.parametrize("backend", ["jit", "pmap", "host"])
+def test_static_arguments_are_constants_of_the_program(backend):
+    images = np.ones((5, 2), np.float32)
+    for scale in (2.0, 3.0):
+        run = parallel.map_batches(
+            _scaled,
+            parallel.make_mesh(),
+            in_axes=(0,),
+            batch_size=4,
+            of="batch",
+            backend=backend,
+            static={"scale": scale},
+        )
+        np.testing.assert_array_equal(run(images), scale * images)
+
+
+def test_thread_map_keeps_the_order_and_raises():
+    assert parallel.thread_map(lambda n: n * n, range(5), width=3) == [0, 1, 4, 9, 16]
+    with pytest.raises(ZeroDivisionError):
+        parallel.thread_map(lambda n: 1 / n, [1, 0])
 
 
 def test_plain_jit_over_a_sharded_batch_reduces_shared_gradients():
@@ -148,10 +234,24 @@ def test_plain_jit_over_a_sharded_batch_reduces_shared_gradients():
 @pytest.mark.parametrize("in_axes", [(), (None,), (0, 1)])
 def test_in_axes_are_checked(in_axes):
     with pytest.raises(ValueError, match="in_axes"):
-        parallel.data_parallel(lambda image: image, parallel.make_mesh(), in_axes=in_axes)
+        parallel.map_batches(
+            lambda image: image, parallel.make_mesh(), in_axes=in_axes, batch_size=4
+        )
 
 
-def test_number_of_arguments_is_checked():
-    run = parallel.data_parallel(partial(_perturb_one), parallel.make_mesh(), in_axes=_IN_AXES)
+@pytest.mark.parametrize("batch_size", [0, (), (4, 1), (2, 2)])
+def test_batch_sizes_are_checked(batch_size):
+    with pytest.raises(ValueError, match="batch_size"):
+        parallel.map_batches(_scaled, parallel.make_mesh(), in_axes=(0,), batch_size=batch_size)
+
+
+def test_no_rows_and_wrong_arguments_are_refused():
+    run = parallel.map_batches(_perturb_one, parallel.make_mesh(), in_axes=_IN_AXES, batch_size=4)
     with pytest.raises(TypeError, match="got 1 arguments"):
         run(np.zeros((4, 2)))
+    with pytest.raises(ValueError, match="no rows"):
+        run(*(_inputs(4)[n] if n == 1 else _inputs(4)[n][:0] for n in range(3)))
+    with pytest.raises(ValueError, match="host"):
+        parallel.map_batches(
+            _perturb_one, parallel.make_mesh(), in_axes=_IN_AXES, batch_size=4, backend="host"
+        )

@@ -65,7 +65,7 @@ def convert(name: str, images: np.ndarray, *, num_threads: int = 4) -> np.ndarra
         steps = 2**_BITS - 1
         return np.rint(np.rint(images * (steps / 255.0)) * (255.0 / steps)).astype(np.uint8)
     convert_fn = functools.partial(_convert_one, name)
-    return np.stack(parallel.overlapped(convert_fn, list(images), width=num_threads))
+    return np.stack(parallel.thread_map(convert_fn, list(images), width=num_threads))
 
 
 def mixup(key: jax.Array, images: jax.Array, *, alpha: float = 1.0) -> Mixed:

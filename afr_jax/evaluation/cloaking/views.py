@@ -105,7 +105,7 @@ def _seen(recognizer, paths, countermeasure) -> Mapping[str, Views]:
                 Image.fromarray(pixels).save(folder / f"{number}.png", compress_level=1)
                 return folder / f"{number}.png"
 
-            paths = parallel.overlapped(write, list(enumerate(paths)))
+            paths = parallel.thread_map(write, list(enumerate(paths)))
         found = list(pipeline.recognize(recognizer, paths))
     mask = np.array([len(item.faces.boxes) > 0 for item in found], bool)
     landmarks = np.zeros((len(found), 5, 2), np.float32)

@@ -150,7 +150,7 @@ def judge(
         ]
 
     pairs = list(zip(photos, boxes, strict=True))
-    return np.array(parallel.overlapped(one, pairs), bool).reshape(-1, len(STAGES))
+    return np.array(parallel.thread_map(one, pairs), bool).reshape(-1, len(STAGES))
 
 
 def is_found(found: np.ndarray, box: np.ndarray) -> bool:
