@@ -1,9 +1,9 @@
-"""How far a loop is, shown on standard error: a bar on a terminal, log lines elsewhere."""
+"""How far a long run is, on standard error: a bar on a terminal, a log line elsewhere."""
 
-import os
+import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 import tqdm
@@ -15,53 +15,97 @@ _Item = TypeVar("_Item")
 
 
 def track(
-    items: Iterable[_Item] | int,
+    items: Iterable[_Item],
     *,
     description: str,
     total: int | None = None,
-    force: bool | None = None,
-    interval_seconds: float = 10.0,
+    interval_seconds: float = 30.0,
 ) -> Iterator[_Item]:
-    """Yields the items and shows on standard error how far the loop is.
-
-    A bar on a terminal. Elsewhere nothing, unless forced: then one log line every
-    `interval_seconds`.
+    """Yields the items and shows how far the loop is; see `counter`.
 
     Args:
-      items: what to loop over; an integer n stands for range(n).
-      description: what is being done.
-      total: how many items there are, where `len(items)` does not tell.
-      force: whether to report without a terminal; default: whether `AFR_PROGRESS` is 1 in the
-      environment.
-      interval_seconds: between two log lines.
+        items: What to loop over.
+        description: What is being done.
+        total: How many items there are, where `len(items)` does not tell.
+        interval_seconds: Time between two log lines.
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with counter(total, description=description, interval_seconds=interval_seconds) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+@contextlib.contextmanager
+def counter(
+    total: int | None,
+    *,
+    description: str,
+    done: int = 0,
+    unit: str = "it",
+    interval_seconds: float = 30.0,
+) -> Generator[Callable[[int], Any]]:
+    """Shows how far something is that is counted by hand.
+
+    On a terminal a bar. Elsewhere, as in the log of a batch job, a line at most every
+    `interval_seconds` with the count, the rate and the time left, and a last one if there were
+    any. Of several processes only the first one shows anything.
+
+    Args:
+        total: What the count will be at the end; None where nobody knows.
+        description: What is being done.
+        done: What an earlier, interrupted run has counted already.
+        unit: What is counted, for the bar.
+        interval_seconds: Time between two log lines.
 
     Yields:
-      The items.
+        A function to be called with the number of steps that were just taken.
     """
-    iterable: Iterable[Any] = range(items) if isinstance(items, int) else items
-    if total is None and isinstance(iterable, Sized):
-        total = len(iterable)
     if not distributed.is_primary():
-        yield from iterable
+        yield lambda steps: None
     elif sys.stderr.isatty():
-        yield from tqdm.tqdm(iterable, desc=description, total=total, file=sys.stderr)
-    elif os.environ.get("AFR_PROGRESS") == "1" if force is None else force:
-        yield from _logged(iterable, description, total, interval_seconds)
+        with tqdm.tqdm(total=total, desc=description, initial=done, unit=unit) as bar:
+            yield bar.update
     else:
-        yield from iterable
+        lines = _Lines(total, description, done, interval_seconds)
+        yield lines.advance
+        lines.end()
 
 
-def _logged(
-    iterable: Iterable[_Item], description: str, total: int | None, interval_seconds: float
-) -> Iterator[_Item]:
-    of_total = "" if total is None else f"/{total}"
-    start = last = time.monotonic()
-    count = 0
-    for item in iterable:
-        yield item
-        count += 1
+class _Lines:
+    """Log lines about a count."""
+
+    def __init__(self, total: int | None, description: str, done: int, interval: float) -> None:
+        self._total, self._description, self._interval = total, description, interval
+        self._first = self._count = self._shown = done
+        self._start = self._last = time.monotonic()
+
+    def advance(self, steps: int) -> None:
+        """Counts, and writes a line if it is time."""
+        self._count += steps
+        if time.monotonic() - self._last >= self._interval:
+            self._write()
+
+    def end(self) -> None:
+        """Writes the last line, if lines were written and it says something new."""
+        if self._first != self._shown != self._count:
+            self._write()
+
+    def _write(self) -> None:
         now = time.monotonic()
-        if now - last >= interval_seconds or count == total:
-            rate = count / max(now - start, 1e-9)
-            logging.info("%s: %d%s, %.3g/s", description, count, of_total, rate)
-            last = now
+        rate = (self._count - self._first) / max(now - self._start, 1e-9)
+        text = f"{self._description}: {self._count}"
+        if self._total is not None:
+            text += f" of {self._total}"
+        text += f", {rate:.3g}/s"
+        if self._total is not None and rate > 0 and self._count < self._total:
+            text += f", {_duration((self._total - self._count) / rate)} left"
+        logging.info("%s", text)
+        self._last, self._shown = now, self._count
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -15,32 +15,36 @@ class _Terminal(io.StringIO):
 def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
     terminal = _Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    assert list(progress.track(3, description="photos")) == [0, 1, 2]
+    assert list(progress.track(range(3), description="photos")) == [0, 1, 2]
     assert "photos" in terminal.getvalue() and "3/3" in terminal.getvalue()
 
 
-@pytest.mark.parametrize(
-    "force, environment, is_shown", [(None, "0", False), (None, "1", True), (True, "0", True)]
-)
-def test_progress_elsewhere_logs_only_when_forced(
-    monkeypatch, caplog, force, environment, is_shown
-):
-    monkeypatch.setenv("AFR_PROGRESS", environment)
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with caplog.at_level("INFO", logger="absl"):
-        items = progress.track(iter("ab"), description="photos", total=2, force=force)
-        assert list(items) == ["a", "b"]
-    assert ("photos: 2/2" in caplog.text) == is_shown
-
-
-def test_progress_logs_once_in_an_interval(monkeypatch, caplog):
-    clock = iter(range(0, 1000, 4))
+@pytest.fixture
+def batch_job(monkeypatch, caplog):
+    """No terminal, and a clock that goes on by ten seconds whenever it is read."""
+    clock = iter(range(0, 100_000, 10))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with caplog.at_level("INFO", logger="absl"):
-        list(progress.track(iter(range(9)), description="steps", force=True))
-    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
-        "steps: 3",
-        "steps: 6",
-        "steps: 9",
-    ]
+        yield lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_a_batch_job_gets_lines_with_rate_and_time_left(batch_job):
+    assert list(progress.track(iter("abcdefgh"), description="photos", total=8)) == [*"abcdefgh"]
+    lines = batch_job()
+    # At the third step 40 s have gone by, and five steps are left.
+    assert lines[0] == "photos: 3 of 8, 0.075/s, 1:07 left"
+    assert lines[-1].startswith("photos: 8 of 8") and "left" not in lines[-1]
+
+
+def test_a_resumed_run_counts_on_and_reckons_with_its_own_steps(batch_job):
+    with progress.counter(5000, description="steps", done=1000) as advance:
+        for _ in range(3):
+            advance(100)
+    assert batch_job() == ["steps: 1300 of 5000, 7.5/s, 8:13 left"]
+
+
+def test_what_is_over_at_once_says_nothing(batch_job):
+    with progress.counter(None, description="photos") as advance:
+        advance(1)
+    assert batch_job() == []
