@@ -11,11 +11,19 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from afr_jax.core import files
+from afr_jax.core import files, options
 from afr_jax.data import identities, pairs, sampling
 from afr_jax.recognition import chips
 
 MIN_PAIRS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class PairOptions:
+    """Pairs of photos that verification is measured on."""
+
+    pairs: str | None = options.option(None, "CSV image_a, image_b, same: pairs to verify")
+    images: str = options.option(".", "folder that the paths of --pairs are below")
 
 
 @dataclasses.dataclass(frozen=True)
