@@ -13,6 +13,7 @@ import numpy as np
 from afr_jax.benchmark import timing
 from afr_jax.evaluation import reference
 from afr_jax.evaluation.attackers import other_detectors
+from afr_jax.models import mtcnn
 from afr_jax.recognition import detect
 
 
@@ -70,7 +71,7 @@ def compare(
 
 def measure(
     row: str,
-    variables: dict,
+    variables: mtcnn.Variables,
     photos: Sequence[np.ndarray],
     folder: pathlib.Path,
     other: reference.Peer | None,

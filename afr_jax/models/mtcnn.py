@@ -12,7 +12,7 @@ import importlib.util
 import io
 import pathlib
 import pickle
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,6 +25,14 @@ from afr_jax.models import layers
 # Stands in for minus infinity below every activation: finite, so that masked places cannot turn
 # into NaN.
 _LOW = -1e6
+
+
+class Variables(NamedTuple):
+    """Variables of the three networks, `{"params": ...}` each."""
+
+    pnet: dict[str, Any]
+    rnet: dict[str, Any]
+    onet: dict[str, Any]
 
 
 class PNet(nn.Module):
@@ -171,14 +179,24 @@ def load() -> dict:
     return jax.tree.map(jnp.asarray, read_weights(find_weights()))
 
 
-def read_weights(folder: pathlib.Path | str) -> dict:
+def load_variables() -> Variables:
+    """Variables of the networks from the installed `mtcnn` wheel, on the default device.
+
+    Raises:
+        FileNotFoundError: the package or its files are missing; the message says how to get them.
+        ValueError: a file is damaged.
+    """
+    return jax.tree.map(jnp.asarray, read_weights(find_weights()))
+
+
+def read_weights(folder: pathlib.Path | str) -> Variables:
     """Reads `pnet.lz4`, `rnet.lz4` and `onet.lz4` into the variables of the three networks.
 
     Args:
         folder: where the files are.
 
     Returns:
-        `{"pnet": {"params": ...}, "rnet": ..., "onet": ...}`, float32.
+        Float32 arrays on the host.
 
     Raises:
         ValueError: a file is damaged, holds anything but plain arrays, or the arrays do not fit the
@@ -203,7 +221,7 @@ def read_weights(folder: pathlib.Path | str) -> dict:
         for (layer, leaf), shape, array in zip(leaves, expected, arrays, strict=True):
             params.setdefault(layer, {})[leaf] = np.asarray(array, np.float32).reshape(shape)
         variables[name] = {"params": params}
-    return variables
+    return Variables(**variables)
 
 
 def _first_pool(images, sizes, weights, slope):

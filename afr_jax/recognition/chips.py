@@ -12,6 +12,7 @@ import numpy as np
 
 from afr_jax.core import images, parallel
 from afr_jax.data import identities, photos
+from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import align, detect
 
@@ -70,7 +71,7 @@ def extractor_chip(
 
 
 def aligned_chips(
-    detector: dict,
+    detector: mtcnn.Variables,
     listing: identities.Listing,
     template: Sequence[Sequence[float]],
     side: int,
@@ -104,7 +105,7 @@ def aligned_chips(
 
 
 def cut_faces(
-    detector: dict,
+    detector: mtcnn.Variables,
     listing: identities.Listing,
     cut_fn: Callable[[identities.Sample, np.ndarray, np.ndarray], np.ndarray],
     *,
@@ -159,7 +160,7 @@ def cut_faces(
 
 
 def measured_template(
-    detector: dict, crops: np.ndarray, *, min_faces: int = 8
+    detector: mtcnn.Variables, crops: np.ndarray, *, min_faces: int = 8
 ) -> tuple[tuple[float, float], ...] | None:
     """Where the landmarks lie in crops that were aligned by somebody else.
 

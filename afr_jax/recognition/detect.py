@@ -108,7 +108,7 @@ def level_sizes(height: int, width: int, scales: tuple[float, ...]) -> tuple[tup
 
 
 def detect_faces(
-    variables: dict, pixels: np.ndarray, *, options: DetectorOptions = DetectorOptions()
+    variables: mtcnn.Variables, pixels: np.ndarray, *, options: DetectorOptions = DetectorOptions()
 ) -> Faces:
     """Finds the faces of one photo.
 
@@ -124,7 +124,7 @@ def detect_faces(
 
 
 def detect_stages(
-    variables: dict, pixels: np.ndarray, *, options: DetectorOptions = DetectorOptions()
+    variables: mtcnn.Variables, pixels: np.ndarray, *, options: DetectorOptions = DetectorOptions()
 ) -> Stages:
     """Finds the faces of one photo, and says what was left after each network.
 
@@ -150,13 +150,13 @@ def detect_stages(
     # Levels that only the bucket is large enough for have size 0 and propose nothing.
     sizes = level_sizes(height, width, scales) + ((0, 0),) * (len(bucket_scales) - len(scales))
     image, maps = _propose(
-        variables["pnet"], canvas, size, jnp.array(sizes, jnp.int32), bucket_scales, options
+        variables.pnet, canvas, size, jnp.array(sizes, jnp.int32), bucket_scales, options
     )
     if not (num := int(maps.count)):
         return _nothing()
     num = images.bucket_size(num, _PROPOSAL_LADDER)
     proposed, refined, candidates, landmarks = jax.device_get(
-        _cascade(variables["rnet"], variables["onet"], image, size, maps, num, options)
+        _cascade(variables.rnet, variables.onet, image, size, maps, num, options)
     )
     kept = candidates.mask
     faces = Faces(candidates.boxes[kept], candidates.scores[kept], landmarks[kept])
@@ -164,7 +164,7 @@ def detect_stages(
 
 
 def detect_photos(
-    variables: dict,
+    variables: mtcnn.Variables,
     photos: Sequence[np.ndarray],
     *,
     options: DetectorOptions = DetectorOptions(),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from afr_jax.data import identities, photos
+from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import chips
 
@@ -40,7 +41,7 @@ def list_photos(roots: Sequence[str], *, max_photos: int = 0) -> identities.List
 
 
 def read_chips(
-    detector: dict,
+    detector: mtcnn.Variables,
     extractor: registry.Extractor,
     listing: identities.Listing,
     *,

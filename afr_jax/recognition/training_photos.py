@@ -13,6 +13,7 @@ import numpy as np
 
 from afr_jax.core import files, options
 from afr_jax.data import identities, pairs, sampling
+from afr_jax.models import mtcnn
 from afr_jax.recognition import chips
 
 MIN_PAIRS = 20
@@ -113,7 +114,7 @@ def split_faces(
 
 
 def aligned_faces(
-    detector: dict,
+    detector: mtcnn.Variables,
     listing: identities.Listing,
     side: int,
     cache: str | os.PathLike[str],
@@ -195,7 +196,7 @@ def listed_pairs(
     root: str | os.PathLike[str],
     side: int,
     *,
-    detector: dict | None = None,
+    detector: mtcnn.Variables | None = None,
 ) -> Pairs:
     """The pairs of a CSV (`afr_jax.data.pairs`).
 

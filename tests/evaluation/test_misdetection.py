@@ -8,6 +8,7 @@ from afr_jax.data import video
 from afr_jax.evaluation.attackers import other_detectors
 from afr_jax.evaluation.metrics import misdetection
 from afr_jax.evaluation.patches import pictures
+from afr_jax.models import mtcnn
 from afr_jax.recognition import detect
 
 
@@ -147,7 +148,7 @@ def test_pictures_are_files_that_open():
 
 
 def test_stages_of_a_photo_below_the_smallest_face_are_empty():
-    variables = {"pnet": None, "rnet": None, "onet": None}
+    variables = mtcnn.Variables({}, {}, {})
     found = misdetection.judge(
         variables, [np.zeros((8, 8, 3), np.uint8)], [np.zeros(4, np.float32)], scale_factor=0.7
     )

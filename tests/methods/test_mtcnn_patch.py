@@ -178,7 +178,7 @@ def test_the_later_networks_see_the_face_as_the_detector_crops_it(placed, variab
     corners = [[worn[np.ix_(top + i, left + j)] for j in range(2)] for i in range(2)]
     upper, lower = (pair[0] * (1 - x) + pair[1] * x for pair in corners)
     crop = jnp.asarray(upper * (1 - y) + lower * y, jnp.float32)
-    score = net.apply(variables["rnet"], mtcnn.normalize(crop[None]))[0][0]
+    score = net.apply(variables.rnet, mtcnn.normalize(crop[None]))[0][0]
     np.testing.assert_allclose(parts.stages, max(float(score) - 0.1, 0) ** 2, atol=0.01)
     assert parts.stages > 0.05
     without = dataclasses.replace(options, stage_weight=0.0)

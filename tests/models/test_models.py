@@ -213,8 +213,8 @@ def test_pnet_on_a_padded_canvas_equals_pnet_on_the_image(mtcnn_variables, size)
     canvas = np.full((34, 33, 3), 50.0, np.float32)
     canvas[: size[0], : size[1]] = image
     pnet = jax.jit(mtcnn.PNet().apply)
-    expected = pnet(mtcnn_variables["pnet"], image[None], jnp.array([size]))
-    padded = pnet(mtcnn_variables["pnet"], canvas[None], jnp.array([size]))
+    expected = pnet(mtcnn_variables.pnet, image[None], jnp.array([size]))
+    padded = pnet(mtcnn_variables.pnet, canvas[None], jnp.array([size]))
     rows, columns = mtcnn.map_size(size[0]), mtcnn.map_size(size[1])
     for ours, whole in zip(padded, expected, strict=True):
         assert whole.shape[1:3] == (rows, columns)
@@ -226,7 +226,7 @@ def test_map_size_is_that_of_the_network(mtcnn_variables):
     expected = [
         jax.eval_shape(
             mtcnn.PNet().apply,
-            mtcnn_variables["pnet"],
+            mtcnn_variables.pnet,
             jax.ShapeDtypeStruct((1, size, 24, 3), jnp.float32),
             jax.ShapeDtypeStruct((1, 2), jnp.int32),
         )[0].shape[1]
@@ -281,14 +281,14 @@ def folder(tmp_path) -> pathlib.Path:
 
 def test_a_rewritten_weight_file_gives_the_same_variables(folder, mtcnn_variables):
     """The test's own writer is right, so what the next tests damage is a good file."""
-    data = _dump(_arrays(mtcnn_variables["pnet"], _PNET))
+    data = _dump(_arrays(mtcnn_variables.pnet, _PNET))
     (folder / "pnet.lz4").write_bytes(lz4.frame.compress(data))
     assert jax.tree.all(jax.tree.map(np.array_equal, mtcnn.read_weights(folder), mtcnn_variables))
 
 
 def _pnet_file(change):
     """A damaged file of P-Net from a function of its list of arrays."""
-    return lambda variables: lz4.frame.compress(change(_arrays(variables["pnet"], _PNET)))
+    return lambda variables: lz4.frame.compress(change(_arrays(variables.pnet, _PNET)))
 
 
 def _structured(arrays):

@@ -325,13 +325,13 @@ def test_cells_behind_the_photo_propose_nothing(variables, face_photo):
     scale = 12 / 80
     level = images.resize_area(mtcnn.normalize(jnp.float32(face_photo)), (34, 36))
     propose = jax.jit(detect._level_proposals)
-    seen, boxes = propose(variables["pnet"], level, jnp.array([34, 36]), scale)
+    seen, boxes = propose(variables.pnet, level, jnp.array([34, 36]), scale)
     assert seen.size == 12 * 13 and seen.max() > 0.6
     # The cell's box is that of the face, in pixels of the photo.
     best = boxes[jnp.argmax(seen)]
     face = jnp.array([[53.7, 71.6, 161.1, 154.6]])
     assert detect.overlap(best[None], face)[0, 0] > 0.4
-    hidden, _ = propose(variables["pnet"], level, jnp.array([14, 36]), scale)
+    hidden, _ = propose(variables.pnet, level, jnp.array([14, 36]), scale)
     hidden = np.asarray(hidden).reshape(12, 13)
     assert np.all(hidden[2:] == 0) and np.any(hidden[:2] > 0)
 

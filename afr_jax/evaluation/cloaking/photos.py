@@ -16,6 +16,7 @@ from afr_jax.data import identities, photos
 from afr_jax.evaluation.cloaking import methods as cloaking_methods
 from afr_jax.evaluation.cloaking.methods import Cell
 from afr_jax.methods.cloaking import photo_cloaks
+from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect
 
@@ -95,7 +96,7 @@ def parse_method(text: str) -> tuple[str, float | None]:
 def write_photos(
     folder: pathlib.Path,
     samples: Sequence[identities.Sample],
-    detector: dict,
+    detector: mtcnn.Variables,
     protect_fn: cloaking_methods.ProtectFn,
     *,
     group: int = _GROUP,

@@ -15,6 +15,7 @@ from PIL import Image
 from afr_jax.core import parallel
 from afr_jax.data import video
 from afr_jax.evaluation.metrics import intervals
+from afr_jax.models import mtcnn
 from afr_jax.recognition import detect
 
 # Least intersection over union of a found box and the person's: below half, for boxes of patched
@@ -38,7 +39,7 @@ class Person(NamedTuple):
 
 
 def find_person(
-    variables: dict,
+    variables: mtcnn.Variables,
     frames: Sequence[video.Frame],
     *,
     is_film: bool,
@@ -120,7 +121,7 @@ def choose(people: Sequence[Person], total: int, *, seed: int | None) -> list[Pe
 
 
 def judge(
-    variables: dict,
+    variables: mtcnn.Variables,
     photos: Sequence[np.ndarray],
     boxes: Sequence[np.ndarray],
     *,

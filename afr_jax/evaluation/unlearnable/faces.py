@@ -20,6 +20,7 @@ from PIL import Image
 from afr_jax.core import files, parallel
 from afr_jax.core import images as image_ops
 from afr_jax.data import identities, image_sets, pairs, photos, sampling
+from afr_jax.models import mtcnn
 from afr_jax.recognition import align, detect
 from afr_jax.training import trainer
 
@@ -168,7 +169,9 @@ def centred(pixels: np.ndarray, side: int) -> np.ndarray:
     return identities.fit_square(pixels[top : top + size, left : left + size], side)
 
 
-def cut_face(detector: dict | None, pixels: np.ndarray, side: int) -> tuple[np.ndarray, bool]:
+def cut_face(
+    detector: mtcnn.Variables | None, pixels: np.ndarray, side: int
+) -> tuple[np.ndarray, bool]:
     """The main face of a photo, aligned; its middle where there is none.
 
     Args:
@@ -191,7 +194,7 @@ def read_pairs(
     root: pathlib.Path,
     side: int,
     *,
-    detector: dict | None,
+    detector: mtcnn.Variables | None,
     kept: pathlib.Path,
     limit: int | None = None,
     progress_fn: Callable[[list[str]], Iterable[str]] = list,

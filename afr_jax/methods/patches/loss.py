@@ -113,7 +113,7 @@ def loss_parts(
     for crops in groups:
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), crops)
         pixels = mtcnn.normalize(255.0 * flat.pixels)
-        scores, _ = mtcnn.PNet().apply(variables["pnet"], pixels, flat.sizes)
+        scores, _ = mtcnn.PNet().apply(variables.pnet, pixels, flat.sizes)
         cells = jnp.arange(scores.shape[1])[None, :]
         inside = mtcnn.map_size(flat.sizes)[:, :, None] > cells[:, None, :]
         masks = flat.masks & inside[:, 0, :, None] & inside[:, 1, None, :]
@@ -140,6 +140,6 @@ def _stage_cost(key, variables, seen, scene, margin):
         places = (jnp.arange(pixels, dtype=jnp.float32) / (pixels - 1) - 0.5)[None]
         rows, columns = (middle[axis] + moved[axis] + places * side for axis in range(2))
         crops = images.bilinear_crops(normal, rows, columns, size)
-        scores = net.apply(variables[name], crops)[0]
+        scores = net.apply(getattr(variables, name), crops)[0]
         total = total + jnp.mean(jnp.maximum(scores - margin, 0.0) ** 2)
     return total
