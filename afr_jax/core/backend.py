@@ -49,7 +49,7 @@ def enable_compilation_cache() -> pathlib.Path | None:
     Returns:
       The local folder in use, or None.
     """
-    configured = jax.config.read("jax_compilation_cache_dir")
+    configured = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009  # JAX does not type it.
     if configured and "://" in configured:
         return None
     cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")

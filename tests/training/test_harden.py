@@ -10,16 +10,16 @@ import numpy as np
 import programs
 import pytest
 
-from afr_jax.core import parallel
+from afr_jax.core import checkpoint, parallel
 from afr_jax.data import augmentation, sampling
 from afr_jax.evaluation.metrics import robustness
+from afr_jax.evaluation.recognition import harden_extractor
 from afr_jax.models.extractors import registry
 from afr_jax.models.weights import conversion
 from afr_jax.recognition import chips, detect, hardening_photos, pipeline, training_photos
 from afr_jax.training import hardening, optimizers, trained
 
 _PX, _SIZE = 8, 5
-_PROGRAM = "harden_extractor.harden_program"
 
 
 class _Net(nn.Module):
@@ -343,48 +343,30 @@ def test_cloaks_are_cut_like_their_photos(tmp_path, monkeypatch):
     )
 
 
-# The second save of the second command line stops it.
-_STOP = """
-from afr_jax.core import checkpoint
-save, saved = checkpoint.Checkpoints.save, []
-
-def save_or_stop(self, step, tree):
-    save(self, step, tree)
-    saved.append(step)
-    if len(saved) == 5:
-        raise program_module.UsageError("stopped")
-
-checkpoint.Checkpoints.save = save_or_stop
-"""
+def _call(*flags):
+    return programs.call(harden_extractor.HardenExtractorConfig, harden_extractor.run, *flags)
 
 
-def test_the_program_resumes_and_names_wrong_usage(tmp_path):
+def test_the_program_resumes(tmp_path, monkeypatch):
     toy = ["--toy", "--num_steps=9", "--checkpoint_steps=3", "--log_steps=2"]
-    data = tmp_path / "data"
-    programs.save_photo(data / "a" / "1.png", (9, 9, 9))
-    cases = [
-        ([], "--data is needed"),
-        ([f"--data={data}", "--extractor=nobody"], "no extractor 'nobody'"),
-        ([f"--data={data}", "--perturbation=folder"], "go together"),
-        (["--toy", "--epsilon=0"], "limit is 0"),
-        (["--toy", "--batch_size=1000"], "--batch_size=1000"),
-    ]
-    straight, cut, resumed, *refused = programs.drive(
-        _PROGRAM,
-        [*toy, f"--workdir={tmp_path / 'straight'}"],
-        [*toy, f"--workdir={tmp_path / 'cut'}"],
-        [*toy, f"--workdir={tmp_path / 'cut'}"],
-        *([*case, f"--workdir={tmp_path / str(place)}"] for place, (case, _) in enumerate(cases)),
-        setup=_STOP,
-    )
-    for answer, (_, part) in zip(refused, cases, strict=True):
-        assert isinstance(answer, str) and part in answer, answer
-    result, code = straight
-    assert code == 0 and cut == "stopped" and result["steps"] == 9
+    result, complete = _call(*toy, f"--workdir={tmp_path / 'straight'}")
+    assert complete and result["steps"] == 9
     assert result["before"]["shift"]["drift"] == 0
     assert result["after"]["verification"]["attacked_pairs"] == 40
+    save, saved = checkpoint.Checkpoints.save, []
+
+    def save_or_stop(self, step, tree):
+        save(self, step, tree)
+        saved.append(step)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        _call(*toy, f"--workdir={tmp_path / 'cut'}")
+    resumed, _ = _call(*toy, f"--workdir={tmp_path / 'cut'}")
     same = {"hardened": None, "command": None, "date": None}
-    assert {**result, **same} == {**resumed[0], **same}
+    assert {**result, **same} == {**resumed, **same}
     for name in ("extractor.safetensors", "metrics.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
     found = pipeline.find_extractor(str(tmp_path / "straight"))
@@ -392,3 +374,20 @@ def test_the_program_resumes_and_names_wrong_usage(tmp_path):
     assert jax.tree.structure(found.load()) == jax.tree.structure(
         pipeline.find_extractor(str(tmp_path / "straight" / "original")).load()
     )
+
+
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        ([], "--data is needed"),
+        (["--data=DATA", "--extractor=nobody"], "no extractor 'nobody'"),
+        (["--data=DATA", "--perturbation=folder"], "go together"),
+        (["--toy", "--epsilon=0"], "limit is 0"),
+        (["--toy", "--batch_size=1000"], "--batch_size=1000"),
+    ],
+)
+def test_wrong_usage_of_the_program(tmp_path, flags, part):
+    programs.save_photo(tmp_path / "data" / "a" / "1.png", (9, 9, 9))
+    flags = [flag.replace("DATA", str(tmp_path / "data")) for flag in flags]
+    answer = _call(*flags, f"--workdir={tmp_path / 'work'}")
+    assert isinstance(answer, str) and part in answer, answer
