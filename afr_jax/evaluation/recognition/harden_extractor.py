@@ -10,9 +10,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
-from afr_jax.core import checkpoint, files, options, parallel, program, workdir
+from afr_jax.core import checkpoint, files, options, parallel, program, progress, workdir
 from afr_jax.data import augmentation, identities, pairs, sampling
 from afr_jax.evaluation.metrics import robustness
 from afr_jax.models import mtcnn
@@ -312,8 +311,8 @@ def _kept(
     read_fn: Callable[..., tuple[identities.Listing, np.ndarray]],
 ) -> tuple[identities.Listing, np.ndarray]:
     """`training_photos.kept_chips` with a bar."""
-    with tqdm.tqdm(total=len(listing.samples), desc="aligning", disable=None) as bar:
-        make = functools.partial(read_fn, listing, report_fn=bar.update)
+    with progress.counter(len(listing.samples), description="aligning") as report:
+        make = functools.partial(read_fn, listing, report_fn=report)
         return training_photos.kept_chips(cache, listing, extractor.input_px, make)
 
 
@@ -337,29 +336,28 @@ def _train(
     with checkpoint.Checkpoints(work.path / "checkpoints") as checkpoints:
         step, state = checkpoints.restore(state) or (0, state)
         work.truncate_metrics(step)
-        bar = tqdm.tqdm(total=total, initial=step, desc="hardening", unit="step", disable=None)
-        while step < total:
-            # Checkpoints lie at multiples of --checkpoint_steps, wherever a run was cut.
-            until_saved = config.checkpoint_steps - step % config.checkpoint_steps
-            num_steps = min(config.log_steps, until_saved, total - step)
-            state, metrics = hardening.run_steps(
-                key,
-                state,
-                original,
-                images,
-                recipe=recipe,
-                mesh=mesh,
-                batches=batches,
-                num_steps=num_steps,
-                report_fn=bar.update,
-            )
-            step += num_steps
-            line = {name: float(np.mean(part)) for name, part in metrics._asdict().items()}
-            line = {name: value for name, value in line.items() if math.isfinite(value)}
-            work.append_metrics({"step": step, **line})
-            if step % config.checkpoint_steps == 0 or step == total:
-                checkpoints.save(step, state)
-        bar.close()
+        with progress.counter(total, description="hardening", done=step, unit="step") as report:
+            while step < total:
+                # Checkpoints lie at multiples of --checkpoint_steps, wherever a run was cut.
+                until_saved = config.checkpoint_steps - step % config.checkpoint_steps
+                num_steps = min(config.log_steps, until_saved, total - step)
+                state, metrics = hardening.run_steps(
+                    key,
+                    state,
+                    original,
+                    images,
+                    recipe=recipe,
+                    mesh=mesh,
+                    batches=batches,
+                    num_steps=num_steps,
+                    report_fn=report,
+                )
+                step += num_steps
+                line = {name: float(np.mean(part)) for name, part in metrics._asdict().items()}
+                line = {name: value for name, value in line.items() if math.isfinite(value)}
+                work.append_metrics({"step": step, **line})
+                if step % config.checkpoint_steps == 0 or step == total:
+                    checkpoints.save(step, state)
     lines = work.read_metrics()
     return state, lines[-1] if lines else line
 

@@ -9,10 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from absl import logging
 
-from afr_jax.core import checkpoint, files, options, parallel, program, workdir
+from afr_jax.core import checkpoint, files, options, parallel, program, progress, workdir
 from afr_jax.data import augmentation, identities, loaders, sampling
 from afr_jax.evaluation.metrics import verification
 from afr_jax.evaluation.report import figures
@@ -233,15 +232,15 @@ def _read_faces(config: TrainExtractorConfig, work: workdir.Workdir) -> training
             is_small = len(listing.samples) * side * side * 3 <= config.device_data_mib << 20
             if config.align:
                 cache = work.path / "chips.npz"
-                with tqdm.tqdm(total=len(listing.samples), desc="aligning", disable=None) as bar:
+                with progress.counter(len(listing.samples), description="aligning") as report:
                     listing, images = training_photos.aligned_faces(
-                        _detector(), listing, side, cache, report_fn=bar.update
+                        _detector(), listing, side, cache, report_fn=report
                     )
             elif is_small:
                 listing, images = identities.read_samples(listing, side)
             else:
-                with tqdm.tqdm(total=len(listing.samples), desc="checking", disable=None) as bar:
-                    listing = identities.without_unreadable(listing, report_fn=bar.update)
+                with progress.counter(len(listing.samples), description="checking") as report:
+                    listing = identities.without_unreadable(listing, report_fn=report)
         return training_photos.split_faces(
             listing, images, side=side, held_out=config.held_out, seed=config.seed
         )
@@ -315,22 +314,23 @@ class _Training:
             step, state = checkpoints.restore(state) or (0, state)
             self.work.truncate_metrics(step)
             advance_fn = self._advance_fn(key, step)
-            bar = tqdm.tqdm(total=total, initial=step, desc="training", unit="step", disable=None)
-            while step < total:
-                # Never beyond the end of an epoch, where there may be an evaluation.
-                num_steps = min(config.log_steps, per_epoch - step % per_epoch)
-                state, metrics = advance_fn(state, num_steps=num_steps, report_fn=bar.update)
-                step += num_steps
-                line = {"step": step, "epoch": step / per_epoch}
-                line |= {name: float(np.mean(values)) for name, values in metrics._asdict().items()}
-                epoch, is_inside = divmod(step, per_epoch)
-                if not is_inside and (epoch % config.eval_epochs == 0 or step == total):
-                    line |= self.evaluate(state)
-                    logging.info("epoch %d: %s", epoch, _summary(line))
-                self.work.append_metrics(line)
-                if not is_inside:
-                    checkpoints.save(step, state)
-            bar.close()
+            with progress.counter(total, description="training", done=step, unit="step") as report:
+                while step < total:
+                    # Never beyond the end of an epoch, where there may be an evaluation.
+                    num_steps = min(config.log_steps, per_epoch - step % per_epoch)
+                    state, metrics = advance_fn(state, num_steps=num_steps, report_fn=report)
+                    step += num_steps
+                    line = {"step": step, "epoch": step / per_epoch}
+                    line |= {
+                        name: float(np.mean(values)) for name, values in metrics._asdict().items()
+                    }
+                    epoch, is_inside = divmod(step, per_epoch)
+                    if not is_inside and (epoch % config.eval_epochs == 0 or step == total):
+                        line |= self.evaluate(state)
+                        logging.info("epoch %d: %s", epoch, _summary(line))
+                    self.work.append_metrics(line)
+                    if not is_inside:
+                        checkpoints.save(step, state)
         return state
 
     def _advance_fn(
