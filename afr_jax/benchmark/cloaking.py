@@ -1,31 +1,107 @@
-"""Our Fawkes beside the optimiser of the PyPI `fawkes` package: how fast, and how far?
+"""Row `cloaking`: our Fawkes beside the optimizer of the PyPI `fawkes` package.
 
-Both work on aligned chips, with the same net, DSSIM budget, pixel limit, steps and batches. The
-package runs in a process of its own (`experiments/reference/fawkes_driver.py`). What each side
-reached is measured on the rounded 8-bit chips: distances by dlib itself where it is installed,
-DSSIM by scikit-image. The package accepts results up to 1.1 times the budget.
+Both work on aligned chips, with the same net, DSSIM budget, pixel limit, steps and batches. What
+each side reached is measured on the rounded 8-bit chips: distances by dlib itself where it is
+installed, DSSIM by scikit-image. The package accepts results up to 1.1 times the budget.
 """
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import skimage.data
 import skimage.metrics
 
-from afr_jax.benchmark import timing
-from afr_jax.core import images
+from afr_jax.benchmark import photos, setting, timing
+from afr_jax.core import images, options
 from afr_jax.evaluation import reference
 from afr_jax.methods.cloaking import face_cloaks, fawkes
 from afr_jax.models.extractors import dlib_resnet, registry
-from afr_jax.recognition import align
+from afr_jax.recognition import align, detect
 
 _CANVAS_LADDER = (192, 256, 320)
 # Fixed in the package's code, and the learning rate of its low mode.
-_LINF, _PEER_LEARNING_RATE = 15 / 255, 25.0
+_LINF, _REFERENCE_LEARNING_RATE = 15 / 255, 25.0
+_BATCH = 4
+_MIN_CONFIDENCE = 0.9
+DRIVER = "fawkes_driver.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class CloakingOptions:
+    """What is measured in the row `cloaking`."""
+
+    num_faces: tuple[int, ...] = options.option(
+        (4, 20), "faces for cloaking, measured one by one", at_least=1
+    )
+    num_steps: int = options.option(40, "gradient steps of a cloak", at_least=1)
+    reference_graph: bool = options.option(
+        True,
+        "compile the net for fawkes (tf.function): faster than the package as it is",
+        aliases=("peer_graph",),
+    )
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        options.check(self)
+
+
+def run(config: CloakingOptions, given: setting.Setting) -> setting.Measured:
+    """The surest face of each photo, aligned, through both optimizers.
+
+    Raises:
+        options.UsageError: no photo shows a face, or dlib's weights are missing.
+    """
+    extractor = registry.get("dlib")
+    with options.usage("dlib"):
+        variables = jax.tree.map(jnp.asarray, extractor.load())
+    chips = cut_chips(
+        extractor, _faces(given, max(config.num_faces)), max(config.num_faces), seed=given.seed
+    )
+    cloak = fawkes.FawkesConfig(
+        dssim_budget=fawkes.MODES["mid"],
+        num_steps=config.num_steps,
+        align_shift=0.0,
+        align_turn=0.0,
+    )
+    rows = []
+    with given.reference.open(DRIVER) as other:
+        for count in config.num_faces:
+            rows += measure(
+                f"cloaking, {count} faces, {config.num_steps} steps",
+                extractor,
+                variables,
+                chips[:count],
+                given.folder,
+                other,
+                config=cloak,
+                batch=_BATCH,
+                repeats=given.repeats,
+                reference_graph=config.reference_graph,
+                seed=given.seed,
+            )
+        return setting.Measured(rows, other.versions if other else {})
+
+
+def _faces(given: setting.Setting, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Photos with the landmarks of their surest faces."""
+    detector, faces = given.detector(), []
+    shown = (
+        photos.read(given.paths, len(given.paths)) if given.images else [skimage.data.astronaut()]
+    )
+    for pixels in map(given.shrunk, shown):
+        found = detect.detect_faces(detector, pixels)
+        if len(found.boxes) and found.confidences[0] >= _MIN_CONFIDENCE:
+            faces.append((pixels, found.landmarks[0]))
+        if len(faces) == count:
+            break
+    if not faces:
+        raise options.UsageError("--images holds no photo with a face")
+    return faces
 
 
 def cut_chips(
@@ -69,18 +145,18 @@ def measure(
     variables: dict,
     chips: np.ndarray,
     folder: pathlib.Path,
-    other: reference.Peer | None,
+    other: reference.ReferenceProcess | None,
     *,
     config: fawkes.FawkesConfig,
     batch: int,
     repeats: int,
-    peer_graph: bool = True,
+    reference_graph: bool = True,
     seed: int = 0,
-) -> list[dict[str, Any]]:
-    """Rows of a table (`timing`): milliseconds a face and step, distances, DSSIM.
+) -> list[timing.Row]:
+    """Rows of the table: milliseconds a face and step, distances, DSSIM.
 
     A row of ours alone says which share of a step is not the net: one minus the time of the net's
-    value and gradient on a batch over the time of a step. That share is the warp, DSSIM, optimiser,
+    value and gradient on a batch over the time of a step. That share is the warp, DSSIM, optimizer,
     projections, and the start and the end of a cloak spread over its steps.
 
     Args:
@@ -93,8 +169,8 @@ def measure(
         config: of our Fawkes; budget and steps are also the package's.
         batch: chips that are cloaked together.
         repeats: timed cloaks of all chips by each side.
-        peer_graph: compile the net on the package's side (`tf.function`), which the package itself
-            does not do and which makes it faster.
+        reference_graph: compile the net on the package's side (`tf.function`), which the package
+            itself does not do and which makes it faster.
         seed: of both sides' random starts.
 
     Returns:
@@ -121,8 +197,8 @@ def measure(
             dssim=config.dssim_budget,
             steps=config.num_steps,
             batch=batch,
-            learning_rate=_PEER_LEARNING_RATE,
-            graph_mode=peer_graph,
+            learning_rate=_REFERENCE_LEARNING_RATE,
+            graph_mode=reference_graph,
             seed=seed,
         )
         cloaked["theirs"] = np.load(output)
@@ -143,7 +219,14 @@ def measure(
     ]
 
 
-def _cloak(extractor, variables, chips, config, batch, seed) -> np.ndarray:
+def _cloak(
+    extractor: registry.Extractor,
+    variables: dict,
+    chips: np.ndarray,
+    config: fawkes.FawkesConfig,
+    batch: int,
+    seed: int,
+) -> np.ndarray:
     """Cloaks uint8 chips `[N, S, S, 3]`, each chip being its own canvas."""
     side = extractor.input_px
     keys = jax.random.split(jax.random.key(seed), len(chips))

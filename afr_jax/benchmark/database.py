@@ -1,19 +1,20 @@
-"""Speed and recall of the reference database at sizes that no set of photos here has.
+"""Row `database`: speed and recall of the reference database at sizes that no set of photos has.
 
-The vectors are made: people are random directions on the unit sphere, their faces lie around them
-at the angles that a good extractor gives. What is searched for are further faces of enrolled
-people, so the nearest neighbour is mostly, but not always, the right person.
+The vectors are synthetic: people are random directions on the unit sphere, their faces lie around
+them at the angles that a good extractor gives. What is searched for are further faces of enrolled
+people, so the nearest neighbor is mostly, but not always, the right person.
 """
 
+import dataclasses
 import pathlib
 import shutil
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from afr_jax.benchmark import timing
+from afr_jax.benchmark import setting, timing
+from afr_jax.core import options
 from afr_jax.recognition import database, match
 
 # Standard deviation of a face around its person, in units of the vectors' length: faces of one
@@ -23,13 +24,32 @@ _FACES_PER_PERSON = 10
 _APPEND = 10_000
 
 
-def made_vectors(num_people: int, dimension: int, *, seed: int = 0) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class DatabaseOptions:
+    """What is measured in the row `database`."""
+
+    num_vectors: tuple[int, ...] = options.option(
+        (10_000, 100_000, 1_000_000), "sizes of the database, measured one by one", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        options.check(self)
+
+
+def run(config: DatabaseOptions, given: setting.Setting) -> setting.Measured:
+    """Reference databases of synthetic vectors; ours alone."""
+    rows = measure(given.folder, config.num_vectors, repeats=given.repeats, seed=given.seed)
+    return setting.Measured(rows)
+
+
+def synthetic_vectors(num_people: int, dimension: int, *, seed: int = 0) -> np.ndarray:
     """Directions of people, `[num_people, dimension]` float32 of unit length."""
     rng = np.random.default_rng(seed)
     return match.unit_length(rng.standard_normal((num_people, dimension), np.float32))
 
 
-def made_faces(people: np.ndarray, index: np.ndarray, *, seed: int) -> np.ndarray:
+def synthetic_faces(people: np.ndarray, index: np.ndarray, *, seed: int) -> np.ndarray:
     """A face `[N, dimension]`, of unit length, of each person in `index` `[N]`."""
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal((len(index), people.shape[1]), np.float32)
@@ -45,8 +65,8 @@ def measure(
     index_probes: int | None = None,
     repeats: int = 5,
     seed: int = 0,
-) -> list[dict[str, Any]]:
-    """Rows of a table (`timing`) for each number of enrolled vectors.
+) -> list[timing.Row]:
+    """Rows of the table for each number of enrolled vectors.
 
     Enrolment in transactions of 10,000 vectors, upkeep (joining files, and the index from
     `database.INDEX_FROM` vectors on), queries in a group and one by one, exactly and through the
@@ -69,10 +89,10 @@ def measure(
         name = f"database, {count:,} vectors of {dimension}"
         place = folder / f"database_{count}"
         opened, seconds, upkeep = _filled(place, count, dimension, seed)
-        people = made_vectors(-(-count // _FACES_PER_PERSON), dimension, seed=seed)
+        people = synthetic_vectors(-(-count // _FACES_PER_PERSON), dimension, seed=seed)
         rng = np.random.default_rng(seed + 1)
         owners = rng.integers(len(people), size=num_probes)
-        probes = made_faces(people, owners, seed=seed + 2)
+        probes = synthetic_faces(people, owners, seed=seed + 2)
         rows += [
             timing.state(name, "enrolment, vectors per second", count / seconds, None),
             timing.state(name, "upkeep and index, seconds", upkeep, None),
@@ -84,8 +104,8 @@ def measure(
 
 
 def _filled(place, count, dimension, seed):
-    """A database of made faces, the seconds of its enrolment and those of its upkeep."""
-    people = made_vectors(-(-count // _FACES_PER_PERSON), dimension, seed=seed)
+    """A database of synthetic faces, the seconds of its enrolment and those of its upkeep."""
+    people = synthetic_vectors(-(-count // _FACES_PER_PERSON), dimension, seed=seed)
     tag = database.ExtractorTag("made", "0" * 64, dimension, "euclidean_l2")
     opened = database.open_database(place, tag=tag, create=True)
     seconds = 0.0
@@ -97,7 +117,7 @@ def _filled(place, count, dimension, seed):
             digests=["0" * 64] * len(index),
             faces=[0] * len(index),
             boxes=np.zeros((len(index), 4), np.float32),
-            vectors=made_faces(people, index // _FACES_PER_PERSON, seed=seed + 3 + start),
+            vectors=synthetic_faces(people, index // _FACES_PER_PERSON, seed=seed + 3 + start),
         )
         before = time.perf_counter()
         opened.append(entries)
@@ -110,10 +130,10 @@ def _filled(place, count, dimension, seed):
 def _queries(name, opened, probes, owners, index_probes, repeats):
     nearest = {}
 
-    def search(kind, some, **options):
+    def search(kind, some, **how):
         def once():
             before = time.perf_counter()
-            nearest[kind] = opened.search(some, k=1, **options)
+            nearest[kind] = opened.search(some, k=1, **how)
             return 1e3 * (time.perf_counter() - before) / len(some)
 
         return once

@@ -1,20 +1,62 @@
-"""Our detector beside the PyPI `mtcnn` package: do they find the same faces, and how fast?
+"""Row `detection`: our detector beside the PyPI `mtcnn` package, how fast, and the same faces?"""
 
-The package runs in a process of its own (`experiments/reference/mtcnn_driver.py`).
-"""
-
+import dataclasses
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from afr_jax.benchmark import timing
+from afr_jax.benchmark import photos as photo_source
+from afr_jax.benchmark import setting, timing
+from afr_jax.core import options
 from afr_jax.evaluation import reference
 from afr_jax.evaluation.attackers import other_detectors
 from afr_jax.models import mtcnn
 from afr_jax.recognition import detect
+
+DRIVER = "mtcnn_driver.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectionOptions:
+    """What is measured in the row `detection`."""
+
+    num_photos: int = options.option(12, "photos for detection", at_least=1)
+    photo_px: int = options.option(640, "their longer side, pixels", at_least=64)
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        options.check(self)
+
+
+def run(config: DetectionOptions, given: setting.Setting) -> setting.Measured:
+    """Photos of one longer side and many shapes, through both detectors.
+
+    Raises:
+        options.UsageError: no photo can be read.
+    """
+    side, count = config.photo_px, config.num_photos
+    if given.images:
+        batch = [
+            photo_source.resized(pixels, side) for pixels in photo_source.read(given.paths, count)
+        ]
+    else:
+        batch = [photo_source.made(number, side) for number in range(count)]
+    if not batch:
+        raise options.UsageError("--images holds no readable photo")
+    with given.reference.open(DRIVER) as other:
+        rows = measure(
+            f"detection, {len(batch)} photos of {side} px",
+            given.detector(),
+            batch,
+            given.folder,
+            other,
+            detector_options=detect.DetectorOptions(),
+            repeats=given.repeats,
+        )
+        return setting.Measured(rows, other.versions if other else {})
 
 
 class Agreement(NamedTuple):
@@ -74,12 +116,12 @@ def measure(
     variables: mtcnn.Variables,
     photos: Sequence[np.ndarray],
     folder: pathlib.Path,
-    other: reference.Peer | None,
+    other: reference.ReferenceProcess | None,
     *,
-    options: detect.DetectorOptions,
+    detector_options: detect.DetectorOptions,
     repeats: int,
-) -> list[dict[str, Any]]:
-    """Rows of a table (`timing`): milliseconds a photo, and whether both find the same faces.
+) -> list[timing.Row]:
+    """Rows of the table: milliseconds a photo, and whether both find the same faces.
 
     Args:
         row: name of the rows.
@@ -87,7 +129,7 @@ def measure(
         photos: `[H, W, 3]` uint8 each.
         folder: where the photos are put for the package.
         other: the package; None leaves its column empty.
-        options: settings of the cascade.
+        detector_options: settings of the cascade.
         repeats: timed passes of each side over all photos.
 
     Returns:
@@ -100,11 +142,11 @@ def measure(
 
     def ours():
         start = time.perf_counter()
-        found["ours"] = detect.detect_photos(variables, photos, options=options)
+        found["ours"] = detect.detect_photos(variables, photos, options=detector_options)
         return 1e3 * (time.perf_counter() - start) / len(photos)
 
     def theirs():
-        seconds, found["theirs"] = other_detectors.ask_mtcnn(other, paths, options)
+        seconds, found["theirs"] = other_detectors.ask_mtcnn(other, paths, detector_options)
         return 1e3 * sum(seconds) / len(photos)
 
     sides = {"ours": ours} if other is None else {"ours": ours, "theirs": theirs}

@@ -1,41 +1,75 @@
-"""Our extractors beside their originals: how fast is a face embedded?
+"""Row `embedding`: how fast our extractors embed a face, beside their originals.
 
-The originals (dlib, facenet-pytorch's module and a MobileFaceNet in torch, in inference mode) run
-in a process of their own (`experiments/reference/extractors_driver.py`). Both sides get the same
-batch of aligned chips; detection and alignment are not in it.
+The originals are dlib, facenet-pytorch's module and a MobileFaceNet in torch, in inference mode.
+Both sides get the same batch of aligned chips; detection and alignment are not in it.
 """
 
+import dataclasses
 import pathlib
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.benchmark import timing
+from afr_jax.benchmark import setting, timing
+from afr_jax.core import options
 from afr_jax.evaluation import reference
 from afr_jax.models.extractors import registry
 from afr_jax.models.weights import conversion
+
+DRIVER = "extractors_driver.py"
+_BATCH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingOptions:
+    """What is measured in the row `embedding`."""
+
+    extractors: tuple[str, ...] = options.option(
+        ("dlib", "facenet_casia", "mobilefacenet"),
+        "networks for embedding",
+        choices=tuple(registry.EXTRACTORS),
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the names."""
+        options.check(self)
+
+
+def run(config: EmbeddingOptions, given: setting.Setting) -> setting.Measured:
+    """A batch of chips, through each extractor."""
+    rows = []
+    with given.reference.open(DRIVER) as other:
+        for name in config.extractors:
+            rows += measure(
+                registry.get(name),
+                given.folder,
+                other,
+                batch=_BATCH,
+                repeats=given.repeats,
+                seed=given.seed,
+            )
+        return setting.Measured(rows, other.versions if other else {})
 
 
 def measure(
     extractor: registry.Extractor,
     folder: pathlib.Path,
-    other: reference.Peer | None,
+    other: reference.ReferenceProcess | None,
     *,
     batch: int,
     repeats: int,
     seed: int = 0,
-) -> list[dict[str, Any]]:
-    """A row of a table (`timing`): milliseconds a face.
+) -> list[timing.Row]:
+    """A row of the table: milliseconds a face.
 
     Weights and chips are random, which costs the same as real ones.
 
     Args:
-        extractor: entry of the zoo.
-        folder: where chips are put for the peer.
-        other: the peer; None leaves its column empty.
+        extractor: of the registry.
+        folder: where chips are put for the original.
+        other: the original; None leaves its column empty.
         batch: chips of a call.
         repeats: timed calls of each side.
         seed: of weights and chips.

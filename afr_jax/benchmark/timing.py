@@ -1,12 +1,36 @@
 """Timing of several implementations against each other, and the table of what came out.
 
-A row of the table is a dict: `row`, `quantity`, `ours`, `peer` and `ratio`, the last three a spread
-(`spread`), a plain number or None. `ratio` is the peer's time over ours.
+In the result files the reference implementation's figure is called "peer".
 """
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypedDict
+
+
+class Spread(TypedDict):
+    """Measurements: their median, least and largest, and all of them in order."""
+
+    median: float
+    low: float
+    high: float
+    samples: list[float]
+
+
+Figure = Spread | float | int | None
+
+
+class Row(TypedDict):
+    """A row of the table: name, what is measured, our figure, the reference's, and their ratio.
+
+    `ratio` is the reference's time over ours.
+    """
+
+    row: str
+    quantity: str
+    ours: Figure
+    peer: Figure
+    ratio: Figure
 
 
 def take_turns(sides: Mapping[str, Callable[[], float]], *, repeats: int) -> dict[str, list[float]]:
@@ -31,7 +55,7 @@ def take_turns(sides: Mapping[str, Callable[[], float]], *, repeats: int) -> dic
     return samples
 
 
-def spread(samples: Sequence[float]) -> dict[str, Any]:
+def spread(samples: Sequence[float]) -> Spread:
     """Median, least and largest of measurements, and the measurements themselves."""
     return {
         "median": statistics.median(samples),
@@ -42,24 +66,24 @@ def spread(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def compare(
-    row: str, quantity: str, ours: Sequence[float], peer: Sequence[float] | None
-) -> dict[str, Any]:
-    """A row on times, with the ratio of each round."""
-    ratio = None
-    if peer is not None:
-        ratio = spread([theirs / own for own, theirs in zip(ours, peer, strict=True)])
-        peer = spread(peer)
-    return {"row": row, "quantity": quantity, "ours": spread(ours), "peer": peer, "ratio": ratio}
+    row: str, quantity: str, ours: Sequence[float], reference: Sequence[float] | None
+) -> Row:
+    """A row on times, with the ratio of each round; `reference` is None if it was not measured."""
+    theirs = ratio = None
+    if reference is not None:
+        theirs = spread(reference)
+        ratio = spread([other / own for own, other in zip(ours, reference, strict=True)])
+    return {"row": row, "quantity": quantity, "ours": spread(ours), "peer": theirs, "ratio": ratio}
 
 
-def state(row: str, quantity: str, ours: Any, peer: Any) -> dict[str, Any]:
-    """A row on anything but times: numbers, spreads or None."""
-    return {"row": row, "quantity": quantity, "ours": ours, "peer": peer, "ratio": None}
+def state(row: str, quantity: str, ours: Figure, reference: Figure) -> Row:
+    """A row on anything but times."""
+    return {"row": row, "quantity": quantity, "ours": ours, "peer": reference, "ratio": None}
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table: median (least-largest) of spreads, nothing for None."""
-    lines = [["", "", "ours", "peer", "peer / ours"]]
+    lines = [["", "", "ours", "reference", "reference / ours"]]
     for row in rows:
         figures = [_figure(row[name]) for name in ("ours", "peer", "ratio")]
         lines.append([row["row"], row["quantity"], *figures])
@@ -77,7 +101,7 @@ def _aligned(text: str, width: int, column: int) -> str:
     return text.ljust(width) if column < 2 else text.rjust(width)
 
 
-def _figure(value: Any) -> str:
+def _figure(value: Figure) -> str:
     if value is None:
         return ""
     if isinstance(value, Mapping):

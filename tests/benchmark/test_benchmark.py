@@ -1,4 +1,4 @@
-"""The benchmark: turns and tables, the peers' protocol, agreement of detectors, the programs."""
+"""The benchmark: turns and tables, the protocol of references, agreement, the program."""
 
 import json
 import os
@@ -11,11 +11,12 @@ import textwrap
 import time
 
 import numpy as np
+import programs
 import pytest
 import skimage.data
 from PIL import Image
 
-from afr_jax.benchmark import cloaking, detection, timing
+from afr_jax.benchmark import cloaking, detection, program, timing
 from afr_jax.core import backend, provenance
 from afr_jax.evaluation import reference
 from afr_jax.evaluation.attackers import other_detectors
@@ -23,12 +24,12 @@ from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-_PEERS = _ROOT / "experiments" / "reference"
+_DRIVERS = _ROOT / "experiments" / "reference"
 
-# Stands in for both peers: finds one face at a fixed place, and cloaks by darkening a little.
+# Stands in for both packages: finds one face at a fixed place, and cloaks by darkening a little.
 _STUB = """
 import os, sys
-sys.path.insert(0, {peers!r})
+sys.path.insert(0, {drivers!r})
 import numpy as np
 import serving
 
@@ -61,7 +62,7 @@ serving.serve(serving.versions("numpy", "no_such_package"), handlers)
 @pytest.fixture(scope="module")
 def stub(tmp_path_factory):
     path = tmp_path_factory.mktemp("stub") / "stub.py"
-    path.write_text(_STUB.format(peers=str(_PEERS)))
+    path.write_text(_STUB.format(drivers=str(_DRIVERS)))
     return path
 
 
@@ -102,50 +103,52 @@ def test_table():
         timing.state("a", "share", 0.98765, None),
     ]
     assert timing.table(rows).splitlines() == [
-        "|   |       |    ours |       peer | peer / ours |",
-        "| - | ----- | ------: | ---------: | ----------: |",
-        "| a | ms    | 2 (1-3) | 8 (2-3000) |  4 (2-1000) |",
-        "| a | share |   0.988 |            |             |",
+        "|   |       |    ours |  reference | reference / ours |",
+        "| - | ----- | ------: | ---------: | ---------------: |",
+        "| a | ms    | 2 (1-3) | 8 (2-3000) |       4 (2-1000) |",
+        "| a | share |   0.988 |            |                  |",
     ]
 
 
-def test_a_peer_answers_and_its_prints_do_no_harm(stub):
-    with reference.Peer(sys.executable, stub) as other:
+def test_a_reference_answers_and_its_prints_do_no_harm(stub):
+    with reference.ReferenceProcess(sys.executable, stub) as other:
         assert other.versions == {
             "python": ".".join(map(str, sys.version_info[:3])),
             "numpy": np.__version__,
         }
         assert other.call("noise") == {"text": "wörds"}
-        with pytest.raises(reference.PeerError, match=r"stub.py fail: ValueError: no such thing"):
+        with pytest.raises(
+            reference.ReferenceProcessError, match=r"stub.py fail: ValueError: no such thing"
+        ):
             other.call("fail")
-        with pytest.raises(reference.PeerError, match="KeyError"):
+        with pytest.raises(reference.ReferenceProcessError, match="KeyError"):
             other.call("unknown")
         assert other.call("noise") == {"text": "wörds"}
 
 
-def test_a_peer_that_ends_is_reported_with_its_last_words(stub):
-    with reference.Peer(sys.executable, stub) as other:
-        with pytest.raises(reference.PeerError, match="has ended:\n(.*\n)*last words"):
+def test_a_reference_that_ends_is_reported_with_its_last_words(stub):
+    with reference.ReferenceProcess(sys.executable, stub) as other:
+        with pytest.raises(reference.ReferenceProcessError, match="has ended:\n(.*\n)*last words"):
             other.call("crash")
-        with pytest.raises(reference.PeerError, match="has ended"):
+        with pytest.raises(reference.ReferenceProcessError, match="has ended"):
             other.call("noise")
 
 
-def test_a_peer_that_cannot_start_is_reported(tmp_path):
-    with pytest.raises(reference.PeerError, match="cannot be started"):
-        reference.Peer(tmp_path / "no_python", _PEERS / "mtcnn_driver.py")
+def test_a_reference_that_cannot_start_is_reported(tmp_path):
+    with pytest.raises(reference.ReferenceProcessError, match="cannot be started"):
+        reference.ReferenceProcess(tmp_path / "no_python", _DRIVERS / "mtcnn_driver.py")
     script = tmp_path / "program.py"
     script.write_text("import no_such_library")
-    with pytest.raises(reference.PeerError, match="No module named 'no_such_library'"):
-        reference.Peer(sys.executable, script)
+    with pytest.raises(reference.ReferenceProcessError, match="No module named 'no_such_library'"):
+        reference.ReferenceProcess(sys.executable, script)
 
 
-def test_a_peer_that_does_not_end_is_killed(tmp_path, monkeypatch):
+def test_a_reference_that_does_not_end_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "_END_SECONDS", 0.1)
     script = tmp_path / "program.py"
     script.write_text("import time\nprint('{\"versions\": {}}', flush=True)\ntime.sleep(60)")
     start = time.monotonic()
-    reference.Peer(sys.executable, script).close()
+    reference.ReferenceProcess(sys.executable, script).close()
     assert time.monotonic() - start < 30
 
 
@@ -178,7 +181,7 @@ def test_agreement(ours, theirs, found, known):
     assert len(result.landmark_errors) == sum(found)
 
 
-def test_landmark_errors_are_shares_of_the_peers_width():
+def test_landmark_errors_are_shares_of_the_references_width():
     ours, theirs = _faces((50, 50, 40, 1), (0, 0, 20, 1)), _faces((0, 0, 20, 1), (50, 50, 40, 1))
     theirs.landmarks[0, 3] += [3.0, 4.0]
     errors = detection.compare(ours, theirs).landmark_errors
@@ -186,7 +189,7 @@ def test_landmark_errors_are_shares_of_the_peers_width():
 
 
 def test_faces_of_the_package_are_read(stub):
-    with reference.Peer(sys.executable, stub) as other:
+    with reference.ReferenceProcess(sys.executable, stub) as other:
         paths = [pathlib.Path("a.npy")]
         seconds, (faces,) = other_detectors.ask_mtcnn(other, paths, detect.DetectorOptions())
     assert seconds == [0.5]
@@ -254,12 +257,12 @@ def test_freed_memory_is_used_again():
     assert kept < 100 < returned
 
 
-def test_peers_start_without_our_compiler_options(stub, tmp_path, monkeypatch):
+def test_references_start_without_our_compiler_options(stub, tmp_path, monkeypatch):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\n[ -z "$XLA_FLAGS" ] && exec "{sys.executable}" "{stub}"\n')
     python.chmod(0o755)
     monkeypatch.setenv("XLA_FLAGS", "--an_option")
-    with reference.Peer(python, stub) as other:
+    with reference.ReferenceProcess(python, stub) as other:
         assert "numpy" in other.versions
 
 
@@ -273,7 +276,7 @@ def test_peers_start_without_our_compiler_options(stub, tmp_path, monkeypatch):
         ("--images=/data/shared2/my photos", "--images='/data/shared2/my photos'"),
         ("--images=/data/shared/my photos", "--images=$AFR_SHARED'/my photos'"),
         ("--weights=a=/data/shared/w.npz,b=c", "--weights=a=$AFR_SHARED/w.npz,b=c"),
-        ("--peer_python=/opt/p/bin/python", "--peer_python=$REFERENCE_PYTHON"),
+        ("--reference_python=/opt/p/bin/python", "--reference_python=$REFERENCE_PYTHON"),
         ("--workdir=out", "--workdir=$WORKDIR"),
         ("out", "$WORKDIR"),
         ("--output_dir=output", "--output_dir=output"),
@@ -292,16 +295,17 @@ def test_provenance_puts_names_for_paths_of_this_machine(argument, shown):
     assert str(_ROOT) not in json.dumps(record)
 
 
-def _run(module, *flags):
-    command = [sys.executable, "-m", f"experiments.{module}", "--toy", *flags]
-    return subprocess.run(command, cwd=_ROOT, env=os.environ, capture_output=True, text=True)
+def _run(*flags):
+    """The result and whether it is complete, of a toy run in this process; or a message."""
+    return programs.call(program.BenchmarkConfig, program.run, "--toy", *flags)
 
 
-def test_benchmark_program_with_peers(tmp_path, stub_python):
-    done = _run("benchmark", f"--peer_python={stub_python}", f"--workdir={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert done.stdout.count("\n") == 1
+def test_benchmark_with_references(tmp_path, stub_python, monkeypatch, capfd):
+    # The old name of the flag.
+    flags = [f"--peer_python={stub_python}", f"--workdir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--toy", *flags])
+    result, complete = _run(*flags)
+    assert complete
     assert json.loads((tmp_path / "result.json").read_text()) == result
     rows = {(row["row"].split(",")[0], row["quantity"]): row for row in result["rows"]}
     speed = rows["detection", "ms per photo"]
@@ -318,70 +322,84 @@ def test_benchmark_program_with_peers(tmp_path, stub_python):
     assert result["note"] is None
     assert set(result["peers"]) == {"detection", "cloaking"}
     table = (tmp_path / "benchmark.md").read_text()
-    assert table in done.stderr
+    assert table in capfd.readouterr().err
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(result["rows"]) and len(set(map(len, lines))) == 1
     assert result["command"] == (
         "python -m experiments.benchmark --toy --peer_python=$REFERENCE_PYTHON --workdir=$WORKDIR"
     )
+    assert str(tmp_path) not in json.dumps(result) and str(stub_python) not in json.dumps(result)
 
 
-def test_benchmark_program_without_peers_says_how_to_get_them(tmp_path):
-    flags = ["--rows=detection", "--repeats=1", "--num_photos=1", f"--workdir={tmp_path}"]
-    done = _run("benchmark", *flags)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert [row["peer"] for row in result["rows"]] == [None]
+def test_benchmark_without_references_says_how_to_get_them(tmp_path, capfd):
+    flags = ["--rows=detection,database", "--repeats=1", "--num_photos=1"]
+    result, complete = _run(*flags, f"--workdir={tmp_path}")
+    assert complete and all(row["peer"] is None for row in result["rows"])
+    assert {row["row"].split(",")[0] for row in result["rows"]} == {"detection", "database"}
     assert "experiments/reference/README.md" in result["note"]
     assert result["note"] in (tmp_path / "benchmark.md").read_text()
-    assert result["note"] in done.stderr
+    assert result["note"] in capfd.readouterr().err
 
 
-def test_agreement_program_lists_every_disagreement(tmp_path, stub_python):
+def test_agreement_of_detectors_lists_every_disagreement(tmp_path, stub_python):
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(6):
         Image.new("RGB", (60, 80), (90, 120, 200)).save(photos / f"{number}.png")
     (photos / "5.png").write_text("no photo")
-    flags = [f"--images={photos}", f"--peer_python={stub_python}", f"--workdir={tmp_path / 'out'}"]
-    done = _run("detector_agreement", "--max_photos=3", *flags)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    flags = [f"--images={photos}", f"--reference_python={stub_python}"]
+    flags += ["--rows=detector_agreement", f"--workdir={tmp_path / 'out'}"]
+    result, complete = _run(*flags)
+    assert complete
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
+    found = result["detector_agreement"]
     counts = {"ours": 0, "ours_found": 0, "theirs": 2, "theirs_found": 0}
-    assert result["confident_faces"] == counts
+    assert found["confident_faces"] == counts
     first = {"image": "0.png", "found_by": "theirs", "box": [20, 10, 70, 50], "best_iou": 0}
-    assert result["disagreements"][0] == first | {"confidence": pytest.approx(0.99)}
-    assert [item["image"] for item in result["disagreements"]] == ["0.png", "3.png"]
+    assert found["disagreements"][0] == first | {"confidence": pytest.approx(0.99)}
+    assert [item["image"] for item in found["disagreements"]] == ["0.png", "3.png"]
+    result, complete = _run("--max_photos=6", *flags)
+    assert not complete
+    assert [item["image"] for item in result["detector_agreement"]["unreadable"]] == ["5.png"]
 
 
 @pytest.mark.parametrize(
-    "module, flags, message",
+    "flags, message",
     [
-        ("benchmark", ["--rows=detection,speed"], "'speed' is none of detection, cloaking"),
-        ("benchmark", ["--peer_python=no/python", "--rows=detection"], "cannot be started"),
-        ("detector_agreement", ["--images=tests"], "--peer_python is needed"),
+        (["--rows=detection,speed"], "'speed', must be one of detection, cloaking"),
+        (["--peer_python=no/python", "--rows=detection"], "no/python cannot be started"),
+        (["--rows=detector_agreement", "--images=tests"], "--reference_python is needed"),
+        (["--rows=detector_agreement"], "--images is needed"),
+        (["--rows=extractor_agreement"], "--reference_python is needed"),
+        (["--rows=extractor_agreement", "--networks=openface,nobody"], "'nobody', must be one of"),
+        (["--rows=extractor_agreement", "--mobilefacenet=nowhere"], "there is no nowhere/mobile"),
     ],
 )
-def test_wrong_usage(tmp_path, module, flags, message):
-    done = _run(module, f"--workdir={tmp_path}", *flags)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr and done.stdout == ""
+def test_wrong_usage(tmp_path, flags, message):
+    answer = _run(f"--workdir={tmp_path}", *flags)
+    assert isinstance(answer, str) and message in answer, answer
+    assert not (tmp_path / "result.json").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("AFR_PEER_PYTHON" not in os.environ, reason="AFR_PEER_PYTHON is not set")
-def test_the_real_peers_work_and_attack_the_same_net(tmp_path):
+@pytest.mark.skipif(
+    "AFR_REFERENCE_PYTHON" not in os.environ, reason="AFR_REFERENCE_PYTHON is not set"
+)
+def test_the_real_references_work_and_attack_the_same_net(tmp_path):
     extractor = registry.get("dlib")
     points = np.array([[100, 204], [102, 245], [126, 224], [139, 202], [140, 244]], np.float32)
     chips = cloaking.cut_chips(extractor, [(skimage.data.astronaut(), points)], 2)
     np.save(tmp_path / "chips.npy", chips)
-    with reference.Peer(os.environ["AFR_PEER_PYTHON"], _PEERS / "fawkes_driver.py") as other:
+    with reference.ReferenceProcess(
+        os.environ["AFR_REFERENCE_PYTHON"], _DRIVERS / "fawkes_driver.py"
+    ) as other:
         theirs = other.call("embed", chips=str(tmp_path / "chips.npy"))["embeddings"]
     ours = registry.embed(extractor, extractor.load(), chips.astype(np.float32) / 255)
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     np.save(tmp_path / "photo.npy", skimage.data.astronaut())
-    with reference.Peer(os.environ["AFR_PEER_PYTHON"], _PEERS / "mtcnn_driver.py") as other:
+    with reference.ReferenceProcess(
+        os.environ["AFR_REFERENCE_PYTHON"], _DRIVERS / "mtcnn_driver.py"
+    ) as other:
         options = detect.DetectorOptions()
         _, (faces,) = other_detectors.ask_mtcnn(other, [tmp_path / "photo.npy"], options)
     np.testing.assert_allclose(faces.landmarks[0], points, atol=2)
