@@ -1,8 +1,8 @@
 """What the original face extractors say of random chips: the oracles of `test_extractors.py`.
 
-    peers/bin/python tests/make_extractor_references.py [mobilefacenet.json mobilefacenet.npz]
+    reference/bin/python tests/make_extractor_references.py [mobilefacenet.json mobilefacenet.npz]
 
-Runs under the Python of the peers (experiments/reference/README.md) and writes tests/references:
+Runs under the Python of the references (experiments/reference/README.md), writes tests/references:
 the embeddings of each network, whose weights and chips both sides make from seeds
 (`random_weights.py`), and small weight files as torch and Keras write them. With the published
 MobileFaceNet, its list of layers and its arrays, also that one's embeddings.

@@ -3,8 +3,8 @@
     python tests/make_references.py dlib      # needs dlib-bin and face_recognition_models
     python tests/make_references.py mtcnn     # needs mtcnn and tensorflow
 
-The first writes tests/data/dlib_descriptors.npz, the second tests/data/mtcnn_faces.json. The tests
-make the same images from the portrait by `chips` and `scenes`, so only results are stored.
+The first writes tests/references/dlib_descriptors.npz, the second mtcnn_faces.json beside it. The
+tests make the same images from the portrait by `chips` and `scenes`, so only results are stored.
 """
 
 import json

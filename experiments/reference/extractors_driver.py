@@ -1,4 +1,4 @@
-"""Serves the originals of our face extractors; run by the peers' Python, see README.md.
+"""Serves the originals of our face extractors; run by the references' Python, see README.md.
 
 FaceNet is facenet-pytorch's module, VGG-Face, OpenFace and DeepFace are the Keras models of
 `deepface`, IResNet and MobileFaceNet those of `torch_nets.py`, dlib is dlib. Weights are random but

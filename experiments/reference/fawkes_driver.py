@@ -1,4 +1,4 @@
-"""Serves the optimiser of PyPI `fawkes` 1.0.4 (TensorFlow); run by the peers' Python.
+"""Serves the optimizer of PyPI `fawkes` 1.0.4 (TensorFlow); run by the references' Python.
 
 The package's own extractors are behind a dead server, so it attacks a Keras copy of dlib's ResNet,
 the net and weights that ours attacks, too. Everything else is the package's: the options of its

@@ -1,4 +1,4 @@
-"""Serves PyPI `mtcnn` (TensorFlow) to the benchmark; run by the peers' Python, see README.md."""
+"""Serves PyPI `mtcnn` (TensorFlow); run by the references' Python, see README.md."""
 
 import os
 

@@ -1,8 +1,8 @@
 """Random weights and chips that any Python makes alike from a seed; needs NumPy alone.
 
-The peers fill the original networks with them, the tests ours: stored references are a few numbers
-then, not a network. An array depends on its name in the original's weight file, so a layer in the
-wrong place cannot go unnoticed.
+The drivers fill the original networks with them, the tests ours: stored references are a few
+numbers then, not a network. An array depends on its name in the original's weight file, so a layer
+in the wrong place cannot go unnoticed.
 """
 
 import math

@@ -1,9 +1,9 @@
-"""The peer's side of the benchmark: answers requests, one JSON object a line, until input ends.
+"""The drivers' side of the protocol: answers requests, one JSON object a line, until input ends.
 
 A request is `{"command": NAME, ...}` on standard input, an answer `{...}` on standard output, or
 `{"error": TEXT}`; arrays travel as `.npy` files, named in the request. The first line, before any
 request, is `{"versions": {...}}`. Runs under any Python with the standard library; the other side
-is `afr_jax.benchmark.reference`.
+is `afr_jax.evaluation.reference`.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""IResNet and MobileFaceNet in torch, as the peers' side of `experiments.extractor_agreement`.
+"""IResNet and MobileFaceNet in torch, for the benchmark's row `extractor_agreement`.
 
 Layouts and state-dict names are InsightFace's (`arcface_torch`); `GraphNet` computes a network from
 the list of its layers (ncnn's vocabulary), which is the published form of MobileFaceNet-y1.

@@ -1,10 +1,11 @@
+"""The launch scripts: what they hand to the program, and how a job under SLURM ends."""
+
 import os
 import pathlib
 import signal
 import stat
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -12,15 +13,23 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SCRIPTS = (".ci/run", "launch/local.sh", "launch/slurm.sbatch")
 
 _PROGRAM = '''
-"""A program for the test."""
+import dataclasses
 import jax
-from afr_jax.core import program
+from afr_jax.core import options, program
 
-program.define_flags()
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TestConfig(options.Config):
+    """A program for the test."""
+
+
+def run(config):
+    result = {"devices": jax.device_count(), "platform": jax.default_backend()}
+    return options.Outcome(result, complete=False)
+
 
 if __name__ == "__main__":
-    result = {"devices": jax.device_count(), "platform": jax.default_backend()}
-    program.main_of_flags(lambda: (result, 3))
+    program.main(TestConfig, run)
 '''
 
 
@@ -116,15 +125,15 @@ def test_slurm_starts_one_step_and_passes_the_exit_code_on(cluster, code):
 
 
 def test_slurm_goes_back_to_the_queue_when_time_is_nearly_up(cluster):
-    job = _sbatch(
-        cluster, "experiments.verify", "--workdir=w", srun_does="touch up; sleep 1; exit 9"
-    )
-    end = time.monotonic() + 20
-    while not (cluster / "up").exists() and time.monotonic() < end:
-        time.sleep(0.05)
+    for name in ("up", "go_on"):
+        os.mkfifo(cluster / name)
+    step = "echo >up; read -r _ <go_on; exit 9"
+    job = _sbatch(cluster, "experiments.verify", "--workdir=w", srun_does=step)
+    (cluster / "up").read_text()  # Until the step runs.
     job.send_signal(signal.SIGUSR1)
-    _, errors = job.communicate(timeout=20)
-    assert "back to the queue" in errors
+    assert "back to the queue" in job.stderr.readline()
+    (cluster / "go_on").write_text("\n")
+    job.communicate(timeout=60)
     assert (cluster / "calls").read_text().splitlines()[1:] == ["requeue 77"]
     # The job waited for the step to end.
     assert job.returncode == 9
