@@ -146,7 +146,7 @@ def _load_models() -> _Models:
     asked = [*_SURROGATES.value, *_CHECK.value]
     try:
         weights = pipeline.parse_weights(_WEIGHTS.value, asked)
-        eyes = pipeline.load(asked, weights=weights)
+        eyes = pipeline.load_recognizer(*asked, weights=weights)
         names = [eyes.extractors[name].name for name in asked]
         for name in names:
             if names.count(name) > 1:

@@ -164,7 +164,7 @@ def evaluation_program() -> tuple[dict[str, Any], int]:
     split, problems = _split(options, work)
     try:
         weights = pipeline.parse_weights(_WEIGHTS.value, names)
-        everything = pipeline.load(names, weights=weights)
+        everything = pipeline.load_recognizer(*names, weights=weights)
         _check_weights(work, everything)
         trackers = {name: everything.extractors[name] for name in options.trackers}
         study = cloaking_study.open_study(

@@ -53,6 +53,7 @@ class Spec(NamedTuple):
         flag: name of the flag; None for the field's own.
         aliases: further names of the flag.
         resumable: whether the value may change when a run is resumed.
+        is_repeated: whether several values are given by repeating the flag, not with commas.
     """
 
     help: str
@@ -62,6 +63,7 @@ class Spec(NamedTuple):
     flag: str | None = None
     aliases: tuple[str, ...] = ()
     resumable: bool = False
+    is_repeated: bool = False
 
 
 class Leaf(NamedTuple):
@@ -97,9 +99,12 @@ def option(
     flag: str | None = None,
     aliases: tuple[str, ...] = (),
     resumable: bool = False,
+    is_repeated: bool = False,
 ) -> Any:
     """A field of an options class that is a flag of programs; see `Spec` for the arguments."""
-    spec = Spec(help, tuple(choices), at_least, at_most, flag, tuple(aliases), resumable)
+    spec = Spec(
+        help, tuple(choices), at_least, at_most, flag, tuple(aliases), resumable, is_repeated
+    )
     return dataclasses.field(default=default, metadata={"option": spec})
 
 

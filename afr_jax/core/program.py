@@ -232,7 +232,8 @@ def _define(config_class: type[options.Config], values: flags.FlagValues) -> Non
         default, text = leaf.default, leaf.spec.help
         if leaf.is_tuple:
             default = None if default is None else [str(item) for item in default]
-            flags.DEFINE_list(leaf.flag, default, text, flag_values=values)
+            define = flags.DEFINE_multi_string if leaf.spec.is_repeated else flags.DEFINE_list
+            define(leaf.flag, default, text, flag_values=values)
         else:
             _DEFINERS[leaf.kind](leaf.flag, default, text, flag_values=values)
         for alias in leaf.spec.aliases:

@@ -93,6 +93,22 @@ class Listing:
         return Listing(kept, (*self.problems, *reasons))
 
 
+def list_people(
+    root: str | os.PathLike[str], *, table: str | os.PathLike[str] | None = None
+) -> Listing:
+    """Lists a folder with one folder per identity, or the photos of a folder that a CSV names.
+
+    Args:
+        root: folder of the photos.
+        table: see `list_csv`; `list_tree` without one.
+
+    Raises:
+        FileNotFoundError: the CSV or the root does not exist.
+        ValueError: they hold no usable photo.
+    """
+    return list_tree(root) if table is None else list_csv(table, root)
+
+
 def list_tree(root: str | os.PathLike[str]) -> Listing:
     """Lists a folder with one folder per identity, at any depth.
 

@@ -1,10 +1,10 @@
-"""Photo files to arrays and back: decoding to upright RGB, encoding to PNG.
+"""Photos from files, folders, arrays and PIL images: decoding to upright RGB, encoding to PNG.
 
 A decoded photo is uint8 in 0..255, layout [H, W, 3], RGB, upright; alpha, gray mode and color
 profile travel beside it, so that what is written back differs from the source in its pixels only.
 Pixels of wide-gamut photos are not converted: they stay in the space their profile describes.
 
-Finding photos, naming outputs and writing files is in photo_files.py; conversion to float images in
+Listing photos of folders and naming outputs is in photo_files.py; conversion to float images in
 [0, 1] is done by the callers. Host code: no JAX here, never called from a traced function.
 """
 
@@ -17,7 +17,8 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
+from typing import NamedTuple
 
 import numpy as np
 from PIL import (
@@ -33,6 +34,8 @@ from PIL import (
     TiffImagePlugin,
     WebPImagePlugin,
 )
+
+from afr_jax.data import photo_files
 
 MAX_PIXELS = 100_000_000
 _MAX_FILE_BYTES = 1 << 30  # 100 megapixels of 16-bit RGBA are 0.8 GB
@@ -75,6 +78,10 @@ class PhotoError(Exception):
     """A file that cannot be taken as a photo; the message is a short reason without the path."""
 
 
+class NotAPhotoError(PhotoError):
+    """A file whose first bytes are of no format that is read, or an empty one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Photo:
     """A decoded photo.
@@ -85,6 +92,7 @@ class Photo:
         gray: Whether the file was grayscale; the three channels are then equal.
         icc_profile: Profile of `pixels` to write back; None stands for sRGB.
         exif: EXIF block without orientation, thumbnail and maker note, for `keep_metadata`.
+        name: Path below the folder it was found in, the name of its file, or "photo_<number>".
     """
 
     pixels: np.ndarray
@@ -92,6 +100,106 @@ class Photo:
     gray: bool = False
     icc_profile: bytes | None = None
     exif: bytes | None = None
+    name: str = ""
+
+
+# One photo: pixels [H, W, 3] uint8, the path of a file, a PIL image of any mode, or a decoded one.
+PhotoLike = np.ndarray | str | os.PathLike[str] | Image.Image | Photo
+
+
+class Source(NamedTuple):
+    """A photo that was asked for and is not decoded yet.
+
+    Attributes:
+        name: See `Photo.name`.
+        photo: What `as_photo` takes.
+        in_folder: Whether it is a file that was found in a folder, rather than given by itself.
+        problem: Why it must not be read, or None.
+    """
+
+    name: str
+    photo: PhotoLike
+    in_folder: bool = False
+    problem: str | None = None
+
+
+# One or several, also the path of a folder.
+PhotosLike = PhotoLike | Iterable[PhotoLike | Source]
+
+
+def list_sources(photos: PhotosLike) -> list[Source]:
+    """Lists photos of any form; only the names of files are looked at.
+
+    Args:
+        photos: One photo or several: arrays `[H, W, 3]` uint8 (several also as `[N, H, W, 3]`),
+            paths of files and folders (`photo_files.list_photos`), PIL images, decoded photos;
+            sources stay what they are.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+    """
+    is_one = isinstance(photos, (str, os.PathLike, Image.Image, Photo, Source))
+    is_one |= isinstance(photos, np.ndarray) and photos.ndim <= 3
+    found: list[Source] = []
+    for photo in [photos] if is_one else photos:
+        if isinstance(photo, (str, os.PathLike)):
+            path = pathlib.Path(photo).expanduser()
+            found += [
+                Source(item.relative.as_posix(), item.path, path.is_dir(), item.problem)
+                for item in photo_files.list_photos([path])
+            ]
+        elif isinstance(photo, Source):
+            found.append(photo)
+        else:
+            name = photo.name if isinstance(photo, Photo) else ""
+            found.append(Source(name or f"photo_{len(found)}", photo))
+    return found
+
+
+def read_photos(photos: PhotosLike) -> list[Photo]:
+    """Reads photos of any form; files in folders that are no photos are passed over.
+
+    Args:
+        photos: See `list_sources`.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        PhotoError: If a photo is damaged; the message begins with its name.
+        ValueError: If an array is not uint8 [H, W, 3].
+    """
+    found = []
+    for source in list_sources(photos):
+        try:
+            if source.problem is not None:
+                raise PhotoError(source.problem)
+            found.append(dataclasses.replace(as_photo(source.photo), name=source.name))
+        except NotAPhotoError as error:
+            if not source.in_folder:
+                raise PhotoError(f"{source.name}: {error}") from error
+        except PhotoError as error:
+            raise PhotoError(f"{source.name}: {error}") from error
+    return found
+
+
+def as_photo(photo: PhotoLike) -> Photo:
+    """One photo in any form as a decoded one.
+
+    Raises:
+        PhotoError: If a file or a PIL image cannot be decoded.
+        ValueError: If an array is not uint8 [H, W, 3], or empty.
+    """
+    if isinstance(photo, Photo):
+        return photo
+    if isinstance(photo, np.ndarray):
+        if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
+            raise ValueError(f"a photo must be uint8 [H, W, 3], got {photo.dtype} {photo.shape}")
+        return Photo(photo)
+    if isinstance(photo, Image.Image):
+        try:
+            return _from_pillow(photo.copy())
+        except Exception as error:  # As in `decode_photo`.
+            raise PhotoError("the image is damaged or incomplete") from error
+    return dataclasses.replace(read_photo(photo), name=pathlib.Path(photo).name)
 
 
 def read_photo(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Photo:
@@ -211,11 +319,11 @@ def encode_png(photo: Photo, pixels: np.ndarray, *, keep_metadata: bool = False)
 def _format_of(header: bytes) -> str:
     """Names the format of a file by its first bytes; PhotoError if it is none of ours."""
     if not header:
-        raise PhotoError("the file is empty")
+        raise NotAPhotoError("the file is empty")
     for file_format, signature in _SIGNATURES:
         if re.match(signature, header, re.DOTALL):
             return file_format
-    raise PhotoError("not a photo in a supported format (JPEG, PNG, WebP, BMP, TIFF, HEIC)")
+    raise NotAPhotoError("not a photo in a supported format (JPEG, PNG, WebP, BMP, TIFF, HEIC)")
 
 
 def _reader(file_format: str) -> Callable[[io.BytesIO], ImageFile.ImageFile]:
@@ -243,16 +351,21 @@ def _decode(image: ImageFile.ImageFile, file_format: str, data: bytes) -> Photo:
     # TIFF alone warns while it decodes; threads may decode the pixels of the others in parallel.
     with _warnings_ignored() if file_format == "TIFF" else contextlib.nullcontext():
         image.load()
-    icc_profile = image.info.get("icc_profile")
     _repair_transparent_color(image, file_format, data)
+    # Pillow gives 16-bit gray with alpha (PNG color type 4) as RGBA of equal channels.
+    return _from_pillow(image, is_gray=file_format == "PNG" and data[25] == 4)
+
+
+def _from_pillow(image: Image.Image, *, is_gray: bool = False) -> Photo:
+    """The photo of a loaded image, which is changed."""
+    icc_profile = image.info.get("icc_profile")
     with _warnings_ignored():
         exif = _make_upright(image)
     if image.mode in _WIDE_RANGES:
         pixels, alpha = _from_wide_gray(image)
         gray = True
     else:
-        # Pillow gives 16-bit gray with alpha (PNG color type 4) as RGBA of equal channels.
-        gray = image.mode in ("1", "L", "LA", "La") or (file_format == "PNG" and data[25] == 4)
+        gray = is_gray or image.mode in ("1", "L", "LA", "La")
         pixels, alpha = _from_eight_bits(image, icc_profile)
         if image.mode in ("CMYK", "LAB"):
             icc_profile = None  # The pixels are sRGB now.

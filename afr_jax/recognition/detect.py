@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from afr_jax.core import images, parallel
+from afr_jax.core import options as options_lib
+from afr_jax.data import photos as data_photos
 from afr_jax.models import mtcnn
 
 # Photo sides are padded to these; beyond the last, to its multiples.
@@ -29,6 +31,7 @@ _PROPOSAL_LADDER = (256, 1024, 2048, 4096)
 # Candidates that one step of a stage takes: a stage loops over the real ones, so that no shape
 # depends on their number and no time goes into empty places.
 _CELL, _STRIDE = 12, 2
+MIN_FACE_HELP = "side of the smallest face looked for, pixels, at least 12"
 _REFINE_CHUNK, _OUTPUT_CHUNK, _SUPPRESS_CHUNK = 64, 16, 64
 
 
@@ -39,17 +42,20 @@ class DetectorOptions:
     Attributes:
         min_face_px: side of the smallest face looked for, >= 12.
         scale_factor: ratio between pyramid levels, in (0, 1).
-        thresholds: least face probability of P-, R- and O-Net.
-        overlaps: largest overlap of two survivors: within a level, across levels, after R-Net,
-            after O-Net.
+        thresholds: three, least face probability of P-, R- and O-Net.
+        overlaps: four, largest overlap of two survivors: within a level, across levels, after
+            R-Net, after O-Net; no flag.
     """
 
-    min_face_px: float = 20.0
-    scale_factor: float = 0.709
-    thresholds: tuple[float, float, float] = (0.6, 0.7, 0.8)
+    min_face_px: float = options_lib.option(20.0, MIN_FACE_HELP)
+    scale_factor: float = options_lib.option(0.709, "ratio of the sizes looked for, in (0, 1)")
+    thresholds: tuple[float, ...] = options_lib.option(
+        (0.6, 0.7, 0.8), "least face probability of P-, R- and O-Net, in [0, 1]"
+    )
     overlaps: tuple[float, float, float, float] = (0.5, 0.7, 0.7, 0.7)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
         if not self.min_face_px >= _CELL:
             raise ValueError(f"min_face_px is {self.min_face_px}, must be at least {_CELL}")
         if not 0.0 < self.scale_factor < 1.0:
@@ -108,18 +114,25 @@ def level_sizes(height: int, width: int, scales: tuple[float, ...]) -> tuple[tup
 
 
 def detect_faces(
-    variables: mtcnn.Variables, pixels: np.ndarray, *, options: DetectorOptions = DetectorOptions()
+    variables: mtcnn.Variables,
+    photo: data_photos.PhotoLike,
+    *,
+    options: DetectorOptions = DetectorOptions(),
 ) -> Faces:
     """Finds the faces of one photo.
 
     Args:
-        variables: of the three networks (`mtcnn.read_weights`).
-        pixels: `[H, W, 3]` uint8 RGB.
+        variables: of the three networks (`mtcnn.load_variables`).
+        photo: `[H, W, 3]` uint8 RGB, the path of a file, or a PIL image.
         options: settings of the cascade.
 
     Returns:
         The faces; empty arrays where there is none.
+
+    Raises:
+        PhotoError: the photo cannot be read.
     """
+    pixels = data_photos.as_photo(photo).pixels
     return detect_stages(variables, pixels, options=options).faces
 
 
@@ -165,7 +178,7 @@ def detect_stages(
 
 def detect_photos(
     variables: mtcnn.Variables,
-    photos: Sequence[np.ndarray],
+    photos: Sequence[data_photos.PhotoLike],
     *,
     options: DetectorOptions = DetectorOptions(),
 ) -> list[Faces]:
@@ -173,14 +186,14 @@ def detect_photos(
 
     Args:
         variables: of the three networks.
-        photos: `[H, W, 3]` uint8 each, of any sizes.
+        photos: as `detect_faces` takes them, of any sizes.
         options: settings of the cascade.
 
     Returns:
         The faces of each photo, equal to those of `detect_faces`.
     """
     return parallel.thread_map(
-        lambda pixels: detect_faces(variables, pixels, options=options), photos
+        lambda photo: detect_faces(variables, photo, options=options), photos
     )
 
 

@@ -1,10 +1,13 @@
-"""Stages 2 to 4 of face recognition in one call: from photo files to embedded faces.
+"""The face recognition system: a detector and extractors, from photos to who is on them.
 
-What enrollment, matching, verification and evaluations share: a photo is read and its faces are
-detected once, then aligned and embedded for every extractor in use.
+A photo is read and its faces are detected once, then aligned and embedded for every extractor in
+use (`recognize`). On that stand verification of two photos (`verify`), enrollment into a reference
+database and matching against it (methods of `Recognizer`).
 """
 
 import hashlib
+import itertools
+import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -12,76 +15,352 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import VariableDict
 
-from afr_jax.core import parallel
-from afr_jax.data import photos
+from afr_jax.core import files, parallel, progress
+from afr_jax.data import identities, photos
 from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
-from afr_jax.recognition import database, detect, embed
+from afr_jax.recognition import database as databases
+from afr_jax.recognition import detect, embed, match
 from afr_jax.training import trained
 
+# Photos that are read at a time, and that one transaction of a database enrolls.
 _GROUP = 64
 NO_FACE = "no face was found"
+_COLUMNS = (
+    *("query", "face", "query_box", "rank", "identity", "image", "box"),
+    *("distance", "threshold", "matched", "decision"),
+)
+
+
+# A folder with a folder of photos for each person, a listing, or photos by person.
+GalleryLike = str | os.PathLike[str] | identities.Listing | Mapping[str, photos.PhotosLike]
 
 
 class Recognizer(NamedTuple):
-    """A detector and some extractors, loaded.
+    """A detector and some extractors, loaded; from `load_recognizer`.
 
     Attributes:
         detector: variables of MTCNN's three networks.
         options: of the detector.
-        extractors: entries of the zoo and the like, by the name that was asked for.
+        extractors: entries of the registry and the like, by the name that was asked for.
         variables: theirs, by name.
     """
 
-    detector: dict
+    detector: mtcnn.Variables
     options: detect.DetectorOptions
     extractors: dict[str, registry.Extractor]
-    variables: dict[str, dict]
+    variables: dict[str, VariableDict]
+
+    def enroll(
+        self,
+        gallery: GalleryLike,
+        database: str | os.PathLike[str] | databases.Database,
+        *,
+        extractor: str | None = None,
+        replace: bool = False,
+        min_confidence: float = 0.9,
+    ) -> "EnrollmentReport":
+        """Enrolls people's photos into a reference database: what is new and what has changed.
+
+        The face that each photo is of (large and central) is written with its identity, the photo's
+        name, its box and the extractor. Every 64 photos, or with `replace` every person, are one
+        transaction, so that a killed run is completed by the next.
+
+        Args:
+            gallery: folder with a folder of photos for each person, a listing of photos, or photos
+                in any form by person (`photos.list_sources`).
+            database: one that is open, or its folder or address, where it is made if need be.
+            extractor: name of one of the recognizer's; its only one by default.
+            replace: whether the database forgets what else it has of the gallery's people.
+            min_confidence: of the detector, for a face to be enrolled.
+
+        Raises:
+            DatabaseError: it cannot be used, or holds another extractor's embeddings.
+            FileNotFoundError: the gallery does not exist.
+            ValueError: it holds no photo of a person, or the extractor is not said.
+        """
+        name = self.only_extractor() if extractor is None else extractor
+        items, problems = _enrollees(gallery)
+        own_tag = tag(self, name)
+        if not isinstance(database, databases.Database):
+            database = databases.open_database(database, tag=own_tag, create=True)
+        database.check_tag(own_tag)
+        # Name of an enrolled photo -> its digest and identity.
+        enrolled = {} if replace else database.images()
+        todo = [
+            item
+            for item in items
+            if item.name not in enrolled
+            or enrolled[item.name] != (_read_digest(item.photo), item.identity)
+        ]
+        if replace:
+            todo.sort(key=lambda item: item.identity)
+        found = recognize(self, [item.photo for item in todo], min_confidence=min_confidence)
+        found = progress.track(found, description="photos", total=len(todo))
+        added = changed = 0
+        for group in _transactions(zip(todo, found, strict=True), by_person=replace):
+            usable = [(item, seen) for item, seen in group if seen.problem is None]
+            useless = [(item, seen.problem) for item, seen in group if seen.problem is not None]
+            problems += [identities.Problem(item.name, reason) for item, reason in useless]
+            new = [pair for pair in usable if pair[0].name not in enrolled]
+            again = [pair for pair in usable if pair[0].name in enrolled]
+            added += len(new)
+            changed += len(again)
+            if replace and new:
+                database.replace_identity(new[0][0].identity, _entries(new, name))
+            elif new:
+                database.append(_entries(new, name))
+            if again:
+                database.replace_images(_entries(again, name))
+            database.delete_images(item.name for item, _ in useless if item.name in enrolled)
+        database.maintain()
+        unchanged = len(items) - len(todo)
+        return EnrollmentReport(database, added, changed, unchanged, tuple(problems))
+
+    def match(
+        self,
+        queries: photos.PhotosLike,
+        database: "str | os.PathLike[str] | databases.Database | EnrollmentReport",
+        *,
+        top_k: int = 5,
+        metric: str | None = None,
+        threshold: float | None = None,
+        exact: bool | None = None,
+        min_confidence: float = 0.9,
+    ) -> "MatchReport":
+        """Looks for every face of some photos in a reference database.
+
+        Args:
+            queries: photos in any form, see `photos.list_sources`.
+            database: one that is open, its folder or address, or what `enroll` returned.
+            top_k: nearest enrolled faces to list for a query face.
+            metric: one of `registry.METRICS`; the extractor's own by default.
+            threshold: distance below which it is the same person; the extractor's by default.
+            exact: whether to search all faces even if there is an index.
+            min_confidence: of the detector, for a face to be matched.
+
+        Raises:
+            DatabaseError: it cannot be used, is empty, or holds another extractor's embeddings.
+            FileNotFoundError: a query does not exist.
+            ValueError: no threshold is known.
+        """
+        if isinstance(database, EnrollmentReport):
+            database = database.database
+        elif not isinstance(database, databases.Database):
+            database = databases.open_database(database)
+        database.check_not_empty()
+        name = self._extractor_of(database)
+        extractor = self.extractors[name]
+        metric = metric or extractor.metric
+        if threshold is None:
+            threshold = match.threshold_of(extractor, metric)
+        sources = photos.list_sources(queries)
+        found = recognize(
+            self,
+            [source.photo for source in sources],
+            which="all",
+            min_confidence=min_confidence,
+        )
+        seen = list(progress.track(found, description="query photos", total=len(sources)))
+        probes = [item.embeddings[name] for item in seen]
+        size = (0, extractor.embedding_size)
+        hits = database.search(
+            np.concatenate([np.zeros(size, np.float32), *probes]),
+            k=top_k,
+            metric=metric,
+            exact=exact,
+        )
+        faces = [
+            (source.name, number, box)
+            for source, item in zip(sources, seen, strict=True)
+            for number, box in enumerate(item.faces.boxes)
+        ]
+        matches, decisions = _matches(faces, hits, threshold)
+        return MatchReport(
+            tuple(Query(source.name, item) for source, item in zip(sources, seen, strict=True)),
+            matches,
+            decisions,
+            metric,
+            threshold,
+        )
+
+    def only_extractor(self) -> str:
+        """Name of the extractor, where there is one.
+
+        Raises:
+            ValueError: there are several or none.
+        """
+        if len(self.extractors) != 1:
+            names = ", ".join(self.extractors) or "none"
+            raise ValueError(f"say which extractor: the recognizer has {names}")
+        return next(iter(self.extractors))
+
+    def _extractor_of(self, database: databases.Database) -> str:
+        """Name of the extractor that made a database's embeddings."""
+        tags = {name: tag(self, name) for name in self.extractors}
+        for name, own in tags.items():
+            if own == database.tag:
+                return name
+        for own in tags.values():
+            database.check_tag(own)
+        raise ValueError("the recognizer has no extractor")
 
 
 class Recognized(NamedTuple):
     """What was found in one photo.
 
     Attributes:
-        path: of the file.
+        path: of the file; None for a photo that came as an array or image.
         problem: why there are no faces: an unreadable file, or `NO_FACE`; None if there are.
-        digest: SHA-256 of the file, hexadecimal; empty if it could not be read.
+        digest: SHA-256 of the file, or of the pixels where there is none, hexadecimal; empty if it
+            could not be read.
         faces: the N faces.
         embeddings: `[N, D]` float32 of each extractor, by name.
     """
 
-    path: pathlib.Path
+    path: pathlib.Path | None
     problem: str | None
     digest: str
     faces: detect.Faces
     embeddings: dict[str, np.ndarray]
 
+    @property
+    def status(self) -> str:
+        """`ok`, `no_face` or `unreadable`."""
+        if self.problem is None:
+            return "ok"
+        return "no_face" if self.problem == NO_FACE else "unreadable"
 
-def load(
-    names: Sequence[str],
-    *,
-    weights: Mapping[str, str] | None = None,
+
+class Verdict(NamedTuple):
+    """Whether two faces are one person's, as an extractor has it.
+
+    Attributes:
+        distance: in the metric that was asked for.
+        threshold: distance below which it is the same person; None where none is known.
+        same_person: None where there is no threshold.
+    """
+
+    distance: float
+    threshold: float | None
+    same_person: bool | None
+
+
+class EnrollmentReport(NamedTuple):
+    """What `Recognizer.enroll` did.
+
+    Attributes:
+        database: the reference database.
+        added: photos that were new.
+        changed: photos that were enrolled before and have changed.
+        unchanged: photos that were enrolled before.
+        problems: photos that could not be enrolled, and why.
+    """
+
+    database: databases.Database
+    added: int
+    changed: int
+    unchanged: int
+    problems: tuple[identities.Problem, ...]
+
+
+class Query(NamedTuple):
+    """A photo that was looked for, by its name, and what was found in it."""
+
+    name: str
+    found: Recognized
+
+
+class Match(NamedTuple):
+    """An enrolled face near a query face: a line of matches.csv.
+
+    Attributes:
+        query: name of the query photo.
+        face: number of the face in it, from 0.
+        query_box: `[4]` (y0, x0, y1, x1) of the face.
+        rank: 1 is nearest.
+        identity: of the enrolled face.
+        image: name of the enrolled photo.
+        box: `[4]` of the enrolled face.
+        distance: of the two.
+        threshold: distance below which it is the same person.
+        matched: whether it is.
+        decision: identity of the query face's nearest one if that matched, else `match.UNKNOWN`.
+    """
+
+    query: str
+    face: int
+    query_box: np.ndarray
+    rank: int
+    identity: str
+    image: str
+    box: np.ndarray
+    distance: float
+    threshold: float
+    matched: bool
+    decision: str
+
+
+class MatchReport(NamedTuple):
+    """What `Recognizer.match` found.
+
+    Attributes:
+        queries: the query photos, with the reason where one has no faces.
+        matches: `top_k` for each query face, in the order of queries, faces, ranks.
+        decisions: for each query face: an identity, or `match.UNKNOWN`.
+        metric: of the distances.
+        threshold: of the matches.
+    """
+
+    queries: tuple[Query, ...]
+    matches: tuple[Match, ...]
+    decisions: tuple[str, ...]
+    metric: str
+    threshold: float
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the matches as a CSV; boxes are `y0 x0 y1 x1` in pixels of the upright photo."""
+        rows = [
+            (
+                *(item.query, item.face, _spoken(item.query_box), item.rank),
+                *(item.identity, item.image, _spoken(item.box)),
+                *(f"{item.distance:.6f}", f"{item.threshold:.6g}", int(item.matched)),
+                item.decision,
+            )
+            for item in self.matches
+        ]
+        files.write_csv(path, _COLUMNS, rows)
+
+
+def load_recognizer(
+    *names: str,
+    weights: Mapping[str, str] | str | os.PathLike[str] | None = None,
     options: detect.DetectorOptions | None = None,
 ) -> Recognizer:
     """Loads the detector and extractors.
 
     Args:
-        names: of extractors in the zoo, or folders of trained ones (`trained.write_extractor`).
-        weights: file of an extractor's weights, by its name; its default source otherwise.
+        *names: of extractors in the registry, or folders of trained ones
+            (`trained.write_extractor`); none for the detector alone.
+        weights: file of an extractor's weights by its name, or the file alone where there is one
+            extractor; the default source where none is given.
         options: of the detector; its defaults if None.
 
     Raises:
         ValueError: an unknown name, or a file that does not hold the network's weights.
         FileNotFoundError: weights that are not there, with what to do.
     """
+    if isinstance(weights, (str, os.PathLike)):
+        weights = parse_weights([os.fspath(weights)], names)
     weights = weights or {}
     for name in weights:
         if name not in names:
             raise ValueError(f"weights are given for {name!r}, which is not among the extractors")
     extractors = {name: find_extractor(name) for name in names}
     return Recognizer(
-        detector=jax.tree.map(jnp.asarray, mtcnn.read_weights(mtcnn.find_weights())),
+        detector=mtcnn.load_variables(),
         options=options or detect.DetectorOptions(),
         extractors=extractors,
         variables={
@@ -104,12 +383,12 @@ def find_extractor(name: str) -> registry.Extractor:
     return registry.get(name)
 
 
-def tag(recognizer: Recognizer, name: str) -> database.ExtractorTag:
+def tag(recognizer: Recognizer, name: str) -> databases.ExtractorTag:
     """What a reference database notes of the extractor that filled it."""
     extractor = recognizer.extractors[name]
     weights = registry.fingerprint(recognizer.variables[name])
     size = extractor.embedding_size
-    return database.ExtractorTag(extractor.name, weights, size, extractor.metric)
+    return databases.ExtractorTag(extractor.name, weights, size, extractor.metric)
 
 
 def parse_weights(values: Sequence[str], names: Sequence[str]) -> dict[str, str]:
@@ -129,9 +408,64 @@ def parse_weights(values: Sequence[str], names: Sequence[str]) -> dict[str, str]
     return found
 
 
+def verify(
+    recognizer: Recognizer,
+    first: photos.PhotoLike,
+    second: photos.PhotoLike,
+    *,
+    metric: str | None = None,
+    threshold: float | None = None,
+) -> dict[str, Verdict]:
+    """Whether two photos show one person, by each extractor; of several faces the main one counts.
+
+    Args:
+        recognizer: from `load_recognizer`.
+        first: a photo in any form: array `[H, W, 3]` uint8, path, PIL image.
+        second: likewise.
+        metric: one of `registry.METRICS`; each extractor's own by default.
+        threshold: distance below which it is the same person; each extractor's by default.
+
+    Returns:
+        The verdicts by the extractors' names.
+
+    Raises:
+        ValueError: a photo cannot be read or shows no face.
+    """
+    pair = tuple(recognize(recognizer, (first, second)))
+    for place, photo, found in zip(("first", "second"), (first, second), pair, strict=True):
+        if found.problem is not None:
+            is_path = isinstance(photo, (str, os.PathLike))
+            raise ValueError(f"{photo if is_path else f'the {place} photo'}: {found.problem}")
+    return {
+        name: judge(
+            extractor,
+            *(found.embeddings[name][0] for found in pair),
+            metric=metric,
+            threshold=threshold,
+        )
+        for name, extractor in recognizer.extractors.items()
+    }
+
+
+def judge(
+    extractor: registry.Extractor,
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    metric: str | None = None,
+    threshold: float | None = None,
+) -> Verdict:
+    """An extractor's verdict on two embeddings `[D]`; see `verify`."""
+    metric = metric or extractor.metric
+    distance = float(match.distance(first, second, metric=metric))
+    if threshold is None:
+        threshold = getattr(extractor.thresholds, metric)
+    return Verdict(distance, threshold, None if threshold is None else distance < threshold)
+
+
 def recognize(
     recognizer: Recognizer,
-    paths: Iterable[pathlib.Path],
+    sources: Iterable[photos.PhotoLike],
     *,
     which: Literal["main", "all"] = "main",
     min_confidence: float = 0.0,
@@ -142,19 +476,19 @@ def recognize(
     their faces are embedded.
 
     Args:
-        recognizer: from `load`.
-        paths: of photo files.
+        recognizer: from `load_recognizer`.
+        sources: photos in any form: paths of files, arrays `[H, W, 3]` uint8, PIL images.
         which: the face that a photo is of (`detect.main_face`), or every one.
         min_confidence: of the detector, for a face to count.
 
     Yields:
-        One result for each path, in their order.
+        One result for each photo, in their order.
     """
-    paths = [pathlib.Path(path) for path in paths]
-    for start in range(0, len(paths), _GROUP):
-        group = paths[start : start + _GROUP]
-        found = parallel.thread_map(
-            lambda path: _find(recognizer, path, which, min_confidence), group
+    sources = list(sources)
+    for start in range(0, len(sources), _GROUP):
+        group = sources[start : start + _GROUP]
+        found = parallel.overlapped(
+            lambda source: _find(recognizer, source, which, min_confidence), group
         )
         pairs = [
             (pixels, landmarks) for pixels, faces, _, _ in found for landmarks in faces.landmarks
@@ -164,34 +498,134 @@ def recognize(
             for name, extractor in recognizer.extractors.items()
         }
         at = 0
-        for path, (_, faces, digest, problem) in zip(group, found, strict=True):
+        for source, (_, faces, digest, problem) in zip(group, found, strict=True):
             rows = slice(at, at + len(faces.boxes))
             at = rows.stop
             own = {name: vectors[rows] for name, vectors in embeddings.items()}
+            path = pathlib.Path(source) if isinstance(source, (str, os.PathLike)) else None
             yield Recognized(path, problem, digest, faces, own)
 
 
-def file_digest(path: pathlib.Path) -> str:
-    """SHA-256 of a photo file, hexadecimal; empty if it cannot be read as one."""
+class _Enrollee(NamedTuple):
+    """A photo to enroll: its name, whose it is, the photo in any form."""
+
+    name: str
+    identity: str
+    photo: photos.PhotoLike
+
+
+def _enrollees(
+    gallery: GalleryLike,
+) -> tuple[list[_Enrollee], list[identities.Problem]]:
+    """The photos of a gallery, and what cannot be enrolled for its name."""
+    problems: list[identities.Problem] = []
+    if isinstance(gallery, Mapping):
+        items = [
+            _Enrollee(f"{person}/{source.name}", person, source.photo)
+            for person, some in gallery.items()
+            for source in photos.list_sources(some)
+        ]
+    else:
+        if not isinstance(gallery, identities.Listing):
+            gallery = identities.list_tree(gallery)
+        problems += gallery.problems
+        items = [_Enrollee(item.sample_id, item.identity, item.path) for item in gallery.samples]
+    reasons = {item.name: reason for item in items if (reason := _name_problem(item))}
+    problems += [identities.Problem(name, reason) for name, reason in reasons.items()]
+    return [item for item in items if item.name not in reasons], problems
+
+
+def _name_problem(item: _Enrollee) -> str | None:
+    if item.identity == match.UNKNOWN:
+        return f"nobody may be called {match.UNKNOWN!r}: it says that none matched"
     try:
-        return hashlib.sha256(photos.read_photo_bytes(path)).hexdigest()
-    except photos.PhotoError:
-        return ""
+        item.name.encode("utf-8")
+    except UnicodeEncodeError:
+        return "the name is not Unicode"
+    return None
 
 
-def _find(recognizer, path, which, min_confidence):
+def _transactions(
+    pairs: Iterable[tuple[_Enrollee, Recognized]], *, by_person: bool
+) -> Iterator[list[tuple[_Enrollee, Recognized]]]:
+    """Photos that are written at once: a person's, or any 64."""
+    if by_person:
+        for _, group in itertools.groupby(pairs, key=lambda pair: pair[0].identity):
+            yield list(group)
+        return
+    pairs = iter(pairs)
+    while group := list(itertools.islice(pairs, _GROUP)):
+        yield group
+
+
+def _entries(pairs: Sequence[tuple[_Enrollee, Recognized]], name: str) -> databases.Entries:
+    return databases.Entries(
+        identities=[item.identity for item, _ in pairs],
+        images=[item.name for item, _ in pairs],
+        digests=[seen.digest for _, seen in pairs],
+        faces=[0] * len(pairs),
+        boxes=np.stack([seen.faces.boxes[0] for _, seen in pairs]),
+        vectors=np.stack([seen.embeddings[name][0] for _, seen in pairs]),
+    )
+
+
+def _matches(
+    faces: Sequence[tuple[str, int, np.ndarray]], hits: databases.Hits, threshold: float
+) -> tuple[tuple[Match, ...], tuple[str, ...]]:
+    """The hits of each query face (photo, number, box), and the decision on it."""
+    matches, decisions = [], []
+    for at, (name, number, query_box) in enumerate(faces):
+        is_known = hits.distances[at, 0] < threshold
+        decision = hits.identities[at][0] if is_known else match.UNKNOWN
+        decisions.append(decision)
+        for rank in range(hits.distances.shape[1]):
+            distance = float(hits.distances[at, rank])
+            matches.append(
+                Match(
+                    *(name, number, query_box, rank + 1),
+                    *(hits.identities[at][rank], hits.images[at][rank], hits.boxes[at, rank]),
+                    *(distance, threshold, distance < threshold, decision),
+                )
+            )
+    return tuple(matches), tuple(decisions)
+
+
+def _spoken(box: np.ndarray) -> str:
+    return " ".join(f"{value:.1f}" for value in box)
+
+
+def _find(
+    recognizer: Recognizer, source: photos.PhotoLike, which: str, min_confidence: float
+) -> tuple[np.ndarray | None, detect.Faces, str, str | None]:
     """Pixels (None for an unreadable photo), faces, digest and problem of one photo."""
-    none = detect.no_faces()
     try:
-        data = photos.read_photo_bytes(path)
-        pixels = photos.decode_photo(data).pixels
+        pixels, digest = _read(source)
     except photos.PhotoError as error:
-        return None, none, "", str(error)
+        return None, detect.no_faces(), "", str(error)
     faces = detect.detect_faces(recognizer.detector, pixels, options=recognizer.options)
     spread = np.ptp(faces.landmarks, axis=1).max(axis=1, initial=0.0)
     # Landmarks in one spot cannot be aligned.
     faces = detect.select_faces(faces, (faces.confidences >= min_confidence) & (spread >= 1.0))
     if which == "main":
         faces = detect.main_face(faces, pixels.shape)
-    digest = hashlib.sha256(data).hexdigest()
     return pixels, faces, digest, None if len(faces.boxes) else NO_FACE
+
+
+def _read(source: photos.PhotoLike) -> tuple[np.ndarray, str]:
+    """Pixels and digest of a photo."""
+    if isinstance(source, (str, os.PathLike)):
+        data = photos.read_photo_bytes(source)
+        return photos.decode_photo(data).pixels, hashlib.sha256(data).hexdigest()
+    pixels = photos.as_photo(source).pixels
+    digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes())
+    return pixels, digest.hexdigest()
+
+
+def _read_digest(source: photos.PhotoLike) -> str:
+    """The digest of a photo alone; empty if it cannot be read."""
+    try:
+        if isinstance(source, (str, os.PathLike)):
+            return hashlib.sha256(photos.read_photo_bytes(source)).hexdigest()
+        return _read(source)[1]
+    except photos.PhotoError:
+        return ""

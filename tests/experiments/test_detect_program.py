@@ -1,58 +1,32 @@
 """The detect program from the outside: statuses, boxes, drawings, wrong usage."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
+import programs
 import pytest
 import skimage.data
 from PIL import Image
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-# Runs the program with a detector that needs no compilation: one face in every photo, but a photo
-# of 40 rows breaks it. Prints what happens to each command line.
-_DRIVER = """
-import json, sys
-import numpy as np
-from absl import flags
-from absl.testing import flagsaver
-from afr_jax.core import program
-from afr_jax.recognition import detect as detector
-from experiments import detect
-
-def detect_faces(variables, pixels, *, options):
-    if len(pixels) == 40:
-        raise ZeroDivisionError("odd")
-    points = np.zeros((1, 5, 2), np.float32)
-    return detector.Faces(np.array([[1, 2, 9, 8]], np.float32), np.ones(1, np.float32), points)
-
-detector.detect_faces = detect_faces
-program.define_flags()
-flags.FLAGS(["detect"])
-for line in json.loads(sys.argv[1]):
-    with flagsaver.flagsaver():
-        flags.FLAGS(["detect", *line])
-        try:
-            print(json.dumps(detect.detect_program()))
-        except program.UsageError as error:
-            print(json.dumps(str(error)))
-"""
+from afr_jax.recognition import detect
+from afr_jax.recognition.tasks import detect_photos
 
 
-def _call(*command):
-    return subprocess.run(
-        [sys.executable, *command], cwd=_ROOT, env=os.environ, capture_output=True, text=True
-    )
+def _call(*flags):
+    return programs.call(detect_photos.DetectConfig, detect_photos.run, *flags)
 
 
-def _drive(*lines):
-    done = _call("-c", _DRIVER, json.dumps([[str(flag) for flag in line] for line in lines]))
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A detector without compilation: one face in every photo, but 40 rows break it."""
+
+    def detect_faces(variables, pixels, *, options):
+        if len(pixels) == 40:
+            raise ZeroDivisionError("odd")
+        points = np.zeros((1, 5, 2), np.float32)
+        return detect.Faces(np.array([[1, 2, 9, 8]], np.float32), np.ones(1, np.float32), points)
+
+    monkeypatch.setattr(detect, "detect_faces", detect_faces)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +48,7 @@ def runs(photos):
     results = []
     for _ in range(2):
         flags = [f"--images={photos}", f"--output_dir={photos / 'out'}", "--toy", "--draw"]
-        done = _call("-m", "experiments.detect", *flags)
+        done, _ = programs.run("detect", *flags)
         results.append((done, (photos / "out" / "faces.json").read_bytes()))
     return results
 
@@ -128,11 +102,11 @@ def test_drawings_show_the_face_and_leave_the_rest(runs, photos):
     assert not (photos / "out" / "half_faces.jpg").exists()
 
 
-def test_a_photo_that_breaks_the_detector_does_not_stop_the_others(tmp_path):
+def test_a_photo_that_breaks_the_detector_does_not_stop_the_others(tmp_path, stand_in):
     for name, rows in (("a", 30), ("b", 40), ("c", 50)):
         Image.new("RGB", (30, rows)).save(tmp_path / f"{name}.png")
-    ((result, code),) = _drive([f"--images={tmp_path}", f"--output_dir={tmp_path / 'out'}"])
-    assert code == 3
+    result, complete = _call(f"--images={tmp_path}", f"--output_dir={tmp_path / 'out'}")
+    assert not complete
     assert result["summary"] == {"ok": 2, "no_face": 0, "unreadable": 0, "failed": 1}
     assert result["not_handled"][0]["reason"] == "ZeroDivisionError: odd"
     images = json.loads((tmp_path / "out" / "faces.json").read_text())["images"]
@@ -142,14 +116,14 @@ def test_a_photo_that_breaks_the_detector_does_not_stop_the_others(tmp_path):
     ]
 
 
-def test_defaults_namesakes_and_wrong_usage(tmp_path):
+def test_defaults_namesakes_and_wrong_usage(tmp_path, stand_in):
     for folder in ("one", "two", "empty"):
         (tmp_path / folder).mkdir()
     for folder in ("one", "two"):
         Image.new("RGB", (30, 30)).save(tmp_path / folder / "a.png")
     out = f"--output_dir={tmp_path / 'out'}"
     one, two = tmp_path / "one", tmp_path / "two"
-    (portrait, code), (_, again), *messages = _drive(
+    lines = (
         [out, f"--workdir={tmp_path / 'work'}"],
         [out, f"--images={one},{two}"],
         [out, f"--images={tmp_path / 'missing'}"],
@@ -161,7 +135,8 @@ def test_defaults_namesakes_and_wrong_usage(tmp_path):
         [f"--output_dir={one}", f"--images={one}", "--draw"],
         [f"--output_dir={one / 'a.png'}", f"--images={two}"],
     )
-    assert (code, again) == (0, 0)
+    (portrait, complete), (_, again), *messages = [_call(*line) for line in lines]
+    assert complete and again
     assert portrait["num_images"] == 1
     assert json.loads((tmp_path / "work" / "result.json").read_text()) == portrait
     images = json.loads((tmp_path / "out" / "faces.json").read_text())["images"]

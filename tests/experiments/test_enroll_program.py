@@ -3,6 +3,7 @@
 import csv
 import os
 import subprocess
+import sys
 
 import numpy as np
 import programs
@@ -10,32 +11,44 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from afr_jax.recognition import database
+from afr_jax.recognition import database, pipeline
+from afr_jax.recognition.tasks import enroll_gallery, match_queries
 
 _PERSON = 'Eileen O\'Collins, "Zoë"; DROP'
 
-# Four photos a transaction, and time to be killed between them.
-_SETUP = (
-    programs.STAND_INS
-    + """
-import time
-from afr_jax.recognition import pipeline
+# A process that enrolls with stand-ins: four photos a transaction, and time to be killed between.
+_SLOW = """
+import sys, time
+import pytest
+import programs
+from afr_jax.core import program
+from afr_jax.recognition import embed, pipeline
+from afr_jax.recognition.tasks import enroll_gallery
+
+programs.stand_in(pytest.MonkeyPatch())
+embed_faces = embed.embed_faces
 
 def embed_slowly(*arguments):
     time.sleep(0.2)
     return embed_faces(*arguments)
 
 embed.embed_faces = embed_slowly
-program._GROUP = pipeline._GROUP = 4
+pipeline._GROUP = 4
 print("ready", file=sys.stderr, flush=True)
+enroll_gallery.run(program.parse(enroll_gallery.EnrollConfig, sys.argv[1:]))
 """
-)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    programs.stand_in(monkeypatch)
+    monkeypatch.setattr(pipeline, "_GROUP", 4)
 
 
 def _enroll(*flags):
-    """Result and exit code."""
-    (answer,) = programs.drive("enroll.enroll_program", flags, setup=_SETUP)
-    return answer[1], answer[0]
+    """Whether all went well, and the result."""
+    result, complete = programs.call(enroll_gallery.EnrollConfig, enroll_gallery.run, *flags)
+    return complete, result
 
 
 @pytest.fixture
@@ -67,10 +80,10 @@ def _expected(gallery):
     }
 
 
-def test_new_changed_gone_and_replaced_photos(gallery, tmp_path):
+def test_new_changed_gone_and_replaced_photos(gallery, tmp_path, stand_in):
     flags = [f"--gallery={gallery}", f"--database={tmp_path / 'db'}"]
-    code, result = _enroll(*flags)
-    assert (code, result["added"], result["unchanged"]) == (0, 20, 0)
+    complete, result = _enroll(*flags)
+    assert (complete, result["added"], result["unchanged"]) == (True, 20, 0)
     assert _rows(tmp_path / "db") == _expected(gallery)
     # One more, one changed, one that has no face now, one removed, one unreadable.
     programs.save_photo(gallery / "p9" / "new.png", (9, 9, 9))
@@ -81,8 +94,8 @@ def test_new_changed_gone_and_replaced_photos(gallery, tmp_path):
     programs.save_photo(gallery / "unknown" / "x.png", (5, 5, 5))
     latin = os.fsdecode(b"p2/caf\xe9.png")
     programs.save_photo(gallery / latin, (5, 5, 5))
-    code, result = _enroll(*flags)
-    assert code == 3
+    complete, result = _enroll(*flags)
+    assert not complete
     assert (result["added"], result["changed"], result["unchanged"]) == (1, 1, 17)
     assert {item["image"]: item["reason"][:12] for item in result["not_handled"]} == {
         "p0/2.png": "no face was ",
@@ -98,11 +111,13 @@ def test_new_changed_gone_and_replaced_photos(gallery, tmp_path):
     _, result = _enroll(*flags, "--replace")
     del rows["p1/3.png"]
     assert _rows(tmp_path / "db") == rows
-    code, result = _enroll(f"--database={tmp_path / 'db'}", "--delete=p0", "--delete=p9", "--purge")
-    assert (code, result["deleted"], result["identities"]) == (0, 4, 4)
+    complete, result = _enroll(
+        f"--database={tmp_path / 'db'}", "--delete=p0", "--delete=p9", "--purge"
+    )
+    assert (complete, result["deleted"], result["identities"]) == (True, 4, 4)
 
 
-def test_a_csv_names_the_people(gallery, tmp_path):
+def test_a_csv_names_the_people(gallery, tmp_path, stand_in):
     table = tmp_path / "people.csv"
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -119,8 +134,9 @@ def _kill_until_done(gallery, folder, *, num_kills, seed):
     counts = []
     for _ in range(num_kills):
         child = subprocess.Popen(
-            programs.command("enroll.enroll_program", flags, setup=_SETUP),
+            [sys.executable, "-c", _SLOW, *flags],
             cwd=programs.ROOT,
+            env=os.environ | {"PYTHONPATH": f"{programs.ROOT}:{programs.ROOT / 'tests'}"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -147,15 +163,17 @@ def _kill_until_done(gallery, folder, *, num_kills, seed):
 @pytest.mark.parametrize(
     "num_kills", [2, pytest.param(10, marks=pytest.mark.slow)], ids=["two", "ten"]
 )
-def test_killed_enrolments_leave_whole_rows_and_are_completed(gallery, tmp_path, num_kills):
+def test_killed_enrollments_leave_whole_rows_and_are_completed(
+    gallery, tmp_path, stand_in, num_kills
+):
     counts = _kill_until_done(gallery, tmp_path / "db", num_kills=num_kills, seed=num_kills)
     assert counts == sorted(counts)
-    code, result = _enroll(f"--gallery={gallery}", f"--database={tmp_path / 'db'}")
-    assert code == 0 and result["added"] + result["unchanged"] == 20
+    complete, result = _enroll(f"--gallery={gallery}", f"--database={tmp_path / 'db'}")
+    assert complete and result["added"] + result["unchanged"] == 20
     assert _rows(tmp_path / "db") == _expected(gallery)
 
 
-def test_wrong_usage(gallery, tmp_path):
+def test_wrong_usage(gallery, tmp_path, stand_in):
     _enroll(f"--gallery={gallery}", f"--database={tmp_path / 'db'}")
     (tmp_path / "empty").mkdir()
     cases = {
@@ -173,8 +191,14 @@ def test_wrong_usage(gallery, tmp_path):
             ([f"--queries={tmp_path / 'empty'}", f"--database={tmp_path / 'db'}"], "no files"),
         ],
     }
+    doors = {
+        "enroll": (enroll_gallery.EnrollConfig, enroll_gallery.run),
+        "match": (match_queries.MatchConfig, match_queries.run),
+    }
     for program, lines in cases.items():
-        programs.assert_refused(f"{program}.{program}_program", lines)
+        for flags, part in lines:
+            answer = programs.call(*doors[program], *flags)
+            assert isinstance(answer, str) and part in answer, (flags, answer)
     assert len(_rows(tmp_path / "db")) == 20
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import programs
 import pytest
 
-from afr_jax.evaluation.recognition import verify
+from afr_jax.evaluation.recognition import identify, verify
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,17 @@ def people(tmp_path_factory):
     return root
 
 
-def test_identification_of_well_separated_people(people, tmp_path):
-    (result, code), toy, no_strangers = programs.drive(
-        "identify.identify_program",
-        [f"--data={people}", f"--workdir={tmp_path / 'out'}"],
-        [f"--data={people}", f"--workdir={tmp_path / 'toy'}", "--toy"],
-        [f"--data={people}", "--min_photos=7", f"--workdir={tmp_path / 'none'}"],
-        setup=programs.STAND_INS,
+def test_identification_of_well_separated_people(people, tmp_path, monkeypatch):
+    programs.stand_in(monkeypatch)
+    (result, complete), toy, no_strangers = (
+        programs.call(identify.IdentifyConfig, identify.run, f"--data={people}", *flags)
+        for flags in (
+            [f"--workdir={tmp_path / 'out'}"],
+            [f"--workdir={tmp_path / 'toy'}", "--toy"],
+            ["--min_photos=7", f"--workdir={tmp_path / 'none'}"],
+        )
     )
-    assert code == 3
+    assert not complete
     assert result["not_handled"] == [{"image": "p7/5.png", "reason": "no face was found"}]
     assert (result["people_enrolled"], result["photos_enrolled"]) == (8, 24)
     assert (result["probes"], result["strangers"]) == (24, 11)

@@ -11,7 +11,7 @@ from afr_jax.core import files, options, progress, workdir
 from afr_jax.data import pairs
 from afr_jax.evaluation.metrics import verification
 from afr_jax.evaluation.report import figures
-from afr_jax.recognition import match, pipeline, shared_options
+from afr_jax.recognition import detect, match, pipeline, shared_options
 
 _FARS = (1e-2, 1e-3)
 
@@ -38,6 +38,8 @@ class VerifyConfig(options.Config):
     images: str = options.option(".", "folder that the paths of --pairs are below")
     max_pairs: int = options.option(0, "at most so many rows of --pairs; 0: all", at_least=0)
     recognition: shared_options.ExtractorOptions = options.group(shared_options.ExtractorOptions)
+    judging: shared_options.MetricOptions = options.group(shared_options.MetricOptions)
+    min_face_px: float = options.option(20.0, detect.MIN_FACE_HELP, at_least=12)
     workdir: str | None = options.option("out/verify", options.WORKDIR_HELP)
 
     def toy(self) -> "VerifyConfig":
@@ -55,16 +57,14 @@ def run(config: VerifyConfig) -> options.Outcome:
         raise options.UsageError("give one of --pair and --pairs")
     if config.pair and len(config.pair) != 2:
         raise options.UsageError(f"--pair takes two photos, not {len(config.pair)}")
-    recognizer = config.recognition.load()
+    recognizer = config.recognition.load(min_face_px=config.min_face_px)
     extractor = recognizer.extractors[config.recognition.extractor]
-    metric = config.recognition.metric or extractor.metric
-    threshold = config.recognition.threshold
+    metric = config.judging.metric or extractor.metric
+    threshold = config.judging.threshold
     # Scores over pairs need none.
     if threshold is None and (config.pair or getattr(extractor.thresholds, metric)):
-        try:
+        with options.usage(""):
             threshold = match.threshold_of(extractor, metric)
-        except ValueError as error:
-            raise options.UsageError(str(error)) from error
     if config.pair:
         return _verify_pair(config, recognizer, metric, threshold)
     return _verify_pairs(config, recognizer, metric, threshold)
@@ -79,12 +79,14 @@ def _verify_pair(
     if problems := [f"{item.path}: {item.problem}" for item in found if item.problem]:
         return options.Outcome({"verified": None, "reason": "; ".join(problems)}, complete=False)
     first, second = (item.embeddings[name][0] for item in found)
-    distance = float(match.distance(first, second, metric=metric))
+    verdict = pipeline.judge(
+        recognizer.extractors[name], first, second, metric=metric, threshold=threshold
+    )
     areas = {f"img{number}": item.faces.boxes[0] for number, item in enumerate(found, start=1)}
     result = {
-        "verified": distance < threshold,
-        "distance": distance,
-        "threshold": threshold,
+        "verified": verdict.same_person,
+        "distance": verdict.distance,
+        "threshold": verdict.threshold,
         "model": recognizer.extractors[name].name,
         "detector_backend": "mtcnn",
         "similarity_metric": metric,

@@ -1,0 +1,209 @@
+"""Face detection on folders of photos: faces.json with boxes and landmarks, and drawings."""
+
+import collections
+import dataclasses
+import io
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+from PIL import Image, ImageDraw
+
+from afr_jax.core import distributed, files, options, parallel, progress, workdir
+from afr_jax.data import photo_files, photos
+from afr_jax.models import mtcnn
+from afr_jax.recognition import detect, shared_options
+
+_TOY_FACE_PX = 80.0
+_FACE_COLOR, _POINT_COLOR = (255, 64, 64), (64, 255, 64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectConfig(options.Config):
+    """Finds faces: boxes, confidences and five landmarks of every photo.
+
+        python -m experiments.detect --images=photos --output_dir=found --draw
+
+    writes `found/faces.json` and, with --draw, `found/<folders>/<stem>_faces.jpg` with everything
+    drawn in. Without flags it looks at a sample portrait and writes to `out/detect`. An existing
+    faces.json is replaced, in one piece. The same photos give the same file.
+
+        {"images": [{"image", "status", "reason", "faces": [{"box", "confidence", "landmarks"}]}],
+         "settings": {...}}
+
+    `status` is `ok`, `no_face`, `unreadable` or `failed`, the last two with a reason; the program
+    then goes on, and ends with exit code 3. Boxes are [y0, x0, y1, x1] and landmarks (y, x) in
+    pixels of the upright photo: eye, eye, nose, mouth corner, mouth corner, the picture's left
+    first. --toy looks for faces from 80 px on, which compiles in seconds.
+    """
+
+    images: tuple[str, ...] = options.option(
+        (), "photos and folders of photos; default: a sample portrait", resumable=True
+    )
+    output_dir: str = options.option(
+        "out/detect", "folder for faces.json and drawings", resumable=True
+    )
+    draw: bool = options.option(
+        False, "also write each photo with its faces drawn in", resumable=True
+    )
+    detector: detect.DetectorOptions = options.group(detect.DetectorOptions)
+
+    def toy(self) -> "DetectConfig":
+        """Large faces only."""
+        smallest = max(self.detector.min_face_px, _TOY_FACE_PX)
+        return dataclasses.replace(
+            self, detector=dataclasses.replace(self.detector, min_face_px=smallest)
+        )
+
+
+class PhotoRecord(NamedTuple):
+    """What was found in one photo: an entry of faces.json.
+
+    Attributes:
+        image: its path below the folder that was given.
+        status: `ok`, `no_face`, `unreadable` or `failed`.
+        reason: for the last two.
+        faces: box, confidence and landmarks of each.
+    """
+
+    image: str
+    status: str
+    reason: str | None
+    faces: Sequence[Mapping[str, Any]]
+
+
+def run(config: DetectConfig) -> options.Outcome:
+    """Detects the faces of all photos, and writes faces.json and the drawings.
+
+    Raises:
+        options.UsageError: photos that do not exist, or an output folder that cannot be used.
+    """
+    output_dir = pathlib.Path(config.output_dir).expanduser().absolute()
+    inputs = _inputs(config, output_dir)
+    drawings = photo_files.output_paths(inputs, output_dir, suffix="_faces.jpg")
+    work = workdir.open_workdir(config.workdir, config) if config.workdir else None
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        variables = mtcnn.load_variables()
+    except (OSError, ValueError) as error:
+        raise options.UsageError(str(error)) from error
+
+    def record_of(pair: tuple[photo_files.PhotoInput, pathlib.Path]) -> PhotoRecord:
+        source, drawing = pair
+        return look(
+            variables,
+            source,
+            options=config.detector,
+            drawing=drawing if config.draw and distributed.is_primary() else None,
+        )
+
+    pairs = progress.track(list(zip(inputs, drawings, strict=True)), description="photos")
+    records = _tell_namesakes_apart(parallel.overlapped(record_of, pairs), inputs)
+    if distributed.is_primary():
+        found = {"images": records, "settings": config.detector}
+        files.write_json(output_dir / "faces.json", found)
+    statuses = ("ok", "no_face", "unreadable", "failed")
+    not_handled = [
+        {"image": record.image, "status": record.status, "reason": record.reason}
+        for record in records
+        if record.status in ("unreadable", "failed")
+    ]
+    result = {
+        "num_images": len(records),
+        "num_faces": sum(len(record.faces) for record in records),
+        "summary": {name: sum(r.status == name for r in records) for name in statuses},
+        "not_handled": not_handled,
+        "faces": "faces.json",
+        "output_dir": config.output_dir,
+    }
+    if work is not None:
+        work.write_result(result)
+    return options.Outcome(result, complete=not not_handled)
+
+
+def look(
+    variables: mtcnn.Variables,
+    source: photo_files.PhotoInput,
+    *,
+    options: detect.DetectorOptions,
+    drawing: str | os.PathLike[str] | None = None,
+) -> PhotoRecord:
+    """What there is to say about one photo; nothing that is wrong with it raises.
+
+    Args:
+        variables: of the detector.
+        source: the file.
+        options: of the detector.
+        drawing: where the photo is written with its faces drawn in; None for nowhere.
+    """
+    name = source.relative.as_posix()
+    try:
+        if source.problem is not None:
+            raise photos.PhotoError(source.problem)
+        pixels = photos.read_photo(source.path).pixels
+        found = detect.detect_faces(variables, pixels, options=options)
+        if drawing is not None:
+            files.write_atomically(drawing, draw_faces(pixels, found), overwrite=True)
+    except photos.PhotoError as error:
+        record = PhotoRecord(name, "unreadable", str(error), [])
+    except Exception as error:  # One photo's trouble must not cost the others theirs.
+        logging.exception("could not work on %s", source.path)
+        record = PhotoRecord(name, "failed", f"{type(error).__name__}: {error}", [])
+    else:
+        # A hundredth of a pixel, a millionth of confidence: beyond is rounding of the processor.
+        faces = [
+            {
+                "box": np.round(box.astype(float), 2).tolist(),
+                "confidence": round(float(confidence), 6),
+                "landmarks": np.round(points.astype(float), 2).tolist(),
+            }
+            for box, confidence, points in zip(*found, strict=True)
+        ]
+        return PhotoRecord(name, "ok" if faces else "no_face", None, faces)
+    logging.warning("%s: %s (%s)", source.path, record.status, record.reason)
+    return record
+
+
+def draw_faces(pixels: np.ndarray, faces: detect.Faces) -> bytes:
+    """A JPEG of the photo `[H, W, 3]` uint8 with boxes, landmarks and confidences drawn in."""
+    picture = Image.fromarray(pixels)
+    pen = ImageDraw.Draw(picture)
+    width = max(1, round(max(pixels.shape[:2]) / 400))
+    for box, confidence, points in zip(*faces, strict=True):
+        y0, x0, y1, x1 = (float(value) for value in box)
+        pen.rectangle((x0, y0, x1, y1), outline=_FACE_COLOR, width=width)
+        label, size = f"{confidence:.3f}", max(10, round((x1 - x0) / 5))
+        # Above the box, or below its upper edge where the photo ends.
+        anchor = "lb" if y0 > size else "lt"
+        pen.text((x0, y0), label, fill=_FACE_COLOR, font_size=size, anchor=anchor)
+        for y, x in points.tolist():
+            pen.circle((x, y), 1.5 * width, fill=_POINT_COLOR)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def _inputs(config: DetectConfig, output_dir: pathlib.Path) -> list[photo_files.PhotoInput]:
+    """All files to look at; what an earlier run wrote is none of them."""
+    paths = config.images or (shared_options.sample_portrait(),)
+    resolved = [pathlib.Path(path).expanduser().resolve() for path in paths]
+    if config.draw and output_dir.resolve() in resolved:
+        raise options.UsageError(
+            "--draw needs an --output_dir that is not itself a folder of --images"
+        )
+    own = [output_dir, output_dir / "faces.json"]
+    return shared_options.list_photos(paths, flag="images", exclude=own)
+
+
+def _tell_namesakes_apart(
+    records: Sequence[PhotoRecord], inputs: Sequence[photo_files.PhotoInput]
+) -> list[PhotoRecord]:
+    """Gives photos of several folders that share a name their whole path."""
+    counts = collections.Counter(record.image for record in records)
+    return [
+        record._replace(image=source.path.as_posix()) if counts[record.image] > 1 else record
+        for record, source in zip(records, inputs, strict=True)
+    ]

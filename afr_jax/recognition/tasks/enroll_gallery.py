@@ -1,0 +1,124 @@
+"""Enrolling a gallery of people into a reference database, and removing people from one."""
+
+import dataclasses
+import time
+
+from absl import logging
+
+from afr_jax.core import options, workdir
+from afr_jax.data import identities
+from afr_jax.recognition import database, shared_options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnrollConfig(options.Config):
+    """Enrolls a gallery of people into a reference database.
+
+        python -m experiments.enroll --gallery=people --database=out/people
+        python -m experiments.enroll --database=out/people --delete="Ann Example"
+
+    --gallery is a folder with a folder of photos for each person, whose name is the identity, or,
+    with --csv, a folder of photos and a CSV with the columns image, identity (paths below
+    --gallery). The face that each photo is of (large and central) is detected, aligned and
+    embedded, and written with its identity, photo, box, extractor and the fingerprint of the
+    extractor's weights. --database is a folder, or an address in an object store
+    (s3://bucket/people; LanceDB reads the credentials from the environment).
+
+    Running it again enrolls what is new and what has changed; a killed run is completed that way.
+    --replace makes the database hold for each person of the gallery exactly the photos that are in
+    the gallery now. --delete removes people; with --purge also the bytes of their rows and all
+    earlier versions of the database, while nobody else uses it. A database holds embeddings of one
+    extractor with one set of weights; others are refused. A photo is known by its path below
+    --gallery.
+
+    The result names every photo that could not be enrolled, and why. Exit codes: 0 done; 2 wrong
+    usage; 3 done, but some photos could not be enrolled. --toy enrolls the first 8 photos.
+    """
+
+    gallery: str | None = options.option(None, "folder with a folder of photos for each person")
+    csv: str | None = options.option(
+        None, "CSV with the columns image, identity; paths in --gallery", resumable=True
+    )
+    database: str | None = options.option(None, "folder or object-store address of the database")
+    extraction: shared_options.ExtractorOptions = options.group(shared_options.ExtractorOptions)
+    detection: shared_options.DetectionOptions = options.group(shared_options.DetectionOptions)
+    replace: bool = options.option(
+        False, "drop what else is enrolled of the gallery's people", resumable=True
+    )
+    delete: tuple[str, ...] = options.option(
+        (), "identity to remove; may be repeated", is_repeated=True, resumable=True
+    )
+    purge: bool = options.option(
+        False, "with --delete: also from the disk, history included", resumable=True
+    )
+    max_photos: int = options.option(0, "enroll the first so many; 0: all", at_least=0)
+
+    def toy(self) -> "EnrollConfig":
+        """The first 8 photos."""
+        return dataclasses.replace(self, max_photos=min(self.max_photos or 8, 8))
+
+
+def run(config: EnrollConfig) -> options.Outcome:
+    """Enrolls a gallery, or deletes people.
+
+    Raises:
+        options.UsageError: no database, a wrong gallery, another extractor than the database's.
+    """
+    if not config.database:
+        raise options.UsageError("--database is needed")
+    if bool(config.gallery) == bool(config.delete):
+        raise options.UsageError("give one of --gallery and --delete")
+    try:
+        with options.usage(""):
+            return _enroll(config) if config.gallery else _delete(config)
+    except database.DatabaseError as error:
+        raise options.UsageError(str(error)) from error
+
+
+def _enroll(config: EnrollConfig) -> options.Outcome:
+    listing = identities.list_people(config.gallery, table=config.csv)
+    if config.max_photos:
+        listing = dataclasses.replace(listing, samples=listing.samples[: config.max_photos])
+    work = None
+    if config.workdir:
+        detection = [f"detection.{field.name}" for field in dataclasses.fields(config.detection)]
+        resumable = (*options.resumable(EnrollConfig), *detection, "workdir", "seed")
+        work = workdir.open_workdir(config.workdir, config, resumable=resumable)
+    start = time.perf_counter()
+    recognizer = config.extraction.load(min_face_px=config.detection.min_face_px)
+    done = recognizer.enroll(
+        listing,
+        config.database,
+        replace=config.replace,
+        min_confidence=config.detection.min_confidence,
+    )
+    for problem in done.problems:
+        logging.warning("%s: %s", problem.name, problem.reason)
+    result = {
+        "database": done.database.uri,
+        "extractor": done.database.tag.name,
+        "weights": done.database.tag.weights,
+        "added": done.added,
+        "changed": done.changed,
+        "unchanged": done.unchanged,
+        "enrolled": len(done.database),
+        "identities": len(done.database.identities()),
+        "seconds": time.perf_counter() - start,
+        "not_handled": [{"image": item.name, "reason": item.reason} for item in done.problems],
+    }
+    if work is not None:
+        work.write_result(result)
+    return options.Outcome(result, complete=not done.problems)
+
+
+def _delete(config: EnrollConfig) -> options.Outcome:
+    reference = database.open_database(config.database)
+    deleted = reference.delete_identities(config.delete, purge=config.purge)
+    return options.Outcome(
+        {
+            "database": reference.uri,
+            "deleted": deleted,
+            "enrolled": len(reference),
+            "identities": len(reference.identities()),
+        }
+    )
