@@ -31,7 +31,7 @@ _PROPOSAL_LADDER = (256, 1024, 2048, 4096)
 # Candidates that one step of a stage takes: a stage loops over the real ones, so that no shape
 # depends on their number and no time goes into empty places.
 _CELL, _STRIDE = 12, 2
-MIN_FACE_HELP = "side of the smallest face looked for, pixels, at least 12"
+MIN_FACE_HELP = "side of the smallest face looked for, pixels"
 _REFINE_CHUNK, _OUTPUT_CHUNK, _SUPPRESS_CHUNK = 64, 16, 64
 
 
@@ -47,7 +47,7 @@ class DetectorOptions:
             R-Net, after O-Net; no flag.
     """
 
-    min_face_px: float = options_lib.option(20.0, MIN_FACE_HELP)
+    min_face_px: float = options_lib.option(20.0, MIN_FACE_HELP, at_least=_CELL)
     scale_factor: float = options_lib.option(0.709, "ratio of the sizes looked for, in (0, 1)")
     thresholds: tuple[float, ...] = options_lib.option(
         (0.6, 0.7, 0.8), "least face probability of P-, R- and O-Net, in [0, 1]"
