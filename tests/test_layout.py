@@ -142,7 +142,9 @@ def test_there_is_something_to_check():
 
 
 def test_every_module_lies_on_a_floor():
-    homeless = [name for name in _MODULES if _package(name) is None and name != "afr_jax"]
+    # The public names and the console command: both import everything else by name, when asked.
+    roots = ("afr_jax", "afr_jax.cli")
+    homeless = [name for name in _MODULES if _package(name) is None and name not in roots]
     assert not homeless
 
 

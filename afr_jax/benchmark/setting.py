@@ -38,14 +38,14 @@ class Setting(NamedTuple):
         """The photos of all `images` in one list, without files that are none by their names."""
         return [item.path for found in self.images for item in found if item.problem is None]
 
-    def detector(self) -> dict:
+    def detector(self) -> mtcnn.Variables:
         """The variables of our MTCNN.
 
         Raises:
             options.UsageError: its weights are not installed.
         """
         with options.usage("the detector"):
-            return mtcnn.load()
+            return mtcnn.load_variables()
 
     def shrunk(self, pixels: np.ndarray) -> np.ndarray:
         """A photo `[H, W, 3]` uint8 within `max_px`."""

@@ -169,16 +169,6 @@ def find_weights() -> pathlib.Path:
     )
 
 
-def load() -> dict:
-    """The variables of the installed `mtcnn` wheel as `read_weights` reads them, on the device.
-
-    Raises:
-        FileNotFoundError: the package or its files are missing; the message says how to get them.
-        ValueError: a file is damaged.
-    """
-    return jax.tree.map(jnp.asarray, read_weights(find_weights()))
-
-
 def load_variables() -> Variables:
     """Variables of the networks from the installed `mtcnn` wheel, on the default device.
 

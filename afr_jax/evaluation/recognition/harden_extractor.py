@@ -152,7 +152,7 @@ def run(config: HardenExtractorConfig) -> options.Outcome:
     extractor, card, original = _original(config, work)
     recipe = _recipe(config, extractor)
     with options.usage("the detector"):
-        detector = None if config.is_toy else mtcnn.load()
+        detector = None if config.is_toy else mtcnn.load_variables()
     faces = _read_faces(config, work, extractor, detector)
     verified = _read_pairs(config, work, extractor, detector, faces)
     original = parallel.replicate(jax.tree.map(jnp.asarray, original), mesh)
@@ -257,7 +257,7 @@ def _read_faces(
     config: HardenExtractorConfig,
     work: workdir.Workdir,
     extractor: registry.Extractor,
-    detector: dict | None,
+    detector: mtcnn.Variables | None,
 ) -> _Faces:
     with options.usage(f"--data={','.join(config.data)}"):
         if config.is_toy:
@@ -281,7 +281,7 @@ def _read_pairs(
     config: HardenExtractorConfig,
     work: workdir.Workdir,
     extractor: registry.Extractor,
-    detector: dict | None,
+    detector: mtcnn.Variables | None,
     faces: _Faces,
 ) -> training_photos.Pairs | None:
     """The pairs of --pairs; with --toy, of held-out chips."""

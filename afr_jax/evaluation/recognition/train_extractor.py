@@ -257,9 +257,9 @@ def _list_faces(config: TrainExtractorConfig) -> identities.Listing:
     return listing
 
 
-def _detector() -> dict:
+def _detector() -> mtcnn.Variables:
     with options.usage("the detector"):
-        return mtcnn.load()
+        return mtcnn.load_variables()
 
 
 def _read_pairs(
@@ -416,7 +416,7 @@ def _template(
     rows = np.linspace(0, len(faces.training) - 1, min(48, len(faces.training))).astype(int)
     crops = faces.images_of(faces.training[rows])
     try:
-        template = chips.measured_template(mtcnn.load(), crops)
+        template = chips.measured_template(mtcnn.load_variables(), crops)
     except FileNotFoundError as error:
         logging.warning("%s", error)
         template = None
