@@ -9,7 +9,12 @@ cloaked = afr.cloak(fr, photos, config=afr.FawkesConfig(dssim_budget=0.007), key
 import importlib
 
 _HOMES = {
-    "afr_jax.recognition.pipeline": ("load_recognizer", "Recognizer"),
+    "afr_jax.data.image_sets": ("load_image_folder",),
+    "afr_jax.data.photos": ("read_photos",),
+    "afr_jax.data.video": ("read_frames",),
+    "afr_jax.evaluation.recognition.identify": ("identify",),
+    "afr_jax.recognition.detect": ("detect_faces", "DetectorOptions"),
+    "afr_jax.recognition.pipeline": ("load_recognizer", "recognize", "Recognizer", "verify"),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 

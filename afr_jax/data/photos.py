@@ -141,7 +141,7 @@ def list_sources(photos: PhotosLike) -> list[Source]:
     is_one = isinstance(photos, (str, os.PathLike, Image.Image, Photo, Source))
     is_one |= isinstance(photos, np.ndarray) and photos.ndim <= 3
     found: list[Source] = []
-    for photo in [photos] if is_one else photos:
+    for number, photo in enumerate([photos] if is_one else photos):
         if isinstance(photo, (str, os.PathLike)):
             path = pathlib.Path(photo).expanduser()
             found += [
@@ -152,7 +152,7 @@ def list_sources(photos: PhotosLike) -> list[Source]:
             found.append(photo)
         else:
             name = photo.name if isinstance(photo, Photo) else ""
-            found.append(Source(name or f"photo_{len(found)}", photo))
+            found.append(Source(name or f"photo_{number}", photo))
     return found
 
 

@@ -36,12 +36,14 @@ class Frames(NamedTuple):
 
 
 def read_frames(
-    paths: Sequence[str | os.PathLike[str]], *, max_frames: int | None = None
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    max_frames: int | None = None,
 ) -> Frames:
     """Frames of films, folders of photos and photos.
 
     Args:
-        paths: files and folders; films in folders are read too.
+        paths: one or several files and folders; films in folders are read too.
         max_frames: of each of `paths`, evenly spread; None for all.
 
     Returns:
@@ -54,6 +56,8 @@ def read_frames(
     """
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames is {max_frames}, must be at least 1")
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
     frames: list[Frame] = []
     skipped: list[tuple[str, str]] = []
     for path in paths:

@@ -1,0 +1,141 @@
+"""The public names of the package, used as a researcher would type them."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import afr_jax as afr
+from afr_jax.data import photos
+
+_PEOPLE = ("Ai_Sugiyama", "Allyson_Felix", "Arminio_Fraga")
+_STRANGERS = ("Aaron_Eckhart", "Aaron_Guiel")
+
+
+def test_importing_the_package_imports_nothing_else():
+    code = "import sys, afr_jax; print(*sorted(m for m in sys.modules if '.' not in m))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "afr_jax" in loaded
+    heavy = {"jax", "jaxlib", "flax", "numpy", "scipy", "sklearn", "cv2", "PIL", "lancedb", "absl"}
+    assert not loaded & heavy
+
+
+def test_every_public_name_is_there():
+    assert set(afr.__all__) <= set(dir(afr))
+    for name in afr.__all__:
+        assert getattr(afr, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'cloack'"):
+        _ = afr.cloack
+
+
+def test_photos_come_in_any_form(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels[:, :, 0]).save(tmp_path / "gray.png")
+    (tmp_path / "notes.txt").write_text("no photo")
+    (one,) = afr.read_photos(pixels)
+    np.testing.assert_array_equal(one.pixels, pixels)
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(pixels), one):
+        (found,) = afr.read_photos(source)
+        np.testing.assert_array_equal(found.pixels, pixels)
+    first, second = afr.read_photos(tmp_path)
+    assert (first.name, second.name, second.gray) == ("a.png", "gray.png", True)
+    several = afr.read_photos([tmp_path, np.stack([pixels])[0], Image.new("L", (3, 3))])
+    assert [photo.name for photo in several] == ["a.png", "gray.png", "photo_1", "photo_2"]
+    assert several[3].gray and len(afr.read_photos(np.stack([pixels, pixels]))) == 2
+    (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    for wrong, part in (
+        (tmp_path, "half.png: the PNG"),
+        (tmp_path / "notes.txt", "notes.txt: not a photo"),
+    ):
+        with pytest.raises(photos.PhotoError, match=part):
+            afr.read_photos(wrong)
+    with pytest.raises(ValueError, match="uint8"):
+        afr.read_photos(pixels / 255)
+    with pytest.raises(FileNotFoundError):
+        afr.read_photos(tmp_path / "absent")
+
+
+@pytest.fixture(scope="module")
+def recognizer():
+    return afr.load_recognizer("dlib")
+
+
+@pytest.fixture(scope="module")
+def people(shared, tmp_path_factory) -> pathlib.Path:
+    """Three people of four photos each, and two strangers."""
+    root = tmp_path_factory.mktemp("people")
+    for person in (*_PEOPLE, *_STRANGERS):
+        (root / person).mkdir()
+        count = 4 if person in _PEOPLE else 1
+        for path in sorted((shared / "data/lfw" / person).iterdir())[:count]:
+            shutil.copy(path, root / person / path.name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pair(shared) -> list[pathlib.Path]:
+    return sorted((shared / "data/lfw" / _PEOPLE[0]).iterdir())[:2]
+
+
+@pytest.mark.shared
+def test_verify(recognizer, pair, shared):
+    verdict = afr.verify(recognizer, *pair)["dlib"]
+    assert verdict.same_person and 0 < verdict.distance < verdict.threshold == 0.6
+    other = next((shared / "data/lfw" / _PEOPLE[2]).iterdir())
+    # The same photo as an array and as a picture.
+    with Image.open(other) as picture:
+        apart = afr.verify(recognizer, afr.read_photos(pair[0])[0].pixels, picture, metric="cosine")
+    assert not apart["dlib"].same_person and apart["dlib"].threshold == 0.07
+    with pytest.raises(ValueError, match="the second photo: no face was found"):
+        afr.verify(recognizer, pair[0], np.zeros((80, 80, 3), np.uint8))
+
+
+@pytest.mark.shared
+def test_detect_faces(recognizer, pair):
+    faces = afr.detect_faces(recognizer.detector, pair[0])
+    assert faces.boxes.shape[1:] == (4,) and faces.confidences[0] > 0.9
+    (found,) = afr.recognize(recognizer, [pair[0]])
+    assert found.problem is None and found.embeddings["dlib"].shape == (1, 128)
+
+
+@pytest.mark.shared
+def test_enroll_and_match(recognizer, people, shared, tmp_path):
+    gallery = {name: sorted((people / name).iterdir())[:3] for name in _PEOPLE}
+    database = recognizer.enroll(gallery, tmp_path / "people")
+    assert (database.added, database.problems) == (9, ())
+    again = recognizer.enroll(gallery, database.database)
+    assert (again.added, again.unchanged) == (0, 9)
+    queries = [sorted((people / name).iterdir())[3] for name in _PEOPLE]
+    found = recognizer.match(queries, database, top_k=3)
+    assert [query.name for query in found.queries] == [path.name for path in queries]
+    first = [match for match in found.matches if match.rank == 1 and match.face == 0]
+    assert [match.identity for match in first] == list(_PEOPLE)
+    assert len(found.matches) == 3 * len(found.decisions)
+    found.save(tmp_path / "matches.csv")
+    assert (tmp_path / "matches.csv").read_text().count("\n") == 1 + len(found.matches)
+    # Arrays are enrolled and found as files are.
+    portrait = afr.read_photos(queries[0])[0].pixels
+    other = recognizer.enroll({"she": [portrait]}, tmp_path / "other")
+    near = recognizer.match(portrait, other, top_k=1).matches
+    assert near[0].identity == "she" and near[0].distance < 1e-3 and near[0].decision == "she"
+
+
+@pytest.mark.shared
+def test_identify(recognizer, people, shared):
+    report = afr.identify(recognizer, people, min_photos=4)
+    (row,) = report.rows
+    assert row["rank_1"] == 1.0 and len(report.split.strangers) == 2
+
+
+@pytest.mark.shared
+def test_readers(people, shared):
+    data = afr.load_image_folder(people)
+    assert set(data.classes) == {*_PEOPLE, *_STRANGERS} and data.images.shape == (14, 250, 250, 3)
+    found = afr.read_frames(people / _PEOPLE[0])
+    assert len(found.frames) == 4 and not found.skipped
