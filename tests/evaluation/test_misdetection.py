@@ -117,6 +117,7 @@ def test_alterations():
 def test_other_detectors_find_the_portrait_and_name_missing_files():
     skimage = pytest.importorskip("skimage")
     detectors = other_detectors.available()
+    assert {"lbp_cascade", "yunet"} <= set(detectors)
     portrait = skimage.data.astronaut()[:256, 96:352]
     box = np.array([72, 88, 158, 154], np.float32)
     for name, detect_fn in detectors.items():
@@ -125,7 +126,7 @@ def test_other_detectors_find_the_portrait_and_name_missing_files():
         assert misdetection.is_found(boxes, box), name
         assert detect_fn(np.zeros((64, 64, 3), np.uint8)).shape == (0, 4), name
     with pytest.raises(FileNotFoundError, match=r"nowhere\.onnx of yunet"):
-        other_detectors.available(yunet="nowhere.onnx")
+        other_detectors.available(yunet_path="nowhere.onnx")
 
 
 def test_pictures_are_files_that_open():

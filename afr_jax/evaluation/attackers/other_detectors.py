@@ -1,48 +1,51 @@
 """Face detectors that patches for MTCNN were not made for, as functions of a photo.
 
-Each takes `[H, W, 3]` uint8 RGB and returns boxes `[N, 4]` (y0, x0, y1, x1). All are optional: what
-is not installed or has no model file is left out by `available`.
+Each takes `[H, W, 3]` uint8 RGB and returns boxes `[N, 4]` (y0, x0, y1, x1). What is not installed
+or has no model file is left out by `available`.
 """
 
 import importlib.util
 import pathlib
 from collections.abc import Callable, Sequence
 
+import cv2
 import numpy as np
 import skimage.data
 import skimage.feature
 
 from afr_jax.evaluation import reference
 from afr_jax.recognition import detect
+from afr_jax.recognition.detectors import yunet
 
 Detector = Callable[[np.ndarray], np.ndarray]
 _MIN_PX = 24  # Side of the cascades' own window.
-_MIN_SCORE = 0.6  # As in OpenCV's own example of YuNet, where 0.9 is the class's default.
 
 
-def available(*, yunet: str | None = None, haar: str | None = None) -> dict[str, Detector]:
+def available(
+    *, yunet_path: str | None = None, haar_path: str | None = None
+) -> dict[str, Detector]:
     """Detectors that can run here.
 
     Args:
-        yunet: ONNX file of YuNet (OpenCV's model zoo).
-        haar: XML file of a Haar cascade for frontal faces (OpenCV's data folder).
+        yunet_path: ONNX file of YuNet (OpenCV's model zoo); None is that of the installed wheel.
+        haar_path: XML file of a Haar cascade for frontal faces (OpenCV's data folder).
 
     Returns:
-        name -> detector: "lbp_cascade" always, "dlib_hog" where dlib is installed, "yunet" and
-        "haar" where a file is given.
+        name -> detector: "lbp_cascade" and "yunet" always, "dlib_hog" where dlib is installed,
+        "haar" where its file is given.
 
     Raises:
         FileNotFoundError: a file that is given does not exist.
-        ImportError: OpenCV, which those files need, is missing.
+        ValueError: the file of YuNet is damaged or another network's.
     """
-    found = {"lbp_cascade": _lbp()}
+    for name, path in (("yunet", yunet_path), ("haar", haar_path)):
+        if path is not None and not pathlib.Path(path).is_file():
+            raise FileNotFoundError(f"the model file {path} of {name} does not exist")
+    found = {"lbp_cascade": _lbp(), "yunet": _yunet(yunet_path)}
     if importlib.util.find_spec("dlib"):
         found["dlib_hog"] = _hog()
-    for name, path, make_fn in (("yunet", yunet, _yunet), ("haar", haar, _haar)):
-        if path is not None:
-            if not pathlib.Path(path).is_file():
-                raise FileNotFoundError(f"the model file {path} of {name} does not exist")
-            found[name] = make_fn(str(path))
+    if haar_path is not None:
+        found["haar"] = _haar(haar_path)
     return found
 
 
@@ -108,22 +111,12 @@ def _hog() -> Detector:
     return detect
 
 
-def _yunet(path: str) -> Detector:
-    import cv2  # Optional.
-
-    detector = cv2.FaceDetectorYN.create(path, "", (320, 320), _MIN_SCORE)
-
-    def detect(pixels):
-        detector.setInputSize(pixels.shape[1::-1])
-        _, found = detector.detect(np.ascontiguousarray(pixels[..., ::-1]))
-        return _boxes([] if found is None else found[:, :4])
-
-    return detect
+def _yunet(path: str | None) -> Detector:
+    detect_fn = yunet.load(path=path)
+    return lambda pixels: detect_fn(pixels).boxes
 
 
 def _haar(path: str) -> Detector:
-    import cv2  # Optional.
-
     cascade = cv2.CascadeClassifier(path)
 
     def detect(pixels):

@@ -37,7 +37,7 @@ class Shown(NamedTuple):
 
 def others(yunet: str | None, haar: str | None) -> dict[str, other_detectors.Detector]:
     """The other detectors that can run here; see `other_detectors.available`."""
-    return other_detectors.available(yunet=yunet, haar=haar)
+    return other_detectors.available(yunet_path=yunet, haar_path=haar)
 
 
 @dataclasses.dataclass(frozen=True)

