@@ -1,6 +1,6 @@
 """Photos to aligned chips of bytes: what an extractor is trained on.
 
-The extractors of the zoo align while they embed (`afr_jax.recognition.embed`); training wants the
+Extractors align while they embed (`afr_jax.recognition.embed`); training wants the
 chips themselves, once.
 """
 
@@ -54,7 +54,7 @@ def face_chip(
 def extractor_chip(
     extractor: registry.Extractor, pixels: np.ndarray, landmarks: np.ndarray
 ) -> np.ndarray:
-    """The chip of a face as an extractor of the zoo wants it, its stretch included.
+    """The chip of a face as an extractor wants it, its stretch included.
 
     Args:
         extractor: whose chip, of side S.

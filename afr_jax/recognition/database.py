@@ -189,7 +189,7 @@ class Database:
         Args:
             probes: `[Q, D]` float32 embeddings.
             k: entries for each, at most the number enrolled.
-            metric: one of `zoo.METRICS`; by default that of the extractor. Others than the
+            metric: one of `registry.METRICS`; by default that of the extractor. Others than the
                 extractor's are searched exactly.
             exact: whether to look at all entries; by default where there is no index.
             num_probes: cells of the index to look through; a quarter of them by default.

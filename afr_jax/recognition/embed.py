@@ -22,7 +22,7 @@ def embed_faces(
     """Aligns and embeds faces of any number of photos, spread over the devices of this process.
 
     Args:
-        extractor: entry of the zoo.
+        extractor: of the registry, or a trained one.
         variables: of its module.
         faces: (photo `[H, W, 3]` uint8, landmarks `[5, 2]` (y, x)) of each face.
 

@@ -20,10 +20,10 @@ class ExtractorTag(NamedTuple):
     """What made the embeddings of a table.
 
     Attributes:
-        name: of the extractor in the zoo.
-        weights: fingerprint of its variables (`zoo.fingerprint`).
+        name: of the extractor.
+        weights: fingerprint of its variables (`registry.fingerprint`).
         embedding_size: D.
-        metric: in which its embeddings are compared, one of `zoo.METRICS`.
+        metric: in which its embeddings are compared, one of `registry.METRICS`.
     """
 
     name: str

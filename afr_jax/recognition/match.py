@@ -4,9 +4,9 @@ All distances are computed on the accelerator: a matrix product and a running to
 the gallery, whose rows may be spread over all devices. Nothing of size probes x gallery is ever
 kept. For galleries beyond memory there is the index of `database`.
 
-Metrics (names as in the zoo, meanings as in PyPI deepface): `euclidean` is the L2 distance,
-`euclidean_l2` that of the vectors scaled to unit length, `cosine` one minus the cosine of their
-angle.
+Metrics (names as in `registry.METRICS`, meanings as in PyPI deepface): `euclidean` is the L2
+distance, `euclidean_l2` that of the vectors scaled to unit length, `cosine` one minus the cosine of
+their angle.
 """
 
 import functools

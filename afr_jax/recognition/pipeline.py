@@ -373,7 +373,7 @@ def load_recognizer(
 
 
 def find_extractor(name: str) -> registry.Extractor:
-    """An extractor by its name in the zoo, or by the folder of a trained one.
+    """An extractor by its name in the registry, or by the folder of a trained one.
 
     Raises:
         ValueError: neither.

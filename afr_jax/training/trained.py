@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -54,8 +55,9 @@ class Card:
         head: what it was trained for.
         scores: what it reached, by name.
         training: settings of the run.
-        base: entry of the zoo that was hardened, whose network, input and alignment it has; then
-            `architecture` is its name, and `width` and `stem` count for nothing.
+        base: name of the extractor of the registry that was hardened, whose network, input and
+            alignment it has; then `architecture` is the same name, and `width` and `stem` count for
+            nothing.
     """
 
     architecture: str
@@ -67,8 +69,8 @@ class Card:
     threshold: float | None = None
     identities: tuple[str, ...] = ()
     head: str = "softmax"
-    scores: dict[str, Any] = dataclasses.field(default_factory=dict)
-    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    scores: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     base: str | None = None
 
 
@@ -88,7 +90,7 @@ def make_network(
     embedding_size: int = 512,
     width: int = 64,
     stem: str = "cifar",
-    dtype: Any = jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> nn.Module:
     """The network of an architecture: chips in [-1, 1] to embeddings.
 
@@ -110,7 +112,7 @@ def make_network(
 
 
 def base_card(name: str) -> Card:
-    """The card of what was hardened from an entry of the zoo, without scores.
+    """The card of what was hardened from an extractor of the registry, without scores.
 
     Raises:
         ValueError: there is no such entry.
@@ -128,7 +130,11 @@ def base_card(name: str) -> Card:
 
 
 def write_extractor(
-    folder: str | os.PathLike[str], card: Card, variables: dict, *, dtype: str | None = None
+    folder: str | os.PathLike[str],
+    card: Card,
+    variables: conversion.Variables,
+    *,
+    dtype: str | None = None,
 ) -> pathlib.Path:
     """Writes a trained extractor, over an earlier one if there is one.
 
@@ -180,7 +186,7 @@ def read_card(path: str | os.PathLike[str]) -> Card:
 
 
 def read_extractor(path: str | os.PathLike[str]) -> registry.Extractor:
-    """A trained extractor, to be used like those of the zoo.
+    """A trained extractor, to be used like those of the registry.
 
     Args:
         path: of the card or its folder.
@@ -234,7 +240,7 @@ def _network(card: Card) -> nn.Module:
     )
 
 
-def _read_variables(path: pathlib.Path, card: Card) -> dict:
+def _read_variables(path: pathlib.Path, card: Card) -> conversion.Variables:
     shapes = conversion.shapes(_network(card), card.input_px)
     return conversion.read_safetensors(path, shapes)
 

@@ -10,12 +10,12 @@ a function of its number (`afr_jax.data.sampling`), so a run can be cut at any s
 A typical run:
 
     mesh = parallel.make_mesh()
-    data = train.place_data(images, labels, mesh)             # [N, H, W, 3] uint8, [N]
-    state = train.init_state(key, recipe, image_shape=images.shape[1:], mesh=mesh)
-    state, metrics = train.run_steps(
+    data = trainer.place_data(images, labels, mesh)           # [N, H, W, 3] uint8, [N]
+    state = trainer.init_state(key, recipe, image_shape=images.shape[1:], mesh=mesh)
+    state, metrics = trainer.run_steps(
         key, state, data, recipe=recipe, mesh=mesh, batches=batches, num_steps=100
     )
-    scores = train_scores.evaluate(state, data, recipe=recipe, mesh=mesh)
+    measured = scores.evaluate(state, data, recipe=recipe, mesh=mesh)
 
 Images are float RGB in [0, 1] or uint8; what the network itself wants is `Recipe.input_scale` and
 `input_offset`.

@@ -9,7 +9,7 @@ Images are `[B, H, W, 3]` float, already in the range that the run uses. Paramet
 are float32; `dtype` is that of the computation. BatchNorm as in `resnet.py`.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -37,7 +37,7 @@ class DenseNet(nn.Module):
     growth: int = 32
     stem: Stem = "cifar"
     num_classes: int | None = None
-    dtype: Any = jnp.float32
+    dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -94,7 +94,7 @@ def densenet121(
     num_classes: int | None = None,
     stem: Stem = "cifar",
     growth: int = 32,
-    dtype: Any = jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> DenseNet:
     """DenseNet-121. With 1,000 classes and the ImageNet stem it has 7,978,856 parameters."""
     return DenseNet(_LAYERS_121, growth, stem, num_classes, dtype)

@@ -1,6 +1,4 @@
-"""The one table of image classifiers that are trained from scratch: sources and victims by name."""
-
-from typing import Any
+"""The registry of image classifiers that are trained from scratch, as sources and as victims."""
 
 import flax.linen as nn
 import jax
@@ -21,7 +19,7 @@ class FaceClassifier(nn.Module):
     """
 
     num_classes: int | None = None
-    dtype: Any = jnp.float32
+    dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -38,7 +36,7 @@ def classifier(
     num_classes: int | None,
     width: int | None = None,
     stem: resnet.Stem = "cifar",
-    dtype: Any = jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> nn.Module:
     """A classifier of RGB images in [0, 1].
 

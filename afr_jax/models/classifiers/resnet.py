@@ -12,7 +12,7 @@ biased (torch's are not); momentum 0.9 and epsilon 1e-5 are torch's defaults.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -45,7 +45,7 @@ class ResNet(nn.Module):
     width: int = 64
     stem: Stem = "cifar"
     num_classes: int | None = None
-    dtype: Any = jnp.float32
+    dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -111,7 +111,7 @@ def resnet18(
     num_classes: int | None = None,
     stem: Stem = "cifar",
     width: int = 64,
-    dtype: Any = jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> ResNet:
     """ResNet-18; see `ResNet`. With 10 classes and the CIFAR stem it has 11,173,962 parameters."""
     return ResNet(_NUM_BLOCKS[18], False, width, stem, num_classes, dtype)
@@ -122,7 +122,7 @@ def resnet50(
     num_classes: int | None = None,
     stem: Stem = "cifar",
     width: int = 64,
-    dtype: Any = jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> ResNet:
     """ResNet-50; see `ResNet`. With 1,000 classes and the ImageNet stem: 25,557,032 parameters."""
     return ResNet(_NUM_BLOCKS[50], True, width, stem, num_classes, dtype)
@@ -134,7 +134,7 @@ class _Block(nn.Module):
     channels: int
     stride: int
     bottleneck: bool
-    dtype: Any
+    dtype: jax.typing.DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -158,7 +158,7 @@ class _Block(nn.Module):
         return nn.relu(x + y)
 
 
-def _layer_functions(dtype: Any, train: bool):
+def _layer_functions(dtype: jax.typing.DTypeLike, train: bool):
     """Constructors `(channels, side, stride, name) -> convolution` and `(name) -> BatchNorm`."""
 
     def conv_fn(channels: int, side: int, stride: int, *, name: str) -> nn.Conv:

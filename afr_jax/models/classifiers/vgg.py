@@ -8,8 +8,6 @@ Images are `[B, H, W, 3]` float, at least 32 px, already in the range that the r
 and statistics are float32; `dtype` is that of the computation. BatchNorm as in `resnet.py`.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -34,7 +32,7 @@ class Vgg(nn.Module):
     plan: tuple[int, ...] = _PLAN_11
     width: int = 64
     num_classes: int | None = None
-    dtype: Any = jnp.float32
+    dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -66,6 +64,8 @@ class Vgg(nn.Module):
         return x if self.num_classes is None else nn.Dense(self.num_classes, name="logits")(x)
 
 
-def vgg11(*, num_classes: int | None = None, width: int = 64, dtype: Any = jnp.float32) -> Vgg:
+def vgg11(
+    *, num_classes: int | None = None, width: int = 64, dtype: jax.typing.DTypeLike = jnp.float32
+) -> Vgg:
     """VGG-11; see `Vgg`. With 10 classes it has 9,228,362 parameters."""
     return Vgg(_PLAN_11, width, num_classes, dtype)

@@ -65,7 +65,7 @@ def _initialize_local(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.normal(key, shape) * shape[2] ** -0.5
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict:
+def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:
     """Reads the variables of `DeepFace` from a Keras file.
 
     Args:

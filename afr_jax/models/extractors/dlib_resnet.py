@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from afr_jax.models import layers
-from afr_jax.models.weights import installed
+from afr_jax.models.weights import conversion, installed
 
 INPUT_SIZE = 150
 EMBEDDING_SIZE = 128
@@ -62,7 +62,7 @@ def find_weights() -> pathlib.Path:
     return installed.find_folder(what, package, "models", (file,), version="0.3.0") / file
 
 
-def read_weights(path: pathlib.Path | str) -> dict:
+def read_weights(path: pathlib.Path | str) -> conversion.Variables:
     """Reads dlib's `.dat` file into the variables of `DlibResNet`.
 
     Format: strings and integers carry their byte count (an integer's control byte holds the count

@@ -173,7 +173,7 @@ class _Block(nn.Module):
         return x if self.is_last else nn.relu(x)
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict:
+def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:
     """Reads the variables of `InceptionResnetV1` from any of the three public forms.
 
     Args:

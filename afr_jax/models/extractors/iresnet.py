@@ -80,7 +80,9 @@ class _Block(nn.Module):
         return x + y
 
 
-def read_weights(path: str | os.PathLike[str], *, module: IResNet | None = None) -> dict:
+def read_weights(
+    path: str | os.PathLike[str], *, module: IResNet | None = None
+) -> conversion.Variables:
     """Reads the variables of an `IResNet` from a torch state dict with InsightFace's names.
 
     Args:

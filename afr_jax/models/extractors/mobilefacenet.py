@@ -89,7 +89,9 @@ class MobileFaceNet(nn.Module):
         return nn.BatchNorm(not train, epsilon=self.epsilon, momentum=0.9, name="fc1")(x)
 
 
-def read_weights(path: str | os.PathLike[str], *, module: MobileFaceNet | None = None) -> dict:
+def read_weights(
+    path: str | os.PathLike[str], *, module: MobileFaceNet | None = None
+) -> conversion.Variables:
     """Reads the variables of a `MobileFaceNet`.
 
     Args:

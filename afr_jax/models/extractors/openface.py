@@ -99,7 +99,7 @@ class OpenFace(nn.Module):
         return nn.Dense(EMBEDDING_SIZE, name="dense_layer")(x)
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict:
+def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:
     """Reads the variables of `OpenFace` from a Keras file (`openface_weights.h5` of `deepface`).
 
     Args:

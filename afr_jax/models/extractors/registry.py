@@ -1,4 +1,4 @@
-"""The one table of face extractors: how each one wants its chips, and what its distances mean.
+"""The registry of face extractors: how each one wants its chips, and what its distances mean.
 
 An extractor maps an aligned chip to an embedding. Everything that differs between extractors is a
 field of `Extractor`; nothing else in the code base knows a model by name.
@@ -12,7 +12,7 @@ import functools
 import os
 import pathlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -54,7 +54,7 @@ class Extractor:
     """A face extractor and its conventions; hashable, a static argument of jitted functions.
 
     Attributes:
-        name: key in the table.
+        name: key in `EXTRACTORS`.
         module: Flax module, chips `[B, S, S, 3]` in its own range to embeddings `[B, D]`.
         input_px: side S of its chips.
         template: where the five landmarks lie in a chip, (y, x) in pixels, picture's left first.
@@ -83,10 +83,10 @@ class Extractor:
     embedding_size: int
     normalized: bool
     thresholds: Thresholds
-    load: Callable[[], dict]
+    load: Callable[[], conversion.Variables]
     source: str
     license: str
-    read: Callable[[pathlib.Path], dict] | None = None
+    read: Callable[[pathlib.Path], conversion.Variables] | None = None
     stretch: float = 1.0
     is_bgr: bool = False
     nearest_other: float | None = None
@@ -120,12 +120,14 @@ class Extractor:
         return self.threshold if self.nearest_other is None else self.nearest_other
 
 
-def _from_download(name: str, read_fn: Callable[[str | os.PathLike[str]], dict]) -> dict:
+def _from_download(
+    name: str, read_fn: Callable[[str | os.PathLike[str]], conversion.Variables]
+) -> conversion.Variables:
     return read_fn(download.fetch(name))
 
 
 def _downloaded(
-    name: str, read_fn: Callable[[str | os.PathLike[str]], dict], **fields
+    name: str, read_fn: Callable[[str | os.PathLike[str]], conversion.Variables], **fields
 ) -> Extractor:
     """An extractor whose weights come from the cache of downloads."""
     load = functools.partial(_from_download, name, read_fn)
@@ -312,11 +314,13 @@ def get(name: str) -> Extractor:
     return EXTRACTORS[name]
 
 
-def load_variables(extractor: Extractor, path: str | os.PathLike[str] | None) -> dict:
+def load_variables(
+    extractor: Extractor, path: str | os.PathLike[str] | None
+) -> conversion.Variables:
     """The variables of an extractor's module.
 
     Args:
-        extractor: entry of the table.
+        extractor: of the registry, or a trained one.
         path: a file: safetensors as `conversion.write_safetensors` writes it, or the original's
             format (told by content, see `formats.kind_of`); None is the default source.
 
@@ -338,16 +342,16 @@ def load_variables(extractor: Extractor, path: str | os.PathLike[str] | None) ->
     return extractor.read(pathlib.Path(path))
 
 
-def fingerprint(variables: Mapping) -> str:
+def fingerprint(variables: conversion.Variables) -> str:
     """Hex SHA-256 over names, shapes, dtypes and values of all arrays, whatever their order."""
     return conversion.fingerprint(variables)
 
 
-def embed(extractor: Extractor, variables: dict, chips: jax.Array) -> jax.Array:
+def embed(extractor: Extractor, variables: conversion.Variables, chips: jax.Array) -> jax.Array:
     """Embeddings of aligned chips.
 
     Args:
-        extractor: entry of the table.
+        extractor: of the registry, or a trained one.
         variables: of its module.
         chips: `[B, S, S, 3]` float RGB in [0, 1].
 

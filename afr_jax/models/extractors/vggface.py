@@ -2,7 +2,7 @@
 
 Parkhi, Vedaldi, Zisserman: "Deep Face Recognition", BMVC 2015. The embedding is that of the
 `deepface` package: the second hidden layer behind its ReLU. The weights take BGR; `deepface`, whose
-thresholds the zoo has, gives them values in [0, 1] and subtracts no mean.
+thresholds the registry has, gives them values in [0, 1] and subtracts no mean.
 """
 
 import os
@@ -36,7 +36,7 @@ class VggFace(nn.Module):
         return nn.relu(nn.Dense(EMBEDDING_SIZE, name="fc7")(x))
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict:
+def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:
     """Reads the variables of `VggFace` from a Keras file (`vgg_face_weights.h5` of `deepface`).
 
     Args:

@@ -59,16 +59,18 @@ class Entry(NamedTuple):
     convert: Callable[[np.ndarray], np.ndarray]
 
 
+# Of a linen module: {"params": ..., "batch_stats": ...}, nested, of arrays or of their shapes.
+Variables = Mapping[str, Any]
 EntryFn = Callable[[tuple[str, ...], tuple[int, ...]], Entry | float]
 
 
-def shapes(module: nn.Module, input_px: int) -> dict:
+def shapes(module: nn.Module, input_px: int) -> Variables:
     """The variables of a module as `jax.ShapeDtypeStruct`, for chips of side `input_px`."""
     return _shapes(module, input_px)  # pyrefly: ignore[bad-argument-type]  Modules are hashable.
 
 
 @functools.cache
-def _shapes(module: nn.Module, input_px: int) -> dict:
+def _shapes(module: nn.Module, input_px: int) -> Variables:
     chips = jax.ShapeDtypeStruct((1, input_px, input_px, 3), jnp.float32)
     return jax.eval_shape(module.init, jax.random.key(0), chips)
 
@@ -130,12 +132,12 @@ def is_torch_counter(name: str) -> bool:
 
 def fill(
     path: str | os.PathLike[str],
-    variable_shapes: Mapping,
+    variable_shapes: Variables,
     arrays: Mapping[str, np.ndarray],
     entry_fn: EntryFn,
     *,
     ignore_fn: Callable[[str], bool] = lambda name: False,
-) -> dict:
+) -> Variables:
     """The variables of a module from the arrays of a file.
 
     Args:
@@ -180,7 +182,7 @@ def fill(
     return flax.traverse_util.unflatten_dict(variables)
 
 
-def fingerprint(variables: Mapping) -> str:
+def fingerprint(variables: Variables) -> str:
     """Hex SHA-256 over names, shapes, dtypes and values of all arrays, in the order of names."""
     digest = hashlib.sha256()
     for name, array in sorted(_flat(variables).items()):
@@ -192,7 +194,7 @@ def fingerprint(variables: Mapping) -> str:
 
 def write_safetensors(
     path: str | os.PathLike[str],
-    variables: Mapping,
+    variables: Variables,
     *,
     dtype: str | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -232,7 +234,7 @@ def write_safetensors(
         raise
 
 
-def read_safetensors(path: str | os.PathLike[str], variable_shapes: Mapping) -> dict:
+def read_safetensors(path: str | os.PathLike[str], variable_shapes: Variables) -> Variables:
     """Reads what `write_safetensors` wrote.
 
     Args:
@@ -251,6 +253,6 @@ def read_safetensors(path: str | os.PathLike[str], variable_shapes: Mapping) -> 
     )
 
 
-def _flat(variables: Mapping) -> dict[str, np.ndarray]:
+def _flat(variables: Variables) -> dict[str, np.ndarray]:
     flat = flax.traverse_util.flatten_dict(dict(variables))
     return {"/".join(path): np.asarray(array) for path, array in flat.items()}
