@@ -43,7 +43,7 @@ from afr_jax.core import checkpoint, files, parallel, program, workdir
 from afr_jax.data import image_sets, noise_files
 from afr_jax.evaluation.attackers import victims
 from afr_jax.evaluation.metrics import learnability
-from afr_jax.methods.unlearnable import recipes, search_steps
+from afr_jax.methods.unlearnable import recipes, search
 from afr_jax.models.classifiers import registry
 
 _DATA = flags.DEFINE_string(
@@ -168,7 +168,7 @@ def _read(output: pathlib.Path) -> image_sets.ImageSet:
     return data
 
 
-def _options() -> search_steps.SearchOptions | None:
+def _options() -> search.SearchOptions | None:
     """The search with what the flags say; None for a method without one."""
     if _METHOD.value not in recipes.SEARCHED:
         return None
@@ -206,7 +206,7 @@ def _source() -> victims.VictimOptions | None:
 
 
 def _make(
-    data: image_sets.ImageSet, options: search_steps.SearchOptions | None, work: workdir.Workdir
+    data: image_sets.ImageSet, options: search.SearchOptions | None, work: workdir.Workdir
 ) -> recipes.Made:
     shared = {
         "method": _METHOD.value,

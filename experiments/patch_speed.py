@@ -40,7 +40,7 @@ from afr_jax.evaluation.metrics import misdetection
 from afr_jax.methods.patches import config, placement, training
 from afr_jax.methods.patches import scenes as patches_scenes
 from afr_jax.models import mtcnn
-from afr_jax.perturb import loop
+from afr_jax.perturb import stepping
 
 _TRAIN = flags.DEFINE_list("train", [], "films, folders and photos to take frames from")
 _FRAMES = flags.DEFINE_integer("frames", 20, "frames of an epoch", lower_bound=1)
@@ -143,7 +143,7 @@ def _placed(variables: dict) -> list[placement.Placed]:
 def _ours(variables, placed, options, epochs):
     scenes = jax.tree.map(jnp.asarray, patches_scenes.make_scenes(placed, options.levels))
     trainer = training.make_trainer(jax.random.key(0), variables, scenes, options)
-    chunk = min(loop.chunk_length(), epochs)
+    chunk = min(stepping.chunk_length(), epochs)
 
     def measure():
         states = trainer.start_fn(jax.random.key(1), _STARTS.value)

@@ -42,7 +42,7 @@ from afr_jax.data import image_sets, noise_files
 from afr_jax.evaluation.attackers import victims
 from afr_jax.evaluation.metrics import learnability, verification
 from afr_jax.evaluation.unlearnable import faces
-from afr_jax.methods.unlearnable import recipes, search_steps
+from afr_jax.methods.unlearnable import recipes, search
 from afr_jax.models import mtcnn
 from afr_jax.models.classifiers import registry
 from afr_jax.training import trainer
@@ -144,7 +144,7 @@ def faces_program() -> tuple[dict[str, Any], int]:
     return result, program.EXIT_PARTIAL if problems else program.EXIT_OK
 
 
-def _options() -> tuple[victims.VictimOptions, search_steps.SearchOptions]:
+def _options() -> tuple[victims.VictimOptions, search.SearchOptions]:
     """Options of the victim, and of the search with the paper's values for faces."""
     toy = flags.FLAGS.toy
     victim = victims.VictimOptions(

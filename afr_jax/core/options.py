@@ -169,6 +169,20 @@ def fill_defaults(values: _Options, others: Mapping[str, Any]) -> _Options:
     return _replaced(values, changes)
 
 
+def narrowed(values: _Options, base_class: type[_Options]) -> _Options:
+    """The options that one of the base classes of a dataclass has, as an instance of that class.
+
+    Compiled programs take the narrow instance as a static argument, so that they do not depend on
+    the rest.
+
+    Args:
+        values: An instance of a frozen dataclass.
+        base_class: A dataclass that its class is derived from.
+    """
+    names = [field.name for field in dataclasses.fields(base_class)]
+    return base_class(**{name: getattr(values, name) for name in names})
+
+
 def leaves(options_class: type) -> Iterator[Leaf]:
     """Yields the options of a class and of its groups, in the order of their fields.
 

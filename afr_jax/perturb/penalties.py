@@ -1,5 +1,6 @@
-"""Adaptive weights of penalties, as `loop.Control`s."""
+"""Adaptive weights of penalties, as `loop.Penalties`."""
 
+import jax
 import jax.numpy as jnp
 
 from afr_jax.perturb import loop
@@ -7,7 +8,7 @@ from afr_jax.perturb import loop
 
 def hold_below(
     name: str, limit: float, *, start: float, rate: float, least: float = 1e-3, most: float = 1e6
-) -> loop.Control:
+) -> loop.Penalties:
     """A multiplier that rises while a metric is above its limit and falls while it is below.
 
     The multiplier w changes by the factor exp(rate * clip(metric / limit - 1, -1, 1)): a dual
@@ -23,13 +24,13 @@ def hold_below(
         most: bound of the multiplier.
 
     Returns:
-        The control; its state is the multiplier, a scalar.
+        The penalties; their weights are the multiplier, a scalar.
     """
     if not limit > 0:
         raise ValueError(f"limit is {limit}, must be above 0")
 
-    def update(weight, evaluation):
+    def update(weight: jax.Array, evaluation: loop.Evaluation) -> jax.Array:
         excess = jnp.clip(evaluation.metrics[name] / limit - 1.0, -1.0, 1.0)
         return jnp.clip(weight * jnp.exp(rate * excess), least, most)
 
-    return loop.Control(init=lambda: jnp.full((), start, jnp.float32), update=update)
+    return loop.Penalties(init=lambda: jnp.full((), start, jnp.float32), update=update)

@@ -27,27 +27,39 @@ def seen(images: jax.Array, delta: jax.Array) -> jax.Array:
     return total + jax.lax.stop_gradient(jnp.clip(total, 0.0, 1.0) - total)
 
 
+def rules(*, limit: float, step_size: float) -> loop.Rules:
+    """Signed steps within [-limit, limit]; the last variable is the result.
+
+    Args:
+        limit: The largest absolute value of delta.
+        step_size: The size of every step and value.
+    """
+    return loop.Rules(
+        tx=optax.chain(optax.scale_by_sign(), optax.scale(-step_size)),
+        project_fn=lambda delta: projections.linf_box(delta, limit),
+        keep="last",
+    )
+
+
 def problem(
     loss_fn: Callable[[jax.Array, jax.Array], jax.Array], *, limit: float, step_size: float
 ) -> loop.Problem:
-    """Signed descent of a loss within [-limit, limit]; the last variable is the result.
+    """Signed descent of a loss by `rules`.
 
     Args:
         loss_fn: `(delta, key) -> scalar` that is descended; minus a loss to ascend it.
-        limit: largest absolute value of delta.
-        step_size: of every step and value.
+        limit: The largest absolute value of delta.
+        step_size: The size of every step and value.
     """
 
-    def evaluate(delta, control, key):
-        del control
-        return loop.Evaluation(loss_fn(delta, key), jnp.full((), jnp.inf, jnp.float32), {})
+    def evaluate(
+        delta: jax.Array, weights: tuple[()], key: jax.Array, step: jax.Array
+    ) -> loop.Evaluation:
+        del weights, step
+        loss = loss_fn(delta, key)
+        return loop.Evaluation(loss, loss, {})
 
-    return loop.Problem(
-        loss_fn=evaluate,
-        tx=optax.chain(optax.scale_by_sign(), optax.scale(-step_size)),
-        project_fn=lambda delta: projections.linf_box(delta, limit),
-        control=loop.no_control(),
-    )
+    return loop.Problem(evaluate, rules(limit=limit, step_size=step_size))
 
 
 def adversarial(
@@ -74,5 +86,5 @@ def adversarial(
     """
     delta = jax.random.uniform(key, images.shape, images.dtype, -limit, limit)
     ascent = problem(lambda d, _: -loss_fn(seen(images, d)), limit=limit, step_size=step_size)
-    state, _ = loop.advance(key, ascent, loop.start(ascent, delta), num_steps=num_steps)
-    return jax.lax.stop_gradient(jnp.clip(images + state.delta, 0.0, 1.0))
+    state, _ = loop.advance(key, ascent, loop.start(ascent.rules, delta), num_steps=num_steps)
+    return jax.lax.stop_gradient(jnp.clip(images + loop.best(state).delta, 0.0, 1.0))

@@ -15,8 +15,8 @@ Networks run in inference mode throughout: statistics of BatchNorm stay those of
 scales and biases are trained like all parameters.
 
 A step is a few compiled calls: `harden_batch` and `climb`, which `worst_case` drives, one call for
-each step of the search on CPU (`perturb.loop`). Its randomness is `fold_in(key, step)` and its rows
-are a function of its number, so a run can be cut at any step.
+each step of the search on CPU (`perturb.stepping`). Its randomness is `fold_in(key, step)` and its
+rows are a function of its number, so a run can be cut at any step.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ from afr_jax.core import parallel
 from afr_jax.data import augmentation as data_augmentation
 from afr_jax.data import sampling
 from afr_jax.models.extractors import registry
-from afr_jax.perturb import loop, sign_descent
-from afr_jax.training import optimizers
+from afr_jax.perturb import loop, sign_descent, stepping
+from afr_jax.training import optimizers, trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +200,7 @@ def worst_case(
         attack: the search.
         directions: `[B]` float32, 1 for away from the anchor and -1 for towards it; None is away.
         bfloat16: see `embed`.
-        chunk: steps of one call; by default those of `loop.chunk_length`.
+        chunk: steps of one call; by default those of `stepping.chunk_length`.
 
     Returns:
         `[B, S, S, 3]`, within the ball; images + delta is to be clipped to [0, 1].
@@ -208,19 +208,30 @@ def worst_case(
     state = _start(key, images, attack=attack)
     if directions is None:
         directions = jnp.ones_like(anchors[:, 0])
-    chunk = chunk or loop.chunk_length()
-    options = {"extractor": extractor, "attack": attack, "bfloat16": bfloat16}
-    done = 0
-    while done < attack.num_steps:
-        length = min(chunk, attack.num_steps - done)
-        state = climb(variables, state, images, anchors, directions, num_steps=length, **options)
-        done += length
-    return state.delta
+    length = chunk or stepping.chunk_length()
+
+    def advance(state: loop.State, steps: range) -> tuple[loop.State, None]:
+        state = climb(
+            variables,
+            state,
+            images,
+            anchors,
+            directions,
+            np.int32(len(steps)),
+            extractor=extractor,
+            attack=attack,
+            bfloat16=bfloat16,
+            length=length,
+        )
+        return state, None
+
+    state, _ = stepping.drive(advance, state, steps=range(attack.num_steps), length=length)
+    return loop.best(state).delta
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("extractor", "attack", "bfloat16", "num_steps"),
+    static_argnames=("extractor", "attack", "bfloat16", "length"),
     donate_argnames="state",
 )
 def climb(
@@ -229,11 +240,12 @@ def climb(
     images: jax.Array,
     anchors: jax.Array,
     directions: jax.Array,
+    count: jax.Array | int,
     *,
     extractor: registry.Extractor,
     attack: Attack,
     bfloat16: bool,
-    num_steps: int,
+    length: int,
 ) -> loop.State:
     """Some steps of the search of `worst_case`, in one call.
 
@@ -246,10 +258,11 @@ def climb(
         images: see `worst_case`, as the others.
         anchors: there.
         directions: there.
-        extractor: there.
+        count: how many of the steps are taken, as of `stepping.take`.
+        extractor: see `worst_case`, as the others.
         attack: there.
         bfloat16: there.
-        num_steps: to take.
+        length: of a chunk of steps.
     """
 
     def loss_fn(delta: jax.Array, key: jax.Array) -> jax.Array:
@@ -260,15 +273,13 @@ def climb(
 
     problem = sign_descent.problem(loss_fn, limit=attack.limit, step_size=attack.step)
     # The search draws nothing behind its start.
-    return loop.advance(jax.random.key(0), problem, state, num_steps=num_steps)[0]
+    return loop.advance(jax.random.key(0), problem, state, num_steps=length, count=count)[0]
 
 
 @functools.partial(jax.jit, static_argnames="attack")
 def _start(key, images, *, attack):
     delta = jax.random.uniform(key, images.shape, images.dtype, -attack.limit, attack.limit)
-    # The loss is not looked at before the first step.
-    problem = sign_descent.problem(lambda delta, _: 0.0, limit=attack.limit, step_size=attack.step)
-    return loop.start(problem, delta)
+    return loop.start(sign_descent.rules(limit=attack.limit, step_size=attack.step), delta)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
@@ -383,14 +394,11 @@ def run_steps(
         ValueError: a batch cannot be split over the devices.
     """
     first = int(state.step)
-    parts = []
-    for step in range(first, first + num_steps):
-        rows = batches.rows(step)
-        if len(rows) % mesh.devices.size:
-            count = mesh.devices.size
-            raise ValueError(f"a batch of {len(rows)} cannot be split over {count} devices")
-        rows = parallel.shard_batch(sampling.local_rows(rows), mesh)
-        change_key, start_key = jax.random.split(jax.random.fold_in(key, step))
+
+    def advance(state: State, steps: range) -> tuple[State, Metrics]:
+        rows = trainer.local_rows(batches.rows(steps.start), mesh)
+        rows = parallel.shard_batch(rows, mesh)
+        change_key, start_key = jax.random.split(jax.random.fold_in(key, steps.start))
         batch = draw_batch(change_key, original, chips, rows, recipe=recipe)
         if chips.shape[1] == 1:
             delta = worst_case(
@@ -403,12 +411,11 @@ def run_steps(
                 bfloat16=recipe.bfloat16,
             )
             batch = batch._replace(delta=delta)
-        state, metrics = harden_batch(state, original, batch, recipe=recipe, mesh=mesh)
-        parts.append(metrics)
-        if report_fn is not None:
-            report_fn(1)
-    metrics = jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(parts))
-    if not np.isfinite(metrics.loss).all():
-        at = int(np.argmin(np.isfinite(metrics.loss)))
-        raise FloatingPointError(f"the loss of step {first + at} is {metrics.loss[at]}")
+        return harden_batch(state, original, batch, recipe=recipe, mesh=mesh)
+
+    # A step is a few programs of its own, the search for a perturbation among them.
+    state, metrics = stepping.drive(
+        advance, state, steps=range(first, first + num_steps), length=1, report_fn=report_fn
+    )
+    trainer.check_losses(metrics.loss, first_step=first)
     return state, metrics

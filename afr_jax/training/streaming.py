@@ -7,6 +7,7 @@ import jax
 
 from afr_jax.core import parallel
 from afr_jax.data import loaders
+from afr_jax.perturb import stepping
 from afr_jax.training import trainer
 
 
@@ -57,14 +58,18 @@ def run_streamed(
         ValueError: the batches stand at another step.
     """
     first = int(state.step)
-    parts = []
-    for step in range(first, first + num_steps):
+
+    def advance(
+        state: trainer.TrainState, steps: range
+    ) -> tuple[trainer.TrainState, trainer.Metrics]:
         batch = next(host_batches)
-        if batch.step != step:
-            raise ValueError(f"the state is at step {step}, the batches at {batch.step}")
+        if batch.step != steps.start:
+            raise ValueError(f"the state is at step {steps.start}, the batches at {batch.step}")
         placed = parallel.shard_batch((batch.images, batch.labels), mesh)
-        state, metrics = train_batch(key, state, *placed, recipe=recipe, mesh=mesh)
-        parts.append(jax.tree.map(lambda value: value[None], metrics))
-        if report_fn is not None:
-            report_fn(1)
-    return state, trainer.fetch_metrics(parts, first_step=first)
+        return train_batch(key, state, *placed, recipe=recipe, mesh=mesh)
+
+    state, metrics = stepping.drive(
+        advance, state, steps=range(first, first + num_steps), length=1, report_fn=report_fn
+    )
+    trainer.check_losses(metrics.loss, first_step=first)
+    return state, metrics

@@ -37,7 +37,7 @@ from afr_jax.core import images as image_ops
 from afr_jax.core import parallel
 from afr_jax.data import augmentation as data_augmentation
 from afr_jax.data import sampling
-from afr_jax.perturb import loop
+from afr_jax.perturb import stepping
 from afr_jax.training import optimizers
 
 Tree = chex.ArrayTree
@@ -231,6 +231,7 @@ def train_chunk(
     state: TrainState,
     data: Data,
     rows: jax.Array,
+    count: jax.Array | int,
     *,
     recipe: Recipe,
     mesh: parallel.Mesh,
@@ -241,12 +242,13 @@ def train_chunk(
         key: of the whole run.
         state: donated.
         data: on the devices.
-        rows: `[B, steps]` int32, the examples of each step, split over the devices by B.
+        rows: from `place_rows`, `[B, length]` int32.
+        count: how many of the steps are taken, as of `stepping.take`.
         recipe: the run.
         mesh: of the run; the state stays a whole copy on each device.
 
     Returns:
-        The state after them, and the metrics of each, `[steps]`.
+        The state after them, and the metrics of each, `[length]`.
     """
 
     def one(state: TrainState, row: jax.Array) -> tuple[TrainState, Metrics]:
@@ -254,10 +256,7 @@ def train_chunk(
         state, metrics = train_step(key, state, images, labels, recipe=recipe)
         return jax.lax.with_sharding_constraint(state, parallel.replicated(mesh)), metrics
 
-    if rows.shape[1] == 1:
-        state, metrics = one(state, rows[:, 0])
-        return state, jax.tree.map(lambda value: value[None], metrics)
-    return jax.lax.scan(one, state, rows.T)
+    return stepping.take(one, state, rows.T, length=rows.shape[1], count=count)
 
 
 def run_steps(
@@ -293,36 +292,67 @@ def run_steps(
         FloatingPointError: a loss was not finite.
         ValueError: a batch cannot be split over the devices.
     """
-    first = int(state.step)
-    chunk = chunk or loop.chunk_length()
-    parts = []
-    for begin in range(first, first + num_steps, chunk):
-        steps = range(begin, min(begin + chunk, first + num_steps))
-        rows = np.stack([_local_rows(batches.rows(step), mesh) for step in steps], axis=1)
-        state, metrics = train_chunk(
-            key, state, data, parallel.shard_batch(rows, mesh), recipe=recipe, mesh=mesh
-        )
-        parts.append(metrics)
-        if report_fn is not None:
-            report_fn(len(steps))
-    return state, fetch_metrics(parts, first_step=first)
+    first, length = int(state.step), chunk or stepping.chunk_length()
+
+    def advance(state: TrainState, steps: range) -> tuple[TrainState, Metrics]:
+        rows = place_rows(batches, steps, mesh, length=length)
+        return train_chunk(key, state, data, rows, np.int32(len(steps)), recipe=recipe, mesh=mesh)
+
+    state, metrics = stepping.drive(
+        advance, state, steps=range(first, first + num_steps), length=length, report_fn=report_fn
+    )
+    check_losses(metrics.loss, first_step=first)
+    return state, metrics
 
 
-def fetch_metrics(parts: list[Metrics], *, first_step: int = 0) -> Metrics:
-    """The metrics of some calls on the host, one after the other.
+def place_rows(
+    batches: sampling.Batches, steps: range, mesh: parallel.Mesh, *, length: int
+) -> jax.Array:
+    """The rows of the steps of a chunk, on the devices.
 
     Args:
-        parts: of each call, `[steps]`; at least one.
+        batches: rows of each step.
+        steps: of the chunk, at least one.
+        mesh: of the run.
+        length: of a chunk; behind the last step its rows are repeated.
+
+    Returns:
+        `[B, length]` int32, split over the devices by B.
+
+    Raises:
+        ValueError: a batch cannot be split over the devices.
+    """
+    rows = np.stack([local_rows(batches.rows(step), mesh) for step in steps], axis=1)
+    rows = np.pad(rows, ((0, 0), (0, length - len(steps))), mode="edge")
+    return parallel.shard_batch(rows, mesh)
+
+
+def local_rows(rows: np.ndarray, mesh: parallel.Mesh) -> np.ndarray:
+    """This process's share of the rows `[B]` of a step.
+
+    Raises:
+        ValueError: B cannot be split over the devices.
+    """
+    if len(rows) % mesh.devices.size:
+        raise ValueError(
+            f"a batch of {len(rows)} cannot be split evenly over {mesh.devices.size} devices"
+        )
+    return sampling.local_rows(rows)
+
+
+def check_losses(losses: np.ndarray, *, first_step: int) -> None:
+    """Checks that training has not diverged.
+
+    Args:
+        losses: `[steps]`.
         first_step: number of the first of them, for the message.
 
     Raises:
         FloatingPointError: a loss is not finite.
     """
-    metrics = jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(parts))
-    if not np.isfinite(metrics.loss).all():
-        at = int(np.argmin(np.isfinite(metrics.loss)))
-        raise FloatingPointError(f"the loss of step {first_step + at} is {metrics.loss[at]}")
-    return metrics
+    if not np.isfinite(losses).all():
+        at = int(np.argmin(np.isfinite(losses)))
+        raise FloatingPointError(f"the loss of step {first_step + at} is {losses[at]}")
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "image_shape"))
@@ -340,11 +370,3 @@ def _init_state(key: jax.Array, recipe: Recipe, image_shape: tuple[int, ...]) ->
     opt_state = optimizers.make_optimizer(recipe.optimizer).init(params)
     batch_stats = variables.get("batch_stats", {})
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state)
-
-
-def _local_rows(rows: np.ndarray, mesh: parallel.Mesh) -> np.ndarray:
-    if len(rows) % mesh.devices.size:
-        raise ValueError(
-            f"a batch of {len(rows)} cannot be split evenly over {mesh.devices.size} devices"
-        )
-    return sampling.local_rows(rows)

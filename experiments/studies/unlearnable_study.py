@@ -40,7 +40,7 @@ from afr_jax.data import image_sets, noise_files
 from afr_jax.evaluation.attackers import countermeasures, many_victims, victims
 from afr_jax.evaluation.metrics import learnability
 from afr_jax.evaluation.unlearnable import matrix
-from afr_jax.methods.unlearnable import recipes, search_steps
+from afr_jax.methods.unlearnable import recipes, search
 from afr_jax.models.classifiers import registry
 
 _CIFAR10 = flags.DEFINE_string("cifar10_dir", None, "folder of CIFAR-10")
@@ -312,7 +312,7 @@ def _noise_of(cell, scale, train_set, work, mesh) -> noise_files.Noise:
     return made.noise
 
 
-def _search_options(cell: matrix.Cell, scale: _Scale) -> search_steps.SearchOptions:
+def _search_options(cell: matrix.Cell, scale: _Scale) -> search.SearchOptions:
     changes = scale.search.get(f"{cell.method}/{cell.granularity}", {})
     published = recipes.published(cell.method, cell.granularity)
     return dataclasses.replace(published, **changes)

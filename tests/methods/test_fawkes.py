@@ -14,7 +14,7 @@ import skimage.metrics
 from afr_jax.core import parallel, ssim
 from afr_jax.methods.cloaking import face_cloaks, fawkes
 from afr_jax.models.extractors import registry
-from afr_jax.perturb import loop
+from afr_jax.perturb import stepping
 from afr_jax.recognition import align
 
 _SIDE = 40
@@ -256,7 +256,7 @@ def test_two_surrogates_are_both_moved_and_random_views_are_for_the_steps_only()
 
 def test_a_face_that_never_fits_the_budget_is_left_alone(faces, monkeypatch):
     """The state of a run without a feasible variable is that of its start: noise, no score."""
-    monkeypatch.setattr(loop, "drive", lambda advance_fn, state, **options: state)
+    monkeypatch.setattr(stepping, "drive", lambda chunk_fn, state, **options: (state, None))
     deltas, distances = _cloak(faces)
     np.testing.assert_array_equal(deltas, 0)
     np.testing.assert_array_equal(distances, 0)
@@ -399,15 +399,15 @@ def test_small_budgets_see_milder_blur_and_balance_more_sharply():
         distances = np.asarray(found.metrics["distances"], np.float64)
         return distances, float(found.metrics["gain"]), distances / _TOY.reach
 
-    distances, gain, units = metrics(0.0035, blur_px=1.2, balance=2.0)
-    others, _, _ = metrics(0.007, blur_px=0.6, balance=2.0)
+    distances, gain, units = metrics(0.0035, blur_px=1.2, softmin_sharpness=2.0)
+    others, _, _ = metrics(0.007, blur_px=0.6, softmin_sharpness=2.0)
     np.testing.assert_allclose(distances, others, rtol=1e-5)
     assert abs(units[0] - units[1]) > 0.02
     np.testing.assert_allclose(gain, -np.log(np.mean(np.exp(-8 * units))) / 8, rtol=1e-4)
-    distances, gain, units = metrics(0.014, blur_px=1.2, balance=2.0)
+    distances, gain, units = metrics(0.014, blur_px=1.2, softmin_sharpness=2.0)
     assert np.abs(distances / others - 1).min() > 0.005
     np.testing.assert_allclose(gain, -np.log(np.mean(np.exp(-2 * units))) / 2, rtol=1e-4)
-    _, gain, units = metrics(0.0035, balance=0.0)
+    _, gain, units = metrics(0.0035, softmin_sharpness=0.0)
     np.testing.assert_allclose(gain, np.mean(units), rtol=1e-4)
 
 
@@ -462,12 +462,12 @@ def test_steps_are_longer_where_texture_hides_them():
     assert updates[:, half + 10 :].min() > 5 * updates[:, : half - 10].max()
 
 
-@pytest.mark.parametrize("num_steps, memory", [(0, 0), (10, 0), (50, 0.8), (100, 0.9)])
-def test_changes_are_averaged_over_a_tenth_of_the_steps(num_steps, memory):
+@pytest.mark.parametrize("num_steps, ema_decay", [(0, 0), (10, 0), (50, 0.8), (100, 0.9)])
+def test_changes_are_averaged_over_a_tenth_of_the_steps(num_steps, ema_decay):
     face = _face(1)._replace(budget=0.007)
     config = fawkes.FawkesConfig(num_steps=num_steps)
-    problem = config.problem((), face, ssim.ssim_reference(face.image), ())
-    assert problem.memory == pytest.approx(memory)
+    rules = config.rules(face, ssim.ssim_reference(face.image))
+    assert rules.keep == "average" and rules.ema_decay == pytest.approx(ema_decay)
 
 
 @pytest.mark.parametrize(

@@ -204,9 +204,18 @@ def test_training_descends_keeps_ink_and_is_the_same_on_four_devices(placed, var
     results = []
     for num_devices in (1, 4):
         mesh = parallel.make_mesh(devices=jax.devices()[:num_devices])
-        batch = parallel.shard_batch(scenes.make_scenes(placed, _SMALL.levels), mesh)
+        # Three photos: four devices get one that does not count.
+        batch = scenes.make_scenes(placed[:3], _SMALL.levels)
+        batch, mask = parallel.pad_batch(batch, num_devices)
+        assert mask.all() == (num_devices == 1)
+        batch, mask = parallel.shard_batch((batch, None if mask.all() else mask), mesh)
         trainer = training.make_trainer(
-            jax.random.key(1), parallel.replicate(variables, mesh), batch, _SMALL, num_judged=1
+            jax.random.key(1),
+            parallel.replicate(variables, mesh),
+            batch,
+            _SMALL,
+            mask=mask,
+            num_judged=1,
         )
         states = parallel.replicate(trainer.start_fn(jax.random.key(2), 2), mesh)
         # Judging takes no part in the sharding: one compilation is enough.

@@ -10,9 +10,9 @@ import pytest
 
 from afr_jax.core import checkpoint, parallel
 from afr_jax.data import image_sets, noise_files
-from afr_jax.methods.unlearnable import recipes, search, search_steps
+from afr_jax.methods.unlearnable import recipes, search, source
 from afr_jax.models import heads
-from afr_jax.perturb import loop
+from afr_jax.perturb import stepping
 from afr_jax.training import optimizers, trainer
 
 
@@ -44,7 +44,7 @@ def _recipe(net):
 
 
 _TINY = _recipe(_Tiny())
-_OPTIONS = search_steps.SearchOptions(
+_OPTIONS = search.SearchOptions(
     num_steps=3, step_levels=2.0, train_steps=4, batch_size=24, max_rounds=3, stop_error=None
 )
 
@@ -104,7 +104,7 @@ def test_class_means_against_numpy():
     expected = noise.copy()
     expected[0] = deltas[:2].mean(axis=0)
     expected[2] = deltas[[2, 4]].mean(axis=0)
-    made = search_steps.class_means(
+    made = search.class_means(
         *(jnp.asarray(a, jnp.float32) for a in (noise, deltas)),
         jnp.asarray(labels),
         jnp.asarray(mask),
@@ -140,7 +140,7 @@ def test_four_devices_find_what_one_finds(data, straight):
 
 
 def test_long_calls_equal_single_steps(data, straight, monkeypatch):
-    monkeypatch.setattr(loop, "chunk_length", lambda: 50)
+    monkeypatch.setattr(stepping, "chunk_length", lambda: 50)
     found = _search(data)
     assert (np.abs(found.noise - straight.noise) > 1e-6).mean() < 0.02
 
@@ -171,9 +171,9 @@ def test_class_wise_noise_is_shared_and_a_second_search_does_not_compile(data):
     found = _search(data, options)
     assert found.noise.shape == (4, 8, 8, 3)
     assert np.abs(found.noise).max() <= 8 / 255 + 1e-7
-    sizes = [search_steps.advance_batch._cache_size(), search_steps.train_chunk._cache_size()]
+    sizes = [search.advance_batch._cache_size(), source.train_chunk._cache_size()]
     _search(data, options, seed=5)
-    again = [search_steps.advance_batch._cache_size(), search_steps.train_chunk._cache_size()]
+    again = [search.advance_batch._cache_size(), source.train_chunk._cache_size()]
     assert again == sizes
 
 

@@ -1,15 +1,16 @@
-"""The perturbation loop on problems with known answers, its projections and its control."""
+"""The perturbation loop on problems with known answers, its projections and its penalties."""
 
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from afr_jax.perturb import loop, penalties, projections
+from afr_jax.perturb import loop, penalties, projections, stepping
 
 _SHAPE = (4, 3)
 
@@ -27,18 +28,21 @@ def _evaluation(score, **metrics):
     return loop.Evaluation(score, score, metrics)
 
 
-def _quadratic(target, *, tx=None, limit=0.5, noise=0.0, control=None, score_fn=None, memory=0.0):
+def _rules(tx, project_fn=lambda delta: delta, **options):
+    return loop.Rules(tx, project_fn, **options)
+
+
+def _quadratic(target, *, tx=None, limit=0.5, noise=0.0, score_fn=None, **options):
     """Distance to a target within a box; the minimum is the clipped target."""
 
-    def loss_fn(delta, weight, key):
-        del weight
+    def loss_fn(delta, weight, key, step):
+        del weight, step
         moved = target + noise * jax.random.normal(key, target.shape)
         loss = jnp.sum((delta - moved) ** 2)
         score = loss if score_fn is None else score_fn(delta, loss)
         return loop.Evaluation(loss, score, {"loss": loss, "largest": jnp.max(jnp.abs(delta))})
 
-    control = control or loop.no_control()
-    return loop.Problem(loss_fn, tx or optax.sgd(0.1), _box(limit), control, memory)
+    return loop.Problem(loss_fn, _rules(tx or optax.sgd(0.1), _box(limit), **options))
 
 
 def _target(seed=0):
@@ -101,7 +105,7 @@ def test_zero_steps_give_the_projected_start():
 
 def _states(problem, delta, num_steps, key):
     advance = jax.jit(functools.partial(loop.advance, problem=problem))
-    states = [jax.jit(functools.partial(loop.start, problem))(delta)]
+    states = [jax.jit(functools.partial(loop.start, problem.rules))(delta)]
     for _ in range(num_steps):
         states.append(advance(key, state=states[-1])[0])
     return states
@@ -112,20 +116,22 @@ def test_the_best_score_never_rises_and_belongs_to_the_best_delta():
     # A step this long overshoots back and forth, so the last one is not always the best.
     problem = _quadratic(target, tx=optax.sgd(0.6), limit=5.0, noise=0.3)
     states = _states(problem, jnp.zeros(_SHAPE), 12, jax.random.key(0))
-    scores = [float(state.best_score) for state in states]
+    scores = [float(state.score) for state in states]
     assert scores[0] == np.inf and scores[1] < np.inf
     assert all(after <= before for before, after in zip(scores, scores[1:], strict=False))
     assert scores[-1] < scores[1]
     score_fn = jax.jit(
-        lambda delta, k: problem.loss_fn(delta, (), jax.random.fold_in(jax.random.key(0), k)).score
+        lambda delta, k: (
+            problem.loss_fn(delta, (), jax.random.fold_in(jax.random.key(0), k), k).score
+        )
     )
     deltas = [np.asarray(state.delta) for state in states[:-1]]
     measured = [float(score_fn(delta, k)) for k, delta in enumerate(deltas)]
     assert np.any(np.diff(measured) > 0)
     for number, state in enumerate(states[1:], start=1):
         best = int(np.argmin(measured[:number]))
-        np.testing.assert_allclose(state.best_score, measured[best], rtol=1e-5)
-        np.testing.assert_array_equal(state.best_delta, deltas[best])
+        np.testing.assert_allclose(state.score, measured[best], rtol=1e-5)
+        np.testing.assert_array_equal(state.kept, deltas[best])
 
 
 def test_the_constraint_holds_at_every_step():
@@ -134,9 +140,10 @@ def test_the_constraint_holds_at_every_step():
     def project(delta):
         return projections.image_box(projections.linf_box(delta, 0.3), image)
 
-    problem = _quadratic(10 * _target(), tx=optax.sgd(1.0))._replace(project_fn=project)
+    problem = _quadratic(10 * _target())
+    problem = problem._replace(rules=_rules(optax.sgd(1.0), project))
     for state in _states(problem, 3 * _target(2), 5, jax.random.key(0)):
-        for delta in (state.delta, state.best_delta):
+        for delta in (state.delta, state.kept):
             # Clipping image + delta and subtracting the image again rounds.
             assert np.abs(delta).max() <= 0.3 + 1e-6
             assert (image + delta).min() >= -1e-6 and (image + delta).max() <= 1 + 1e-6
@@ -161,44 +168,53 @@ def test_a_batch_is_its_problems_one_at_a_time():
         np.testing.assert_allclose(metrics["loss"][number], trace["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 50])
-def test_the_chunk_length_does_not_change_the_result(chunk):
+@pytest.mark.parametrize("length", [1, 3, 50])
+def test_the_chunk_length_does_not_change_the_result(length):
+    """Seven steps and the one that evaluates the last variable, by one program."""
+    chex.clear_trace_counter()
     problem = _quadratic(_target(), tx=optax.adam(0.05), noise=0.2)
     key = jax.random.key(3)
     expected, trace = _run(problem, jnp.zeros(_SHAPE), num_steps=7, seed=3)
-    advance = jax.jit(functools.partial(loop.advance, problem=problem), static_argnames="num_steps")
-    lengths, metrics = [], []
 
-    def advance_fn(state, num_steps):
-        state, values = advance(key, state=state, num_steps=num_steps)
-        metrics.append(np.asarray(values["loss"]))
-        return state, values
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def advance(key, state, count):
+        return loop.advance(key, problem, state, num_steps=length, count=count)
 
-    start = jax.jit(functools.partial(loop.start, problem))(jnp.zeros(_SHAPE))
-    state = loop.drive(advance_fn, start, num_steps=7, chunk=chunk, report_fn=lengths.append)
-    # Seven steps, and the one that evaluates the last variable.
-    assert sum(lengths) == 7 and max(lengths) == min(chunk, 7) and int(state.step) == 8
-    np.testing.assert_allclose(np.concatenate(metrics), trace["loss"], rtol=1e-5)
+    start = jax.jit(functools.partial(loop.start, problem.rules))(jnp.zeros(_SHAPE))
+    state, metrics = stepping.drive(
+        lambda state, steps: advance(key, state, np.int32(len(steps))),
+        start,
+        steps=range(8),
+        length=length,
+    )
+    assert int(state.step) == 8
+    np.testing.assert_allclose(metrics["loss"], trace["loss"], rtol=1e-5)
     result = loop.best(state)
     np.testing.assert_allclose(result.delta, expected.delta, atol=1e-6)
     np.testing.assert_allclose(result.score, expected.score, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "num_steps, chunk, told", [(0, None, []), (3, None, [1, 1, 1]), (5, 2, [2, 2, 1]), (4, 9, [4])]
-)
-def test_drive_tells_of_its_chunks(num_steps, chunk, told):
-    lengths = []
-    taken = loop.drive(
-        lambda count, length: (count + length, None),
-        0,
-        num_steps=num_steps,
-        chunk=chunk,
-        report_fn=lengths.append,
-    )
-    # On CPU a chunk is one step; the step at the end evaluates only.
-    assert loop.chunk_length() == 1
-    assert lengths == told and taken == num_steps + 1
+def test_the_last_variable_is_kept_whatever_its_score():
+    problem = _quadratic(_target(), tx=optax.sgd(0.6), limit=5.0, keep="last")
+    state = jax.jit(functools.partial(loop.start, problem.rules))(jnp.zeros(_SHAPE))
+    assert state.kept == ()
+    states = _states(problem, jnp.zeros(_SHAPE), 3, jax.random.key(0))
+    for state in states:
+        np.testing.assert_array_equal(loop.best(state).delta, state.delta)
+    # Each step goes 1.2 of the way.
+    np.testing.assert_allclose(states[-1].delta, _target() * (1 + 0.2**3), rtol=1e-5)
+
+
+def test_the_loss_is_told_the_step_and_the_penalties_weights():
+    def loss_fn(delta, weight, key, step):
+        return loop.Evaluation(jnp.sum(delta), step, {"step": step, "weight": weight})
+
+    doubling = loop.Penalties(lambda: jnp.ones(()), lambda weight, evaluation: 2 * weight)
+    problem = loop.Problem(loss_fn, _rules(optax.sgd(0.1), penalties=doubling))
+    _, metrics = _run(problem, jnp.zeros(_SHAPE), num_steps=3)
+    np.testing.assert_array_equal(metrics["step"], [0, 1, 2, 3])
+    np.testing.assert_array_equal(metrics["weight"], [1, 2, 4, 8])
 
 
 def test_a_key_gives_the_same_result_again_and_another_key_another():
@@ -211,11 +227,11 @@ def test_a_key_gives_the_same_result_again_and_another_key_another():
 
 def test_every_step_has_a_key_of_its_own():
 
-    def loss_fn(delta, weight, key):
+    def loss_fn(delta, weight, key, step):
         draw = jax.random.uniform(key)
         return loop.Evaluation(jnp.sum(delta) * 0, jnp.sum(delta), {"draw": draw})
 
-    problem = loop.Problem(loss_fn, optax.sgd(0.1), lambda delta: delta, loop.no_control())
+    problem = loop.Problem(loss_fn, _rules(optax.sgd(0.1)))
     _, metrics = _run(problem, jnp.zeros(_SHAPE), num_steps=6)
     draws = metrics["draw"]
     assert len(np.unique(draws)) == 7
@@ -237,11 +253,11 @@ def test_new_values_do_not_compile_again():
 def test_the_variable_may_be_any_tree():
     target = _Tree(_target(), {"x": jnp.float32(3.0), "y": [_target(1)[0]]})
 
-    def loss_fn(delta, weight, key):
+    def loss_fn(delta, weight, key, step):
         parts = jax.tree.map(lambda d, t: jnp.sum((d - t) ** 2), delta, target)
         return _evaluation(sum(jax.tree.leaves(parts)))
 
-    problem = loop.Problem(loss_fn, optax.sgd(0.2), _box(0.5), loop.no_control())
+    problem = loop.Problem(loss_fn, _rules(optax.sgd(0.2), _box(0.5)))
     result, _ = _run(problem, jax.tree.map(jnp.zeros_like, target), num_steps=40)
     assert jax.tree.structure(result.delta) == jax.tree.structure(target)
     for ours, optimum in zip(jax.tree.leaves(result.delta), jax.tree.leaves(target), strict=True):
@@ -283,7 +299,7 @@ def test_infeasible_variables_are_not_kept():
 
 
 @pytest.mark.parametrize("outside", [np.inf, np.nan])
-def test_with_a_memory_the_kept_variable_is_an_average_of_the_feasible_ones(outside):
+def test_the_average_is_one_of_the_feasible_ones(outside):
     """By hand: every step goes a fifth of the way to 1; the first, and those above 0.6, are out."""
     reached = 1 - 0.8 ** np.arange(21)
 
@@ -291,7 +307,9 @@ def test_with_a_memory_the_kept_variable_is_an_average_of_the_feasible_ones(outs
         feasible = (jnp.max(delta) <= 0.6) & (jnp.max(delta) > 0.1)
         return jnp.where(feasible, loss, outside)
 
-    problem = _quadratic(jnp.ones(_SHAPE), limit=1.0, score_fn=score_fn, memory=0.75)
+    problem = _quadratic(
+        jnp.ones(_SHAPE), limit=1.0, score_fn=score_fn, keep="average", ema_decay=0.75
+    )
     result, _ = _run(problem, jnp.zeros(_SHAPE), num_steps=20)
     feasible = reached[(reached <= 0.6) & (reached > 0.1)]
     assert len(feasible) == 4
@@ -305,21 +323,21 @@ def test_with_a_memory_the_kept_variable_is_an_average_of_the_feasible_ones(outs
 def test_an_average_is_nearer_to_the_optimum_than_the_luckiest_variable():
     target = jnp.asarray(_target()) * 0.2
 
-    def errors(memory):
-        problem = _quadratic(target, tx=optax.sgd(0.4), noise=0.3, memory=memory)
+    def errors(**options):
+        problem = _quadratic(target, tx=optax.sgd(0.4), noise=0.3, **options)
         return [
             float(jnp.sum((_run(problem, target, num_steps=60, seed=seed)[0].delta - target) ** 2))
             for seed in range(5)
         ]
 
-    assert np.mean(errors(0.9)) < 0.5 * np.mean(errors(0.0))
+    assert np.mean(errors(keep="average", ema_decay=0.9)) < 0.5 * np.mean(errors())
 
 
 def test_ties_keep_the_older():
-    def loss_fn(delta, weight, key):
+    def loss_fn(delta, weight, key, step):
         return loop.Evaluation(jnp.sum(delta), jnp.zeros(()), {"first": delta[0, 0]})
 
-    problem = loop.Problem(loss_fn, optax.sgd(0.1), lambda delta: delta, loop.no_control())
+    problem = loop.Problem(loss_fn, _rules(optax.sgd(0.1)))
     result, metrics = _run(problem, jnp.ones(_SHAPE), num_steps=4)
     np.testing.assert_allclose(metrics["first"], [1, 0.9, 0.8, 0.7, 0.6], atol=1e-6)
     np.testing.assert_array_equal(result.delta, np.ones(_SHAPE))
@@ -328,9 +346,9 @@ def test_ties_keep_the_older():
 def test_a_chunk_after_the_first_does_not_compile_again():
     """The state of a start has the types of the state of a step, weak ones included."""
     control = penalties.hold_below("loss", 0.5, start=1.0, rate=0.1)
-    problem = _quadratic(_target(), tx=optax.adam(0.1), control=control)
+    problem = _quadratic(_target(), tx=optax.adam(0.1), penalties=control)
     advance = jax.jit(functools.partial(loop.advance, problem=problem))
-    state = jax.jit(functools.partial(loop.start, problem))(jnp.zeros(_SHAPE))
+    state = jax.jit(functools.partial(loop.start, problem.rules))(jnp.zeros(_SHAPE))
     for _ in range(3):
         state, _ = advance(jax.random.key(0), state=state)
     assert advance._cache_size() == 1
@@ -340,13 +358,14 @@ def test_a_start_can_be_donated():
     """No two leaves of the state share a buffer."""
     problem = _quadratic(_target(), tx=optax.adam(0.1))
     delta = jnp.zeros(_SHAPE)
-    problem = problem._replace(project_fn=lambda delta: delta)
-    state = loop.start(problem, delta)
+    rules = problem.rules._replace(project_fn=lambda delta: delta)
+    problem = problem._replace(rules=rules)
+    state = loop.start(rules, delta)
     advance = jax.jit(functools.partial(loop.advance, problem=problem), donate_argnames="state")
     for _ in range(2):
         donated, (state, _) = state, advance(jax.random.key(0), state=state)
     assert int(state.step) == 2
-    assert donated.delta.is_deleted() and not state.best_delta.is_deleted()
+    assert donated.delta.is_deleted() and not state.kept.is_deleted()
 
 
 # Controls.
@@ -379,15 +398,17 @@ def test_the_metric_settles_at_its_limit(start):
     """Loss -x + w x^2 / limit: at the limit x^2 = 0.09 the weight is 1 / (2 x) * limit."""
     limit = 0.09
 
-    def loss_fn(delta, weight, key):
+    def loss_fn(delta, weight, key, step):
         size = delta**2
         return loop.Evaluation(-delta + weight * size / limit, -delta, {"size": size, "w": weight})
 
     problem = loop.Problem(
         loss_fn,
-        optax.sgd(0.01),
-        _box(2.0),
-        penalties.hold_below("size", limit, start=start, rate=0.05),
+        _rules(
+            optax.sgd(0.01),
+            _box(2.0),
+            penalties=penalties.hold_below("size", limit, start=start, rate=0.05),
+        ),
     )
     _, metrics = _run(problem, jnp.zeros(()), num_steps=1500)
     np.testing.assert_allclose(metrics["size"][-100:], limit, rtol=0.02)
@@ -400,8 +421,8 @@ def test_limits_are_checked(limit):
         penalties.hold_below("size", limit, start=1.0, rate=0.1)
 
 
-def test_no_control_has_no_state():
-    control = loop.no_control()
+def test_no_penalties_have_no_weights():
+    control = loop.no_penalties()
     assert control.init() == () and control.update((), None) == ()
 
 

@@ -206,7 +206,7 @@ def test_four_devices_and_a_cut_do_what_one_device_does_in_one_go():
     assert hardening.climb._cache_size() == count
     np.testing.assert_array_equal(np.concatenate([first.loss, second.loss]), metrics.loss)
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)
-    with pytest.raises(ValueError, match="cannot be split over 3"):
+    with pytest.raises(ValueError, match="cannot be split evenly over 3"):
         _run(recipe, pixels, 1, mesh=parallel.make_mesh(devices=jax.devices()[:3]))
 
 

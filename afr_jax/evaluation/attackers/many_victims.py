@@ -14,7 +14,7 @@ import numpy as np
 from afr_jax.core import parallel
 from afr_jax.evaluation.attackers import victims
 from afr_jax.evaluation.metrics import learnability
-from afr_jax.perturb import loop
+from afr_jax.perturb import stepping
 from afr_jax.training import trainer
 
 
@@ -60,25 +60,28 @@ def train_many(
     states = jax.vmap(lambda k: trainer.init_state(k, recipe, image_shape=shape))(keys)
     keys, states, sets = parallel.shard_batch((keys, states, sets), mesh)
     data = parallel.replicate((image_sets, np.asarray(labels, np.int32)), mesh)
-    count = starts[0][1].steps_per_epoch
-    chunk = 1 if loop.chunk_length() == 1 else count
+    per_epoch, length = starts[0][1].steps_per_epoch, stepping.chunk_length()
     static = {"recipe": recipe, "countermeasure": options.countermeasure}
     curves = np.full((2, options.num_epochs, num_runs), np.nan, np.float32)
+
+    def advance(states: trainer.TrainState, steps: range) -> tuple[trainer.TrainState, jax.Array]:
+        # [R, B, length]
+        rows = np.stack(
+            [np.stack([batches.rows(s) for s in steps], axis=1) for _, batches in starts]
+        )
+        rows = np.pad(rows, ((0, 0), (0, 0), (0, length - len(steps))), mode="edge")
+        rows = parallel.shard_batch(rows, mesh)
+        return _many_steps(keys, states, sets, data, rows, np.int32(len(steps)), **static)
+
     for epoch in range(options.num_epochs):
-        accuracies = []
-        for begin in range(epoch * count, (epoch + 1) * count, chunk):
-            # [R, B, steps]
-            rows = np.stack(
-                [
-                    np.stack([batches.rows(s) for s in range(begin, begin + chunk)], axis=1)
-                    for _, batches in starts
-                ]
-            )
-            states, accuracy = _many_steps(
-                keys, states, sets, data, parallel.shard_batch(rows, mesh), **static
-            )
-            accuracies.append(accuracy)
-        trained = np.concatenate(jax.device_get(accuracies), axis=1).mean(axis=1)
+        states, accuracies = stepping.drive(
+            advance,
+            states,
+            steps=range(epoch * per_epoch, (epoch + 1) * per_epoch),
+            length=length,
+            axis=1,
+        )
+        trained = accuracies.mean(axis=1)
         scores = _many_scores(states, test_images, test_labels, recipe, mesh)
         curves[0, epoch], curves[1, epoch] = trained[:num_runs], scores[:num_runs]
         if report_fn is not None:
@@ -87,8 +90,8 @@ def train_many(
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "countermeasure"), donate_argnames="states")
-def _many_steps(keys, states, sets, data, rows, *, recipe, countermeasure):
-    """Steps of R runs on rows `[R, B, steps]`; training accuracies `[R, steps]`."""
+def _many_steps(keys, states, sets, data, rows, count, *, recipe, countermeasure):
+    """The first `count` steps of R runs on rows `[R, B, length]`; accuracies `[R, length]`."""
     all_images, all_labels = data
 
     def run(key, state, number, run_rows):
@@ -99,31 +102,30 @@ def _many_steps(keys, states, sets, data, rows, *, recipe, countermeasure):
                 key, state, images, labels, recipe=recipe, countermeasure=countermeasure
             )
 
-        if run_rows.shape[1] == 1:
-            state, accuracy = one(state, run_rows[:, 0])
-            return state, accuracy[None]
-        return jax.lax.scan(one, state, run_rows.T)
+        return stepping.take(one, state, run_rows.T, length=run_rows.shape[1], count=count)
 
     return jax.vmap(run)(keys, states, sets, rows)
 
 
 def _many_scores(states, images, labels, recipe, mesh, batch_size=512) -> np.ndarray:
-    """Test accuracy of each run, `[R]`."""
-    correct = 0
-    size = min(batch_size, len(images))
-    for start in range(0, len(images), size):
-        part = images[start : start + size], np.asarray(labels[start : start + size], np.int32)
-        (pixels, targets), mask = parallel.pad_batch(part, size)
-        placed = parallel.replicate((pixels, targets, mask), mesh)
-        correct += np.asarray(_many_correct(states, *placed, recipe=recipe))
-    return correct / len(images)
+    """Test accuracy of each run, `[R]`; the devices share the runs, each sees all images."""
+
+    def correct(states, images, labels):
+        placed = parallel.replicate((images, labels), mesh)
+        return _many_correct(states, *placed, recipe=recipe)
+
+    map_fn = parallel.map_batches(
+        correct, mesh, in_axes=(None, 0, 0), batch_size=batch_size, of="batch", backend="host"
+    )
+    return map_fn(states, images, np.asarray(labels, np.int32)).sum(axis=0) / len(images)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
-def _many_correct(states, images, labels, mask, *, recipe):
+def _many_correct(states, images, labels, *, recipe):
+    """Whether each of R runs is right about each image, `[B, R]`."""
+
     def one(state):
         outputs, _ = trainer.forward(state.params, state.batch_stats, images, recipe=recipe)
-        judged = recipe.head.apply({"params": state.params["head"]}, outputs, labels)
-        return jnp.sum(judged.correct & mask)
+        return recipe.head.apply({"params": state.params["head"]}, outputs, labels).correct
 
-    return jax.vmap(one)(states)
+    return jax.vmap(one, out_axes=1)(states)

@@ -23,7 +23,7 @@ from afr_jax.evaluation.attackers import countermeasures
 from afr_jax.evaluation.metrics import learnability
 from afr_jax.models import heads
 from afr_jax.models.classifiers import registry
-from afr_jax.perturb import loop, sign_descent
+from afr_jax.perturb import sign_descent, stepping
 from afr_jax.training import optimizers, scores, trainer
 
 # Adversarial training of the same authors: PGD-10, epsilon 8, step 2 gray levels.
@@ -299,42 +299,42 @@ def run_epoch(
     options: VictimOptions,
     mesh: parallel.Mesh,
 ) -> tuple[trainer.TrainState, float]:
-    """One epoch: one call on an accelerator, one call a step on CPU.
+    """One epoch of a victim, from the host.
+
+    Args:
+        key: of the whole run.
+        state: donated.
+        data: on the devices.
+        batches: rows of each step.
+        epoch: its number, from 0 on.
+        recipe: the run.
+        options: of the victim.
+        mesh: of the run.
 
     Returns:
         The state after it, and the mean training accuracy.
     """
-    count = batches.steps_per_epoch
-    chunk = 1 if loop.chunk_length() == 1 else count
-    accuracies = []
-    for begin in range(epoch * count, (epoch + 1) * count, chunk):
-        rows = np.stack(
-            [sampling.local_rows(batches.rows(s)) for s in range(begin, begin + chunk)], axis=1
-        )
-        state, accuracy = _steps(
-            key,
-            state,
-            data,
-            parallel.shard_batch(rows, mesh),
-            recipe=recipe,
-            countermeasure=options.countermeasure,
-        )
-        accuracies.append(accuracy)
-    return state, float(np.mean(np.concatenate(jax.device_get(accuracies))))
+    per_epoch, length = batches.steps_per_epoch, stepping.chunk_length()
+    static = {"recipe": recipe, "countermeasure": options.countermeasure}
+
+    def advance(state: trainer.TrainState, steps: range) -> tuple[trainer.TrainState, jax.Array]:
+        rows = trainer.place_rows(batches, steps, mesh, length=length)
+        return _steps(key, state, data, rows, np.int32(len(steps)), **static)
+
+    steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+    state, accuracies = stepping.drive(advance, state, steps=steps, length=length)
+    return state, float(np.mean(accuracies))
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "countermeasure"), donate_argnames="state")
-def _steps(key, state, data, rows, *, recipe, countermeasure):
-    """Steps on rows `[B, steps]`; training accuracies `[steps]`."""
+def _steps(key, state, data, rows, count, *, recipe, countermeasure):
+    """The first `count` steps on rows `[B, length]`; training accuracies `[length]`."""
 
     def one(state, row):
         images, labels = (jnp.take(leaf, row, axis=0, mode="clip") for leaf in data)
         return victim_step(key, state, images, labels, recipe=recipe, countermeasure=countermeasure)
 
-    if rows.shape[1] == 1:
-        state, accuracy = one(state, rows[:, 0])
-        return state, accuracy[None]
-    return jax.lax.scan(one, state, rows.T)
+    return stepping.take(one, state, rows.T, length=rows.shape[1], count=count)
 
 
 def _summed_loss(state, images, labels, recipe):

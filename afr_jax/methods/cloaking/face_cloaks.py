@@ -1,22 +1,23 @@
 """What methods that cloak faces share: faces, surrogates, limits, and the loop over a batch.
 
-A method is a config (`CloakConfig`): it says what a change of one face gains (`problem`), and the
-rest is here. Functions work on face canvases (`afr_jax.recognition.align.Canvas`); whole photos are
-in `afr_jax.methods.cloaking.photo_cloaks`.
+A method is a config (`CloakConfig`); its static part (`CloakSearch`), a constant of compiled
+programs, says what a change of one face gains (`problem`), and the rest is here. Functions work on
+face canvases (`afr_jax.recognition.align.Canvas`); whole photos are in
+`afr_jax.methods.cloaking.photo_cloaks`.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from afr_jax.core import ssim
 from afr_jax.models.extractors import registry
-from afr_jax.perturb import loop, penalties, projections
+from afr_jax.perturb import loop, penalties, projections, stepping
 from afr_jax.recognition import align
 
 
@@ -68,21 +69,25 @@ class Face(NamedTuple):
     budget: jax.Array | float = 0.0
 
 
-class CloakConfig(Protocol):
-    """A method with its options: frozen and hashable, a static argument of jitted functions.
+class CloakSearch(Protocol):
+    """A method with its static options: frozen and hashable, a constant of compiled programs.
 
     Attributes:
-        dssim_budget: largest DSSIM of a face, > 0.
-        linf_limit: largest change of a pixel, in [0, 1] units.
-        num_steps: gradient steps, >= 0.
-        start_noise: half width of the uniform start, in [0, 1] units (a distance from the own
+        num_steps: Gradient steps, >= 0.
+        start_noise: Half width of the uniform start, in [0, 1] units (a distance from the own
             embedding has no gradient at zero).
     """
 
-    dssim_budget: float
-    linf_limit: float
     num_steps: int
     start_noise: float
+
+    def rules(self, face: Face, reference: ssim.SsimReference) -> loop.Rules:
+        """How the change `[S, S, 3]` of one face moves; mostly `face_cloaks.rules`.
+
+        Args:
+            face: The face to cloak, without a batch axis.
+            reference: Statistics of its canvas.
+        """
 
     def problem(
         self,
@@ -93,8 +98,7 @@ class CloakConfig(Protocol):
     ) -> loop.Problem:
         """The search for a change `[S, S, 3]` of one face (without batch axis).
 
-        The budget to keep is `face.budget`: the config's own is not passed on, so that a compiled
-        program serves all budgets.
+        The budget to keep is `face.budget`.
 
         Args:
             variables: of each surrogate's module.
@@ -102,6 +106,25 @@ class CloakConfig(Protocol):
             reference: of its canvas.
             surrogates: static.
         """
+
+
+class CloakConfig(CloakSearch, Protocol):
+    """A method with all its options.
+
+    Budget and limit are arrays of the faces in compiled programs, which therefore serve all of
+    them.
+
+    Attributes:
+        dssim_budget: Largest DSSIM of a face, > 0.
+        linf_limit: Largest change of a pixel, in [0, 1] units.
+    """
+
+    dssim_budget: float
+    linf_limit: float
+
+    @property
+    def search(self) -> CloakSearch:
+        """The static part, equal for all budgets and limits."""
 
 
 def cloak_faces(
@@ -130,19 +153,29 @@ def cloak_faces(
     """
     own = embed_faces(variables, faces, surrogates)
     views = [view._replace(own=vector) for view, vector in zip(faces.views, own, strict=True)]
-    # The budget goes with the faces, so that all budgets share a compiled program.
     budgets = jnp.full(len(faces.image), config.dssim_budget, jnp.float32)
     faces = faces._replace(views=tuple(views), budget=budgets)
-    config = dataclasses.replace(config, dssim_budget=1.0)
-    references = _references(faces.image)
-    state = _start(keys, faces, references, config)
+    references, search = _references(faces.image), config.search
+    state = _start(keys, faces, references, search)
+    length, reported = stepping.chunk_length(), 0
 
-    def advance(state, num_steps):
+    def advance(state: loop.State, steps: range) -> tuple[loop.State, None]:
+        count = np.int32(len(steps))
         return _advance(
-            keys, variables, faces, references, state, surrogates, config, num_steps=num_steps
-        )
+            keys, variables, faces, references, state, count, surrogates, search, length=length
+        ), None
 
-    state = loop.drive(advance, state, num_steps=config.num_steps, report_fn=report_fn)
+    def report(count: int) -> None:
+        nonlocal reported
+        # What comes behind the last step is its evaluation.
+        count = min(count, config.num_steps - reported)
+        reported += count
+        if report_fn is not None and count:
+            report_fn(count)
+
+    state, _ = stepping.drive(
+        advance, state, steps=range(config.num_steps + 1), length=length, report_fn=report
+    )
     delta, score = loop.best(state)
     # Where no iterate met the budget, nothing is changed: honest, and rare.
     delta = jnp.where(jnp.isfinite(score)[:, None, None, None], delta, 0.0)
@@ -197,29 +230,25 @@ def within_budget(
     return loop.Evaluation(weight * spent - gain, score, found)
 
 
-def make_problem(
-    loss_fn: Callable[[jax.Array, jax.Array, jax.Array], loop.Evaluation],
-    tx: optax.GradientTransformation,
-    face: Face,
-    *,
-    memory: float = 0.0,
-) -> loop.Problem:
-    """A loss of `within_budget` with its step, the face's limits, and the penalty's multiplier.
+def rules(
+    tx: optax.GradientTransformation, face: Face, *, ema_decay: float | None = None
+) -> loop.Rules:
+    """A step with the face's limits and the multiplier of the DSSIM penalty of `within_budget`.
 
     Args:
-        loss_fn: as of `loop.Problem`.
-        tx: likewise.
-        face: without batch axis.
-        memory: as of `loop.Problem`. DSSIM of small changes is nearly a quadratic form, so averages
-            of changes within the budget are within it, too, and spend less of it.
+        tx: The step.
+        face: The face, without a batch axis.
+        ema_decay: With it, the average of the changes within the budget is kept, else the best one.
+            DSSIM of small changes is nearly a quadratic form, so averages of changes within the
+            budget are within it, too, and spend less of it.
     """
-    return loop.Problem(
-        loss_fn=loss_fn,
+    return loop.Rules(
         tx=tx,
         project_fn=lambda delta: project(delta, face),
         # Aims a little below the budget, so that the iterates around it are kept.
-        control=penalties.hold_below("spent", 0.97, start=0.5, rate=0.2),
-        memory=memory,
+        penalties=penalties.hold_below("spent", 0.97, start=0.5, rate=0.2),
+        keep="best" if ema_decay is None else "average",
+        ema_decay=ema_decay or 0.0,
     )
 
 
@@ -240,22 +269,24 @@ def _references(images):
     return jax.vmap(ssim.ssim_reference)(images)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _start(keys, faces, references, config):
+@functools.partial(jax.jit, static_argnames="search")
+def _start(keys, faces, references, search):
     def one(key, face, reference):
         shape = face.image.shape
-        noise = jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * config.start_noise
-        return loop.start(config.problem((), face, reference, ()), noise)
+        noise = jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * search.start_noise
+        return loop.start(search.rules(face, reference), noise)
 
     return jax.vmap(one)(keys, faces, references)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("surrogates", "config", "num_steps"), donate_argnames="state"
+    jax.jit, static_argnames=("surrogates", "search", "length"), donate_argnames="state"
 )
-def _advance(keys, variables, faces, references, state, surrogates, config, *, num_steps):
+def _advance(keys, variables, faces, references, state, count, surrogates, search, *, length):
+    """The state after `count` steps of a chunk, the same number for all faces."""
+
     def one(key, face, reference, state):
-        problem = config.problem(variables, face, reference, surrogates)
-        return loop.advance(key, problem, state, num_steps=num_steps)
+        problem = search.problem(variables, face, reference, surrogates)
+        return loop.advance(key, problem, state, num_steps=length, count=count)[0]
 
     return jax.vmap(one)(keys, faces, references, state)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from afr_jax.core import ssim
+from afr_jax.core import options, ssim
 from afr_jax.methods.cloaking import face_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.perturb import loop, transformations
@@ -41,22 +41,20 @@ _AVERAGED = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class FawkesConfig:
-    """Options of the optimisation; see `face_cloaks.CloakConfig`.
+class FawkesSearch:
+    """Static options of the optimisation; see `face_cloaks.CloakSearch`.
 
     Attributes:
-        dssim_budget: largest DSSIM of a face, > 0.
         num_steps: gradient steps, >= 0.
         learning_rate: of Adam at the start for a budget of 0.007, in [0, 1] units, root mean
             square over the pixels (`step`); a cosine takes it to a tenth. For other budgets it
             grows with their root, as DSSIM grows with the square of a small change.
-        linf_limit: largest change of a pixel, in [0, 1] units.
         repel_weight: weight of the distance from the person.
         attract_weight: weight of the distance to the target embedding, where there is a target.
-        balance: how much surrogates that lag behind count for more: the gain is
-            -log(mean(exp(-balance * gains))) / balance; 0 is their mean. Below a budget of 0.007 it
-            grows with the inverse square of the budget: nothing can be spared there for those that
-            are ahead.
+        softmin_sharpness: how much surrogates that lag behind count for more: the gain is
+            `soft_minimum` of theirs; 0 is their mean. Below a budget of 0.007 the sharpness grows
+            with the inverse square of the budget: nothing can be spared there for those that are
+            ahead.
         align_shift: standard deviation of the random shift of each chip at each step, as a share of
             its side: the landmarks that MTCNN finds in the cloaked photo are not ours. This and
             the next are what cloaks of all budgets did to those (`fawkes_attempts.md`). 0 switches
@@ -70,13 +68,11 @@ class FawkesConfig:
         start_noise: half width of the uniform start, in [0, 1] units.
     """
 
-    dssim_budget: float = MODES["mid"]
     num_steps: int = 100
     learning_rate: float = 2 / 255
-    linf_limit: float = 24 / 255
     repel_weight: float = 1.0
     attract_weight: float = 1.0
-    balance: float = 8.0
+    softmin_sharpness: float = 8.0
     align_shift: float = 0.005
     align_turn: float = 0.019
     blur_px: float = 1.5
@@ -84,10 +80,16 @@ class FawkesConfig:
     start_noise: float = 1 / 255
 
     def __post_init__(self):
-        for name in ("dssim_budget", "learning_rate", "linf_limit", "start_noise"):
+        for name in ("learning_rate", "start_noise"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must lie in (0, 1]")
-        weights = ("repel_weight", "attract_weight", "balance", "align_shift", "align_turn")
+        weights = (
+            "repel_weight",
+            "attract_weight",
+            "softmin_sharpness",
+            "align_shift",
+            "align_turn",
+        )
         for name in ("num_steps", *weights):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 0")
@@ -104,6 +106,11 @@ class FawkesConfig:
             jpeg_quality=self.jpeg_quality,
         )
 
+    def rules(self, face: face_cloaks.Face, reference: ssim.SsimReference) -> loop.Rules:
+        """See `face_cloaks.CloakSearch.rules`."""
+        ema_decay = 1 - 1 / max(_AVERAGED * self.num_steps, 1)
+        return face_cloaks.rules(step(self, face, reference), face, ema_decay=ema_decay)
+
     def problem(
         self,
         variables: tuple[dict, ...],
@@ -111,15 +118,39 @@ class FawkesConfig:
         reference: ssim.SsimReference,
         surrogates: tuple[face_cloaks.Surrogate, ...],
     ) -> loop.Problem:
-        """See `face_cloaks.CloakConfig.problem`."""
+        """See `face_cloaks.CloakSearch.problem`."""
 
-        def loss_fn(delta, weight, key):
+        def loss_fn(delta, weight, key, step):
+            del step
             return evaluate(
                 key, delta, weight, variables, face, reference, surrogates=surrogates, config=self
             )
 
-        memory = 1 - 1 / max(_AVERAGED * self.num_steps, 1)
-        return face_cloaks.make_problem(loss_fn, step(self, face, reference), face, memory=memory)
+        return loop.Problem(loss_fn, self.rules(face, reference))
+
+
+@dataclasses.dataclass(frozen=True)
+class FawkesConfig(FawkesSearch):
+    """Options of a cloak; see `face_cloaks.CloakConfig`, and `FawkesSearch` for the others.
+
+    Attributes:
+        dssim_budget: Largest DSSIM of a face, > 0.
+        linf_limit: Largest change of a pixel, in [0, 1] units.
+    """
+
+    dssim_budget: float = MODES["mid"]
+    linf_limit: float = 24 / 255
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("dssim_budget", "linf_limit"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must lie in (0, 1]")
+
+    @property
+    def search(self) -> FawkesSearch:
+        """See `face_cloaks.CloakConfig.search`."""
+        return options.narrowed(self, FawkesSearch)
 
 
 def evaluate(
@@ -131,7 +162,7 @@ def evaluate(
     reference: ssim.SsimReference,
     *,
     surrogates: tuple[face_cloaks.Surrogate, ...],
-    config: FawkesConfig,
+    config: FawkesSearch,
 ) -> loop.Evaluation:
     """Loss, score and metrics of one face's change (equation 2 of the paper, repelling by default).
 
@@ -175,8 +206,8 @@ def evaluate(
         gain = config.repel_weight * away - config.attract_weight * face.has_target * left
         gains.append(gain / surrogate.extractor.reach)
     gains, distances = jnp.stack(gains), jnp.stack(distances)
-    if config.balance > 0:
-        gain = soft_minimum(gains, config.balance / ease**2)
+    if config.softmin_sharpness > 0:
+        gain = soft_minimum(gains, config.softmin_sharpness / ease**2)
     else:
         gain = jnp.mean(gains)
     return face_cloaks.within_budget(gain, dssim, weight, face, distances=distances)
@@ -189,7 +220,7 @@ def soft_minimum(values: jax.Array, sharpness: jax.Array | float) -> jax.Array:
 
 
 def step(
-    config: FawkesConfig, face: face_cloaks.Face, reference: ssim.SsimReference
+    config: FawkesSearch, face: face_cloaks.Face, reference: ssim.SsimReference
 ) -> optax.GradientTransformation:
     """Adam with a cosine schedule, longer where a change costs less DSSIM.
 

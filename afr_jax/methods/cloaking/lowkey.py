@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from afr_jax.core import ssim
+from afr_jax.core import options, ssim
 from afr_jax.methods.cloaking import face_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.perturb import loop, transformations
@@ -27,29 +27,30 @@ _BLUR_SIGMA_PX = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
-class LowKeyConfig:
-    """Options of the optimisation, with the authors' values; see `face_cloaks.CloakConfig`.
+class LowKeySearch:
+    """Static options of the optimisation, with the authors' values; see `face_cloaks.CloakSearch`.
 
     Attributes:
-        dssim_budget: see there.
-        linf_limit: see there.
         num_steps: see there.
         start_noise: see there.
         step_size: of a signed step, in [0, 1] units.
     """
 
-    dssim_budget: float = 0.007
-    linf_limit: float = 0.05
     num_steps: int = 50
     start_noise: float = 0.005
     step_size: float = 0.0025
 
     def __post_init__(self):
-        for name in ("dssim_budget", "linf_limit", "start_noise", "step_size"):
+        for name in ("start_noise", "step_size"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must lie in (0, 1]")
         if self.num_steps < 0:
             raise ValueError(f"num_steps is {self.num_steps}, must be at least 0")
+
+    def rules(self, face: face_cloaks.Face, reference: ssim.SsimReference) -> loop.Rules:
+        """See `face_cloaks.CloakSearch.rules`."""
+        del reference
+        return face_cloaks.rules(optax.sign_sgd(self.step_size), face)
 
     def problem(
         self,
@@ -58,13 +59,37 @@ class LowKeyConfig:
         reference: ssim.SsimReference,
         surrogates: tuple[face_cloaks.Surrogate, ...],
     ) -> loop.Problem:
-        """See `face_cloaks.CloakConfig.problem`."""
+        """See `face_cloaks.CloakSearch.problem`."""
 
-        def loss_fn(delta, weight, key):
-            del key  # Nothing is random.
+        def loss_fn(delta, weight, key, step):
+            del key, step  # Nothing is random.
             return evaluate(delta, weight, variables, face, reference, surrogates)
 
-        return face_cloaks.make_problem(loss_fn, optax.sign_sgd(self.step_size), face)
+        return loop.Problem(loss_fn, self.rules(face, reference))
+
+
+@dataclasses.dataclass(frozen=True)
+class LowKeyConfig(LowKeySearch):
+    """Options of a cloak; see `face_cloaks.CloakConfig`, and `LowKeySearch` for the others.
+
+    Attributes:
+        dssim_budget: Largest DSSIM of a face, > 0.
+        linf_limit: Largest change of a pixel, in [0, 1] units.
+    """
+
+    dssim_budget: float = 0.007
+    linf_limit: float = 0.05
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("dssim_budget", "linf_limit"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must lie in (0, 1]")
+
+    @property
+    def search(self) -> LowKeySearch:
+        """See `face_cloaks.CloakConfig.search`."""
+        return options.narrowed(self, LowKeySearch)
 
 
 def evaluate(

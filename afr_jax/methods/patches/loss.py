@@ -83,6 +83,7 @@ def loss_parts(
     *,
     config: PatchConfig,
     sizes: scenes.Sizes,
+    mask: jax.Array | None = None,
 ) -> Parts:
     """The loss of patches on one random view of every scene.
 
@@ -93,9 +94,10 @@ def loss_parts(
         batch: Scenes, which may be split over devices.
         config: How the loss is made up.
         sizes: What `scenes.view_sizes` says of the batch.
+        mask: `[B]` bool, the scenes that count (others fill a batch up); None for all.
 
     Returns:
-        The parts, means over scenes and levels.
+        The parts, means over the scenes that count and levels.
     """
 
     def one(number, scene):
@@ -117,13 +119,22 @@ def loss_parts(
         cells = jnp.arange(scores.shape[1])[None, :]
         inside = mtcnn.map_size(flat.sizes)[:, :, None] > cells[:, None, :]
         masks = flat.masks & inside[:, 0, :, None] & inside[:, 1, None, :]
-        costs.append(jnp.mean(excess(scores, masks, config)))
+        costs.append(_mean(excess(scores, masks, config), mask))
     return Parts(
         pnet=sum(costs) / len(costs),
-        stages=jnp.mean(stages),
+        stages=_mean(stages, mask),
         variation=sum(map(total_variation, patches.values())) / len(patches),
         black=sum(map(blackness, patches.values())) / len(patches),
     )
+
+
+def _mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Mean of `[B * K]` values, those of a scene side by side, over the scenes that count."""
+    if mask is None:
+        return jnp.mean(values)
+    by_scene = values.reshape(mask.shape[0], -1)
+    total = jnp.sum(jnp.where(mask[:, None], by_scene, 0.0))
+    return total / (jnp.sum(mask) * by_scene.shape[1])
 
 
 def _stage_cost(key, variables, seen, scene, margin):

@@ -18,7 +18,7 @@ import optax
 from afr_jax.core import checkpoint, images, parallel, progress, workdir
 from afr_jax.methods.patches import loss, placement, scenes
 from afr_jax.methods.patches.config import PatchConfig
-from afr_jax.perturb import loop, steps
+from afr_jax.perturb import loop, stepping, steps
 
 _NUM_CHECKPOINTS = 10
 # The first part of the published schedule takes no account of total variation.
@@ -44,57 +44,74 @@ def random_patches(key: jax.Array, config: PatchConfig) -> loss.Patches:
     }
 
 
+def make_rules(config: PatchConfig) -> loop.Rules:
+    """How patches move: within the limits of the ink, by the config's optimizer.
+
+    The last patches are kept, as published: a loss on random views would pick a lucky view rather
+    than a good patch.
+    """
+    if config.optimizer == "adam":
+        tx = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.epochs))
+    else:
+        tx = steps.published_patch_steps(config.epochs)
+    return loop.Rules(
+        tx=tx,
+        project_fn=lambda patches: jax.tree.map(lambda p: jnp.clip(p, *config.ink), patches),
+        keep="last",
+    )
+
+
 def make_problem(
     variables: chex.ArrayTree,
     batch: scenes.Scene,
     config: PatchConfig,
     *,
     sizes: scenes.Sizes,
+    mask: jax.Array | None = None,
 ) -> loop.Problem:
     """The patches' training as a problem of the perturbation loop.
 
-    The control is the number of steps taken, which switches total variation on. The score falls
-    with every step, so that the last patches are kept, as published: a loss on random views would
-    pick a lucky view rather than a good patch.
-    """
-    if config.optimizer == "adam":
-        tx = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.epochs))
-    else:
-        tx = steps.published_patch_steps(config.epochs)
+    Total variation counts from a share of the steps on.
 
-    def loss_fn(patches, count, key):
-        parts = loss.loss_parts(key, variables, patches, batch, config=config, sizes=sizes)
-        with_tv = count >= _TV_FREE_SHARE * config.epochs
+    Args:
+        variables: Those of MTCNN's three networks.
+        batch: What `scenes.make_scenes` returns.
+        config: How the patches are trained.
+        sizes: What `scenes.view_sizes` says of the batch.
+        mask: `[B]` bool, the scenes that count; None for all.
+    """
+
+    def loss_fn(
+        patches: loss.Patches, weights: tuple[()], key: jax.Array, step: jax.Array
+    ) -> loop.Evaluation:
+        del weights
+        parts = loss.loss_parts(
+            key, variables, patches, batch, config=config, sizes=sizes, mask=mask
+        )
+        with_tv = step >= _TV_FREE_SHARE * config.epochs
         total = (
             parts.pnet
             + config.stage_weight * parts.stages
             + jnp.where(with_tv, config.tv_weight, 0.0) * parts.variation
             + config.black_weight * parts.black
         )
-        score = jnp.where(jnp.isfinite(total), -count.astype(jnp.float32), jnp.inf)
-        return loop.Evaluation(total, score, {"loss": total, **parts._asdict()})
+        return loop.Evaluation(total, total, {"loss": total, **parts._asdict()})
 
-    return loop.Problem(
-        loss_fn=loss_fn,
-        tx=tx,
-        project_fn=lambda patches: jax.tree.map(lambda p: jnp.clip(p, *config.ink), patches),
-        control=loop.Control(
-            init=lambda: jnp.zeros((), jnp.int32), update=lambda count, evaluation: count + 1
-        ),
-    )
+    return loop.Problem(loss_fn, make_rules(config))
 
 
 class Trainer(NamedTuple):
     """Compiled training of several starts side by side.
 
     start_fn: `key, number of starts -> states`, every leaf with the starts as leading axis;
-    advance_fn: `states, number of steps -> states, metrics [starts, steps]`; judge_fn:
-    `patches of the states -> [starts]`, the networks' parts of the loss on views that are the same
-    for all and not those of the training.
+    advance_fn: `states, number of steps -> states, metrics [starts, length]`, where one program
+    serves all numbers up to the length of a chunk (`stepping`), and the entries behind them are
+    zeros; judge_fn: `patches of the states -> [starts]`, the networks' parts of the loss on views
+    that are the same for all and not those of the training.
     """
 
-    start_fn: Callable[..., loop.State]
-    advance_fn: Callable[..., tuple[loop.State, dict]]
+    start_fn: Callable[[jax.Array, int], loop.State]
+    advance_fn: Callable[[loop.State, int], tuple[loop.State, loop.Metrics]]
     judge_fn: Callable[[loss.Patches], jax.Array]
 
 
@@ -104,6 +121,7 @@ def make_trainer(
     batch: scenes.Scene,
     config: PatchConfig,
     *,
+    mask: jax.Array | None = None,
     num_judged: int = 8,
 ) -> Trainer:
     """Compiles the training of patches on a batch of scenes.
@@ -113,6 +131,7 @@ def make_trainer(
         variables: Those of MTCNN's three networks.
         batch: What `scenes.make_scenes` returns; `parallel` may have placed it over devices.
         config: How the patches are trained.
+        mask: `[B]` bool, the scenes that count, placed as they are; None for all.
         num_judged: Views of every scene that `judge_fn` takes.
 
     Returns:
@@ -121,40 +140,39 @@ def make_trainer(
     sizes = scenes.view_sizes(jax.tree.map(np.asarray, batch), config.turns)
     train_key, judge_key = jax.random.split(key)
 
-    def problem(variables, batch):
-        return make_problem(variables, batch, config, sizes=sizes)
-
     @functools.partial(jax.jit, static_argnames="num_starts")
-    def start(key, variables, batch, num_starts):
-        begin = functools.partial(loop.start, problem(variables, batch))
+    def start(key, num_starts):
+        begin = functools.partial(loop.start, make_rules(config))
         keys = jax.random.split(key, num_starts)
         return jax.vmap(lambda one: begin(random_patches(one, config)))(keys)
 
-    @functools.partial(jax.jit, static_argnames="num_steps", donate_argnums=0)
-    def advance(states, variables, batch, num_steps):
+    @functools.partial(jax.jit, static_argnames="length", donate_argnums=0)
+    def advance(states, variables, batch, mask, count, length):
         def one(state):
-            whole = problem(variables, batch)
-            return loop.advance(train_key, whole, state, num_steps=num_steps)
+            problem = make_problem(variables, batch, config, sizes=sizes, mask=mask)
+            return loop.advance(train_key, problem, state, num_steps=length, count=count)
 
         return jax.vmap(one)(states)
 
     @jax.jit
-    def judge(patches, variables, batch, key):
+    def judge(patches, variables, batch, mask, key):
         def one(patches):
-            parts = loss.loss_parts(key, variables, patches, batch, config=config, sizes=sizes)
+            parts = loss.loss_parts(
+                key, variables, patches, batch, config=config, sizes=sizes, mask=mask
+            )
             return parts.pnet + config.stage_weight * parts.stages
 
         return jax.vmap(one)(patches)
 
+    def advance_some(states, num_steps):
+        length = max(num_steps, stepping.chunk_length())
+        return advance(states, variables, batch, mask, np.int32(num_steps), length)
+
     def judge_all(patches):
         keys = jax.random.split(judge_key, num_judged)
-        return sum(judge(patches, variables, batch, one) for one in keys) / num_judged
+        return sum(judge(patches, variables, batch, mask, one) for one in keys) / num_judged
 
-    return Trainer(
-        start_fn=lambda key, num_starts: start(key, variables, batch, num_starts),
-        advance_fn=lambda states, num_steps: advance(states, variables, batch, num_steps),
-        judge_fn=judge_all,
-    )
+    return Trainer(start_fn=start, advance_fn=advance_some, judge_fn=judge_all)
 
 
 def to_files(patches: Mapping[str, jax.Array], config: PatchConfig) -> dict[str, np.ndarray]:
@@ -177,8 +195,9 @@ def train(
 ) -> Trained:
     """Trains patches on photos, several random starts side by side.
 
-    The photos are split over the devices, as far as their number allows. A stopped run goes on from
-    its last checkpoint in `work`; the mean loss goes to metrics.jsonl.
+    The photos are split over the devices; where their number does not divide, photos that do not
+    count fill the last ones up. A stopped run goes on from its last checkpoint in `work`; the mean
+    loss goes to metrics.jsonl.
 
     Args:
         key: of all randomness.
@@ -192,36 +211,40 @@ def train(
         The patches of the start that does best on views of the same photos that no start has seen.
     """
     start_key, train_key = jax.random.split(key)
-    batch = scenes.make_scenes(placed, config.levels)
-    devices = jax.local_devices()
-    while len(placed) % len(devices):
-        devices = devices[:-1]
-    mesh = parallel.make_mesh(devices=devices)
-    batch = parallel.shard_batch(batch, mesh)
-    trainer = make_trainer(train_key, parallel.replicate(variables, mesh), batch, config)
+    mesh = parallel.make_mesh(devices=jax.local_devices())
+    batch, mask = parallel.pad_batch(scenes.make_scenes(placed, config.levels), mesh.devices.size)
+    batch, mask = parallel.shard_batch((batch, None if mask.all() else mask), mesh)
+    variables = parallel.replicate(variables, mesh)
+    trainer = make_trainer(train_key, variables, batch, config, mask=mask)
     states = parallel.replicate(trainer.start_fn(start_key, num_starts), mesh)
     first = jax.tree.map(np.asarray, states.delta)
-    chunk = max(config.epochs // _NUM_CHECKPOINTS, loop.chunk_length())
+    span = max(config.epochs // _NUM_CHECKPOINTS, stepping.chunk_length())
     with checkpoint.Checkpoints(work.path / "checkpoints") as saved:
         restored = saved.restore(states)
         done, states = (0, states) if restored is None else restored
         work.truncate_metrics(done)
         begin, taken = time.perf_counter(), 0
-        for _ in progress.track(range(done, config.epochs, chunk), description="training"):
-            length = min(chunk, config.epochs - done)
-            states, losses = _advance(trainer, states, length)
+        for first_step in progress.track(range(done, config.epochs, span), description="training"):
+            part = range(first_step, min(first_step + span, config.epochs))
+            states, metrics = stepping.drive(
+                lambda states, steps: trainer.advance_fn(states, len(steps)),
+                states,
+                steps=part,
+                axis=1,
+            )
             if not taken:
                 # The first steps include compilation: the pace is measured behind them.
                 begin = time.perf_counter()
-            taken += length
-            done += length
-            work.append_metrics({"step": done, **losses})
-            saved.save(done, states)
+            taken += len(part)
+            # Means over starts and steps, summed up step after step.
+            losses = {name: float(values.T.ravel().mean()) for name, values in metrics.items()}
+            work.append_metrics({"step": part.stop, **losses})
+            saved.save(part.stop, states)
     seconds = time.perf_counter() - begin
     judged = np.asarray(trainer.judge_fn(states.delta)) if num_starts > 1 else None
     best = 0 if judged is None else int(np.nanargmin(judged))
     files = to_files(jax.tree.map(lambda p: p[best], states.delta), config)
-    after_first = taken - min(chunk, taken)
+    after_first = taken - min(span, taken)
     return Trained(
         patches={name: patch.astype(np.float32) / 255 for name, patch in files.items()},
         start={name: patch[best] for name, patch in first.items()},
@@ -230,26 +253,10 @@ def train(
             "seconds_per_epoch": seconds / after_first if after_first else None,
             "start_losses": judged,
             "chosen_start": best,
-            "num_devices": len(devices),
+            "num_devices": mesh.devices.size,
             "ink": {
                 name: {"darkest": int(patch.min()), "lightest": int(patch.max())}
                 for name, patch in files.items()
             },
         },
     )
-
-
-def _advance(trainer, states, length):
-    """`length` steps in calls of the backend's chunk length; mean metrics over starts and steps."""
-    totals: dict[str, float] = {}
-    pieces = []
-    taken = 0
-    while taken < length:
-        part = min(loop.chunk_length(), length - taken)
-        states, metrics = trainer.advance_fn(states, part)
-        pieces.append(metrics)
-        taken += part
-    for name in pieces[0]:
-        values = np.concatenate([np.asarray(piece[name]).ravel() for piece in pieces])
-        totals[name] = float(values.mean())
-    return states, totals

@@ -28,7 +28,7 @@ import numpy as np
 
 from afr_jax.core import checkpoint, parallel
 from afr_jax.data import image_sets, noise_files
-from afr_jax.methods.unlearnable import baselines, search, search_steps
+from afr_jax.methods.unlearnable import baselines, search
 from afr_jax.training import trainer
 
 METHODS = ("error_min", "error_max", "random", "rem", "tap", "lsp", "cuda")
@@ -49,7 +49,7 @@ class Made(NamedTuple):
     report: dict[str, Any]
 
 
-def published(method: str, granularity: noise_files.Granularity) -> search_steps.SearchOptions:
+def published(method: str, granularity: noise_files.Granularity) -> search.SearchOptions:
     """The search of a method with the published values for CIFAR-10.
 
     error_min: Huang et al.'s scripts. error_max: their min-max baseline, 60 epochs of clean
@@ -63,7 +63,7 @@ def published(method: str, granularity: noise_files.Granularity) -> search_steps
         ValueError: the method has no search, or the granularity is unknown.
     """
     is_class = granularity == "class"
-    base = search_steps.SearchOptions(
+    base = search.SearchOptions(
         granularity=granularity,
         num_steps=1 if is_class else 20,
         class_share=0.2 if is_class else 1.0,
@@ -120,7 +120,7 @@ def make(
     granularity: noise_files.Granularity,
     epsilon_levels: float,
     seed: int,
-    options: search_steps.SearchOptions | None = None,
+    options: search.SearchOptions | None = None,
     recipe: trainer.Recipe | None = None,
     mesh: parallel.Mesh | None = None,
     checkpoints: checkpoint.Checkpoints | None = None,

@@ -2,7 +2,7 @@
 
 Huang et al. 2021, "Unlearnable Examples: Making Personal Data Unexploitable" (ICLR), equation 1:
 argmin over theta of E[min over |delta| <= eps of L(f_theta(x + delta), y)]. The alternation is
-`train_round` (M optimiser steps of theta on noisy images) and `refine` (one pass of T signed
+`source.train` (M optimizer steps of theta on noisy images) and `refine` (one pass of T signed
 gradient steps over the noise of all images), until the training error on noisy data falls below a
 limit or the rounds are used up. Error-maximising noise trains theta on clean images first and
 ascends; targeted noise descends towards other labels; robust noise (REM) sees random crops and an
@@ -18,6 +18,7 @@ the noise is found with the running ones.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,10 +27,51 @@ import jax.numpy as jnp
 import numpy as np
 
 from afr_jax.core import checkpoint, parallel
+from afr_jax.core import images as image_ops
+from afr_jax.core import options as options_lib
 from afr_jax.data import sampling
-from afr_jax.methods.unlearnable import search_steps
-from afr_jax.perturb import loop
+from afr_jax.methods.unlearnable import source
+from afr_jax.perturb import loop, sign_descent, stepping
 from afr_jax.training import trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchOptions(source.NoiseOptions):
+    """How noise is searched; `recipes` has the values of the papers.
+
+    Attributes:
+        permuted: Towards the label of another class (a fixed permutation) instead of the own one.
+        source_steps: Optimizer steps of theta on clean images before the first round.
+        train_steps: M, optimizer steps of theta on noisy images in each round.
+        class_share: The share of the images that a pass of class-wise noise looks at.
+        batch_size: Images of a step, of both kinds of steps.
+        max_rounds: The largest number of rounds.
+        stop_error: Rounds end once the training error is below it (above it with `ascend`); None
+            uses them all. With `permuted` the error is that of the other labels.
+    """
+
+    permuted: bool = False
+    source_steps: int = 0
+    train_steps: int = 10
+    class_share: float = 1.0
+    batch_size: int = 512
+    max_rounds: int = 20
+    stop_error: float | None = 0.01
+
+    def __post_init__(self) -> None:
+        """Checks names and ranges."""
+        super().__post_init__()
+        if min(self.batch_size, self.max_rounds) < 1:
+            raise ValueError("batch_size and max_rounds must be at least 1")
+        if min(self.source_steps, self.train_steps) < 0:
+            raise ValueError("source_steps and train_steps: from 0 on")
+        if not 0 < self.class_share <= 1:
+            raise ValueError(f"class_share is {self.class_share}, but must lie in (0, 1]")
+
+    @property
+    def noise(self) -> source.NoiseOptions:
+        """The static part, which compiled programs depend on."""
+        return options_lib.narrowed(self, source.NoiseOptions)
 
 
 class SearchState(NamedTuple):
@@ -71,7 +113,7 @@ def search(
     *,
     num_classes: int,
     recipe: trainer.Recipe,
-    options: search_steps.SearchOptions,
+    options: SearchOptions,
     seed: int,
     mesh: parallel.Mesh,
     checkpoints: checkpoint.Checkpoints | None = None,
@@ -96,17 +138,40 @@ def search(
     state = init_search(seed, data, recipe, options, num_rows=rows, mesh=mesh)
     batches = sampling.ShuffledBatches(len(images), _batch_size(options, len(images), mesh), seed)
     target_of = jnp.asarray(_targets(seed, num_classes, options))
+
+    def train_source(state: SearchState, num_steps: int, *, clean: bool = False) -> SearchState:
+        theta = source.train(
+            state.key,
+            state.train,
+            data,
+            state.noise,
+            recipe=recipe,
+            options=options.noise,
+            mesh=mesh,
+            batches=batches,
+            num_steps=num_steps,
+            clean=clean,
+        )
+        return state._replace(train=theta)
+
     found = checkpoints.restore(state) if checkpoints is not None else None
     if found is not None:
         state = found[1]
     else:
-        state = _train(
-            state, data, batches, options.source_steps, recipe, options, mesh, clean=True
-        )
+        state = train_source(state, options.source_steps, clean=True)
     while not _is_done(state, options):
-        state = _train(state, data, batches, options.train_steps, recipe, options, mesh)
+        state = train_source(state, options.train_steps)
         state = refine(state, data, target_of, recipe=recipe, options=options, seed=seed, mesh=mesh)
-        error = training_error(state, data, target_of, recipe=recipe, options=options, mesh=mesh)
+        error = source.training_error(
+            (state.train.params, state.train.batch_stats),
+            data,
+            state.noise,
+            target_of,
+            recipe=recipe,
+            options=options.noise,
+            mesh=mesh,
+            batch_size=_batch_size(options, len(images), mesh),
+        )
         number = int(state.round)
         errors = np.array(state.errors)
         errors[number] = error
@@ -123,7 +188,7 @@ def init_search(
     seed: int,
     data: trainer.Data,
     recipe: trainer.Recipe,
-    options: search_steps.SearchOptions,
+    options: SearchOptions,
     *,
     num_rows: int,
     mesh: parallel.Mesh,
@@ -152,7 +217,7 @@ def refine(
     target_of: jax.Array,
     *,
     recipe: trainer.Recipe,
-    options: search_steps.SearchOptions,
+    options: SearchOptions,
     seed: int,
     mesh: parallel.Mesh,
     chunk: int | None = None,
@@ -170,10 +235,10 @@ def refine(
         options: of the search.
         seed: of the order of a class-wise pass.
         mesh: of the run.
-        chunk: by default the signed steps of one call on CPU (1), elsewhere all of them for 50
-            batches; the result does not depend on it but by rounding.
+        chunk: batches of one call, by default those of `stepping.chunk_length`; with 1 (on CPU) a
+            call takes one signed step. The result does not depend on it but by rounding.
     """
-    count, num_steps = len(data.labels), options.num_steps
+    count = len(data.labels)
     order = np.arange(count)
     if options.granularity == "class":
         order = np.random.default_rng([seed, int(state.round)]).permutation(count)
@@ -185,89 +250,208 @@ def refine(
     rows = rows.reshape(-1, size)
     key = jax.random.fold_in(state.key, state.round)
     theta = state.train.params, state.train.batch_stats
-    options = _compiled(options)
-    static = {"recipe": recipe, "options": options, "mesh": mesh}
-    noise, chunk = state.noise, chunk or loop.chunk_length()
-    if chunk == 1:
-        for part in rows:
-            part = parallel.shard_batch(sampling.local_rows(part), mesh)
-            work = search_steps.start_batch(data, noise, part, target_of, options=options)
-            for step in range(num_steps):
-                work = search_steps.advance_batch(
-                    key, theta, work, np.int32(step), recipe=recipe, options=options
-                )
-            noise = search_steps.store_batch(noise, work, part, options=options, mesh=mesh)
-        return state._replace(noise=noise)
-    for start in range(0, len(rows), chunk):
-        part = sampling.local_rows(rows[start : start + chunk].T.copy())
-        part = parallel.shard_batch(part, mesh)
-        noise = search_steps.refine_batches(key, theta, data, noise, part, target_of, **static)
+    static = {"recipe": recipe, "options": options.noise}
+    length = chunk or stepping.chunk_length()
+
+    def refine_one(noise: jax.Array, numbers: range) -> tuple[jax.Array, None]:
+        part = parallel.shard_batch(sampling.local_rows(rows[numbers.start]), mesh)
+        work = start_batch(data, noise, part, target_of, options=options.noise)
+        work, _ = stepping.drive(
+            lambda work, steps: (
+                advance_batch(key, theta, work, np.int32(steps.start), **static),
+                None,
+            ),
+            work,
+            steps=range(options.num_steps),
+            length=1,
+        )
+        return store_batch(noise, work, part, options=options.noise, mesh=mesh), None
+
+    def refine_some(noise: jax.Array, numbers: range) -> tuple[jax.Array, None]:
+        part, count = rows[numbers.start : numbers.stop].T, np.int32(len(numbers))
+        part = np.pad(part, ((0, 0), (0, length - len(numbers))), mode="edge")
+        part = parallel.shard_batch(sampling.local_rows(part), mesh)
+        noise = refine_batches(key, theta, data, noise, part, count, target_of, mesh=mesh, **static)
+        return noise, None
+
+    noise, _ = stepping.drive(
+        refine_one if length == 1 else refine_some,
+        state.noise,
+        steps=range(len(rows)),
+        length=length,
+    )
     return state._replace(noise=noise)
 
 
-def training_error(
-    state: SearchState,
+class Batch(NamedTuple):
+    """Noise at work, of each image of a batch.
+
+    Attributes:
+        images: `[B, H, W, 3]` float in [0, 1].
+        labels: `[B]` int32.
+        targets: `[B]` int32, labels that the loss is taken of.
+        mask: `[B]` bool, False for rows that only fill the batch up.
+        deltas: `[B, H, W, 3]` float.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    targets: jax.Array
+    mask: jax.Array
+    deltas: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("recipe", "options", "mesh"), donate_argnames="noise")
+def refine_batches(
+    key: jax.Array,
+    theta: source.Theta,
     data: trainer.Data,
+    noise: jax.Array,
+    rows: jax.Array,
+    count: jax.Array | int,
     target_of: jax.Array,
     *,
     recipe: trainer.Recipe,
-    options: search_steps.SearchOptions,
+    options: source.NoiseOptions,
     mesh: parallel.Mesh,
-) -> float:
-    """Share of noisy training images whose largest logit is not that of their target."""
-    count = len(data.labels)
-    size = _batch_size(options, count, mesh)
-    correct, options = [], _compiled(options)
-    theta = state.train.params, state.train.batch_stats
-    for start in range(0, count, size):
-        rows, mask = parallel.pad_batch(
-            np.arange(start, min(start + size, count), dtype=np.int32), size
-        )
-        local = sampling.local_rows(rows), sampling.local_rows(mask)
-        placed = parallel.shard_batch(local, mesh)
-        correct.append(
-            search_steps.count_correct(
-                theta, data, state.noise, *placed, target_of, recipe=recipe, options=options
-            )
-        )
-    return 1.0 - float(np.sum(jax.device_get(correct))) / count
+) -> jax.Array:
+    """All signed steps of some batches, one batch after another, in one call.
 
+    Args:
+        key: of the pass.
+        theta: source network.
+        data: on the devices.
+        noise: donated.
+        rows: `[B, S]` int32 of S batches, split over the devices by B; N and above for no image.
+        count: how many of the batches are taken, as of `stepping.take`.
+        target_of: `[K]` int32, target of each class.
+        recipe: source network.
+        options: of the noise.
+        mesh: of the run.
 
-def _train(state, data, batches, num_steps, recipe, options, mesh, *, clean=False):
-    """Optimiser steps of theta from the host."""
-    theta, first, chunk = state.train, int(state.train.step), loop.chunk_length()
-    for begin in range(first, first + num_steps, chunk):
-        steps = range(begin, min(begin + chunk, first + num_steps))
-        rows = np.stack([sampling.local_rows(batches.rows(step)) for step in steps], axis=1)
-        theta = search_steps.train_chunk(
-            state.key,
+    Returns:
+        The noise after them.
+    """
+
+    def one(noise, row):
+        work = start_batch(data, noise, row, target_of, options=options)
+        work = advance_batch(
+            key,
             theta,
-            data,
-            state.noise,
-            parallel.shard_batch(rows, mesh),
+            work,
+            jnp.zeros((), jnp.int32),
             recipe=recipe,
-            options=_compiled(options),
-            mesh=mesh,
-            clean=clean,
+            options=options,
+            num_steps=options.num_steps,
         )
-    return state._replace(train=theta)
+        return store_batch(noise, work, row, options=options, mesh=mesh), None
+
+    return stepping.take(one, noise, rows.T, length=rows.shape[1], count=count)[0]
 
 
-def _compiled(options: search_steps.SearchOptions) -> search_steps.SearchOptions:
-    """The options without what compiled programs do not depend on: fewer compilations."""
-    return dataclasses.replace(
-        options,
-        permuted=False,
-        source_steps=0,
-        train_steps=0,
-        class_share=1.0,
-        batch_size=1,
-        max_rounds=1,
-        stop_error=None,
+@functools.partial(jax.jit, static_argnames="options")
+def start_batch(
+    data: trainer.Data,
+    noise: jax.Array,
+    rows: jax.Array,
+    target_of: jax.Array,
+    *,
+    options: source.NoiseOptions,
+) -> Batch:
+    """Looks up the images of `rows` `[B]` and their noise."""
+    mask = rows < len(data.labels)
+    images, labels = (jnp.take(leaf, rows, axis=0, mode="clip") for leaf in data)
+    deltas = source.noise_of(noise, rows, labels, options)
+    return Batch(image_ops.to_float(images), labels, target_of[labels], mask, deltas)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("recipe", "options", "num_steps"), donate_argnames="work"
+)
+def advance_batch(
+    key: jax.Array,
+    theta: source.Theta,
+    work: Batch,
+    first_step: jax.Array,
+    *,
+    recipe: trainer.Recipe,
+    options: source.NoiseOptions,
+    num_steps: int = 1,
+) -> Batch:
+    """Takes signed steps; a pass can be cut between any two, since a step has its own key.
+
+    Args:
+        key: of the pass.
+        theta: source network.
+        work: donated.
+        first_step: int32 scalar, number of the first of these steps.
+        recipe: source network.
+        options: of the noise.
+        num_steps: to take.
+    """
+    direction = -1.0 if options.ascend else 1.0
+
+    def loss_fn(delta, key):
+        shown = sign_descent.seen(work.images, delta)
+        if not options.views:
+            return direction * source.summed_loss(theta, shown, work.targets, recipe=recipe)
+        total = 0.0
+        for view_key in jax.random.split(key, options.views):
+            view = source.robust_view(
+                view_key, theta, shown, work.targets, direction, recipe=recipe, options=options
+            )
+            total += direction * source.summed_loss(theta, view, work.targets, recipe=recipe)
+        return total / options.views
+
+    problem = sign_descent.problem(
+        loss_fn, limit=options.epsilon_levels / 255, step_size=options.step_levels / 255
     )
+    state = loop.start(problem.rules, work.deltas)._replace(step=jnp.asarray(first_step, jnp.int32))
+    state, _ = loop.advance(key, problem, state, num_steps=num_steps)
+    return work._replace(deltas=state.delta)
 
 
-def _targets(seed: int, num_classes: int, options: search_steps.SearchOptions) -> np.ndarray:
+@functools.partial(jax.jit, static_argnames=("options", "mesh"), donate_argnames="noise")
+def store_batch(
+    noise: jax.Array,
+    work: Batch,
+    rows: jax.Array,
+    *,
+    options: source.NoiseOptions,
+    mesh: parallel.Mesh,
+) -> jax.Array:
+    """The noise (donated) after a batch; `rows` `[B]` as in `start_batch`."""
+    if options.granularity == "sample":
+        noise = noise.at[rows].set(work.deltas, mode="drop")
+    else:
+        limit = options.epsilon_levels / 255
+        noise = class_means(noise, work.deltas, work.labels, work.mask, limit=limit)
+    return jax.lax.with_sharding_constraint(noise, parallel.replicated(mesh))
+
+
+def class_means(
+    noise: jax.Array, deltas: jax.Array, labels: jax.Array, mask: jax.Array, *, limit: float
+) -> jax.Array:
+    """Class-wise noise after a batch: the mean over a class's images, within the ball.
+
+    Args:
+        noise: `[K, H, W, 3]` before it.
+        deltas: `[B, H, W, 3]` of the images.
+        labels: `[B]` int32.
+        mask: `[B]` bool, which images count.
+        limit: largest absolute value.
+
+    Returns:
+        `[K, H, W, 3]`; classes without an image in the batch keep their noise.
+    """
+    weight = mask.astype(noise.dtype)
+    counts = jax.ops.segment_sum(weight, labels, len(noise)).reshape(-1, 1, 1, 1)
+    sums = jax.ops.segment_sum(deltas * weight.reshape(-1, 1, 1, 1), labels, len(noise))
+    means = sums / jnp.maximum(counts, 1.0)
+    return jnp.clip(jnp.where(counts > 0, means, noise), -limit, limit)
+
+
+def _targets(seed: int, num_classes: int, options: SearchOptions) -> np.ndarray:
     """Own labels, or each class's successor in a shuffled circle of all classes."""
     if not options.permuted:
         return np.arange(num_classes, dtype=np.int32)
@@ -279,18 +463,18 @@ def _targets(seed: int, num_classes: int, options: search_steps.SearchOptions) -
     return targets
 
 
-def _batch_size(options: search_steps.SearchOptions, count: int, mesh: parallel.Mesh) -> int:
+def _batch_size(options: SearchOptions, count: int, mesh: parallel.Mesh) -> int:
     """The batch, cut to the data and to a multiple of the devices, at least one each."""
     num_devices = mesh.devices.size
     return max(num_devices, min(options.batch_size, count) // num_devices * num_devices)
 
 
-def _is_done(state: SearchState, options: search_steps.SearchOptions) -> bool:
+def _is_done(state: SearchState, options: SearchOptions) -> bool:
     done = int(state.round)
     return done >= options.max_rounds or _met(np.asarray(state.errors)[:done], options)
 
 
-def _met(errors: np.ndarray, options: search_steps.SearchOptions) -> bool:
+def _met(errors: np.ndarray, options: SearchOptions) -> bool:
     if not len(errors) or options.stop_error is None:
         return False
     return bool(
