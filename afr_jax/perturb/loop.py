@@ -170,7 +170,7 @@ def advance(
         weights = rules.penalties.update(state.penalties, evaluation)
         return State(state.step + 1, delta, opt_state, weights, kept, score), evaluation.metrics
 
-    return stepping.take(one, state, length=num_steps, count=count)
+    return stepping.take(one, state, None, length=num_steps, count=count)
 
 
 def best(state: State) -> Result:

@@ -96,7 +96,7 @@ def drive(
 def take(
     step_fn: Callable[[State, Tree], tuple[State, Tree]],
     state: State,
-    xs: Tree = None,
+    xs: Tree | None,
     *,
     length: int,
     count: jax.Array | int | None = None,

@@ -487,7 +487,7 @@ def recognize(
     sources = list(sources)
     for start in range(0, len(sources), _GROUP):
         group = sources[start : start + _GROUP]
-        found = parallel.overlapped(
+        found = parallel.thread_map(
             lambda source: _find(recognizer, source, which, min_confidence), group
         )
         pairs = [

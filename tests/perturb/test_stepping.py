@@ -44,7 +44,7 @@ def test_take_takes_count_steps(length, count):
 
 def test_take_needs_no_entries():
     state, outputs = jax.jit(
-        lambda count: stepping.take(lambda s, _: (s + 1, s), 0, length=5, count=count)
+        lambda count: stepping.take(lambda s, _: (s + 1, s), 0, None, length=5, count=count)
     )(3)
     assert state == 3
     np.testing.assert_array_equal(outputs, [0, 1, 2, 0, 0])

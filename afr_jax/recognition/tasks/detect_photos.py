@@ -101,7 +101,7 @@ def run(config: DetectConfig) -> options.Outcome:
         )
 
     pairs = progress.track(list(zip(inputs, drawings, strict=True)), description="photos")
-    records = _tell_namesakes_apart(parallel.overlapped(record_of, pairs), inputs)
+    records = _tell_namesakes_apart(parallel.thread_map(record_of, pairs), inputs)
     if distributed.is_primary():
         found = {"images": records, "settings": config.detector}
         files.write_json(output_dir / "faces.json", found)
