@@ -14,10 +14,15 @@ from collections.abc import Sequence
 # Name -> module, class of the options.
 PROGRAMS = {
     "benchmark": ("afr_jax.benchmark.program", "BenchmarkConfig"),
+    "collect": ("afr_jax.recognition.tasks.collect_photos", "CollectConfig"),
+    "detect": ("afr_jax.recognition.tasks.detect_photos", "DetectConfig"),
+    "enroll": ("afr_jax.recognition.tasks.enroll_gallery", "EnrollConfig"),
     "harden_extractor": (
         "afr_jax.evaluation.recognition.harden_extractor",
         "HardenExtractorConfig",
     ),
+    "identify": ("afr_jax.evaluation.recognition.identify", "IdentifyConfig"),
+    "match": ("afr_jax.recognition.tasks.match_queries", "MatchConfig"),
     "train_extractor": ("afr_jax.evaluation.recognition.train_extractor", "TrainExtractorConfig"),
     "verify": ("afr_jax.evaluation.recognition.verify", "VerifyConfig"),
 }

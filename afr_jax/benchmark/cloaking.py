@@ -21,6 +21,7 @@ from afr_jax.core import images, options
 from afr_jax.evaluation import reference
 from afr_jax.methods.cloaking import face_cloaks, fawkes
 from afr_jax.models.extractors import dlib_resnet, registry
+from afr_jax.models.weights import conversion
 from afr_jax.recognition import align, detect
 
 _CANVAS_LADDER = (192, 256, 320)
@@ -142,7 +143,7 @@ def cut_chips(
 def measure(
     row: str,
     extractor: registry.Extractor,
-    variables: dict,
+    variables: conversion.Variables,
     chips: np.ndarray,
     folder: pathlib.Path,
     other: reference.ReferenceProcess | None,
@@ -189,22 +190,25 @@ def measure(
     def net():
         return _net_milliseconds(extractor, variables, chips[:batch], config.num_steps)
 
-    def theirs():
-        answer = other.call(
-            "cloak",
-            chips=str(source),
-            output=str(output),
-            dssim=config.dssim_budget,
-            steps=config.num_steps,
-            batch=batch,
-            learning_rate=_REFERENCE_LEARNING_RATE,
-            graph_mode=reference_graph,
-            seed=seed,
-        )
-        cloaked["theirs"] = np.load(output)
-        return per_step * answer["seconds"]
+    sides = {"ours": ours, "net": net}
+    if other is not None:
 
-    sides = {"ours": ours, "net": net} | ({} if other is None else {"theirs": theirs})
+        def theirs():
+            answer = other.call(
+                "cloak",
+                chips=str(source),
+                output=str(output),
+                dssim=config.dssim_budget,
+                steps=config.num_steps,
+                batch=batch,
+                learning_rate=_REFERENCE_LEARNING_RATE,
+                graph_mode=reference_graph,
+                seed=seed,
+            )
+            cloaked["theirs"] = np.load(output)
+            return per_step * answer["seconds"]
+
+        sides["theirs"] = theirs
     times = timing.take_turns(sides, repeats=repeats)
     outside = [1 - alone / whole for alone, whole in zip(times["net"], times["ours"], strict=True)]
     judge, embed_fn = _judge(extractor, variables)
@@ -221,7 +225,7 @@ def measure(
 
 def _cloak(
     extractor: registry.Extractor,
-    variables: dict,
+    variables: conversion.Variables,
     chips: np.ndarray,
     config: fawkes.FawkesConfig,
     batch: int,
@@ -276,7 +280,7 @@ _distance_gradient = jax.jit(jax.value_and_grad(_total_distance), static_argname
 
 
 def _judge(
-    extractor: registry.Extractor, variables: dict
+    extractor: registry.Extractor, variables: conversion.Variables
 ) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
     """Who measures distances, and how it embeds uint8 chips `[N, S, S, 3]`."""
     try:

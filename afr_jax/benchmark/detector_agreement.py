@@ -46,12 +46,11 @@ def run(config: DetectorAgreementOptions, given: setting.Setting) -> setting.Mea
     """
     if not given.images:
         raise options.UsageError("--images is needed for --rows=detector_agreement")
-    given.reference.require()
     sources = []
     for found in given.images:
         count = min(config.max_photos or len(found), len(found))
         sources += [found[number * len(found) // count] for number in range(count)]
-    with given.reference.open(DRIVER) as other:
+    with given.reference.start(DRIVER) as other:
         details = _compare(other, sources, given)
         versions = other.versions
     name = f"detector agreement, {details['num_photos']} photos"

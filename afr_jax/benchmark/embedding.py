@@ -88,17 +88,20 @@ def measure(
         jax.block_until_ready(_embed(variables, placed, extractor))
         return 1e3 * (time.perf_counter() - start) / batch
 
-    def theirs():
-        answer = other.call("throughput", name=extractor.name, chips=str(source), repeats=1)
-        return 1e3 * answer["seconds"][0] / batch
+    sides = {"ours": ours}
+    if other is not None:
 
-    sides = {"ours": ours} | ({} if other is None else {"theirs": theirs})
+        def theirs():
+            answer = other.call("throughput", name=extractor.name, chips=str(source), repeats=1)
+            return 1e3 * answer["seconds"][0] / batch
+
+        sides["theirs"] = theirs
     times = timing.take_turns(sides, repeats=repeats)
     row = f"embedding, {extractor.name}, batch {batch}"
     return [timing.compare(row, "ms per face", times["ours"], times.get("theirs"))]
 
 
-def _random_variables(extractor: registry.Extractor, seed: int) -> dict:
+def _random_variables(extractor: registry.Extractor, seed: int) -> conversion.Variables:
     shapes = conversion.shapes(extractor.module, extractor.input_px)
     rng = np.random.default_rng(seed)
     # Small and positive: also a variance.

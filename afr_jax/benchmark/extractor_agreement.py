@@ -64,15 +64,14 @@ def run(config: ExtractorAgreementOptions, given: setting.Setting) -> setting.Me
     """
     networks = list(config.networks)
     if config.mobilefacenet is not None:
-        for path in _graph_files(config):
+        for path in _graph_files(config.mobilefacenet):
             if not path.is_file():
                 raise options.UsageError(f"--mobilefacenet: there is no {path}")
         networks.append(_GRAPH)
-    given.reference.require()
     found, failed, versions = [], [], {}
     for network in progress.track(networks, description="networks"):
         # A process for each: torch and TensorFlow stay apart, and memory is given back.
-        with given.reference.open(DRIVER) as other, tempfile.TemporaryDirectory() as folder:
+        with given.reference.start(DRIVER) as other, tempfile.TemporaryDirectory() as folder:
             versions = other.versions
             here = given._replace(folder=pathlib.Path(folder))
             try:
@@ -103,8 +102,8 @@ def run(config: ExtractorAgreementOptions, given: setting.Setting) -> setting.Me
     return setting.Measured(rows, versions, details, complete=not failed)
 
 
-def _graph_files(config: ExtractorAgreementOptions) -> tuple[pathlib.Path, pathlib.Path]:
-    folder = pathlib.Path(config.mobilefacenet).expanduser()
+def _graph_files(place: str) -> tuple[pathlib.Path, pathlib.Path]:
+    folder = pathlib.Path(place).expanduser()
     return folder / "mobilefacenet_y1_ms1m.json", folder / "mobilefacenet_y1_ms1m.npz"
 
 
@@ -116,9 +115,9 @@ def _compare(
 ) -> list[dict[str, Any]]:
     """A finding for each format of the network's weight file."""
     folder, num_chips, seed = given.folder, config.num_chips, given.seed
-    if network == _GRAPH:
+    if network == _GRAPH and config.mobilefacenet is not None:
         extractor = registry.get("mobilefacenet")
-        graph, arrays = _graph_files(config)
+        graph, arrays = _graph_files(config.mobilefacenet)
         chips, inputs = _chips(extractor, num_chips, seed)
         theirs = _ask(other, folder, network, 255 * chips, graph=str(graph), arrays=str(arrays))
         variables = registry.load_variables(extractor, arrays)

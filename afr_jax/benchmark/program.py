@@ -54,7 +54,7 @@ _NOTE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig(options.Config):
-    """Speed and results beside other people's implementations, on the same inputs.
+    """Measures speed and results beside other people's implementations, on the same inputs.
 
         python -m experiments.benchmark --reference_python=reference/bin/python
 

@@ -13,7 +13,7 @@ import pathlib
 import subprocess
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from afr_jax.core import options
@@ -149,21 +149,22 @@ class ReferenceOptions:
     )
 
     @contextlib.contextmanager
-    def open(self, driver: str) -> Iterator[ReferenceProcess | None]:
+    def start(self, driver: str) -> Generator[ReferenceProcess]:
         """Starts a driver, and ends it with the context.
 
         Args:
             driver: name of a file in `DRIVERS`.
 
         Yields:
-            The running driver; None without `reference_python`.
+            The running driver.
 
         Raises:
-            options.UsageError: it does not start.
+            options.UsageError: `reference_python` is not given, or the driver does not start.
         """
         if self.reference_python is None:
-            yield None
-            return
+            raise options.UsageError(
+                "--reference_python is needed; see experiments/reference/README.md"
+            )
         try:
             process = ReferenceProcess(
                 pathlib.Path(self.reference_python).expanduser(), DRIVERS / driver
@@ -173,16 +174,9 @@ class ReferenceOptions:
         with process:
             yield process
 
-    def require(self) -> None:
-        """Refuses a run that cannot do without the reference implementations.
-
-        Raises:
-            options.UsageError: `reference_python` is not given.
-        """
-        if self.reference_python is None:
-            raise options.UsageError(
-                "--reference_python is needed; see experiments/reference/README.md"
-            )
+    def open(self, driver: str) -> contextlib.AbstractContextManager[ReferenceProcess | None]:
+        """As `start`, but gives None without `reference_python`."""
+        return contextlib.nullcontext() if self.reference_python is None else self.start(driver)
 
 
 # The former names, until everything that uses them has moved.

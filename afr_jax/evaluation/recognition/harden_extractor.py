@@ -40,7 +40,7 @@ _SHIFT_PX = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HardenExtractorConfig(options.Config):
-    """Hardening of a face extractor: small perturbations shall move its embeddings little.
+    """Hardens a face extractor, so that small perturbations move its embeddings little.
 
         python -m experiments.harden_extractor --data=faces --extractor=dlib --workdir=out/hardened
 
@@ -203,7 +203,7 @@ def _check(config: HardenExtractorConfig) -> None:
 
 def _original(
     config: HardenExtractorConfig, work: workdir.Workdir
-) -> tuple[registry.Extractor, trained.Card, dict]:
+) -> tuple[registry.Extractor, trained.Card, conversion.Variables]:
     """The extractor, the card of what it becomes, and its variables."""
     with options.usage(f"--extractor={config.extractor}"):
         name = str(_toy_extractor(work)) if config.is_toy else config.extractor
@@ -322,7 +322,7 @@ def _train(
     mesh: parallel.Mesh,
     faces: _Faces,
     recipe: hardening.Recipe,
-    original: dict,
+    original: conversion.Variables,
 ) -> tuple[hardening.State, dict[str, float]]:
     """Trains from the newest checkpoint to the last step; the state, and the last metrics."""
     key = jax.random.key(config.seed)
@@ -368,8 +368,8 @@ def _scores(
     faces: _Faces,
     verified: training_photos.Pairs | None,
     extractor: registry.Extractor,
-    variables: dict,
-    original: dict,
+    variables: conversion.Variables,
+    original: conversion.Variables,
 ) -> dict[str, Any]:
     """What is measured of some variables: shifts of held-out chips, verification of pairs."""
     attack = hardening.Attack(config.test_epsilon / 255, config.test_attack_steps)

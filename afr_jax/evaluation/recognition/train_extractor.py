@@ -36,7 +36,7 @@ _TOY = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainExtractorConfig(options.Config):
-    """Training of a face extractor from photos of some people.
+    """Trains a face extractor from photos of some people.
 
         python -m experiments.train_extractor --data=faces --workdir=out/extractor
 
@@ -199,7 +199,7 @@ def _network(config: TrainExtractorConfig) -> nn.Module:
 
 
 def _recipe(config: TrainExtractorConfig, num_classes: int, steps_per_epoch: int) -> trainer.Recipe:
-    margin, scale = config.margin, config.scale
+    margin, scale = config.margin or 0.0, config.scale
     with options.usage(""):
         head = {
             "softmax": heads.Softmax(num_classes, config.label_smoothing),
