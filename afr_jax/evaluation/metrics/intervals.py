@@ -1,14 +1,14 @@
-"""Intervals for measured figures, in float64 numpy on the host.
+"""Intervals for measured figures, by SciPy, in float64 on the host.
 
 A rate over photos, pairs or people comes with `wilson_interval`; the mean or median of a measured
 quantity with `bootstrap_interval`, or `grouped_interval` where measurements hang together, such as
 photos of one person.
 """
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import scipy.stats
 
 
 def wilson_interval(successes: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
@@ -27,16 +27,11 @@ def wilson_interval(successes: int, total: int, *, confidence: float = 0.95) -> 
     """
     if not 0 <= successes <= total:
         raise ValueError(f"successes is {successes}, but must lie in [0, total={total}]")
-    z = statistics.NormalDist().inv_cdf(0.5 + _checked(confidence) / 2)
+    _check_confidence(confidence)
     if total == 0:
         return 0.0, 1.0
-    rate = successes / total
-    scale = 1 + z**2 / total
-    center = (rate + z**2 / (2 * total)) / scale
-    half = z / scale * np.sqrt(rate * (1 - rate) / total + z**2 / (4 * total**2))
-    low = 0.0 if successes == 0 else float(center - half)
-    high = 1.0 if successes == total else float(center + half)
-    return low, high
+    found = scipy.stats.binomtest(successes, total).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def bootstrap_interval(
@@ -64,16 +59,12 @@ def bootstrap_interval(
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or values.size == 0:
         raise ValueError(f"values has shape {values.shape}, but must be [N] with N >= 1")
-    tail = (1 - _checked(confidence)) / 2
-    generator = np.random.default_rng(seed)
-    rows = generator.integers(values.size, size=(num_resamples, values.size))
-    low, high = np.quantile(statistic(values[rows], axis=1), [tail, 1 - tail])
-    return float(low), float(high)
+    return _bootstrap((values,), statistic, confidence, num_resamples, seed)
 
 
 def grouped_interval(
     values: np.ndarray,
-    groups: np.ndarray,
+    groups: np.ndarray | Sequence[str] | Sequence[int],
     *,
     confidence: float = 0.95,
     num_resamples: int = 2000,
@@ -97,17 +88,40 @@ def grouped_interval(
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or values.size == 0 or len(groups) != values.size:
         raise ValueError(f"values {values.shape} and {len(groups)} groups, must be [N], N >= 1")
-    tail = (1 - _checked(confidence)) / 2
     _, member = np.unique(groups, return_inverse=True)
-    counts, sums = np.bincount(member), np.bincount(member, weights=values)
-    generator = np.random.default_rng(seed)
-    drawn = generator.integers(counts.size, size=(num_resamples, counts.size))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    sums, counts = np.bincount(member, weights=values), np.bincount(member)
+
+    def mean(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
+        return sums.sum(axis) / counts.sum(axis)
+
+    return _bootstrap((sums, counts), mean, confidence, num_resamples, seed)
 
 
-def _checked(confidence: float) -> float:
+def _bootstrap(
+    samples: Sequence[np.ndarray],
+    statistic: Callable[..., np.ndarray],
+    confidence: float,
+    num_resamples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """The percentile interval of a statistic of samples that are drawn together."""
+    _check_confidence(confidence)
+    if len(samples[0]) == 1:  # SciPy wants two; one value is all that can be drawn.
+        value = float(statistic(*samples, axis=0))
+        return value, value
+    found = scipy.stats.bootstrap(
+        samples,
+        statistic,
+        paired=len(samples) > 1,
+        vectorized=True,
+        n_resamples=num_resamples,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}, but must lie in (0, 1)")
-    return confidence

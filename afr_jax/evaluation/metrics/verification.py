@@ -1,11 +1,12 @@
 """Scores of face verification: accuracy over folds, ROC, AUC, EER, TAR at a FAR.
 
-Distances are of pairs, smaller is more alike; everything is float64 NumPy on the host.
+Distances are of pairs, smaller is more alike; everything is float64 on the host.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+from sklearn import metrics
 
 
 class Roc(NamedTuple):
@@ -36,19 +37,20 @@ def roc(distances: np.ndarray, same: np.ndarray) -> Roc:
         raise ValueError("pairs of one person and pairs of two people are both needed")
     if np.isnan(distances).any():
         raise ValueError("a distance is NaN")
-    thresholds = np.unique(distances[np.isfinite(distances)])
-    accepted = [
-        np.searchsorted(np.sort(distances[kind]), thresholds, side="right") / kind.sum()
-        for kind in (~same, same)
-    ]
-    far, tar = (np.concatenate([[0.0], share]) for share in accepted)
-    return Roc(np.concatenate([[-np.inf], thresholds]), far, tar)
+    is_finite = np.isfinite(distances)
+    # scikit-learn takes finite scores only: what cannot be compared lies beyond all others, and the
+    # point that accepts it is left out.
+    beyond = distances[is_finite].max(initial=0.0) + 1.0
+    far, tar, scores = metrics.roc_curve(
+        same, -np.where(is_finite, distances, beyond), drop_intermediate=False
+    )
+    points = slice(None) if is_finite.all() else slice(-1)
+    return Roc(-scores[points], far[points], tar[points])
 
 
 def auc(curve: Roc) -> float:
     """Area under the ROC; pairs without a distance count as rejected."""
-    far, tar = np.append(curve.far, 1.0), np.append(curve.tar, 1.0)
-    return float(np.sum(np.diff(far) * (tar[1:] + tar[:-1]) / 2))
+    return float(metrics.auc(np.append(curve.far, 1.0), np.append(curve.tar, 1.0)))
 
 
 def equal_error_rate(curve: Roc) -> float:

@@ -1,6 +1,9 @@
+"""Intervals against their definitions, written out in NumPy."""
+
+import statistics
+
 import numpy as np
 import pytest
-from scipy import stats
 
 from afr_jax.evaluation.metrics import intervals
 
@@ -9,10 +12,12 @@ from afr_jax.evaluation.metrics import intervals
     "successes, total, confidence",
     [(0, 10, 0.95), (10, 10, 0.95), (3, 10, 0.95), (985, 1000, 0.99), (1, 1, 0.9)],
 )
-def test_wilson_interval_agrees_with_scipy(successes, total, confidence):
-    expected = stats.binomtest(successes, total).proportion_ci(confidence, method="wilson")
+def test_wilson_interval_holds_the_rates_that_a_score_test_accepts(successes, total, confidence):
     interval = intervals.wilson_interval(successes, total, confidence=confidence)
-    np.testing.assert_allclose(interval, expected, atol=1e-12)
+    z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
+    for end, open_end in zip(interval, (0.0, 1.0), strict=True):
+        error = (successes / total - end) ** 2 - z**2 * end * (1 - end) / total
+        assert abs(error) < 1e-12 and (end == open_end) == (successes == open_end * total)
 
 
 def test_wilson_interval_of_no_trials_says_nothing():
@@ -34,14 +39,23 @@ def test_confidence_is_checked(confidence):
 
 
 @pytest.mark.parametrize("statistic", [np.mean, np.median])
-def test_bootstrap_interval_agrees_with_scipy(statistic):
+def test_bootstrap_interval_is_that_of_drawn_rows(statistic):
     values = np.random.default_rng(0).gamma(2.0, size=120)
-    oracle = stats.bootstrap(
-        (values,), statistic, method="percentile", n_resamples=20_000, rng=np.random.default_rng(1)
-    ).confidence_interval
-    interval = intervals.bootstrap_interval(values, statistic=statistic, num_resamples=20_000)
-    # Two Monte Carlo estimates of a quantile; the interval itself is about 0.5 wide.
-    np.testing.assert_allclose(interval, oracle, atol=0.02)
+    rows = np.random.default_rng(3).integers(120, size=(500, 120))
+    expected = np.quantile(statistic(values[rows], axis=1), [0.025, 0.975])
+    found = intervals.bootstrap_interval(values, statistic=statistic, num_resamples=500, seed=3)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_grouped_interval_is_that_of_drawn_groups():
+    generator = np.random.default_rng(0)
+    values, groups = generator.uniform(size=90), generator.integers(0, 7, 90)
+    members = [values[groups == group] for group in range(7)]
+    drawn = np.random.default_rng(3).integers(7, size=(500, 7))
+    means = [np.concatenate([members[group] for group in row]).mean() for row in drawn]
+    found = intervals.grouped_interval(values, groups, num_resamples=500, seed=3)
+    np.testing.assert_allclose(found, np.quantile(means, [0.025, 0.975]), atol=1e-12)
+    assert intervals.grouped_interval(values, ["one"] * 90) == (values.mean(), values.mean())
 
 
 def test_bootstrap_interval_depends_on_the_seed_only():
