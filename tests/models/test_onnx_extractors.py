@@ -7,7 +7,7 @@ import numpy as np
 import onnx_writer as onnx
 import pytest
 
-from afr_jax.models.extractors import registry, sface
+from afr_jax.models.extractors import iresnet, iresnet_onnx, registry, sface
 from afr_jax.models.weights import conversion
 
 _EXTRACTOR = registry.get("sface")
@@ -81,3 +81,228 @@ def test_other_networks_are_refused(tmp_path, tensors, match):
         sface.read_weights(path)
     with pytest.raises(ValueError, match="the only form"):
         sface.read_weights(references.REFERENCES / "torch.pt")
+
+
+# IResNets that torch exported.
+
+_SMALL = iresnet.IResNet((1, 2, 1, 1), widths=(4, 6, 8, 10), embedding_size=12)
+
+
+class _Export:
+    """The graph that torch exports of an IResNet, with random weights.
+
+    `state` is the state dict that it was exported from; `folded` tells whether a BatchNorm is part
+    of the convolution before it.
+    """
+
+    def __init__(self, module: iresnet.IResNet, *, folded: bool, epsilon: float = 1e-5) -> None:
+        self.module, self.folded, self.epsilon = module, folded, epsilon
+        self.nodes, self.tensors, self.state = [], [], {}
+        self._names = iter(range(1000))
+
+    def fields(self) -> tuple[list, list]:
+        """Tensors and nodes."""
+        x = self._conv_norm("x", "conv1", "bn1", self.module.widths[0], 3)
+        x = self._prelu(x, "prelu", self.module.widths[0])
+        before = self.module.widths[0]
+        for stage, count in enumerate(self.module.blocks):
+            width = self.module.widths[stage]
+            for number in range(count):
+                name, stride = f"layer{stage + 1}.{number}", 1 if number else 2
+                y = self._norm(x, f"{name}.bn1", before)
+                y = self._conv_norm(y, f"{name}.conv1", f"{name}.bn2", width, before)
+                y = self._prelu(y, f"{name}.prelu", width)
+                y = self._conv_norm(y, f"{name}.conv2", f"{name}.bn3", width, width, stride)
+                if number == 0:
+                    down = f"{name}.downsample"
+                    x = self._conv_norm(x, f"{down}.0", f"{down}.1", width, before, stride, 1)
+                x = self._node("Add", [y, x])
+                before = width
+        x = self._norm(x, "bn2", before)
+        x = self._node("Flatten", [x], axis=1)
+        size = self.module.embedding_size
+        matrix = self._array("fc.weight", (size, before * 49))
+        names = [self._store(matrix), self._store(self._array("fc.bias", (size,)))]
+        x = self._node("Gemm", [x, *names], alpha=1.0, beta=1.0, transB=1)
+        self._norm(x, "features", size, result="y")
+        return self.tensors, self.nodes
+
+    def _node(self, operator, inputs, result=None, **settings):
+        result = result or f"v{next(self._names)}"
+        self.nodes.append(onnx.node(operator, inputs, [result], **settings))
+        return result
+
+    def _array(self, name, shape):
+        fan_in = references.random_weights.torch_fan_in(shape)
+        array = references.random_weights.random_array(references.SEED, name, shape, fan_in)
+        self.state[name] = array
+        return array
+
+    def _store(self, array, name=None):
+        name = name or str(next(self._names))
+        self.tensors.append(onnx.tensor(name, np.float32(array)))
+        return name
+
+    def _statistics(self, name, size):
+        leaves = ("weight", "bias", "running_mean", "running_var")
+        return [self._array(f"{name}.{leaf}", (size,)) for leaf in leaves]
+
+    def _norm(self, x, name, size, result=None):
+        names = [self._store(array) for array in self._statistics(name, size)]
+        return self._node("BatchNormalization", [x, *names], result, epsilon=self.epsilon)
+
+    def _prelu(self, x, name, size):
+        slope = self._array(f"{name}.weight", (size,))
+        return self._node("PRelu", [x, self._store(slope[:, None, None])])
+
+    def _conv_norm(self, x, name, norm, outputs, inputs, stride=1, side=3):
+        kernel = self._array(f"{name}.weight", (outputs, inputs, side, side))
+        settings = {"strides": [stride] * 2, "pads": [side // 2] * 4, "kernel_shape": [side] * 2}
+        settings |= {"group": 1, "dilations": [1, 1]}
+        if not self.folded:
+            x = self._node("Conv", [x, self._store(kernel)], **settings)
+            return self._norm(x, norm, outputs)
+        scale, bias, mean, variance = (np.float64(a) for a in self._statistics(norm, outputs))
+        scale = scale / np.sqrt(variance + self.epsilon)
+        names = [self._store(kernel * scale[:, None, None, None]), self._store(bias - mean * scale)]
+        return self._node("Conv", [x, *names], **settings)
+
+
+def _write_export(path, module, **options):
+    tensors, nodes = _Export(module, **options).fields()
+    path.write_bytes(onnx.model(onnx.graph(nodes, tensors), operators=11))
+    return path
+
+
+def _embed(module, path):
+    variables = iresnet.read_weights(path, module=module)
+    chips = 2 * references.published_chips() - 1
+    return _unit(np.asarray(jax.jit(module.apply)(variables, chips))), chips
+
+
+@pytest.mark.parametrize(
+    "module, folded",
+    [
+        (_SMALL, True),
+        (_SMALL, False),
+        pytest.param(iresnet.IResNet(iresnet.BLOCKS_50), True, marks=pytest.mark.slow),
+        pytest.param(iresnet.IResNet(iresnet.BLOCKS_100), True, marks=pytest.mark.slow),
+    ],
+)
+def test_exported_iresnets_equal_onnxruntime(tmp_path, module, folded):
+    pytest.importorskip("onnxruntime")
+    path = _write_export(tmp_path / "net.onnx", module, folded=folded)
+    ours, chips = _embed(module, path)
+    theirs = _unit(make_onnx_references.embed(path, chips))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert np.abs(theirs[0] - theirs[1]).max() > 1e-3
+
+
+def test_an_export_holds_the_state_dict(tmp_path):
+    export = _Export(_SMALL, folded=False, epsilon=2e-5)
+    tensors, nodes = export.fields()
+    path = onnx.write(tmp_path / "net.onnx", tensors, nodes)
+    found = iresnet_onnx.read_state_dict(path, _SMALL.blocks, epsilon=1e-5)
+    assert set(found) == set(export.state)
+    for name, array in export.state.items():
+        shift = 1e-5 if name.endswith("running_var") else 0
+        np.testing.assert_allclose(found[name], array + shift, rtol=1e-6)
+
+
+def test_folded_and_unfolded_exports_are_the_same_network(tmp_path):
+    unfolded, _ = _embed(_SMALL, _write_export(tmp_path / "a.onnx", _SMALL, folded=False))
+    folded, _ = _embed(_SMALL, _write_export(tmp_path / "b.onnx", _SMALL, folded=True))
+    np.testing.assert_allclose(unfolded, folded, atol=1e-5)
+
+
+def test_nodes_that_do_nothing_are_passed(tmp_path):
+    export = _Export(_SMALL, folded=True)
+    tensors, nodes = export.fields()
+    # Before the first convolution, and on the weights of the last BatchNorm.
+    nodes[0] = onnx.node("Conv", ["x0", *_inputs(nodes[0])[1:]], ["c0"], pads=[1] * 4)
+    nodes[1] = onnx.node("PRelu", ["c0", "slope"], _outputs(nodes[1]))
+    slope = _inputs(export.nodes[-1])[1]
+    nodes[-1] = onnx.node(
+        "BatchNormalization", [*_inputs(nodes[-1])[:1], "w"] + _inputs(nodes[-1])[2:], ["y"]
+    )
+    nodes = [
+        onnx.node("Cast", ["x"], ["x0"], to=1),
+        onnx.node("Unsqueeze", ["flat"], ["slope"]),
+        *nodes[:-1],
+        onnx.node("Identity", [slope], ["w"]),
+        nodes[-1],
+    ]
+    tensors.append(onnx.tensor("flat", export.state["prelu.weight"]))
+    path = onnx.write(tmp_path / "net.onnx", tensors, nodes)
+    found = iresnet_onnx.read_state_dict(path, _SMALL.blocks, epsilon=1e-5)
+    np.testing.assert_array_equal(found["prelu.weight"], export.state["prelu.weight"])
+    np.testing.assert_array_equal(found["features.weight"], export.state["features.weight"])
+
+
+def _inputs(node):
+    return [value for number, value in node if number == 1]
+
+
+def _outputs(node):
+    return [value for number, value in node if number == 2]
+
+
+def _with_setting(nodes, index, **settings):
+    operator = next(value for number, value in nodes[index] if number == 4)
+    nodes[index] = onnx.node(operator, _inputs(nodes[index]), _outputs(nodes[index]), **settings)
+
+
+def _with_operator(nodes, index, operator):
+    nodes[index] = onnx.node(operator, _inputs(nodes[index]), _outputs(nodes[index]))
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda nodes: nodes.clear(), "Conv of conv1 is not where"),
+        (lambda nodes: nodes.pop(1), "PRelu of prelu is not where"),
+        (lambda nodes: nodes.append(nodes[0]), "Conv of conv1 is not where"),
+        (lambda nodes: nodes.append(onnx.node("Sub", ["x", "a"], ["b"])), "further .*: Sub"),
+        (lambda nodes: nodes.append(onnx.node("Div", ["y", "y"], ["b"])), "features|further"),
+        (lambda nodes: _with_setting(nodes, 0, pads=[0] * 4), "other pads than 1"),
+        (lambda nodes: _with_setting(nodes, 0, pads=[1] * 4, strides=[2, 2]), "other strides"),
+        (lambda nodes: _with_setting(nodes, 0, pads=[1] * 4, group=3), "other group"),
+        (lambda nodes: _with_setting(nodes, -2, transB=1, alpha=0.5), "one matrix"),
+        (lambda nodes: _with_setting(nodes, -1, epsilon=[1]), "epsilon that is no number"),
+        (lambda nodes: _with_setting(nodes, -2), "misshapen"),
+        (lambda nodes: _with_operator(nodes, -1, "LpNormalization"), "BatchNormalization of feat"),
+    ],
+)
+def test_other_graphs_are_refused(tmp_path, change, match):
+    tensors, nodes = _Export(_SMALL, folded=True).fields()
+    change(nodes)
+    path = onnx.write(tmp_path / "net.onnx", tensors, nodes)
+    with pytest.raises(ValueError, match=match) as error:
+        iresnet.read_weights(path, module=_SMALL)
+    assert str(path) in str(error.value)
+
+
+def test_the_export_of_another_depth_is_refused(tmp_path):
+    path = _write_export(tmp_path / "net.onnx", _SMALL, folded=True)
+    for blocks in ((1, 1, 1, 1), (1, 3, 1, 1), (2, 2, 1, 1)):
+        with pytest.raises(ValueError, match="does not hold this network"):
+            iresnet.read_weights(path, module=_SMALL.clone(blocks=blocks))
+    with pytest.raises(ValueError, match="does not hold this network"):
+        iresnet.read_weights(sface.find_weights())
+
+
+def test_flipped_bits_of_the_graph_raise_nothing_else(tmp_path):
+    tensors, nodes = _Export(_SMALL, folded=True).fields()
+    head = len(onnx.message([(1, each) for each in nodes]))
+    path = tmp_path / "net.onnx"
+    data = bytearray(onnx.model(onnx.graph(nodes, tensors)))
+    random = np.random.default_rng(0)
+    for _ in range(150):
+        place, bit = random.integers(20, head), 1 << random.integers(8)
+        data[place] ^= bit
+        path.write_bytes(data)
+        try:
+            iresnet_onnx.read_state_dict(path, _SMALL.blocks, epsilon=1e-5)
+        except ValueError as error:
+            assert str(path) in str(error)
+        data[place] ^= bit

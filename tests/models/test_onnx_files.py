@@ -57,13 +57,13 @@ def test_typed_arrays_are_read(tmp_path, name, is_packed):
 def test_nodes_are_read(tmp_path):
     nodes = [
         onnx.node("Conv", ["x", "w"], ["c"], group=1, pads=[1, 1, 1, 1]),
-        onnx.node("Gemm", ["c", "f", "b"], ["y"], transB=1, alpha=1.0, low=-3),
+        onnx.node("Gemm", ["c", "f", "b"], ["y"], transB=1, alpha=0.5, low=-3),
     ]
     path = onnx.write(tmp_path / "net.onnx", [onnx.tensor("w", np.zeros(2))], nodes)
     graph = onnx_files.read_graph(path)
     assert graph.nodes == (
-        onnx_files.Node("Conv", ("x", "w"), ("c",), {"group": 1}),
-        onnx_files.Node("Gemm", ("c", "f", "b"), ("y",), {"transB": 1, "low": -3}),
+        onnx_files.Node("Conv", ("x", "w"), ("c",), {"group": 1, "pads": (1, 1, 1, 1)}),
+        onnx_files.Node("Gemm", ("c", "f", "b"), ("y",), {"transB": 1, "alpha": 0.5, "low": -3}),
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from afr_jax.models.extractors import registry
+from afr_jax.models.weights import download
 from afr_jax.recognition import detect, embed, pipeline
 from afr_jax.training import trained
 
@@ -140,6 +141,12 @@ def test_loading_names_what_is_wrong(tmp_path):
         pipeline.load_recognizer("dlib", weights={"openface": "x"})
     with pytest.raises(FileNotFoundError, match="absent"):
         pipeline.load_recognizer("dlib", weights={"dlib": str(tmp_path / "absent.dat")})
+
+
+def test_two_extractors_come_with_the_install(monkeypatch):
+    monkeypatch.setattr(download, "fetch", lambda name: pytest.fail(f"{name} asks for a network"))
+    loaded = pipeline.load_recognizer("dlib", "sface")
+    assert list(loaded.extractors) == list(loaded.variables) == ["dlib", "sface"]
 
 
 def test_the_tag_names_extractor_and_weights(recognizer):

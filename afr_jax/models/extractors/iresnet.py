@@ -1,4 +1,4 @@
-"""ArcFace's IResNet in Flax, and the reader of InsightFace's torch weights.
+"""ArcFace's IResNet in Flax, and the reader of InsightFace's weights in torch and ONNX files.
 
 Deng, Guo, Xue, Zafeiriou: "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR
 2019; the backbone is the improved residual unit of Han, Kim, Kim: "Deep Pyramidal Residual
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from afr_jax.models import layers
+from afr_jax.models.extractors import iresnet_onnx
 from afr_jax.models.weights import conversion, formats
 
 INPUT_SIZE = 112
@@ -83,10 +84,11 @@ class _Block(nn.Module):
 def read_weights(
     path: str | os.PathLike[str], *, module: IResNet | None = None
 ) -> conversion.Variables:
-    """Reads the variables of an `IResNet` from a torch state dict with InsightFace's names.
+    """Reads the variables of an `IResNet`.
 
     Args:
-        path: the `.pth` or `.pt`.
+        path: a torch state dict with InsightFace's names (`.pth`, `.pt`), or what torch exported
+            from one to ONNX (InsightFace's packs, AuraFace).
         module: the network that the file is for; default: IResNet-50.
 
     Returns:
@@ -96,9 +98,16 @@ def read_weights(
         ValueError: the file is damaged or does not hold this network.
     """
     module = module or IResNet()
-    kind, arrays = formats.read_arrays(path)
-    if kind != "torch":
-        raise ValueError(f"{path} is no torch state dict, the only form of IResNet that is read")
+    kind = formats.kind_of(path)
+    if kind == "onnx":
+        arrays = iresnet_onnx.read_state_dict(path, module.blocks, epsilon=_EPSILON)
+    elif kind == "torch":
+        arrays = formats.read_arrays(path)[1]
+    else:
+        raise ValueError(
+            f"{path} is no torch state dict and no ONNX file, the only forms of IResNet that are "
+            "read"
+        )
     shapes = conversion.shapes(module, INPUT_SIZE)
 
     def entry(leaf, shape):

