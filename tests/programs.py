@@ -14,6 +14,7 @@ from afr_jax.data import image_sets, noise_files
 from afr_jax.recognition import detect, embed
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+STUB_DRIVER = pathlib.Path(__file__).resolve().parent / "stub_driver.py"
 
 # Answers several command lines in one process, each with a line of JSON: [result, exit code], or
 # the message of a usage error. Arguments: module.function, the command lines, code to run first.

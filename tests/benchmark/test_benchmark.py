@@ -1,14 +1,10 @@
-"""The benchmark: turns and tables, the protocol of references, agreement, the program."""
+"""The benchmark: turns and tables, agreement of detectors, the program."""
 
 import json
 import os
 import pathlib
-import platform
 import stat
-import subprocess
 import sys
-import textwrap
-import time
 
 import numpy as np
 import programs
@@ -17,60 +13,17 @@ import skimage.data
 from PIL import Image
 
 from afr_jax.benchmark import cloaking, detection, program, timing
-from afr_jax.core import backend, provenance
 from afr_jax.evaluation import reference
 from afr_jax.evaluation.attackers import other_detectors
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-_DRIVERS = _ROOT / "experiments" / "reference"
-
-# Stands in for both packages: finds one face at a fixed place, and cloaks by darkening a little.
-_STUB = """
-import os, sys
-sys.path.insert(0, {drivers!r})
-import numpy as np
-import serving
-
-def detect(paths, **options):
-    assert sorted(options) == ["min_face_px", "overlaps", "scale_factor", "thresholds"], options
-    row = [0, 10, 20, 50, 70, 0.99, *range(20, 25), *range(30, 35)]
-    return {{"seconds": [0.5] * len(paths), "faces": [[row] for path in paths]}}
-
-def cloak(chips, output, steps, **options):
-    np.save(output, np.maximum(np.load(chips), 8) - 8)
-    return {{"seconds": 100.0 * steps}}
-
-def fail():
-    raise ValueError("no such thing")
-
-def crash():
-    print("last words", file=sys.stderr, flush=True)
-    os._exit(5)
-
-def noise():
-    print("a stray print")
-    os.system("echo a stray child")
-    return {{"text": "wörds"}}
-
-handlers = dict(detect=detect, cloak=cloak, fail=fail, crash=crash, noise=noise)
-serving.serve(serving.versions("numpy", "no_such_package"), handlers)
-"""
-
 
 @pytest.fixture(scope="module")
-def stub(tmp_path_factory):
-    path = tmp_path_factory.mktemp("stub") / "stub.py"
-    path.write_text(_STUB.format(drivers=str(_DRIVERS)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def stub_python(stub):
+def stub_python(tmp_path_factory):
     """An interpreter that runs the stub whatever program it is given."""
-    path = stub.parent / "python"
-    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{stub}"\n')
+    path = tmp_path_factory.mktemp("stub") / "python"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{programs.STUB_DRIVER}"\n')
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
 
@@ -110,48 +63,6 @@ def test_table():
     ]
 
 
-def test_a_reference_answers_and_its_prints_do_no_harm(stub):
-    with reference.ReferenceProcess(sys.executable, stub) as other:
-        assert other.versions == {
-            "python": ".".join(map(str, sys.version_info[:3])),
-            "numpy": np.__version__,
-        }
-        assert other.call("noise") == {"text": "wörds"}
-        with pytest.raises(
-            reference.ReferenceProcessError, match=r"stub.py fail: ValueError: no such thing"
-        ):
-            other.call("fail")
-        with pytest.raises(reference.ReferenceProcessError, match="KeyError"):
-            other.call("unknown")
-        assert other.call("noise") == {"text": "wörds"}
-
-
-def test_a_reference_that_ends_is_reported_with_its_last_words(stub):
-    with reference.ReferenceProcess(sys.executable, stub) as other:
-        with pytest.raises(reference.ReferenceProcessError, match="has ended:\n(.*\n)*last words"):
-            other.call("crash")
-        with pytest.raises(reference.ReferenceProcessError, match="has ended"):
-            other.call("noise")
-
-
-def test_a_reference_that_cannot_start_is_reported(tmp_path):
-    with pytest.raises(reference.ReferenceProcessError, match="cannot be started"):
-        reference.ReferenceProcess(tmp_path / "no_python", _DRIVERS / "mtcnn_driver.py")
-    script = tmp_path / "program.py"
-    script.write_text("import no_such_library")
-    with pytest.raises(reference.ReferenceProcessError, match="No module named 'no_such_library'"):
-        reference.ReferenceProcess(sys.executable, script)
-
-
-def test_a_reference_that_does_not_end_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "_END_SECONDS", 0.1)
-    script = tmp_path / "program.py"
-    script.write_text("import time\nprint('{\"versions\": {}}', flush=True)\ntime.sleep(60)")
-    start = time.monotonic()
-    reference.ReferenceProcess(sys.executable, script).close()
-    assert time.monotonic() - start < 30
-
-
 def _faces(*rows, shift=0.0):
     """Faces of (y0, x0, side, confidence), all landmarks in the middle, moved right by `shift`."""
     values = np.array(rows, np.float32).reshape(-1, 4)
@@ -188,8 +99,8 @@ def test_landmark_errors_are_shares_of_the_references_width():
     np.testing.assert_allclose(errors, [0.0, 0.25], atol=1e-6)
 
 
-def test_faces_of_the_package_are_read(stub):
-    with reference.ReferenceProcess(sys.executable, stub) as other:
+def test_faces_of_the_package_are_read():
+    with reference.ReferenceProcess(sys.executable, programs.STUB_DRIVER) as other:
         paths = [pathlib.Path("a.npy")]
         seconds, (faces,) = other_detectors.ask_mtcnn(other, paths, detect.DetectorOptions())
     assert seconds == [0.5]
@@ -210,89 +121,6 @@ def test_chips_are_the_given_faces_then_shaken_ones():
     assert (gaps > 1).all() and (gaps < 40).all()
     again = cloaking.cut_chips(extractor, [(pixels, points)], 3, seed=1)
     np.testing.assert_array_equal(chips, again)
-
-
-@pytest.mark.parametrize(
-    "version, given, chosen",
-    [
-        ("0.10.2", None, "--xla_cpu_experimental_ynn_fusion_type="),
-        ("0.10.2", "--a=1", "--a=1 --xla_cpu_experimental_ynn_fusion_type="),
-        ("0.10.2", "--xla_cpu_experimental_ynn_fusion_type=DOT", None),
-        ("0.11.0", None, None),
-        ("0.11.0", "--a=1", None),
-    ],
-)
-def test_compiler_options_leave_alone_what_is_said_and_what_was_not_tried(
-    version, given, chosen, monkeypatch
-):
-    monkeypatch.setattr(backend.jaxlib, "__version__", version)
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    if given is not None:
-        monkeypatch.setenv("XLA_FLAGS", given)
-    for _ in range(2):
-        backend.choose_compiler_options()
-        assert os.environ.get("XLA_FLAGS") == (given if chosen is None else chosen)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_freed_memory_is_used_again():
-    """Blocks of 64 MiB, freed and allocated again: the system has to clear pages once only."""
-    script = """
-        import resource, sys
-        import numpy as np
-        from afr_jax.core import backend, provenance
-        if sys.argv[1] == "keep":
-            backend.keep_freed_memory()
-        faults = []
-        for _ in range(4):
-            np.ones(8 << 20)
-            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-        print(faults[3] - faults[0])
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    kept, returned = (
-        int(subprocess.run([*command, what], capture_output=True, check=True, text=True).stdout)
-        for what in ("keep", "return")
-    )
-    assert kept < 100 < returned
-
-
-def test_references_start_without_our_compiler_options(stub, tmp_path, monkeypatch):
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\n[ -z "$XLA_FLAGS" ] && exec "{sys.executable}" "{stub}"\n')
-    python.chmod(0o755)
-    monkeypatch.setenv("XLA_FLAGS", "--an_option")
-    with reference.ReferenceProcess(python, stub) as other:
-        assert "numpy" in other.versions
-
-
-@pytest.mark.parametrize(
-    "argument, shown",
-    [
-        (
-            "--images=/data/shared/wider,/data/shared/lfw",
-            "--images=$AFR_SHARED/wider,$AFR_SHARED/lfw",
-        ),
-        ("--images=/data/shared2/my photos", "--images='/data/shared2/my photos'"),
-        ("--images=/data/shared/my photos", "--images=$AFR_SHARED'/my photos'"),
-        ("--weights=a=/data/shared/w.npz,b=c", "--weights=a=$AFR_SHARED/w.npz,b=c"),
-        ("--reference_python=/opt/p/bin/python", "--reference_python=$REFERENCE_PYTHON"),
-        ("--workdir=out", "--workdir=$WORKDIR"),
-        ("out", "$WORKDIR"),
-        ("--output_dir=output", "--output_dir=output"),
-        ("--toy", "--toy"),
-    ],
-)
-def test_provenance_puts_names_for_paths_of_this_machine(argument, shown):
-    names = {
-        "AFR_SHARED": "/data/shared/",
-        "REFERENCE_PYTHON": "/opt/p/bin/python",
-        "WORKDIR": "out",
-    }
-    record = provenance.provenance("experiments.benchmark", [argument], names={**names, "NO": None})
-    assert record["command"] == f"python -m experiments.benchmark {shown}"
-    assert record["machine"]["cores"] >= 1 and record["machine"]["backend"] == "cpu"
-    assert str(_ROOT) not in json.dumps(record)
 
 
 def _run(*flags):
@@ -391,14 +219,14 @@ def test_the_real_references_work_and_attack_the_same_net(tmp_path):
     chips = cloaking.cut_chips(extractor, [(skimage.data.astronaut(), points)], 2)
     np.save(tmp_path / "chips.npy", chips)
     with reference.ReferenceProcess(
-        os.environ["AFR_REFERENCE_PYTHON"], _DRIVERS / "fawkes_driver.py"
+        os.environ["AFR_REFERENCE_PYTHON"], reference.DRIVERS / "fawkes_driver.py"
     ) as other:
         theirs = other.call("embed", chips=str(tmp_path / "chips.npy"))["embeddings"]
     ours = registry.embed(extractor, extractor.load(), chips.astype(np.float32) / 255)
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     np.save(tmp_path / "photo.npy", skimage.data.astronaut())
     with reference.ReferenceProcess(
-        os.environ["AFR_REFERENCE_PYTHON"], _DRIVERS / "mtcnn_driver.py"
+        os.environ["AFR_REFERENCE_PYTHON"], reference.DRIVERS / "mtcnn_driver.py"
     ) as other:
         options = detect.DetectorOptions()
         _, (faces,) = other_detectors.ask_mtcnn(other, [tmp_path / "photo.npy"], options)

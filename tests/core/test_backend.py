@@ -1,3 +1,11 @@
+"""Compiler options, memory, and the folder of compiled programs."""
+
+import os
+import platform
+import subprocess
+import sys
+import textwrap
+
 import jax
 import pytest
 
@@ -40,3 +48,48 @@ def test_an_unusable_cache_folder_is_no_error(tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file"))
     assert backend.enable_compilation_cache() is None
     assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.mark.parametrize(
+    "version, given, chosen",
+    [
+        ("0.10.2", None, "--xla_cpu_experimental_ynn_fusion_type="),
+        ("0.10.2", "--a=1", "--a=1 --xla_cpu_experimental_ynn_fusion_type="),
+        ("0.10.2", "--xla_cpu_experimental_ynn_fusion_type=DOT", None),
+        ("0.11.0", None, None),
+        ("0.11.0", "--a=1", None),
+    ],
+)
+def test_compiler_options_leave_alone_what_is_said_and_what_was_not_tried(
+    version, given, chosen, monkeypatch
+):
+    monkeypatch.setattr(backend.jaxlib, "__version__", version)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("XLA_FLAGS", given)
+    for _ in range(2):
+        backend.choose_compiler_options()
+        assert os.environ.get("XLA_FLAGS") == (given if chosen is None else chosen)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again():
+    """Blocks of 64 MiB, freed and allocated again: the system has to clear pages once only."""
+    script = """
+        import resource, sys
+        import numpy as np
+        from afr_jax.core import backend, provenance
+        if sys.argv[1] == "keep":
+            backend.keep_freed_memory()
+        faults = []
+        for _ in range(4):
+            np.ones(8 << 20)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        print(faults[3] - faults[0])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    kept, returned = (
+        int(subprocess.run([*command, what], capture_output=True, check=True, text=True).stdout)
+        for what in ("keep", "return")
+    )
+    assert kept < 100 < returned
