@@ -8,6 +8,7 @@ import numpy as np
 
 from afr_jax.core import images, parallel
 from afr_jax.models.extractors import registry
+from afr_jax.models.weights import conversion
 from afr_jax.recognition import align
 
 # Faces that one call embeds on each device; the rest of the last batch repeats a face.
@@ -17,7 +18,9 @@ _CANVAS_LADDER = (160, 192, 256, 320, 448)
 
 
 def embed_faces(
-    extractor: registry.Extractor, variables: dict, faces: Iterable[tuple[np.ndarray, np.ndarray]]
+    extractor: registry.Extractor,
+    variables: conversion.Variables,
+    faces: Iterable[tuple[np.ndarray, np.ndarray]],
 ) -> np.ndarray:
     """Aligns and embeds faces of any number of photos, spread over the devices of this process.
 

@@ -15,12 +15,12 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.typing import VariableDict
 
 from afr_jax.core import files, parallel, progress
 from afr_jax.data import identities, photos
 from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
+from afr_jax.models.weights import conversion
 from afr_jax.recognition import database as databases
 from afr_jax.recognition import detect, embed, match
 from afr_jax.training import trained
@@ -51,7 +51,7 @@ class Recognizer(NamedTuple):
     detector: mtcnn.Variables
     options: detect.DetectorOptions
     extractors: dict[str, registry.Extractor]
-    variables: dict[str, VariableDict]
+    variables: dict[str, conversion.Variables]
 
     def enroll(
         self,
@@ -72,16 +72,18 @@ class Recognizer(NamedTuple):
             gallery: folder with a folder of photos for each person, a listing of photos, or photos
                 in any form by person (`photos.list_sources`).
             database: one that is open, or its folder or address, where it is made if need be.
-            extractor: name of one of the recognizer's; its only one by default.
+            extractor: name of one of the recognizer's; its first by default.
             replace: whether the database forgets what else it has of the gallery's people.
             min_confidence: of the detector, for a face to be enrolled.
 
         Raises:
             DatabaseError: it cannot be used, or holds another extractor's embeddings.
             FileNotFoundError: the gallery does not exist.
-            ValueError: it holds no photo of a person, or the extractor is not said.
+            ValueError: it holds no photo of a person, or the recognizer has no such extractor.
         """
-        name = self.only_extractor() if extractor is None else extractor
+        name = next(iter(self.extractors), "") if extractor is None else extractor
+        if name not in self.extractors:
+            raise ValueError(f"the recognizer has no extractor {name!r}")
         items, problems = _enrollees(gallery)
         own_tag = tag(self, name)
         if not isinstance(database, databases.Database):
@@ -157,12 +159,7 @@ class Recognizer(NamedTuple):
         if threshold is None:
             threshold = match.threshold_of(extractor, metric)
         sources = photos.list_sources(queries)
-        found = recognize(
-            self,
-            [source.photo for source in sources],
-            which="all",
-            min_confidence=min_confidence,
-        )
+        found = recognize(self, sources, which="all", min_confidence=min_confidence)
         seen = list(progress.track(found, description="query photos", total=len(sources)))
         probes = [item.embeddings[name] for item in seen]
         size = (0, extractor.embedding_size)
@@ -185,17 +182,6 @@ class Recognizer(NamedTuple):
             metric,
             threshold,
         )
-
-    def only_extractor(self) -> str:
-        """Name of the extractor, where there is one.
-
-        Raises:
-            ValueError: there are several or none.
-        """
-        if len(self.extractors) != 1:
-            names = ", ".join(self.extractors) or "none"
-            raise ValueError(f"say which extractor: the recognizer has {names}")
-        return next(iter(self.extractors))
 
     def _extractor_of(self, database: databases.Database) -> str:
         """Name of the extractor that made a database's embeddings."""
@@ -465,7 +451,7 @@ def judge(
 
 def recognize(
     recognizer: Recognizer,
-    sources: Iterable[photos.PhotoLike],
+    sources: Iterable[photos.PhotoLike | photos.Source],
     *,
     which: Literal["main", "all"] = "main",
     min_confidence: float = 0.0,
@@ -477,7 +463,8 @@ def recognize(
 
     Args:
         recognizer: from `load_recognizer`.
-        sources: photos in any form: paths of files, arrays `[H, W, 3]` uint8, PIL images.
+        sources: photos in any form: paths of files, arrays `[H, W, 3]` uint8, PIL images, or what
+            `photos.list_sources` makes of them.
         which: the face that a photo is of (`detect.main_face`), or every one.
         min_confidence: of the detector, for a face to count.
 
@@ -502,7 +489,8 @@ def recognize(
             rows = slice(at, at + len(faces.boxes))
             at = rows.stop
             own = {name: vectors[rows] for name, vectors in embeddings.items()}
-            path = pathlib.Path(source) if isinstance(source, (str, os.PathLike)) else None
+            photo = source.photo if isinstance(source, photos.Source) else source
+            path = pathlib.Path(photo) if isinstance(photo, (str, os.PathLike)) else None
             yield Recognized(path, problem, digest, faces, own)
 
 
@@ -511,7 +499,7 @@ class _Enrollee(NamedTuple):
 
     name: str
     identity: str
-    photo: photos.PhotoLike
+    photo: photos.PhotoLike | photos.Source
 
 
 def _enrollees(
@@ -521,7 +509,7 @@ def _enrollees(
     problems: list[identities.Problem] = []
     if isinstance(gallery, Mapping):
         items = [
-            _Enrollee(f"{person}/{source.name}", person, source.photo)
+            _Enrollee(f"{person}/{source.name}", person, source)
             for person, some in gallery.items()
             for source in photos.list_sources(some)
         ]
@@ -595,7 +583,10 @@ def _spoken(box: np.ndarray) -> str:
 
 
 def _find(
-    recognizer: Recognizer, source: photos.PhotoLike, which: str, min_confidence: float
+    recognizer: Recognizer,
+    source: photos.PhotoLike | photos.Source,
+    which: str,
+    min_confidence: float,
 ) -> tuple[np.ndarray | None, detect.Faces, str, str | None]:
     """Pixels (None for an unreadable photo), faces, digest and problem of one photo."""
     try:
@@ -611,8 +602,12 @@ def _find(
     return pixels, faces, digest, None if len(faces.boxes) else NO_FACE
 
 
-def _read(source: photos.PhotoLike) -> tuple[np.ndarray, str]:
+def _read(source: photos.PhotoLike | photos.Source) -> tuple[np.ndarray, str]:
     """Pixels and digest of a photo."""
+    if isinstance(source, photos.Source):
+        if source.problem is not None:
+            raise photos.PhotoError(source.problem)
+        source = source.photo
     if isinstance(source, (str, os.PathLike)):
         data = photos.read_photo_bytes(source)
         return photos.decode_photo(data).pixels, hashlib.sha256(data).hexdigest()
@@ -621,8 +616,10 @@ def _read(source: photos.PhotoLike) -> tuple[np.ndarray, str]:
     return pixels, digest.hexdigest()
 
 
-def _read_digest(source: photos.PhotoLike) -> str:
+def _read_digest(source: photos.PhotoLike | photos.Source) -> str:
     """The digest of a photo alone; empty if it cannot be read."""
+    if isinstance(source, photos.Source) and source.problem is None:
+        source = source.photo
     try:
         if isinstance(source, (str, os.PathLike)):
             return hashlib.sha256(photos.read_photo_bytes(source)).hexdigest()

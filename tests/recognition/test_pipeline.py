@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from afr_jax.data import photos
 from afr_jax.models.extractors import registry
 from afr_jax.models.weights import download
-from afr_jax.recognition import detect, embed, pipeline
+from afr_jax.recognition import database, detect, embed, pipeline
 from afr_jax.training import trained
 
 
@@ -109,6 +110,61 @@ def test_the_main_face_and_sure_faces_only(recognizer, tmp_path):
     assert len(sure.faces.boxes) == 2
     (none,) = pipeline.recognize(recognizer, [path], min_confidence=0.999)
     assert none.problem == pipeline.NO_FACE
+
+
+def test_photos_come_in_any_form_and_some_must_not_be_read(recognizer, tmp_path):
+    path = _photo(tmp_path / "one.png", 1, (10, 20, 30))
+    pixels = np.asarray(Image.open(path))
+    sources = [path, str(path), pixels, Image.open(path), photos.Source("x", path)]
+    *found, refused = pipeline.recognize(
+        recognizer, [*sources, photos.Source("y", path, problem="a link out")]
+    )
+    for item in found:
+        np.testing.assert_array_equal(item.embeddings["a"], found[0].embeddings["a"])
+        assert item.status == "ok"
+    assert [item.path for item in found] == [path, path, None, None, path]
+    assert found[0].digest == found[4].digest != found[2].digest == found[3].digest
+    assert (refused.problem, refused.status) == ("a link out", "unreadable")
+
+
+def test_verdicts_of_all_extractors(recognizer, tmp_path):
+    first = _photo(tmp_path / "one.png", 1, (10, 20, 30))
+    second = _photo(tmp_path / "two.png", 1, (10, 20, 38))
+    found = pipeline.verify(recognizer, first, second)
+    assert found["a"].distance == pytest.approx(8, abs=1e-3)
+    assert found["a"].same_person is True and found["a"].threshold == 10.0
+    # No threshold is known of unit vectors.
+    assert (found["b"].threshold, found["b"].same_person) == (None, None)
+    strict = pipeline.verify(recognizer, first, second, metric="euclidean", threshold=7.5)
+    assert strict["a"].same_person is False
+    with pytest.raises(ValueError, match="absent.png: the file does not exist"):
+        pipeline.verify(recognizer, first, tmp_path / "absent.png")
+
+
+def test_what_is_enrolled_is_matched(recognizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_GROUP", 2)
+    people = {
+        name: _photo(tmp_path / f"{name}.png", 1, (10 * i, 90, 30))
+        for i, name in enumerate(("Ann", "Bob", "Cem"), start=1)
+    }
+    nobody = _photo(tmp_path / "none.png", 0, (1, 1, 1))
+    gallery = {**people, "Nobody": nobody, "unknown": people["Ann"]}
+    done = recognizer.enroll(gallery, tmp_path / "db")
+    assert (done.added, done.changed, done.unchanged, len(done.database)) == (3, 0, 0, 3)
+    assert [item.name for item in done.problems] == ["unknown/Ann.png", "Nobody/none.png"]
+    query = _photo(tmp_path / "query.png", 2, (21, 90, 30))
+    found = recognizer.match([query, nobody], done, top_k=2, threshold=2.0, min_confidence=0.8)
+    assert [item.found.status for item in found.queries] == ["ok", "no_face"]
+    assert found.decisions == ("Bob", "Bob")
+    assert [(item.face, item.rank, item.identity, item.matched) for item in found.matches] == [
+        (face, rank, name, rank == 1) for face in (0, 1) for rank, name in ((1, "Bob"), (2, "Cem"))
+    ]
+    # Another extractor's database is refused, whether it is the first or not.
+    alone = recognizer._replace(extractors={"b": recognizer.extractors["b"]})
+    with pytest.raises(database.DatabaseError, match="cannot be mixed"):
+        alone.match(query, done)
+    with pytest.raises(ValueError, match="no extractor 'c'"):
+        recognizer.enroll(people, tmp_path / "db", extractor="c")
 
 
 def test_faces_spread_over_devices_are_those_of_one(recognizer):

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from afr_jax.models.extractors import registry
 from afr_jax.recognition import match, pipeline, shared_options
 
 _FPIRS = (1e-2, 1e-3)
+
+# Figures of an extractor by name; intervals are (low, high).
+Row = Mapping[str, str | float | tuple[float, float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ class IdentificationReport(NamedTuple):
     """
 
     split: Split
-    rows: tuple[Mapping[str, Any], ...]
+    rows: tuple[Row, ...]
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]]
     problems: tuple[tuple[pathlib.Path, str], ...]
 
@@ -237,10 +240,10 @@ def _scores(
     )
 
 
-def _row(scores: identification.Identification, split: Split) -> dict[str, Any]:
+def _row(scores: identification.Identification, split: Split) -> Row:
     people = [person for _, person in split.probes]
     hits = (scores.ranks == 1).astype(np.float64)
-    row: dict[str, Any] = {
+    row: dict[str, str | float | tuple[float, float]] = {
         "rank_1": identification.rank_rate(scores, 1),
         "rank_1_interval": intervals.grouped_interval(hits, people),
         "rank_5": identification.rank_rate(scores, 5),

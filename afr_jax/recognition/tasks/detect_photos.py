@@ -5,8 +5,8 @@ import dataclasses
 import io
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -59,6 +59,20 @@ class DetectConfig(options.Config):
         )
 
 
+class FaceRecord(NamedTuple):
+    """A face of faces.json, rounded to a hundredth of a pixel and a millionth of confidence.
+
+    Attributes:
+        box: `[y0, x0, y1, x1]`.
+        confidence: in [0, 1].
+        landmarks: five (y, x).
+    """
+
+    box: list[float]
+    confidence: float
+    landmarks: list[list[float]]
+
+
 class PhotoRecord(NamedTuple):
     """What was found in one photo: an entry of faces.json.
 
@@ -66,13 +80,13 @@ class PhotoRecord(NamedTuple):
         image: its path below the folder that was given.
         status: `ok`, `no_face`, `unreadable` or `failed`.
         reason: for the last two.
-        faces: box, confidence and landmarks of each.
+        faces: of the photo, most confident first.
     """
 
     image: str
     status: str
     reason: str | None
-    faces: Sequence[Mapping[str, Any]]
+    faces: Sequence[FaceRecord]
 
 
 def run(config: DetectConfig) -> options.Outcome:
@@ -153,13 +167,13 @@ def look(
         logging.exception("could not work on %s", source.path)
         record = PhotoRecord(name, "failed", f"{type(error).__name__}: {error}", [])
     else:
-        # A hundredth of a pixel, a millionth of confidence: beyond is rounding of the processor.
+        # What lies beyond is rounding of the processor.
         faces = [
-            {
-                "box": np.round(box.astype(float), 2).tolist(),
-                "confidence": round(float(confidence), 6),
-                "landmarks": np.round(points.astype(float), 2).tolist(),
-            }
+            FaceRecord(
+                np.round(box.astype(float), 2).tolist(),
+                round(float(confidence), 6),
+                np.round(points.astype(float), 2).tolist(),
+            )
             for box, confidence, points in zip(*found, strict=True)
         ]
         return PhotoRecord(name, "ok" if faces else "no_face", None, faces)

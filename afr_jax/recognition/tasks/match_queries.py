@@ -67,7 +67,10 @@ def run(config: MatchConfig) -> options.Outcome:
             every = [".".join(leaf.path) for leaf in options.leaves(MatchConfig)]
             work = workdir.open_workdir(config.workdir, config, resumable=every)
             found = recognizer.match(
-                [photos.Source(item.relative.as_posix(), item.path) for item in inputs],
+                [
+                    photos.Source(item.relative.as_posix(), item.path, problem=item.problem)
+                    for item in inputs
+                ],
                 reference,
                 top_k=config.top_k,
                 metric=config.distance.metric,
