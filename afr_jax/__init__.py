@@ -12,7 +12,10 @@ _HOMES = {
     "afr_jax.data.image_sets": ("load_image_folder",),
     "afr_jax.data.photos": ("read_photos",),
     "afr_jax.data.video": ("read_frames",),
+    "afr_jax.evaluation.metrics.misdetection": ("misdetection",),
     "afr_jax.evaluation.recognition.identify": ("identify",),
+    "afr_jax.methods.patches.config": ("PatchConfig",),
+    "afr_jax.methods.patches.training": ("train_patches",),
     "afr_jax.recognition.detect": ("detect_faces", "DetectorOptions"),
     "afr_jax.recognition.pipeline": ("load_recognizer", "recognize", "Recognizer", "verify"),
 }

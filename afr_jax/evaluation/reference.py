@@ -146,6 +146,7 @@ class ReferenceOptions:
         "Python of an environment with the originals (experiments/reference/README.md); without it "
         "they are not asked",
         aliases=("peer_python",),
+        resumable=True,
     )
 
     @contextlib.contextmanager

@@ -3,7 +3,6 @@ import pytest
 from PIL import Image
 
 from afr_jax.data import video
-from afr_jax.methods.patches import print_sheet
 
 
 def _pictures(count, shape=(16, 24)):
@@ -22,7 +21,8 @@ def test_gif_frames_in_order_and_evenly_spread(tmp_path):
     assert [frame.name for frame in found.frames] == [f"film_000{n}" for n in range(5)]
     reds = [frame.pixels[..., 0].mean() for frame in found.frames]
     np.testing.assert_allclose(reds, [20, 60, 100, 140, 180], atol=6)
-    some = video.read_frames([tmp_path / "film.gif"], max_frames=2)
+    # One path needs no list.
+    some = video.read_frames(tmp_path / "film.gif", max_frames=2)
     assert [frame.name for frame in some.frames] == ["film_0000", "film_0002"]
     assert video.spread(7, 3) == [0, 2, 4]
 
@@ -66,28 +66,3 @@ def test_missing_empty_and_unreadable_paths_are_told_apart(tmp_path):
         video.read_frames([tmp_path / "bad.gif"])
     with pytest.raises(ValueError, match="max_frames is 0"):
         video.read_frames([tmp_path], max_frames=0)
-
-
-def test_the_pdf_page_has_the_size_it_says():
-    patches = {"left": np.zeros((4, 6), np.uint8), "right": np.full((4, 6), 255, np.uint8)}
-    sizes = {"left": (53.0, 47.5), "right": (53.0, 47.5)}
-    data = print_sheet.pdf(patches, sizes, note="for a face (140 mm)")
-    text = data.decode("latin-1")
-    box = text.split("/MediaBox [")[1].split("]")[0].split()
-    np.testing.assert_allclose([float(v) for v in box], [0, 0, 595.2756, 841.8898], atol=1e-3)
-    for number in range(2):
-        words = text.split(f" cm /I{number} Do")[0].rsplit("q ", 1)[1].split()
-        width, _, _, height, left, bottom = (float(word) * 25.4 / 72 for word in words)
-        np.testing.assert_allclose([width, height], [47.5, 53.0], atol=1e-3)
-        assert left > 10 and bottom > 10
-    # The table at the end points at the objects.
-    start = int(text.rsplit("startxref\n", 1)[1].split()[0])
-    assert text[start:].startswith("xref")
-    offsets = [int(line.split()[0]) for line in text[start:].splitlines()[3:] if " 00000 n" in line]
-    for number, offset in enumerate(offsets, 1):
-        assert text[offset:].startswith(f"{number} 0 obj")
-
-
-def test_what_does_not_fit_on_the_page_is_refused():
-    with pytest.raises(ValueError, match="does not fit"):
-        print_sheet.pdf({"big": np.zeros((2, 2), np.uint8)}, {"big": (300.0, 100.0)})

@@ -2,49 +2,13 @@ import io
 
 import numpy as np
 import pytest
+import skimage.data
 from PIL import Image
 
-from afr_jax.data import video
 from afr_jax.evaluation.attackers import other_detectors
 from afr_jax.evaluation.metrics import misdetection
 from afr_jax.evaluation.patches import pictures
 from afr_jax.models import mtcnn
-from afr_jax.recognition import detect
-
-
-def _faces(*boxes):
-    """Faces of falling confidence."""
-    boxes = np.array(boxes, np.float32).reshape(-1, 4)
-    confidences = np.linspace(0.99, 0.8, len(boxes)).astype(np.float32)
-    points = np.repeat(boxes[:, None, :2], 5, axis=1)
-    return detect.Faces(boxes, confidences, points)
-
-
-@pytest.fixture
-def film(monkeypatch):
-    """Six frames: a person who moves to the right, a bystander who is surer of being a face."""
-    shown = [_faces([10, 10 + 4 * n, 40, 40 + 4 * n], [10, 200, 40, 230]) for n in range(6)]
-    shown[2] = _faces()
-    # In frame 3 the bystander comes first.
-    shown[3] = _faces([10, 200, 40, 230], [10, 22, 40, 52])
-    shown[0].confidences[0] = 0.999
-    monkeypatch.setattr(detect, "detect_photos", lambda *args, **options: shown)
-    return [video.Frame(f"f{n}", np.zeros((60, 240, 3), np.uint8)) for n in range(6)]
-
-
-def test_a_person_is_followed_through_a_film(film):
-    people, lost = misdetection.find_person({}, film, is_film=True)
-    assert [one.name for one in people] == ["f0", "f1", "f3", "f4", "f5"]
-    assert lost == ["f2"]
-    assert [one.box[1] for one in people] == [10, 14, 22, 26, 30]
-    people, _ = misdetection.find_person({}, film, is_film=False)
-    assert people[2].box[1] == 200
-
-
-def test_no_frames_and_no_faces(monkeypatch):
-    monkeypatch.setattr(detect, "detect_photos", lambda *args, **options: [_faces()])
-    frame = video.Frame("a", np.zeros((8, 8, 3), np.uint8))
-    assert misdetection.find_person({}, [frame], is_film=True) == ([], ["a"])
 
 
 def test_somebody_elses_face_is_no_detection_of_the_person():
@@ -56,7 +20,7 @@ def test_somebody_elses_face_is_no_detection_of_the_person():
 
 def test_rates_by_factor_stage_and_size():
     found = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]], bool)
-    table = misdetection.summarise({"0.709": found, "0.9": np.ones((4, 3), bool)})
+    table = misdetection.summarize({"0.709": found, "0.9": np.ones((4, 3), bool)})
     assert (table["0.709"]["missed"], table["0.709"]["total"]) == (3, 4)
     assert table["0.709"]["survival"] == {"pnet": 0.75, "rnet": 0.5, "onet": 0.25}
     np.testing.assert_allclose(table["mean"], 0.375)
@@ -69,43 +33,6 @@ def test_rates_by_factor_stage_and_size():
     assert [row["missed"] for row in sizes] == [0, 1, 2]
 
 
-def test_altered_views_keep_box_and_landmarks_on_the_face():
-    generator = np.random.default_rng(0)
-    pixels = np.zeros((120, 160, 3), np.uint8)
-    landmarks = np.array([[40, 60], [40, 80], [50, 70], [60, 62], [60, 78]], np.float32)
-    for y, x in landmarks.astype(int):
-        pixels[y - 1 : y + 2, x - 1 : x + 2] = 200
-    person = misdetection.Person("p", pixels, np.float32([30, 50, 70, 90]), landmarks)
-    views = misdetection.fill_up([person], 8, seed=1)
-    assert [view.is_altered for view in views] == [False] + [True] * 7
-    for view in [misdetection.alter(generator, person, number=n) for n in range(6)] + views:
-        assert view.pixels.shape == pixels.shape
-        # The picture's left comes first, also in a mirrored photo.
-        assert view.landmarks[0, 1] < view.landmarks[1, 1]
-        for y, x in view.landmarks:
-            near = view.pixels[int(y) - 3 : int(y) + 5, int(x) - 3 : int(x) + 5, 0].astype(float)
-            rows, columns = np.indices(near.shape)
-            centre = [(near * grid).sum() / near.sum() for grid in (rows, columns)]
-            np.testing.assert_allclose(
-                [centre[0] + int(y) - 3, centre[1] + int(x) - 3], [y, x], atol=0.6
-            )
-        low, high = view.landmarks.min(0), view.landmarks.max(0)
-        assert (low >= view.box[:2]).all() and (high <= view.box[2:]).all()
-
-
-@pytest.mark.parametrize(
-    "total, seed, names, altered",
-    [(2, 1, "ab", 0), (3, 1, "abc", 0), (5, 1, "abc", 2), (5, None, "abc", 0)],
-)
-def test_altered_views_fill_up_what_is_missing(total, seed, names, altered):
-    pixels, box = np.zeros((90, 120, 3), np.uint8), np.float32([30, 50, 70, 90])
-    landmarks = np.float32([[44, 62], [44, 78], [52, 70], [60, 63], [60, 77]])
-    people = [misdetection.Person(name, pixels, box, landmarks) for name in "abc"]
-    found = misdetection.choose(people, total, seed=seed)
-    assert [one.name for one in found if not one.is_altered] == list(names)
-    assert sum(one.is_altered for one in found) == altered
-
-
 def test_alterations():
     pixels = np.full((20, 30, 3), 100, np.uint8)
     assert (misdetection.relight(pixels, 1.3) == 130).all()
@@ -115,7 +42,6 @@ def test_alterations():
 
 
 def test_other_detectors_find_the_portrait_and_name_missing_files():
-    skimage = pytest.importorskip("skimage")
     detectors = other_detectors.available()
     assert {"lbp_cascade", "yunet"} <= set(detectors)
     portrait = skimage.data.astronaut()[:256, 96:352]

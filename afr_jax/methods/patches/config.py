@@ -40,6 +40,7 @@ class PatchConfig:
         black_weight: Weight of the mean squared distance from white.
         stage_weight: Weight of R-Net's and O-Net's face probability on squares about the face,
             which the paper does not use; 0 leaves them out.
+        starts: Random starts that are trained side by side; the best is kept.
         ink: Darkest and lightest value of a texel, in [0, 1].
         levels: Pyramid levels that are drawn from.
         turns: How the worn patch moves.
@@ -67,6 +68,7 @@ class PatchConfig:
     stage_weight: float = options.option(
         20.0, "weight of R-Net and O-Net; 0: P-Net alone, as published", at_least=0
     )
+    starts: int = options.option(1, "random starts side by side; the best is kept", at_least=1)
     ink: tuple[float, float] = (0.05, 0.95)
     levels: scenes.LevelOptions = options.group(scenes.LevelOptions)
     turns: scenes.TurnOptions = scenes.TurnOptions()

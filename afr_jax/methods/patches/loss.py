@@ -77,7 +77,7 @@ def excess(scores: jax.Array, masks: jax.Array, config: PatchConfig) -> jax.Arra
 
 def loss_parts(
     key: jax.Array,
-    variables: chex.ArrayTree,
+    variables: mtcnn.Variables,
     patches: Patches,
     batch: scenes.Scene,
     *,

@@ -1,7 +1,7 @@
 """Corner grids of patches from outside: a JSON file, or markers printed on what is worn.
 
-Grids are `[R + 1, C + 1, 2]` (y, x) in photo pixels, by patch, as `patch_placing.place` takes them.
-Markers need OpenCV, which is optional. Host code.
+Grids are `[R + 1, C + 1, 2]` (y, x) in photo pixels, by patch, as `placement.place` takes them.
+Host code.
 """
 
 import json
@@ -9,22 +9,23 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import cv2
 import numpy as np
 
-_BOARD_FLAGS = ("CALIB_CB_ADAPTIVE_THRESH", "CALIB_CB_NORMALIZE_IMAGE")
+_BOARD_FLAGS = cv2.CALIB_CB_ADAPTIVE_THRESH | cv2.CALIB_CB_NORMALIZE_IMAGE
 
 
 def read_grids(path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]:
     """Grids from a JSON file: `{"photo": {"left_cheek": [[[y, x], ...], ...], ...}, ...}`.
 
     Args:
-        path: of the file; photos go by the name of the frame (`data.video.Frame`).
+        path: The file; photos go by the name of the frame (`data.video.Frame`).
 
     Returns:
-        photo -> patch -> grid, float32.
+        Grids, float32, by photo and patch.
 
     Raises:
-        ValueError: the file is no JSON of that form; the message says where.
+        ValueError: The file is no JSON of that form; the message says where.
     """
     try:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
@@ -51,20 +52,17 @@ def find_aruco(
 
     Args:
         pixels: `[H, W, 3]` uint8.
-        names: of the patches, in the order of the markers' numbers.
-        dictionary: OpenCV's name of it.
+        names: Those of the patches, in the order of the markers' numbers.
+        dictionary: OpenCV's name of the markers' dictionary.
 
     Returns:
         The grids.
 
     Raises:
-        ValueError: a marker is not seen; the message says which.
-        ImportError: OpenCV is missing.
+        ValueError: A marker is not seen; the message says which.
     """
-    import cv2  # Optional.
-
     known = cv2.aruco.getPredefinedDictionary(getattr(cv2.aruco, dictionary))
-    corners, numbers, _ = cv2.aruco.ArucoDetector(known).detectMarkers(_gray(cv2, pixels))
+    corners, numbers, _ = cv2.aruco.ArucoDetector(known).detectMarkers(_gray(pixels))
     seen = {} if numbers is None else dict(zip(np.ravel(numbers).tolist(), corners, strict=True))
     grids = {}
     for number, name in enumerate(names):
@@ -83,23 +81,19 @@ def find_chessboards(
 
     Args:
         pixels: `[H, W, 3]` uint8.
-        names: of the patches, from the picture's left to its right.
-        corners: rows and columns of inner corners of a board, at least 3 each.
+        names: Those of the patches, from the picture's left to its right.
+        corners: Rows and columns of inner corners of a board, at least 3 each.
 
     Returns:
         The grids of inner corners.
 
     Raises:
-        ValueError: fewer boards are seen than there are patches.
-        ImportError: OpenCV is missing.
+        ValueError: Fewer boards are seen than there are patches.
     """
-    import cv2  # Optional.
-
     rows, columns = corners
-    flags = sum(getattr(cv2, name) for name in _BOARD_FLAGS)
-    gray, grids = _gray(cv2, pixels).copy(), []
+    gray, grids = _gray(pixels).copy(), []
     for _ in names:
-        is_seen, points = cv2.findChessboardCorners(gray, (columns, rows), flags=flags)
+        is_seen, points = cv2.findChessboardCorners(gray, (columns, rows), flags=_BOARD_FLAGS)
         if not is_seen:
             raise ValueError(f"{len(grids)} chessboards are seen, {len(names)} are needed")
         grid = _upright(points.reshape(rows, columns, 2)[..., ::-1])
@@ -133,5 +127,5 @@ def _upright(grid: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(grid[:, ::-1] if grid[0, -1, 1] < grid[0, 0, 1] else grid)
 
 
-def _gray(cv2, pixels: np.ndarray) -> np.ndarray:
+def _gray(pixels: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)

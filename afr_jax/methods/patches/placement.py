@@ -4,31 +4,70 @@ A patch is `[h, w]` float in [0, 1], 0 black and 1 the paper's white. Host code 
 function; photos are `[H, W, 3]` uint8.
 """
 
-from collections.abc import Mapping
+import types
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from afr_jax.core import images
-from afr_jax.methods.patches import geometry
+from afr_jax.methods.patches import geometry, markers, people
 from afr_jax.perturb import warps
 
 # Share of the face's pixels that are darker than paper would be in their place.
 _PAPER_QUANTILE = 0.98
 _DIMMEST_PAPER = 0.35
-_MASK_COLOUR = (0.78, 0.88, 0.93)  # Pale blue, as medical masks are.
+_MASK_COLOR = (0.78, 0.88, 0.93)  # Pale blue, as medical masks are.
 _WINDOW_STEP = 16
 
 
 class Placed(NamedTuple):
-    """A photo `[H, W, 3]` uint8, the box `[4]` of the face, grids of the patches, paper `[3]`."""
+    """A frame with a person, and where the patches lie on it.
+
+    Attributes:
+        pixels: `[H, W, 3]` uint8; with the mask, where the patch is worn on one.
+        box: `[4]` (y0, x0, y1, x1) of the face.
+        grids: Corners `[R + 1, C + 1, 3]` (y, x, depth) of the cells of each patch, in pixels.
+        paper: Color `[3]` in [0, 1] that white paper has there.
+        name: Of the frame.
+        is_altered: Whether the frame is an altered copy (`people.alter`).
+    """
 
     pixels: np.ndarray
     box: np.ndarray
     grids: dict[str, np.ndarray]
     paper: np.ndarray
+    name: str = ""
+    is_altered: bool = False
+
+
+class Corners(NamedTuple):
+    """Where patches are said to be worn, instead of by the face's landmarks.
+
+    Attributes:
+        marker: "aruco" or "chessboard": printed markers are looked for; None for `grids`.
+        grids: Corner grids by frame and patch, as `markers.read_grids` reads them.
+    """
+
+    marker: str | None = None
+    grids: Mapping[str, Mapping[str, np.ndarray]] = types.MappingProxyType({})
+
+    def find(self, person: people.Person, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        """Grids `[R + 1, C + 1, 2]` of the patches on a frame, by name.
+
+        Raises:
+            ValueError: A marker is not seen, or no grid is given for the frame.
+        """
+        if self.marker == "aruco":
+            return markers.find_aruco(person.pixels, names)
+        if self.marker == "chessboard":
+            return markers.find_chessboards(person.pixels, names)
+        if person.name not in self.grids:
+            raise ValueError("the file of corners does not name it")
+        return self.grids[person.name]
 
 
 def place(
@@ -44,21 +83,21 @@ def place(
     Args:
         pixels: `[H, W, 3]` uint8.
         box: `[4]` of the face.
-        landmarks: `[5, 2]` (y, x).
-        placement: of `geometry.PLACEMENTS`.
-        grids: corners `[R + 1, C + 1, 2]` (y, x) to use instead, by patch.
+        landmarks: `[5, 2]` (y, x) of the face.
+        placement: One of `geometry.PLACEMENTS`.
+        grids: Corners `[R + 1, C + 1, 2]` (y, x) of each patch, to use instead of the landmarks.
 
     Returns:
         The photo and where the patches are.
 
     Raises:
-        ValueError: a patch lies outside the photo, or the landmarks show no face.
+        ValueError: A patch lies outside the photo, or the landmarks show no face.
     """
     areas = geometry.PLACEMENTS[placement]
     paper = paper_color(pixels, box)
     pose = geometry.estimate_pose(landmarks)
     if placement == "mask" and grids is None:
-        color = np.asarray(_MASK_COLOUR, np.float32) * paper
+        color = np.asarray(_MASK_COLOR, np.float32) * paper
         mask = {"mask": np.broadcast_to(color, (1, 1, 3))}
         grid = {"mask": geometry.face_grid(pose, geometry.MASK)}
         pixels = draw(pixels, mask, grid)
@@ -79,12 +118,41 @@ def place(
     return Placed(pixels, np.asarray(box, np.float32), found, paper)
 
 
+def place_all(
+    frames: Sequence[people.Person], placement: str, *, corners: Corners | None = None
+) -> tuple[list[Placed], list[tuple[str, str]]]:
+    """Places the patches on every frame that has room for them.
+
+    Args:
+        frames: Frames with a person.
+        placement: One of `geometry.PLACEMENTS`.
+        corners: Where the patches are; by default the landmarks say it.
+
+    Returns:
+        The frames with the patches placed, and (name, reason) of those that are left out.
+    """
+    names = sorted(geometry.PLACEMENTS[placement])
+    found, skipped = [], []
+    for person in frames:
+        try:
+            grids = corners.find(person, names) if corners else None
+            placed = place(
+                person.pixels, person.box, person.landmarks, placement=placement, grids=grids
+            )
+        except ValueError as error:
+            logging.warning("%s is left out: %s", person.name, error)
+            skipped.append((person.name, str(error)))
+            continue
+        found.append(placed._replace(name=person.name, is_altered=person.is_altered))
+    return found, skipped
+
+
 def paper_color(pixels: np.ndarray, box: np.ndarray) -> np.ndarray:
     """Color `[3]` in [0, 1] that white paper has beside a face: as bright as its brightest parts.
 
     Args:
         pixels: `[H, W, 3]` uint8.
-        box: `[4]` of the face.
+        box: `[4]` (y0, x0, y1, x1) of the face.
     """
     y0, x0 = np.maximum(np.floor(box[:2]).astype(int), 0)
     y1, x1 = np.ceil(box[2:]).astype(int)
@@ -102,11 +170,11 @@ def draw(
 
     Args:
         pixels: `[H, W, 3]` uint8.
-        textures: name -> `[h, w, 1 or 3]` in [0, 1].
-        grids: name -> `[R + 1, C + 1, 3]`.
+        textures: Each texture `[h, w, 1 or 3]` in [0, 1], by its name.
+        grids: Corners `[R + 1, C + 1, 3]` of each, in pixels.
 
     Returns:
-        `[H, W, 3]` uint8.
+        The photo `[H, W, 3]` uint8 with the textures on it.
     """
     pixels = np.array(pixels)
     for name, texture in textures.items():
@@ -121,6 +189,13 @@ def draw(
         texture = np.asarray(texture, np.float32)
         pixels[part] = _paste_uint8(pixels[part], texture, grids[name], origin)
     return pixels
+
+
+def wear(placed: Placed, patches: Mapping[str, np.ndarray] | None) -> np.ndarray:
+    """A frame `[H, W, 3]` uint8 with patches `[h, w]` in [0, 1] on it; None leaves it as it is."""
+    if patches is None:
+        return placed.pixels
+    return draw(placed.pixels, printed(patches, placed.paper), placed.grids)
 
 
 def printed(patches: Mapping[str, np.ndarray], paper: np.ndarray) -> dict[str, np.ndarray]:

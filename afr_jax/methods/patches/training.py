@@ -4,20 +4,27 @@ One epoch is one step: every training photo once, in one random view, at `LevelO
 levels of each group. A patch is `[h, w]` float in [0, 1], 0 black and 1 the paper's white.
 """
 
+import contextlib
+import dataclasses
 import functools
+import os
+import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from afr_jax.core import checkpoint, images, parallel, progress, workdir
-from afr_jax.methods.patches import loss, placement, scenes
+from afr_jax.core import checkpoint, files, images, parallel, progress
+from afr_jax.core import workdir as workdirs
+from afr_jax.data import video
+from afr_jax.methods.patches import geometry, loss, people, placement, print_sheet, scenes
 from afr_jax.methods.patches.config import PatchConfig
+from afr_jax.models import mtcnn
 from afr_jax.perturb import loop, stepping, steps
 
 _NUM_CHECKPOINTS = 10
@@ -25,12 +32,75 @@ _NUM_CHECKPOINTS = 10
 _TV_FREE_SHARE = 0.05
 
 
-class Trained(NamedTuple):
-    """Patches on 8-bit values / 255 in [0, 1], the best start's random ones, and a record."""
+class TrainingRecord(NamedTuple):
+    """How a training went.
 
+    Attributes:
+        epochs: Steps of the training.
+        seconds_per_epoch: Without the first steps, which include compilation; None if there were no
+            others.
+        start_losses: The networks' parts of the loss of each start, which the best is chosen by;
+            None if there is one start.
+        chosen_start: Number of the best start.
+        num_devices: Devices that the photos were split over.
+        ink: Darkest and lightest 8-bit value of each patch.
+    """
+
+    epochs: int
+    seconds_per_epoch: float | None
+    start_losses: np.ndarray | None
+    chosen_start: int
+    num_devices: int
+    ink: dict[str, dict[str, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedPatches:
+    """Trained patches, ready to print.
+
+    Attributes:
+        placement: Where they are worn, one of `geometry.PLACEMENTS`.
+        patches: `[h, w]` float32 in [0, 1] on 8-bit values, by name.
+        start: What they were before the training.
+        record: How the training went.
+        skipped: (name, reason) of frames that were not trained on.
+    """
+
+    placement: str
     patches: dict[str, np.ndarray]
     start: dict[str, np.ndarray]
-    record: dict[str, Any]
+    record: TrainingRecord
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    def save(
+        self, folder: str | os.PathLike[str], *, face_width_mm: float = geometry.FACE_WIDTH_MM
+    ) -> dict[str, tuple[float, float]]:
+        """Writes `patches/*.png` and `patches.pdf`, a page that is true to size.
+
+        Args:
+            folder: Where the files go; existing ones are replaced.
+            face_width_mm: Width of the face across the cheekbones, in [80, 220] mm.
+
+        Returns:
+            Height and width of each patch on paper, in millimeters.
+
+        Raises:
+            ValueError: `face_width_mm` is out of its range.
+        """
+        folder = pathlib.Path(folder)
+        areas = geometry.PLACEMENTS[self.placement]
+        sizes = {
+            name: geometry.paper_size(area, face_width_mm=face_width_mm)
+            for name, area in areas.items()
+        }
+        pictures = {name: np.round(255 * self.patches[name]).astype(np.uint8) for name in areas}
+        for name, picture in pictures.items():
+            path = folder / "patches" / f"{name}.png"
+            files.write_atomically(path, print_sheet.png(picture), overwrite=True)
+        note = f"{self.placement}, for a face {face_width_mm:.0f} mm wide"
+        page = print_sheet.pdf(pictures, sizes, note=note)
+        files.write_atomically(folder / "patches.pdf", page, overwrite=True)
+        return sizes
 
 
 def random_patches(key: jax.Array, config: PatchConfig) -> loss.Patches:
@@ -62,7 +132,7 @@ def make_rules(config: PatchConfig) -> loop.Rules:
 
 
 def make_problem(
-    variables: chex.ArrayTree,
+    variables: mtcnn.Variables,
     batch: scenes.Scene,
     config: PatchConfig,
     *,
@@ -117,7 +187,7 @@ class Trainer(NamedTuple):
 
 def make_trainer(
     key: jax.Array,
-    variables: chex.ArrayTree,
+    variables: mtcnn.Variables,
     batch: scenes.Scene,
     config: PatchConfig,
     *,
@@ -186,26 +256,24 @@ def to_files(patches: Mapping[str, jax.Array], config: PatchConfig) -> dict[str,
 
 def train(
     key: jax.Array,
-    variables: chex.ArrayTree,
+    variables: mtcnn.Variables,
     placed: Sequence[placement.Placed],
     config: PatchConfig,
     *,
-    work: workdir.Workdir,
-    num_starts: int = 1,
-) -> Trained:
-    """Trains patches on photos, several random starts side by side.
+    work: workdirs.Workdir,
+) -> TrainedPatches:
+    """Trains patches on photos, `config.starts` random starts side by side.
 
     The photos are split over the devices; where their number does not divide, photos that do not
     count fill the last ones up. A stopped run goes on from its last checkpoint in `work`; the mean
     loss goes to metrics.jsonl.
 
     Args:
-        key: of all randomness.
-        variables: of the three networks.
-        placed: the photos.
-        config: of the training.
-        work: the run's folder.
-        num_starts: how many.
+        key: Decides all randomness.
+        variables: Those of MTCNN's three networks.
+        placed: Photos with the patches placed.
+        config: How the patches are trained.
+        work: The run's folder.
 
     Returns:
         The patches of the start that does best on views of the same photos that no start has seen.
@@ -216,7 +284,7 @@ def train(
     batch, mask = parallel.shard_batch((batch, None if mask.all() else mask), mesh)
     variables = parallel.replicate(variables, mesh)
     trainer = make_trainer(train_key, variables, batch, config, mask=mask)
-    states = parallel.replicate(trainer.start_fn(start_key, num_starts), mesh)
+    states = parallel.replicate(trainer.start_fn(start_key, config.starts), mesh)
     first = jax.tree.map(np.asarray, states.delta)
     span = max(config.epochs // _NUM_CHECKPOINTS, stepping.chunk_length())
     with checkpoint.Checkpoints(work.path / "checkpoints") as saved:
@@ -241,22 +309,67 @@ def train(
             work.append_metrics({"step": part.stop, **losses})
             saved.save(part.stop, states)
     seconds = time.perf_counter() - begin
-    judged = np.asarray(trainer.judge_fn(states.delta)) if num_starts > 1 else None
+    judged = np.asarray(trainer.judge_fn(states.delta)) if config.starts > 1 else None
     best = 0 if judged is None else int(np.nanargmin(judged))
-    files = to_files(jax.tree.map(lambda p: p[best], states.delta), config)
+    pictures = to_files(jax.tree.map(lambda p: p[best], states.delta), config)
     after_first = taken - min(span, taken)
-    return Trained(
-        patches={name: patch.astype(np.float32) / 255 for name, patch in files.items()},
+    return TrainedPatches(
+        placement=config.placement,
+        patches={name: patch.astype(np.float32) / 255 for name, patch in pictures.items()},
         start={name: patch[best] for name, patch in first.items()},
-        record={
-            "epochs": config.epochs,
-            "seconds_per_epoch": seconds / after_first if after_first else None,
-            "start_losses": judged,
-            "chosen_start": best,
-            "num_devices": mesh.devices.size,
-            "ink": {
+        record=TrainingRecord(
+            epochs=config.epochs,
+            seconds_per_epoch=seconds / after_first if after_first else None,
+            start_losses=judged,
+            chosen_start=best,
+            num_devices=mesh.devices.size,
+            ink={
                 name: {"darkest": int(patch.min()), "lightest": int(patch.max())}
-                for name, patch in files.items()
+                for name, patch in pictures.items()
             },
-        },
+        ),
     )
+
+
+def train_patches(
+    detector: mtcnn.Variables,
+    frames: video.Frames | Sequence[video.Frame] | np.ndarray,
+    *,
+    config: PatchConfig | None = None,
+    key: jax.Array | int = 0,
+    is_film: bool = True,
+    workdir: str | os.PathLike[str] | None = None,
+) -> TrainedPatches:
+    """Trains patches that hide the person of some frames from the detector.
+
+    Every frame that shows the person is trained on; 20 are plenty.
+
+    Args:
+        detector: The variables of MTCNN's three networks, as `Recognizer.detector` holds them.
+        frames: What `read_frames` returns, a list of frames, or an array `[N, H, W, 3]` uint8.
+        config: How the patches are trained; by default as `PatchConfig` says.
+        key: Decides all randomness; a number stands for `jax.random.key` of it.
+        is_film: Whether the frames follow each other, so that the person is followed from the
+            surest frame on; else the person is the surest face of each.
+        workdir: Folder for checkpoints and metrics, from which a stopped run goes on; by default
+            none are kept.
+
+    Returns:
+        The patches.
+
+    Raises:
+        ValueError: No frame shows a face that the patches can be placed on.
+        options.UsageError: `workdir` belongs to another run.
+    """
+    config = PatchConfig() if config is None else config
+    shown, lost = people.find_person(detector, people.as_frames(frames), is_film=is_film)
+    placed, left_out = placement.place_all(shown, config.placement)
+    if not placed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in (*lost, *left_out))
+        raise ValueError(f"there is no frame to train on ({reasons})")
+    key = jax.random.key(key) if isinstance(key, int) else key
+    with contextlib.ExitStack() as stack:
+        folder = workdir or stack.enter_context(tempfile.TemporaryDirectory())
+        work = workdirs.open_workdir(folder, config)
+        trained = train(key, detector, placed, config, work=work)
+    return dataclasses.replace(trained, skipped=(*lost, *left_out))
