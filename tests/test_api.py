@@ -11,6 +11,7 @@ from PIL import Image
 
 import afr_jax as afr
 from afr_jax.data import photos
+from afr_jax.methods.patches import scenes
 
 _PEOPLE = ("Ai_Sugiyama", "Allyson_Felix", "Arminio_Fraga")
 _STRANGERS = ("Aaron_Eckhart", "Aaron_Guiel")
@@ -142,3 +143,35 @@ def test_readers(people, shared):
     assert set(data.classes) == {*_PEOPLE, *_STRANGERS} and data.images.shape == (14, 250, 250, 3)
     found = afr.read_frames(people / _PEOPLE[0])
     assert len(found.frames) == 4 and not found.skipped
+
+
+@pytest.mark.shared
+def test_patches(recognizer, shared, tmp_path):
+    film = shared / "data/video/head-pose-face-detection-female.gif"
+    frames = afr.read_frames(film, max_frames=4)
+    # What compiles fastest.
+    levels = scenes.LevelOptions(scale_factors=(0.709,), window_ratios=(0.6, 1.6), draws=1)
+    config = afr.PatchConfig(
+        placement="cheeks", patch_px=12, epochs=2, stage_weight=0.0, levels=levels
+    )
+    patches = afr.train_patches(recognizer.detector, frames.frames[::2], config=config)
+    assert set(patches.patches) == {"left_cheek", "right_cheek"}
+    assert patches.record.epochs == 2 and not patches.skipped
+    sizes = patches.save(tmp_path)
+    assert 45 < sizes["left_cheek"][1] < 55 and (tmp_path / "patches.pdf").stat().st_size > 1000
+    with Image.open(tmp_path / "patches" / "left_cheek.png") as picture:
+        printed = np.asarray(picture)
+    np.testing.assert_array_equal(printed, np.round(255 * patches.patches["left_cheek"]))
+    # Frames as an array.
+    others = np.stack([frame.pixels for frame in frames.frames[1::2]])
+    found = afr.misdetection(recognizer.detector, others, patches, scale_factors=(0.709,))
+    assert found.names == ["0000", "0001"] and found.clean["0.709"]["missed"] == 0
+    assert found.patched["0.709"]["low"] <= found.patched["mean"] <= found.patched["0.709"]["high"]
+    np.testing.assert_array_equal(found.clean_frames[1], others[1])
+    changed = (found.patched_frames[0] != others[0]).any(axis=-1)
+    assert 0.002 < changed.mean() < 0.2
+    found.save(tmp_path)
+    names = sorted(path.name for path in (tmp_path / "frames/patched").iterdir())
+    assert names == ["0000.png", "0001.png"] and (tmp_path / "misdetection.json").exists()
+    with pytest.raises(ValueError, match=r"no frame to train on \(0000: no face of the person\)"):
+        afr.train_patches(recognizer.detector, np.zeros((1, 64, 64, 3), np.uint8))

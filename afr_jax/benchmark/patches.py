@@ -1,4 +1,4 @@
-"""Epochs of our patch attack beside the same loop written plainly in PyTorch: how fast?
+"""Row `patches`: epochs of our patch attack beside the same loop written plainly in PyTorch.
 
 Both sides take epochs over the same frames and as many levels of the pyramid a frame, forward and
 backward. Ours cuts the levels around the face and draws light, blur, noise, JPEG and turns of the
@@ -12,13 +12,14 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import skimage.data
 
-from afr_jax.benchmark import timing
+from afr_jax.benchmark import setting, timing
+from afr_jax.core import options
 from afr_jax.data import video
 from afr_jax.evaluation import reference
 from afr_jax.methods.patches import people, placement, scenes, training
@@ -28,6 +29,49 @@ from afr_jax.perturb import stepping
 
 DRIVER = "patch_driver.py"
 _EPOCHS_OF_A_RUN = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchesOptions:
+    """What is measured in the row `patches`."""
+
+    num_frames: int = options.option(20, "frames of an epoch of patches", at_least=1)
+    epochs: int = options.option(10, "epochs of patches that are timed together", at_least=1)
+    starts: int = options.option(
+        1, "random starts of patches side by side, the reference's is one", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        options.check(self)
+
+
+def run(config: PatchesOptions, given: setting.Setting) -> setting.Measured:
+    """Frames of a film or photos of one size, or a cut of the sample portrait.
+
+    Raises:
+        options.UsageError: No frame can be read, or none shows a face.
+    """
+    frames = [video.Frame("portrait", skimage.data.astronaut()[:256, 96:352])]
+    if given.images:
+        try:
+            frames = video.read_frames(given.paths, max_frames=config.num_frames).frames
+        except video.VideoError as error:
+            raise options.UsageError(f"--images: {error}") from error
+    chosen = video.spread(len(frames), min(config.num_frames, len(frames)))
+    with given.reference.open(DRIVER) as other, options.usage("--images"):
+        rows = measure(
+            "patches",
+            given.detector(),
+            [frames[n]._replace(pixels=given.shrunk(frames[n].pixels)) for n in chosen],
+            given.folder,
+            other,
+            config=PatchConfig(starts=config.starts),
+            epochs=config.epochs,
+            repeats=given.repeats,
+            is_film=len(given.paths) == 1,
+        )
+        return setting.Measured(rows, other.versions if other else {})
 
 
 def measure(
@@ -41,7 +85,7 @@ def measure(
     epochs: int,
     repeats: int,
     is_film: bool = True,
-) -> list[dict[str, Any]]:
+) -> list[timing.Row]:
     """Rows of a table (`timing`): seconds an epoch, and the minutes of a whole run.
 
     Args:

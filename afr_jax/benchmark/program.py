@@ -15,6 +15,7 @@ from afr_jax.benchmark import (
     detector_agreement,
     embedding,
     extractor_agreement,
+    patches,
     setting,
     timing,
 )
@@ -30,6 +31,7 @@ ROWS: dict[str, tuple[str, _RowFn]] = {
     "cloaking": ("cloaking_row", cloaking.run),
     "embedding": ("embedding_row", embedding.run),
     "database": ("database_row", database.run),
+    "patches": ("patches_row", patches.run),
     "detector_agreement": ("detector_agreement_row", detector_agreement.run),
     "extractor_agreement": ("extractor_agreement_row", extractor_agreement.run),
 }
@@ -41,6 +43,7 @@ _TOY = {
     "num_steps": 2,
     "extractors": embedding.EmbeddingOptions().extractors[:1],
     "num_vectors": (1000,),
+    "epochs": 2,
     "max_photos": 2,
     "networks": ("facenet_vggface2", "openface"),
     "num_chips": 1,
@@ -67,6 +70,8 @@ class BenchmarkConfig(options.Config):
       embedding  our extractors beside their originals: ms per face in batches of 16.
       database   the reference database of synthetic vectors of 128 numbers: enrolment and queries,
                  exact and through the index, and the index's recall. Ours alone.
+      patches    epochs of our patch attack beside a plain loop in PyTorch, on a person's film or
+                 photos of one size in --images; on a GPU as many --starts as it holds.
       detector_agreement   whether our MTCNN and PyPI `mtcnn` find the same faces on --images; lists
                            every disagreement. 1 s a photo.
       extractor_agreement  whether our extractors compute what the originals compute, from the
@@ -95,6 +100,7 @@ class BenchmarkConfig(options.Config):
     cloaking_row: cloaking.CloakingOptions = options.group(cloaking.CloakingOptions)
     embedding_row: embedding.EmbeddingOptions = options.group(embedding.EmbeddingOptions)
     database_row: database.DatabaseOptions = options.group(database.DatabaseOptions)
+    patches_row: patches.PatchesOptions = options.group(patches.PatchesOptions)
     detector_agreement_row: detector_agreement.DetectorAgreementOptions = options.group(
         detector_agreement.DetectorAgreementOptions
     )

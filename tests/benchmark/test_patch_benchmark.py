@@ -1,12 +1,13 @@
 """The row on epochs of the patch attack: extrapolation, and what the other side is given."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import skimage.data
 
 from afr_jax.benchmark import patches
 from afr_jax.data import video
-from afr_jax.methods.patches import scenes
+from afr_jax.methods.patches import scenes, training
 from afr_jax.methods.patches.config import PatchConfig
 from afr_jax.models import mtcnn
 
@@ -29,7 +30,24 @@ class _Other:
         return {"seconds": 8.0}
 
 
-def test_the_speed_of_epochs_is_extrapolated_to_a_run(tmp_path):
+@pytest.fixture
+def trainer(monkeypatch):
+    """Stands in for the compiled training: says what is asked of it."""
+    asked = []
+
+    def make_trainer(key, variables, batch, config, **options):
+        asked.append((config.stage_weight, batch.side.shape[0]))
+        return training.Trainer(
+            start_fn=lambda key, num_starts: jnp.zeros(num_starts),
+            advance_fn=lambda states, num_steps: (states + num_steps, {}),
+            judge_fn=None,
+        )
+
+    monkeypatch.setattr(training, "make_trainer", make_trainer)
+    return asked
+
+
+def test_the_speed_of_epochs_is_extrapolated_to_a_run(tmp_path, trainer):
     portrait = skimage.data.astronaut()[:160, 128:288]
     frames = [video.Frame("a", portrait), video.Frame("sky", np.zeros_like(portrait))]
     other = _Other()
@@ -49,6 +67,7 @@ def test_the_speed_of_epochs_is_extrapolated_to_a_run(tmp_path):
     assert minutes["ours"]["median"] == pytest.approx(epochs["ours"]["median"] * 2000 / 60)
     assert all(row["ours"]["low"] > 0 for row in rows)
     assert "1 frames" in epochs["row"] and "as published" in epochs["row"]
+    assert trainer == [(0.0, 1), (_CONFIG.stage_weight, 1)]
     # Eight seconds for two epochs; the other side has no R-Net and no O-Net.
     assert epochs["peer"]["median"] == 4.0 and default["peer"] is None
     assert other.photos.shape == (1, 160, 160, 3) and other.coordinates.shape == (1, 2, 160, 160, 2)

@@ -64,7 +64,7 @@ def test_old_names_of_flags_hold():
         study.AttackConfig, ["--optimiser=adam", "--peer_python=python3", "--epochs=7"]
     )
     assert config.patches.optimizer == "adam" and config.patches.epochs == 7
-    assert config.reference.reference_python == "python3"
+    assert config.originals.reference_python == "python3"
 
 
 def test_a_frame_that_a_patch_leaves_is_skipped_with_its_reason():
@@ -108,17 +108,17 @@ def test_the_ablation_measures_its_rows_once(tmp_path, monkeypatch):
     def run(*flags):
         return programs.call(ablation.AblationConfig, ablation.run, *flags)
 
-    flags = ["--toy", f"--workdir={tmp_path / 'work'}"]
+    flags = ["--toy", "--rows=full,black", f"--workdir={tmp_path / 'work'}"]
     first, complete = run(*flags)
     monkeypatch.setattr(ablation.training, "train", None)  # In the second run nothing is trained.
     second, _ = run(*flags)
     assert complete and first["rows"] == second["rows"]
-    assert set(first["rows"]) == {"clean", "full", "no noise"}
+    assert set(first["rows"]) == {"clean", "full", "black"}
     for name, row in first["rows"].items():
         assert row["total"] == first["num_test"] and 0 <= row["low"] <= row["rate"] <= row["high"]
-        assert ("training" in row) == (name != "clean")
+        assert ("training" in row) == (name == "full")
     table = (tmp_path / "work" / "ablation.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in table[2:]] == ["| clean", "| full", "| no noise"]
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| clean", "| full", "| black"]
     for flag, part in [("--rows=full,colour", "'colour'"), ("--scale_factor=2", "scale_factor is")]:
         assert part in run(f"--workdir={tmp_path}", flag)
     assert "--train is needed" in run(f"--workdir={tmp_path}")

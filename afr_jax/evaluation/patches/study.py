@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import jax
 
 from afr_jax.core import options, program, workdir
+from afr_jax.evaluation import reference
 from afr_jax.evaluation.attackers import other_detectors
 from afr_jax.evaluation.patches import inputs, measurements
-from afr_jax.evaluation.reference import ReferenceOptions
 from afr_jax.methods.patches import config as config_lib
 from afr_jax.methods.patches import markers, people, placement, training
 from afr_jax.models import mtcnn
@@ -83,7 +83,7 @@ class AttackConfig(options.Config):
     haar: str | None = options.option(
         None, "XML file of a Haar cascade, to try it as well", resumable=True
     )
-    reference: ReferenceOptions = options.group(ReferenceOptions)
+    originals: reference.ReferenceOptions = options.group(reference.ReferenceOptions)
     workdir: str | None = options.option("out/attack_detector", options.WORKDIR_HELP)
     # What no flag says: how people are looked for, and whether a portrait replaces missing paths.
     search: detect.DetectorOptions = people.SEARCH
@@ -177,7 +177,7 @@ def run(config: AttackConfig) -> options.Outcome:
             strangers_placed, left_out = _place(config, strangers, None)
             result["transfer"][pathlib.Path(path).name] = study.transfer(strangers_placed)
             test_skipped += [*skipped, *left_out]
-    with config.reference.open("mtcnn_driver.py") as other:
+    with config.originals.open("mtcnn_driver.py") as other:
         if other is not None:
             result["peer"] = study.ask_reference(other)
     skipped = [{"frame": name, "reason": why} for name, why in (*train_skipped, *test_skipped)]
