@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from afr_jax.core import files, options, program
-from afr_jax.data import image_sets, noise_files
+from afr_jax.data import image_sets
 from afr_jax.recognition import detect, embed
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -145,5 +145,5 @@ def save_photo(path, color, *, size=(24, 24)):
 def save_synthetic(folder, num_images, *, seed=0, **options):
     """Writes the images of `image_sets.synthetic` as a folder per class; returns them."""
     data = image_sets.synthetic(seed, num_images, **options)
-    noise_files.write_images(folder, data.sample_ids, data.images)
+    data.save(folder)
     return data

@@ -7,14 +7,18 @@ TFDS "<class>/<id>" (see `read_records`). Sets are sorted by id, so nothing depe
 which a file system lists them or TFDS shuffled them. Host code.
 """
 
+import dataclasses
+import io
+import os
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from afr_jax.core import parallel
+from afr_jax.core import files, options, parallel
 from afr_jax.data import array_records, cifar10, identities, photos
 
 
@@ -34,6 +38,101 @@ class ImageSet(NamedTuple):
     labels: np.ndarray
     classes: tuple[str, ...]
     problems: tuple[identities.Problem, ...] = ()
+
+    def not_handled(self) -> list[dict[str, str]]:
+        """The problems as results of programs name them."""
+        return [{"image": problem.name, "reason": problem.reason} for problem in self.problems]
+
+    def save(self, folder: str | os.PathLike[str], *, num_threads: int = 4) -> None:
+        """Writes the images as lossless `<folder>/<sample id>.png`, each atomically.
+
+        Files of other names stay. `load_image_folder` gives the same set again.
+
+        Args:
+            folder: root of the tree.
+            num_threads: that encode.
+        """
+        root = pathlib.Path(folder)
+
+        def write(row: int) -> None:
+            buffer = io.BytesIO()
+            Image.fromarray(self.images[row]).save(buffer, "PNG")
+            path = root / f"{self.sample_ids[row]}.png"
+            files.write_atomically(path, buffer.getvalue(), overwrite=True)
+
+        parallel.thread_map(write, range(len(self.sample_ids)), width=num_threads)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Which labeled image set a program works on."""
+
+    data: str | None = options.option(
+        None, "folder with one folder of images per class, cifar10, or tfds:NAME[:SPLIT]"
+    )
+    cifar10_dir: str | None = options.option(None, "folder of CIFAR-10, for --data=cifar10")
+    tfds_dir: str | None = options.option(
+        None, "folder of TFDS data sets; default: ~/tensorflow_datasets"
+    )
+    split: str = options.option("train", "part of CIFAR-10 or of a TFDS set")
+    num_images: int | None = options.option(
+        None, "at most so many images, drawn evenly from the classes; default: all", at_least=1
+    )
+    image_px: int | None = options.option(
+        None, "side of the images, pixels; default: the commonest square", at_least=8
+    )
+    resize: bool = options.option(False, "crop and resize images of other sizes")
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        options.check(self)
+
+    def read(self, *, seed: int = 0) -> ImageSet:
+        """Reads the set.
+
+        Args:
+            seed: of the draw, with `num_images`.
+
+        Raises:
+            options.UsageError: there is no such set, or it cannot be used.
+        """
+        if not self.data:
+            raise options.UsageError("--data is needed: a folder, cifar10, or tfds:NAME")
+        found = self._read(self.data, self.split, self.image_px, None)
+        if self.num_images is None:
+            return found
+        return take(found, spread_rows(found.labels, self.num_images, seed=seed))
+
+    def read_like(self, data: str, reference: ImageSet, *, split: str = "test") -> ImageSet:
+        """Reads another set, of the same classes and image size: test images, say.
+
+        Args:
+            data: like the option of this name.
+            reference: whose classes and size it has.
+            split: of CIFAR-10, and of a TFDS set without one.
+
+        Raises:
+            options.UsageError: there is no such set, or it has other classes or sizes.
+        """
+        side, classes = reference.images.shape[1], reference.classes
+        found = self._read(data, split, side, classes)
+        if found.classes != classes or found.images.shape[1] != side:
+            raise options.UsageError(f"{data} has other classes or image sizes than --data")
+        return found
+
+    def _read(
+        self, data: str, split: str, image_px: int | None, classes: Sequence[str] | None
+    ) -> ImageSet:
+        with options.usage(""):
+            return read(
+                data,
+                cifar10_dir=self.cifar10_dir,
+                tfds_dir=self.tfds_dir,
+                split=split,
+                image_px=image_px,
+                resize=self.resize,
+                classes=classes,
+            )
 
 
 def synthetic(
@@ -120,12 +219,12 @@ def read(
         if split not in ("train", "test"):
             raise ValueError(f"split is {split!r}, but must be 'train' or 'test' for cifar10")
         return read_cifar10(cifar10_dir, split=split)
-    options = {"image_px": image_px, "resize": resize, "classes": classes}
+    shared = {"image_px": image_px, "resize": resize, "classes": classes}
     if not source.startswith("tfds:"):
-        return load_image_folder(pathlib.Path(source).expanduser(), **options)
+        return load_image_folder(pathlib.Path(source).expanduser(), **shared)
     name, _, own_split = source.removeprefix("tfds:").partition(":")
     folder = pathlib.Path(tfds_dir or "~/tensorflow_datasets").expanduser()
-    return read_records(folder, name, split=own_split or split, **options)
+    return read_records(folder, name, split=own_split or split, **shared)
 
 
 def load_image_folder(

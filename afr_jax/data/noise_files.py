@@ -1,4 +1,4 @@
-"""Noise by sample id, and protected images: what the generators of unlearnable data write.
+"""Noise by sample id or class: what the makers of unlearnable data write, and images with it.
 
 Noise is signed and in whole gray levels, so that what is written stays within a budget exactly. It
 belongs to stable sample ids (see `image_sets`) or to class names, never to a position in a loader
@@ -11,16 +11,16 @@ import json
 import os
 import pathlib
 import tempfile
+import types
 import zipfile
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from afr_jax.core import files, parallel
-from afr_jax.data import array_records
+from afr_jax.core import files
+from afr_jax.data import array_records, image_sets
 
 _RECORDS = "noise"  # Name of the data set, and of its only split.
 
@@ -34,11 +34,45 @@ class Noise(NamedTuple):
         names: M sample ids, or class names.
         levels: `[M, H, W, 3]` int16, signed gray levels.
         granularity: "sample" or "class": what `names` are.
+        settings: how it was made; what JSON can say.
     """
 
     names: tuple[str, ...]
     levels: np.ndarray
     granularity: Granularity
+    settings: Mapping[str, object] = types.MappingProxyType({})
+
+    def rows_of(self, data: image_sets.ImageSet) -> np.ndarray:
+        """Row of the noise for each of N samples, `[N]` int64; -1 where it has none."""
+        index = {name: row for row, name in enumerate(self.names)}
+        if self.granularity == "sample":
+            return np.array([index.get(name, -1) for name in data.sample_ids], np.int64)
+        of_class = np.array([index.get(name, -1) for name in data.classes], np.int64)
+        return of_class[data.labels]
+
+    def apply(self, data: image_sets.ImageSet) -> image_sets.ImageSet:
+        """The set with the noise added and clipped to 0..255; samples without noise stay as is.
+
+        Raises:
+            ValueError: the noise has another image size.
+        """
+        if data.images.shape[1:] != self.levels.shape[1:]:
+            raise ValueError(
+                f"noise {self.levels.shape[1:]} does not fit images {data.images.shape[1:]}"
+            )
+        rows = self.rows_of(data)
+        images = data.images.copy()
+        has_noise = np.flatnonzero(rows >= 0)
+        # In parts: int16 sums of a whole data set would take three times its memory.
+        for part in np.array_split(has_noise, max(1, len(has_noise) // 4096)):
+            total = images[part].astype(np.int16) + self.levels[rows[part]]
+            images[part] = np.clip(total, 0, 255).astype(np.uint8)
+        return data._replace(images=images)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes an `.npz`, or under another name a folder of records; `read_noise` reads both."""
+        write = write_noise if pathlib.Path(path).suffix == ".npz" else write_noise_records
+        write(path, self)
 
 
 def to_levels(values: np.ndarray, *, limit_levels: float | None = None) -> np.ndarray:
@@ -57,49 +91,7 @@ def to_levels(values: np.ndarray, *, limit_levels: float | None = None) -> np.nd
     return levels.astype(np.int16)
 
 
-def rows_for(noise: Noise, sample_ids: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
-    """Row of the noise for each sample, `[N]`; -1 where it has none.
-
-    Args:
-        noise: N samples are looked up in it.
-        sample_ids: of the samples.
-        class_names: class of each sample, `N` names.
-    """
-    index = {name: row for row, name in enumerate(noise.names)}
-    wanted = sample_ids if noise.granularity == "sample" else class_names
-    return np.array([index.get(name, -1) for name in wanted], np.int64)
-
-
-def apply(
-    images: np.ndarray, noise: Noise, sample_ids: Sequence[str], class_names: Sequence[str]
-) -> np.ndarray:
-    """Adds the noise and clips to 0..255; samples without noise stay what they are.
-
-    Args:
-        images: `[N, H, W, 3]` uint8.
-        noise: of the same image size.
-        sample_ids: of the images.
-        class_names: class of each image, `N` names.
-
-    Returns:
-        `[N, H, W, 3]` uint8.
-
-    Raises:
-        ValueError: the noise has another image size.
-    """
-    if images.shape[1:] != noise.levels.shape[1:]:
-        raise ValueError(f"noise {noise.levels.shape[1:]} does not fit images {images.shape[1:]}")
-    rows = rows_for(noise, sample_ids, class_names)
-    protected = images.copy()
-    has_noise = np.flatnonzero(rows >= 0)
-    # In parts: int16 sums of a whole data set would take three times its memory.
-    for part in np.array_split(has_noise, max(1, len(has_noise) // 4096)):
-        total = images[part].astype(np.int16) + noise.levels[rows[part]]
-        protected[part] = np.clip(total, 0, 255).astype(np.uint8)
-    return protected
-
-
-def write_noise(path: str | os.PathLike[str], noise: Noise, settings: Mapping[str, Any]) -> None:
+def write_noise(path: str | os.PathLike[str], noise: Noise) -> None:
     """Writes an `.npz` with names, levels (int8 where they fit), granularity and settings (JSON).
 
     The same noise gives the same bytes.
@@ -107,13 +99,12 @@ def write_noise(path: str | os.PathLike[str], noise: Noise, settings: Mapping[st
     Args:
         path: of the file, replaced atomically.
         noise: what to write.
-        settings: how it was made; what JSON can say.
     """
     arrays = {
         "names": np.array(noise.names, np.str_),
         "levels": _narrow(noise.levels),
         "granularity": np.array(noise.granularity),
-        "settings": np.array(json.dumps(settings, sort_keys=True)),
+        "settings": np.array(json.dumps(files.to_jsonable(noise.settings), sort_keys=True)),
     }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -128,11 +119,7 @@ def write_noise(path: str | os.PathLike[str], noise: Noise, settings: Mapping[st
 
 
 def write_noise_records(
-    folder: str | os.PathLike[str],
-    noise: Noise,
-    settings: Mapping[str, Any],
-    *,
-    num_shards: int | None = None,
+    folder: str | os.PathLike[str], noise: Noise, *, num_shards: int | None = None
 ) -> None:
     """Writes a TFDS data set of ArrayRecord files: "name" and "levels" (int8 where they fit).
 
@@ -142,7 +129,6 @@ def write_noise_records(
     Args:
         folder: replaced once the new one is complete.
         noise: what to write.
-        settings: how it was made; what JSON can say.
         num_shards: files; by default as many as TFDS finds right.
     """
     folder = pathlib.Path(folder)
@@ -163,7 +149,10 @@ def write_noise_records(
             features,
             partial,
             name=_RECORDS,
-            metadata={"granularity": noise.granularity, "settings": dict(settings)},
+            metadata={
+                "granularity": noise.granularity,
+                "settings": files.to_jsonable(noise.settings),
+            },
             num_shards=num_shards,
         )
         if folder.exists():
@@ -171,11 +160,10 @@ def write_noise_records(
         (pathlib.Path(partial) / _RECORDS).rename(folder)
 
 
-def read_noise(path: str | os.PathLike[str]) -> tuple[Noise, dict[str, Any]]:
+def read_noise(path: str | os.PathLike[str]) -> Noise:
     """Reads what `write_noise` or, if it is a folder, `write_noise_records` wrote.
 
-    Returns:
-        The noise, of records in the order of the names, and its settings.
+    Records come in the order of their names.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -183,7 +171,7 @@ def read_noise(path: str | os.PathLike[str]) -> tuple[Noise, dict[str, Any]]:
     """
     try:
         found = _read_records if pathlib.Path(path).is_dir() else _read_archive
-        noise, settings = found(pathlib.Path(path))
+        noise = found(pathlib.Path(path))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist, or is no folder of noise") from error
     except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
@@ -193,19 +181,19 @@ def read_noise(path: str | os.PathLike[str]) -> tuple[Noise, dict[str, Any]]:
         raise ValueError(f"{path} is no noise file: {noise.granularity} noise {shape}")
     if len(set(noise.names)) != len(noise.levels):
         raise ValueError(f"{path} is no noise file: {len(noise.levels)} noises, not all of a name")
-    return noise, settings
+    return noise
 
 
-def _read_archive(path: pathlib.Path) -> tuple[Noise, dict[str, Any]]:
+def _read_archive(path: pathlib.Path) -> Noise:
     with np.load(path, allow_pickle=False) as archive:
         names = tuple(str(name) for name in archive["names"])
         levels = archive["levels"].astype(np.int16)
         settings = json.loads(str(archive["settings"]))
-        granularity: Any = str(archive["granularity"])
-        return Noise(names, levels, granularity), settings
+        granularity = cast(Granularity, str(archive["granularity"]))
+        return Noise(names, levels, granularity, settings)
 
 
-def _read_records(folder: pathlib.Path) -> tuple[Noise, dict[str, Any]]:
+def _read_records(folder: pathlib.Path) -> Noise:
     metadata = array_records.metadata_of(folder.parent, folder.name)
     source = array_records.open_source(folder.parent, folder.name, _RECORDS)
     found = {}
@@ -214,34 +202,8 @@ def _read_records(folder: pathlib.Path) -> tuple[Noise, dict[str, Any]]:
         found[example["name"].decode()] = example["levels"]
     names = tuple(sorted(found))
     levels = np.stack([found[name] for name in names]).astype(np.int16)
-    return Noise(names, levels, metadata["granularity"]), metadata["settings"]
+    return Noise(names, levels, metadata["granularity"], metadata["settings"])
 
 
 def _narrow(levels: np.ndarray) -> np.ndarray:
     return levels.astype(np.int8) if np.abs(levels).max(initial=0) <= 127 else levels
-
-
-def write_images(
-    folder: str | os.PathLike[str],
-    sample_ids: Sequence[str],
-    images: np.ndarray,
-    *,
-    num_threads: int = 4,
-) -> None:
-    """Writes images as lossless `<folder>/<sample id>.png`, each atomically; others stay.
-
-    Args:
-        folder: root of the tree.
-        sample_ids: relative paths without extension.
-        images: `[N, H, W, 3]` uint8.
-        num_threads: that encode.
-    """
-    folder = pathlib.Path(folder)
-
-    def write(row: int) -> None:
-        buffer = io.BytesIO()
-        Image.fromarray(images[row]).save(buffer, "PNG")
-        path = folder / f"{sample_ids[row]}.png"
-        files.write_atomically(path, buffer.getvalue(), overwrite=True)
-
-    parallel.thread_map(write, range(len(sample_ids)), width=num_threads)

@@ -184,41 +184,42 @@ def test_levels_are_rounded_and_stay_within_the_budget():
     assert noise_files.to_levels(values, limit_levels=7.5).max() == 7
 
 
-def test_noise_belongs_to_ids_and_keeps_its_sign(tmp_path):
+def _set(ids, images):
+    """An image set with the classes that its ids name."""
+    classes = tuple(sorted({name.split("/")[0] for name in ids}))
+    labels = np.array([classes.index(name.split("/")[0]) for name in ids], np.int32)
+    return image_sets.ImageSet(tuple(ids), images, labels, classes)
+
+
+def test_noise_belongs_to_ids_and_keeps_its_sign():
     images = np.array([0, 3, 250, 255], np.uint8).reshape(4, 1, 1, 1).repeat(3, axis=3)
     levels = np.array([-5, 5, 8, -8], np.int16).reshape(4, 1, 1, 1).repeat(3, axis=3)
     noise = noise_files.Noise(("p/a", "p/b", "q/a", "q/b"), levels, "sample")
-    ids, classes = ["q/b", "p/b", "new/x", "p/a"], ["q", "p", "new", "p"]
-    made = noise_files.apply(images, noise, ids, classes)
+    ids = ["q/b", "p/b", "new/x", "p/a"]
+    made = noise.apply(_set(ids, images)).images
     # 0 - 8 and 255 - 5 clip or not; the unknown sample keeps its pixels.
     assert made[:, 0, 0, 0].tolist() == [0, 8, 250, 250]
     order = [2, 0, 3, 1]
-    again = noise_files.apply(
-        images[order], noise, [ids[i] for i in order], [classes[i] for i in order]
-    )
+    again = noise.apply(_set([ids[i] for i in order], images[order])).images
     np.testing.assert_array_equal(again, made[order])
     by_class = noise_files.Noise(("p", "q"), levels[:2], "class")
-    assert noise_files.apply(images, by_class, ids, classes)[:, 0, 0, 0].tolist() == [
-        5,
-        0,
-        250,
-        250,
-    ]
+    made = by_class.apply(_set(ids, images)).images
+    assert made[:, 0, 0, 0].tolist() == [5, 0, 250, 250]
     with pytest.raises(ValueError, match="does not fit"):
-        noise_files.apply(np.zeros((1, 2, 2, 3), np.uint8), noise, ["p/a"], ["p"])
+        noise.apply(_set(["p/a"], np.zeros((1, 2, 2, 3), np.uint8)))
 
 
 @pytest.mark.parametrize("largest", [8, 200])
 def test_noise_files_round_trip_with_equal_bytes(tmp_path, largest):
     levels = np.random.default_rng(2).integers(-largest, largest + 1, (3, 4, 4, 3)).astype(np.int16)
-    noise = noise_files.Noise(("a", "c", "ä/b"), levels, "sample")
+    noise = noise_files.Noise(("a", "c", "ä/b"), levels, "sample", {"seed": 3})
     for name in ("one", "two"):
-        noise_files.write_noise(tmp_path / f"{name}.npz", noise, {"seed": 3})
-        noise_files.write_noise_records(tmp_path / name, noise, {"seed": 3})
+        noise.save(tmp_path / f"{name}.npz")
+        noise.save(tmp_path / name)
     for name in ("one.npz", "one"):
-        found, settings = noise_files.read_noise(tmp_path / name)
+        found = noise_files.read_noise(tmp_path / name)
         assert found.names == noise.names and found.granularity == "sample"
-        assert settings == {"seed": 3} and found.levels.dtype == np.int16
+        assert found.settings == {"seed": 3} and found.levels.dtype == np.int16
         np.testing.assert_array_equal(found.levels, levels)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     files = [path for path in (tmp_path / "one").rglob("*") if path.is_file()]
@@ -238,9 +239,9 @@ def test_records_of_noise_keep_their_names_through_shuffling_and_resharding(tmp_
     folder = tmp_path / "noise"
     for source, num_shards in ((noise, 1), (shuffled, 1), (shuffled, 7)):
         # Each takes the place of the one before.
-        noise_files.write_noise_records(folder, source, {}, num_shards=num_shards)
+        noise_files.write_noise_records(folder, source, num_shards=num_shards)
         assert len(list(folder.rglob("*.array_record*"))) == num_shards
-        found, _ = noise_files.read_noise(folder)
+        found = noise_files.read_noise(folder)
         assert found.names == noise.names
         np.testing.assert_array_equal(found.levels, noise.levels)
     assert [path.name for path in tmp_path.iterdir()] == ["noise"]
@@ -271,7 +272,7 @@ def test_other_files_are_no_noise(tmp_path):
 def test_written_images_are_lossless_and_keep_their_folders(tmp_path):
     images = np.random.default_rng(3).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
     ids = ("cat/a", "cat/b", "dog/a")
-    noise_files.write_images(tmp_path, ids, images)
+    _set(ids, images).save(tmp_path)
     data = image_sets.load_image_folder(tmp_path)
     assert data.sample_ids == ids
     np.testing.assert_array_equal(data.images, images)

@@ -1,11 +1,23 @@
 """The make_unlearnable and unlearnable_study programs from the outside, on toy data."""
 
+import json
+
 import numpy as np
 import programs
 import pytest
 from PIL import Image
 
+from afr_jax.core import program
 from afr_jax.data import array_records, identities, image_sets, noise_files
+from afr_jax.evaluation.unlearnable import protect, study
+
+
+def _make(*flags):
+    return programs.call(protect.MakeUnlearnableConfig, protect.run, *flags)
+
+
+def _study(*flags):
+    return programs.call(study.UnlearnableStudyConfig, study.run, "--toy", *flags)
 
 
 @pytest.fixture(scope="module")
@@ -21,27 +33,23 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(tree, tmp_path_factory):
-    """A search, its process, result and output folder."""
+    """Result of a search, whether it is complete, and its output folder."""
     output = tmp_path_factory.mktemp("made") / "out"
-    return *programs.run(
-        "make_unlearnable", f"--data={tree}", f"--output_dir={output}", "--toy"
-    ), output
+    return *_make(f"--data={tree}", f"--output_dir={output}", "--toy"), output
 
 
 def test_images_noise_and_result_belong_together(made, tree):
-    done, result, output = made
-    assert done.returncode == 3, done.stderr
-    assert done.stdout.count("\n") == 1
+    result, complete, output = made
+    assert not complete
     protected = image_sets.load_image_folder(output / "images")
     originals = image_sets.load_image_folder(tree)
     assert protected.sample_ids == originals.sample_ids and len(protected.sample_ids) == 25
-    noise, settings = noise_files.read_noise(output / "noise.npz")
-    assert noise.names == originals.sample_ids and settings["method"] == "error_min"
+    noise = noise_files.read_noise(output / "noise.npz")
+    assert noise.names == originals.sample_ids and noise.settings["method"] == "error_min"
     change = protected.images.astype(int) - originals.images
     assert np.abs(change).max() <= 8 and (change < 0).any() and (change > 0).any()
-    names = [originals.classes[label] for label in originals.labels]
-    again = noise_files.apply(originals.images, noise, originals.sample_ids, names)
-    np.testing.assert_array_equal(again, protected.images)
+    np.testing.assert_array_equal(noise.apply(originals).images, protected.images)
+    assert json.loads((output / "result.json").read_text()) == result
     assert result["largest_change_levels"] == np.abs(change).max()
     reasons = {item["image"]: item["reason"] for item in result["not_handled"]}
     assert sorted(reasons) == ["class_01/large.png", "class_02/half.png"]
@@ -49,16 +57,13 @@ def test_images_noise_and_result_belong_together(made, tree):
 
 
 def test_originals_stay_and_a_second_run_writes_the_same(made, tree):
-    _, result, output = made
+    result, _, output = made
     before = {
         path: path.read_bytes()
         for path in [*tree.rglob("*.png"), *output.rglob("*.*")]
         if path.is_file() and "work" not in path.parts
     }
-    done, again = programs.run(
-        "make_unlearnable", f"--data={tree}", f"--output_dir={output}", "--toy"
-    )
-    assert again == result, done.stderr
+    assert _make(f"--data={tree}", f"--output_dir={output}", "--toy") == (result, False)
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
@@ -66,17 +71,16 @@ def test_a_tfds_set_is_protected_like_its_tree(tmp_path):
     programs.save_synthetic(tmp_path / "tree", 24, num_classes=3)
     listing = identities.list_tree(tmp_path / "tree")
     array_records.write_listing(listing, tmp_path / "sets", name="toy")
-    name = "make_unlearnable.make_unlearnable_program"
     shared = ["--method=random", f"--tfds_dir={tmp_path / 'sets'}"]
     outputs = [tmp_path / name for name in ("npz", "records", "other")]
-    (of_tree, _), (of_set, _), (other, _), message = programs.drive(
-        name,
-        [f"--data={tmp_path / 'tree'}", f"--output_dir={outputs[0]}", *shared],
-        ["--data=tfds:toy", f"--output_dir={outputs[1]}", *shared, "--noise_format=array_record"],
-        ["--data=tfds:toy", f"--output_dir={outputs[2]}", *shared, "--seed=1"],
-        ["--data=tfds:missing", f"--output_dir={tmp_path / 'none'}", *shared],
-        # It defines flags, which are lost after the first command line that imports it.
-        setup="import array_record.python.array_record_data_source",
+    (of_tree, _), (of_set, _), _, message = (
+        _make(*flags, *shared)
+        for flags in (
+            [f"--data={tmp_path / 'tree'}", f"--output_dir={outputs[0]}"],
+            ["--data=tfds:toy", f"--output_dir={outputs[1]}", "--noise_format=array_record"],
+            ["--data=tfds:toy", f"--output_dir={outputs[2]}", "--seed=1"],
+            ["--data=tfds:missing", f"--output_dir={tmp_path / 'none'}"],
+        )
     )
     assert "no data set missing" in message
     assert of_tree["images"] == of_set["images"] == 24
@@ -86,12 +90,12 @@ def test_a_tfds_set_is_protected_like_its_tree(tmp_path):
     ]
     assert images[0] == images[1] and len(images[0]) == 24
     assert images[0].keys() == images[2].keys() and images[0] != images[2]
-    (noise, _), (again, settings) = (
+    noise, again = (
         noise_files.read_noise(outputs[0] / "noise.npz"),
         noise_files.read_noise(outputs[1] / "noise"),
     )
     assert again.names == noise.names and again.granularity == noise.granularity
-    assert settings["data"] == "tfds:toy" and settings["method"] == "random"
+    assert again.settings["data"] == "tfds:toy" and again.settings["method"] == "random"
     np.testing.assert_array_equal(again.levels, noise.levels)
     assert not (outputs[1] / "noise.npz").exists()
 
@@ -104,27 +108,38 @@ def test_wrong_usage_is_said(tree, tmp_path):
         ([f"--data={tree}", output, "--method=cuda"], "one filter a class"),
         ([f"--data={tree}", output, "--image_px=64"], "64 x 64"),
     ]
-    programs.assert_refused("make_unlearnable.make_unlearnable_program", cases)
+    for flags, part in cases:
+        answer = _make(*flags)
+        assert isinstance(answer, str) and part in answer, (flags, answer)
+
+
+def test_flags_reach_the_search():
+    flags = ["--method=rem", "--granularity=class", "--epsilon=4", "--views=2", "--step_levels=1.5"]
+    config = program.parse(protect.MakeUnlearnableConfig, [*flags, "--width=8"])
+    search = config.noise().search_options()
+    assert (search.epsilon_levels, search.views, search.step_levels) == (4, 2, 1.5)
+    assert search.train_steps == 250 and config.noise().network.width == 8
+    small = config.toy().noise()
+    assert small.search_options().train_steps == 4 and small.search_options().views == 2
+    assert small.network.architecture == "small_resnet"
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def studies(tmp_path_factory):
     """The toy study in bfloat16, and then in float32: (result, work folder) of each."""
     folder = tmp_path_factory.mktemp("study")
     found = {}
     for name, flags in (("float32", []), ("bfloat16", ["--bfloat16", "--granularities=class"])):
         work = folder / name
-        done, result = programs.run(
-            "unlearnable_study", "--toy", "--methods=error_min,random", f"--workdir={work}", *flags
-        )
-        assert done.returncode == 0, done.stderr
+        result, complete = _study("--methods=error_min,random", f"--workdir={work}", *flags)
+        assert complete
         found[name] = result, work
     return found
 
 
-def test_a_victim_learns_clean_data_and_not_error_min_data(study):
+def test_a_victim_learns_clean_data_and_not_error_min_data(studies):
     """The acceptance run in small: made-up images, four classes."""
-    result, _ = study["float32"]
+    result, _ = studies["float32"]
     last = {row["data"]: row["last_accuracy"] for row in result["rows"]}
     assert last["clean"] > 0.8, last
     for granularity in ("sample", "class"):
@@ -133,26 +148,34 @@ def test_a_victim_learns_clean_data_and_not_error_min_data(study):
     assert all(result["verdict"].values()), result["verdict"]
 
 
-def test_bfloat16_does_not_change_the_conclusion(study):
-    result, _ = study["bfloat16"]
-    assert result["settings"]["victim"]["bfloat16"]
+def test_bfloat16_does_not_change_the_conclusion(studies):
+    result, _ = studies["bfloat16"]
+    assert result["settings"]["victim"]["network"]["bfloat16"]
     last = {row["data"]: row["last_accuracy"] for row in result["rows"]}
     assert last["clean"] > 0.8 and last["error_min class"] < 0.6, last
 
 
-def test_a_study_goes_on_cell_by_cell(study):
-    result, work = study["float32"]
+def test_a_study_goes_on_cell_by_cell(studies):
+    result, work = studies["float32"]
     cells = sorted((work / "cells").iterdir())
     assert len(cells) == 5
     times = {path: path.stat().st_mtime_ns for path in cells[1:]}
     first = cells[0].read_bytes()
     cells[0].unlink()
-    done, again = programs.run(
-        "unlearnable_study", "--toy", "--methods=error_min,random", f"--workdir={work}"
-    )
-    assert done.returncode == 0, done.stderr
+    again, _ = _study("--methods=error_min,random", f"--workdir={work}")
     assert cells[0].read_bytes() == first
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert again["rows"] == result["rows"]
     for name in ("matrix.csv", "matrix.png", "curves.csv", "curves.png", "result.json"):
         assert (work / name).stat().st_size > 100
+
+
+def test_studies_refuse_what_they_do_not_know(tmp_path):
+    for flags, part in (
+        (["--methods=other"], "--methods"),
+        (["--poison_rates=0"], "poison_rates"),
+        (["--seeds="], "seeds"),
+        (["--seeds=x"], "--seeds"),
+    ):
+        answer = _study(*flags, f"--workdir={tmp_path / 'work'}")
+        assert isinstance(answer, str) and part in answer, (flags, answer)

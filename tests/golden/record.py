@@ -145,7 +145,7 @@ def _steps(shared: pathlib.Path, work: pathlib.Path) -> dict[str, tuple[list[str
             ["victim/curve.csv"],
         ),
         "unlearnable_study": (
-            toy("unlearnable_study", f"--workdir={out('study')}"),
+            toy("studies.unlearnable_study", f"--workdir={out('study')}"),
             ["study/matrix.csv"],
         ),
         "unlearnable_faces": (toy("unlearnable_faces", f"--workdir={out('faces')}"), []),

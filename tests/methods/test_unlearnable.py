@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from afr_jax.data import image_sets, noise_files
+from afr_jax.data import image_sets
 from afr_jax.evaluation.metrics import learnability
 from afr_jax.methods.unlearnable import baselines, recipes
 
@@ -16,7 +16,8 @@ def _data(count=40, side=32):
 
 
 def _make(data, method, granularity, seed=0):
-    return recipes.make(data, method=method, granularity=granularity, epsilon_levels=8, seed=seed)
+    config = recipes.METHODS[method](granularity=granularity)
+    return recipes.make_unlearnable(data, config=config, seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -39,14 +40,14 @@ def test_noise_depends_on_ids_not_on_their_order(method, granularity):
     )
     made, again = (_make(d, method, granularity) for d in (data, shuffled))
     other = _make(data, method, granularity, seed=1)
-    assert made.noise.names == again.noise.names
-    np.testing.assert_array_equal(made.noise.levels, again.noise.levels)
-    assert (made.noise.levels != other.noise.levels).any()
+    assert made.names == again.names
+    np.testing.assert_array_equal(made.levels, again.levels)
+    assert (made.levels != other.levels).any()
     # Half of the data: every sample keeps its noise.
     half = image_sets.take(data, np.arange(0, 40, 2))
-    part = _make(half, method, granularity).noise
-    rows = [made.noise.names.index(name) for name in part.names]
-    np.testing.assert_array_equal(part.levels, made.noise.levels[rows])
+    part = _make(half, method, granularity)
+    rows = [made.names.index(name) for name in part.names]
+    np.testing.assert_array_equal(part.levels, made.levels[rows])
 
 
 def test_random_noise_is_even_within_the_budget():
@@ -57,7 +58,7 @@ def test_random_noise_is_even_within_the_budget():
 
 def test_lsp_is_separable_patches_of_one_norm():
     data = _data(200)
-    noise = _make(data, "lsp", "sample").noise
+    noise = _make(data, "lsp", "sample")
     blocks = noise.levels.reshape(200, 4, 8, 4, 8, 3)
     assert (blocks == blocks[:, :, :1, :, :1]).all()
     norms = np.linalg.norm(noise.levels.reshape(200, -1).astype(float), axis=1)
@@ -78,11 +79,9 @@ def test_cuda_is_the_class_filter_scaled_to_white():
         np.testing.assert_allclose(made[row], exact * 255 / exact.max(), atol=0.51)
     black = np.zeros((1, 16, 16, 3), np.uint8)
     assert (baselines.filtered(black, np.zeros(1, int), filters) == 0).all()
-    noise = _make(data, "cuda", "class").noise
+    noise = _make(data, "cuda", "class")
     assert noise.granularity == "sample"
-    names = [data.classes[label] for label in data.labels]
-    protected = noise_files.apply(data.images, noise, data.sample_ids, names)
-    np.testing.assert_array_equal(protected, made)
+    np.testing.assert_array_equal(noise.apply(data).images, made)
 
 
 def test_the_probe_tells_separable_noise_from_random_noise():
@@ -98,21 +97,26 @@ def test_the_probe_tells_separable_noise_from_random_noise():
 
 
 def test_published_settings_and_combinations_that_do_not_exist():
-    sample, by_class = (recipes.published("error_min", kind) for kind in ("sample", "class"))
+    sample, by_class = (
+        recipes.ErrorMin(granularity=kind).search_options() for kind in ("sample", "class")
+    )
     assert (sample.num_steps, sample.train_steps, sample.step_levels) == (20, 10, 0.8)
     assert (by_class.num_steps, by_class.class_share, by_class.stop_error) == (1, 0.2, 0.01)
-    assert recipes.published("rem", "sample").adversary_levels == 4
-    assert recipes.published("error_max", "class").ascend
-    with pytest.raises(ValueError, match="no search"):
-        recipes.published("lsp", "sample")
-    for method, granularity, match in (
-        ("cuda", "sample", "one filter a class"),
-        ("other", "sample", "no method"),
-        ("random", "batch", "granularity"),
-        ("error_min", "sample", "recipe"),
+    assert by_class.granularity == "class"
+    assert recipes.REM().published().adversary_levels == 4
+    assert recipes.ErrorMax(granularity="class").published().ascend
+    changed = recipes.TAP(epsilon=16 / 255).with_search(max_rounds=3)
+    assert (changed.search_options().epsilon_levels, changed.search_options().max_rounds) == (16, 3)
+    assert changed.search_options().permuted and recipes.TAP().search_options().max_rounds == 10
+    for config, changes, match in (
+        (recipes.CUDA, {"granularity": "sample"}, "one filter a class"),
+        (recipes.RandomNoise, {"granularity": "batch"}, "granularity"),
+        (recipes.RandomNoise, {"epsilon": 8}, "epsilon"),
     ):
         with pytest.raises(ValueError, match=match):
-            _make(_data(8), method, granularity)
+            config(**changes)
+    with pytest.raises(ValueError, match="two classes"):
+        recipes.make_unlearnable(_data(8)._replace(classes=("one",), labels=np.zeros(8, np.int32)))
 
 
 def test_curves_come_to_last_and_peak(tmp_path):

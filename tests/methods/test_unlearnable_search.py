@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from afr_jax.core import checkpoint, parallel
-from afr_jax.data import image_sets, noise_files
+from afr_jax.data import image_sets
 from afr_jax.methods.unlearnable import recipes, search, source
 from afr_jax.models import heads
+from afr_jax.models.classifiers import registry
 from afr_jax.perturb import stepping
 from afr_jax.training import optimizers, trainer
 
@@ -152,18 +153,18 @@ def test_noise_follows_ids_through_shuffling_and_seeds(data):
         images=data.images[order],
         labels=data.labels[order],
     )
-    options = dataclasses.replace(_OPTIONS, max_rounds=1)
-    arguments = {"method": "error_min", "granularity": "sample", "epsilon_levels": 8}
-    arguments |= {"options": options, "recipe": _TINY, "mesh": _mesh()}
+    network = registry.ClassifierOptions("small_resnet", width=4)
+    config = recipes.ErrorMin(network=network, search=dataclasses.replace(_OPTIONS, max_rounds=1))
     made, again, other = (
-        recipes.make(d, **arguments, seed=seed) for d, seed in ((data, 0), (shuffled, 0), (data, 1))
+        recipes.make_unlearnable(d, config=config, mesh=_mesh(), seed=seed)
+        for d, seed in ((data, 0), (shuffled, 0), (data, 1))
     )
-    np.testing.assert_array_equal(made.noise.levels, again.noise.levels)
-    assert made.noise.names == again.noise.names
-    assert (made.noise.levels != other.noise.levels).any()
-    names = [data.classes[label] for label in data.labels]
-    protected = noise_files.apply(data.images, made.noise, data.sample_ids, names)
-    assert np.abs(protected.astype(int) - data.images).max() <= 8
+    np.testing.assert_array_equal(made.levels, again.levels)
+    assert made.names == again.names
+    assert (made.levels != other.levels).any()
+    protected = made.apply(data)
+    assert np.abs(protected.images.astype(int) - data.images).max() <= 8
+    assert len(made.settings["report"]["training_errors"]) == 1
 
 
 def test_class_wise_noise_is_shared_and_a_second_search_does_not_compile(data):

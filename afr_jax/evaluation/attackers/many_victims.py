@@ -48,6 +48,8 @@ def train_many(
     Returns:
         The curve of each run, equal to those of `victims.train_victim` but by rounding.
     """
+    image_sets = np.stack([options.stored(images) for images in image_sets])
+    test_images = options.tested(test_images)
     num_runs, num_examples = len(set_of_run), image_sets.shape[1]
     shape = image_sets.shape[2:]
     recipe = victims.make_recipe(
@@ -61,7 +63,7 @@ def train_many(
     keys, states, sets = parallel.shard_batch((keys, states, sets), mesh)
     data = parallel.replicate((image_sets, np.asarray(labels, np.int32)), mesh)
     per_epoch, length = starts[0][1].steps_per_epoch, stepping.chunk_length()
-    static = {"recipe": recipe, "countermeasure": options.countermeasure}
+    static = {"recipe": recipe, "countermeasure": options.in_training}
     curves = np.full((2, options.num_epochs, num_runs), np.nan, np.float32)
 
     def advance(states: trainer.TrainState, steps: range) -> tuple[trainer.TrainState, jax.Array]:

@@ -11,6 +11,7 @@ the last and the peak of the curve (`learnability`).
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ import numpy as np
 
 from afr_jax.core import checkpoint, parallel
 from afr_jax.core import images as image_ops
-from afr_jax.data import augmentation, sampling
+from afr_jax.core import options as options_lib
+from afr_jax.data import augmentation, image_sets, sampling
 from afr_jax.evaluation.attackers import countermeasures
 from afr_jax.evaluation.metrics import learnability
 from afr_jax.models import heads
@@ -32,48 +34,80 @@ _ATTACK = {"limit": 8 / 255, "step_size": 2 / 255, "num_steps": 10}
 _CUTOUT_SHARE = 0.5
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VictimOptions:
-    """A victim's training.
+    """A victim: its network, its training, and what it does against the noise."""
 
-    Attributes:
-        architecture: of `registry.NAMES`.
-        width: see `registry.classifier`.
-        stem: "cifar" or "imagenet".
-        num_epochs: of training.
-        batch_size: of a step, cut to the data.
-        learning_rate: at the start.
-        weight_decay: of kernels.
-        augmented: crop after padding by an eighth of the side, and flip.
-        countermeasure: one of `countermeasures.IN_TRAINING`, or "none".
-        bfloat16: compute in bfloat16; parameters and statistics stay float32.
-    """
-
-    architecture: str = "resnet18"
-    width: int | None = None
-    stem: str = "cifar"
-    num_epochs: int = 60
-    batch_size: int = 128
-    learning_rate: float = 0.1
-    weight_decay: float = 5e-4
-    augmented: bool = True
-    countermeasure: str = "none"
-    bfloat16: bool = False
+    network: registry.ClassifierOptions = options_lib.group(registry.ClassifierOptions)
+    num_epochs: int = options_lib.option(
+        60, "passes over the training images", at_least=1, flag="epochs"
+    )
+    batch_size: int = options_lib.option(128, "images of a step, cut to the data", at_least=1)
+    learning_rate: float = options_lib.option(0.1, "at the start; falls to zero along a cosine")
+    weight_decay: float = options_lib.option(5e-4, "of kernels", at_least=0)
+    augmented: bool = options_lib.option(
+        True, "random flips, and crops after padding by an eighth of the side", flag="augment"
+    )
+    countermeasure: str = options_lib.option(
+        "none", "what the victim does against the noise", choices=countermeasures.NAMES
+    )
+    convert_test: bool = options_lib.option(True, "conversions are done to the test images, too")
 
     def __post_init__(self) -> None:
         """Checks names and ranges."""
-        if self.architecture not in registry.NAMES:
-            raise ValueError(
-                f"architecture is {self.architecture!r}, but must be one of "
-                f"{', '.join(registry.NAMES)}"
-            )
-        if self.countermeasure not in ("none", *countermeasures.IN_TRAINING):
-            raise ValueError(
-                f"countermeasure is {self.countermeasure!r}, but must be none or one of "
-                f"{', '.join(countermeasures.IN_TRAINING)}"
-            )
-        if min(self.num_epochs, self.batch_size) < 1:
-            raise ValueError("num_epochs and batch_size must be at least 1")
+        options_lib.check(self)
+
+    @property
+    def in_training(self) -> str:
+        """The countermeasure if it acts in the steps of the training, else "none"."""
+        is_in_training = self.countermeasure in countermeasures.IN_TRAINING
+        return self.countermeasure if is_in_training else "none"
+
+    def stored(self, images: np.ndarray) -> np.ndarray:
+        """Training images `[N, H, W, 3]` uint8 as the victim stores them."""
+        if self.countermeasure in countermeasures.IN_TRAINING:
+            return images
+        return countermeasures.convert(self.countermeasure, images)
+
+    def tested(self, images: np.ndarray) -> np.ndarray:
+        """Test images `[M, H, W, 3]` uint8 as the victim is shown them."""
+        return self.stored(images) if self.convert_test else images
+
+
+class Victim(NamedTuple):
+    """A trained victim and what it learned.
+
+    Attributes:
+        curve: accuracies of all epochs.
+        summary: what the curve comes to.
+        num_test_images: that the accuracies were measured on.
+        state: the trained network.
+    """
+
+    curve: learnability.Curve
+    summary: learnability.Summary
+    num_test_images: int
+    state: trainer.TrainState
+
+    @property
+    def last_accuracy(self) -> float:
+        """On clean test images, after the last epoch."""
+        return self.summary.last_accuracy
+
+    @property
+    def last_interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of it."""
+        return learnability.interval(self.summary.last_accuracy, self.num_test_images)
+
+    @property
+    def peak_accuracy(self) -> float:
+        """On clean test images, the largest after any epoch."""
+        return self.summary.peak_accuracy
+
+    @property
+    def peak_interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of it."""
+        return learnability.interval(self.summary.peak_accuracy, self.num_test_images)
 
 
 def make_recipe(
@@ -87,13 +121,7 @@ def make_recipe(
         num_examples: of the data: with the batch they give the length of the schedule.
         image_px: side of the images.
     """
-    net = registry.classifier(
-        options.architecture,
-        num_classes=num_classes,
-        width=options.width,
-        stem=options.stem,
-        dtype=jnp.bfloat16 if options.bfloat16 else jnp.float32,
-    )
+    net = options.network.make(num_classes)
     changes = {}
     if options.augmented:
         changes = {"pad_px": max(1, image_px // 8), "flip_probability": 0.5}
@@ -106,21 +134,6 @@ def make_recipe(
         weight_decay=options.weight_decay,
     )
     return trainer.Recipe(net, heads.Logits(), optimizer, augmentation.Augmentation(**changes))
-
-
-def source_recipe(options: VictimOptions, *, num_classes: int, image_px: int) -> trainer.Recipe:
-    """The source network of a noise search: the same nets, a learning rate that does not fall.
-
-    Args:
-        options: architecture, learning rate and decay count.
-        num_classes: of the data.
-        image_px: side of the images.
-    """
-    recipe = make_recipe(options, num_classes=num_classes, num_examples=1, image_px=image_px)
-    optimizer = dataclasses.replace(recipe.optimizer, schedule="constant")
-    return dataclasses.replace(
-        recipe, optimizer=optimizer, augmentation=augmentation.Augmentation()
-    )
 
 
 def protect_part(
@@ -222,40 +235,43 @@ def victim_step(
 
 
 def train_victim(
-    images: np.ndarray,
-    labels: np.ndarray,
-    test_images: np.ndarray,
-    test_labels: np.ndarray,
+    train_set: image_sets.ImageSet,
+    test_set: image_sets.ImageSet,
     *,
-    num_classes: int,
-    options: VictimOptions,
-    seed: int,
-    mesh: parallel.Mesh,
+    options: VictimOptions | None = None,
+    seed: int = 0,
+    mesh: parallel.Mesh | None = None,
     checkpoints: checkpoint.Checkpoints | None = None,
     report_fn: Callable[[int, float, float], None] | None = None,
-) -> tuple[learnability.Curve, trainer.TrainState]:
+) -> Victim:
     """Trains one victim.
 
     Args:
-        images: `[N, H, W, 3]` uint8, of the training set.
-        labels: `[N]`.
-        test_images: `[M, H, W, 3]` uint8, clean.
-        test_labels: `[M]`.
-        num_classes: of the data.
-        options: of the victim.
-        seed: of initial parameters, orders and augmentation.
-        mesh: devices that share every batch.
-        checkpoints: saves state and curve after each epoch, and resumes from the last.
-        report_fn: called after each epoch with its number, training and test accuracy.
+        train_set: The training images, protected or not.
+        test_set: Clean images of the same classes and size.
+        options: The victim; by default `VictimOptions()`, ResNet-18 as published for CIFAR-10.
+        seed: The seed of initial parameters, orders and augmentation.
+        mesh: The devices that share every batch; by default all.
+        checkpoints: Saves state and curve after each epoch, and resumes from the last.
+        report_fn: Called after each epoch with its number, training and test accuracy.
 
-    Returns:
-        The curve and the trained state.
+    Raises:
+        ValueError: The sets do not fit together.
     """
+    if (train_set.classes, train_set.images.shape[1:]) != (
+        test_set.classes,
+        test_set.images.shape[1:],
+    ):
+        raise ValueError("training and test images must have the same classes and size")
+    options = options or VictimOptions()
+    mesh = mesh or parallel.make_mesh()
+    images = options.stored(train_set.images)
+    num_classes = len(train_set.classes)
     recipe = make_recipe(
         options, num_classes=num_classes, num_examples=len(images), image_px=images.shape[1]
     )
-    data = trainer.place_data(images, labels, mesh)
-    test = trainer.place_data(test_images, test_labels, mesh)
+    data = trainer.place_data(images, train_set.labels, mesh)
+    test = trainer.place_data(options.tested(test_set.images), test_set.labels, mesh)
     key, batches = init_run(seed, len(images), options, multiple=mesh.devices.size)
     state = trainer.init_state(key, recipe, image_shape=images.shape[1:], mesh=mesh)
     blank = np.full(options.num_epochs, np.nan, np.float32)
@@ -275,7 +291,7 @@ def train_victim(
             checkpoints.save(epoch + 1, (state, curve))
         if report_fn is not None:
             report_fn(epoch + 1, accuracy, score)
-    return curve, state
+    return Victim(curve, learnability.summary(curve), len(test_set.labels), state)
 
 
 def init_run(
@@ -315,7 +331,7 @@ def run_epoch(
         The state after it, and the mean training accuracy.
     """
     per_epoch, length = batches.steps_per_epoch, stepping.chunk_length()
-    static = {"recipe": recipe, "countermeasure": options.countermeasure}
+    static = {"recipe": recipe, "countermeasure": options.in_training}
 
     def advance(state: trainer.TrainState, steps: range) -> tuple[trainer.TrainState, jax.Array]:
         rows = trainer.place_rows(batches, steps, mesh, length=length)

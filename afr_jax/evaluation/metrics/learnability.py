@@ -4,8 +4,6 @@ A victim that stops early can keep what it learned before the noise took over, s
 clean test accuracy is reported beside the last value. Everything is NumPy on the host.
 """
 
-import csv
-import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -95,13 +93,15 @@ def linear_probe(noise: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> flo
 
 def write_curves(path: str | os.PathLike[str], curves: Mapping[str, Curve]) -> None:
     """Writes a CSV with the columns run, epoch, train_accuracy, test_accuracy."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["run", "epoch", "train_accuracy", "test_accuracy"])
-    for name, curve in curves.items():
-        for epoch, row in enumerate(zip(*curve, strict=True), start=1):
-            writer.writerow([name, epoch, *(f"{value:.6f}" for value in row)])
-    files.write_atomically(path, buffer.getvalue().encode(), overwrite=True)
+    files.write_csv(
+        path,
+        ("run", "epoch", "train_accuracy", "test_accuracy"),
+        [
+            (name, epoch, *(f"{value:.6f}" for value in row))
+            for name, curve in curves.items()
+            for epoch, row in enumerate(zip(*curve, strict=True), start=1)
+        ],
+    )
 
 
 def plot_curves(path: str | os.PathLike[str], curves: Mapping[str, Curve], *, title: str) -> None:

@@ -1,4 +1,4 @@
-"""The face study's data: who is protected, what a victim trains on, faces of verification pairs.
+"""Data of the face study: who is protected, what a victim trains on, faces of verification pairs.
 
 Huang et al. 2021, section 4.3: class-wise noise is found on the photos of the people to protect and
 of auxiliary people who are not in the victim's data; the victim trains on protected and clean
@@ -8,7 +8,7 @@ people, and is judged on clean photos that it has not seen. Host code, but for t
 import functools
 import io
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ from PIL import Image
 from afr_jax.core import files, parallel
 from afr_jax.core import images as image_ops
 from afr_jax.data import identities, image_sets, pairs, photos, sampling
+from afr_jax.evaluation.metrics import verification
 from afr_jax.models import mtcnn
 from afr_jax.recognition import align, detect
 from afr_jax.training import trainer
@@ -36,11 +37,11 @@ _TEMPLATE = np.array(
 )
 _TEMPLATE_PX = 112
 # Of a photo's shorter side: in LFW's 250 px the template covers about 134 px, 8 px over the middle.
-_CENTRE_SHARE = 134 / 250
-_CENTRE_RISE = 8 / 250
+_CENTER_SHARE = 134 / 250
+_CENTER_RISE = 8 / 250
 
 
-class Study(NamedTuple):
+class Division(NamedTuple):
     """Who is who, and which photos are for what.
 
     Attributes:
@@ -60,7 +61,7 @@ class Study(NamedTuple):
     held_out: image_sets.ImageSet
 
 
-class Pairs(NamedTuple):
+class StrangerPairs(NamedTuple):
     """Verification pairs of strangers.
 
     Attributes:
@@ -77,6 +78,35 @@ class Pairs(NamedTuple):
     without_face: int
     problems: tuple[identities.Problem, ...]
 
+    def scores(self, vectors: np.ndarray) -> "StrangerScores":
+        """How well vectors `[M, D]` of the photos, of unit length, tell the pairs apart."""
+        distances = np.linalg.norm(vectors[self.rows[:, 0]] - vectors[self.rows[:, 1]], axis=1)
+        curve = verification.roc(distances, self.same)
+        # A hundred points draw the curve as well as thousands.
+        grid = np.linspace(0, 1, 101)
+        return StrangerScores(
+            auc=verification.auc(curve),
+            eer=verification.equal_error_rate(curve),
+            pair_accuracy=float(verification.fold_accuracies(distances, self.same).mean()),
+            roc={"far": grid, "tar": np.array([verification.tar_at_far(curve, f) for f in grid])},
+        )
+
+
+class StrangerScores(NamedTuple):
+    """Verification of strangers by some features.
+
+    Attributes:
+        auc: area under the ROC curve.
+        eer: equal error rate.
+        pair_accuracy: 10-fold, at the best threshold of the other folds.
+        roc: "far" and "tar" `[101]`, false and true acceptance rates.
+    """
+
+    auc: float
+    eer: float
+    pair_accuracy: float
+    roc: Mapping[str, np.ndarray]
+
 
 def divide(
     data: image_sets.ImageSet,
@@ -85,7 +115,7 @@ def divide(
     num_protected: int,
     held_out: float = 0.2,
     seed: int = 0,
-) -> Study:
+) -> Division:
     """Divides people at random into three groups, and each victim's person's photos in two.
 
     Args:
@@ -110,7 +140,7 @@ def divide(
     clean = tuple(sorted(names[num_auxiliary + num_protected :]))
     known, unknown = sampling.split_by_id(list(data.sample_ids), held_out=held_out, seed=seed)
     victims = (*protected, *clean)
-    study = Study(
+    division = Division(
         auxiliary,
         protected,
         clean,
@@ -119,10 +149,10 @@ def divide(
         held_out=people(image_sets.take(data, unknown), victims),
     )
     for name in victims:
-        for part in (study.training, study.held_out):
+        for part in (division.training, division.held_out):
             if part.classes.index(name) not in part.labels:
                 raise ValueError(f"{name} has too few photos to train on some and test on others")
-    return study
+    return division
 
 
 def people(data: image_sets.ImageSet, names: Sequence[str]) -> image_sets.ImageSet:
@@ -148,7 +178,7 @@ def aligned(pixels: np.ndarray, landmarks: np.ndarray, side: int) -> np.ndarray:
     """
     (row_y, row_x) = align.similarity_transform(landmarks, _TEMPLATE)
     scale = _TEMPLATE_PX / side
-    # Pillow samples at the centres of pixels, (x + 0.5, y + 0.5); ours lie at whole numbers.
+    # Pillow samples at the centers of pixels, (x + 0.5, y + 0.5); ours lie at whole numbers.
     shift = (scale - 1) / 2
     (yy, yx, y0), (xy, xx, x0) = row_y, row_x
     y0, x0 = y0 + (yy + yx) * shift, x0 + (xy + xx) * shift
@@ -160,11 +190,11 @@ def aligned(pixels: np.ndarray, landmarks: np.ndarray, side: int) -> np.ndarray:
     )
 
 
-def centred(pixels: np.ndarray, side: int) -> np.ndarray:
+def centered(pixels: np.ndarray, side: int) -> np.ndarray:
     """The middle of a photo as LFW shows it, where no face is looked for, `[side, side, 3]`."""
     height, width, _ = pixels.shape
-    size = max(1, round(min(height, width) * _CENTRE_SHARE))
-    top = max(0, (height - size) // 2 - round(min(height, width) * _CENTRE_RISE))
+    size = max(1, round(min(height, width) * _CENTER_SHARE))
+    top = max(0, (height - size) // 2 - round(min(height, width) * _CENTER_RISE))
     left = (width - size) // 2
     return identities.fit_square(pixels[top : top + size, left : left + size], side)
 
@@ -186,7 +216,7 @@ def cut_face(
         faces = detect.main_face(detect.detect_faces(detector, pixels), pixels.shape)
         if len(faces.boxes):
             return aligned(pixels, faces.landmarks[0], side), True
-    return centred(pixels, side), False
+    return centered(pixels, side), False
 
 
 def read_pairs(
@@ -198,7 +228,7 @@ def read_pairs(
     kept: pathlib.Path,
     limit: int | None = None,
     progress_fn: Callable[[list[str]], Iterable[str]] = list,
-) -> Pairs:
+) -> StrangerPairs:
     """Reads pairs and cuts the faces of their photos, once.
 
     Args:
@@ -247,7 +277,7 @@ def read_pairs(
         for row in np.flatnonzero(unreadable)
     )
     without_face = int((~found & ~unreadable).sum())
-    return Pairs(crops, rows[usable], same[usable], without_face, problems)
+    return StrangerPairs(crops, rows[usable], same[usable], without_face, problems)
 
 
 def embeddings(

@@ -3,8 +3,6 @@
 A cell is one victim; curves come from `learnability.Curve`. Host code.
 """
 
-import csv
-import io
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,15 +14,15 @@ from afr_jax.core import files
 from afr_jax.evaluation.metrics import learnability
 
 
-class Cell(NamedTuple):
+class VictimCell(NamedTuple):
     """One victim.
 
     Attributes:
-        method: of `unlearnable.METHODS`, or "clean".
+        method: of `recipes.METHODS`, or "clean".
         granularity: "sample", "class", or "none" for clean data.
         rate: share of the training images that carry noise.
         countermeasure: of `countermeasures.NAMES`.
-        architecture: of `classifiers.NAMES`.
+        architecture: of `registry.NAMES`.
         seed: of noise and victim.
     """
 
@@ -50,7 +48,7 @@ class Cell(NamedTuple):
         return "-".join(parts) + ".json"
 
 
-def rows_of(curves: Mapping[Cell, learnability.Curve]) -> list[dict[str, Any]]:
+def rows_of(curves: Mapping[VictimCell, learnability.Curve]) -> list[dict[str, Any]]:
     """Rows of the table: cells that differ in their seed alone, put together.
 
     Args:
@@ -119,7 +117,7 @@ def verdict(rows: Sequence[Mapping[str, Any]], chance: float) -> dict[str, bool]
 
 def write(
     folder: str | os.PathLike[str],
-    curves: Mapping[Cell, learnability.Curve],
+    curves: Mapping[VictimCell, learnability.Curve],
     rows: Sequence[Mapping[str, Any]],
     *,
     title: str,
@@ -133,12 +131,8 @@ def write(
         title: what all cells have in common.
     """
     folder = pathlib.Path(folder)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(files.to_jsonable(list(rows)))
-    table = buffer.getvalue().encode()
-    files.write_atomically(folder / "matrix.csv", table, overwrite=True)
+    table = [list(files.to_jsonable(row).values()) for row in rows]
+    files.write_csv(folder / "matrix.csv", list(rows[0]), table)
     names = list(dict.fromkeys(row["data"] for row in rows))
     columns = list(dict.fromkeys((row["architecture"], row["countermeasure"]) for row in rows))
     values = np.full((len(names), len(columns)), np.nan)

@@ -1,18 +1,18 @@
-"""Unlearnable examples behind one interface: images in, signed noise by sample id or class out.
+"""Makers of unlearnable examples, each a config class with the published values, and one function.
 
-    options = unlearnable.published("error_min", "sample")
-    made = unlearnable.make(data, method="error_min", options=options, recipe=recipe, ...)
-    protected = noise_files.apply(data.images, made.noise, data.sample_ids, names_of_classes)
+    noise = make_unlearnable(data, config=ErrorMin(granularity="sample"))
+    protected = noise.apply(data)
+    noise.save("noise.npz")
 
-| method | what it is | budget |
-|---|---|---|
-| error_min | Huang et al. 2021 (ICLR): the loss has nothing left to teach | L-infinity |
-| error_max | its counterpart: noise that raises the loss of a trained network | L-infinity |
-| random | uniform noise, the control | L-infinity |
-| rem | Fu et al. 2022 (ICLR): error_min under random crops and an inner adversary | L-infinity |
-| tap | Fowl et al. 2021 (NeurIPS): towards another label of a trained network | L-infinity |
-| lsp | Yu et al. 2022 (KDD): linearly separable patches, no network | L2 |
-| cuda | Sadasivan et al. 2023 (CVPR): a random filter for each class, no network | none |
+| name | class | what it is | budget |
+|---|---|---|---|
+| error_min | `ErrorMin` | Huang et al. 2021 (ICLR): nothing is left to learn | L-infinity |
+| error_max | `ErrorMax` | its counterpart: raises the loss of a trained network | L-infinity |
+| random | `RandomNoise` | uniform noise, the control | L-infinity |
+| rem | `REM` | Fu et al. 2022 (ICLR): error_min under crops and an adversary | L-infinity |
+| tap | `TAP` | Fowl et al. 2021 (NeurIPS): towards another label | L-infinity |
+| lsp | `LSP` | Yu et al. 2022 (KDD): linearly separable patches, no network | L2 |
+| cuda | `CUDA` | Sadasivan et al. 2023 (CVPR): a random filter a class, no network | none |
 
 What this does not do: it protects only photos that nobody has without the noise; below 100 %
 coverage the victim hardly loses; grayscale, JPEG or adversarial training undo most of it.
@@ -20,68 +20,232 @@ Sample-wise noise needs a search for every new image, class-wise noise carries o
 its class. Any later resize or re-encoding weakens it.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from afr_jax.core import checkpoint, parallel
 from afr_jax.data import image_sets, noise_files
 from afr_jax.methods.unlearnable import baselines, search
-from afr_jax.training import trainer
+from afr_jax.models import heads
+from afr_jax.models.classifiers import registry
+from afr_jax.training import optimizers, trainer
 
-METHODS = ("error_min", "error_max", "random", "rem", "tap", "lsp", "cuda")
-SEARCHED = ("error_min", "error_max", "rem", "tap")
-BUDGETS = {"lsp": "L2", "cuda": "none"}
+# Optimizer steps of 60 epochs of CIFAR-10 in batches of 512, on clean images.
+_SOURCE_STEPS = 60 * 97
 
 
-class Made(NamedTuple):
-    """What a method made.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseConfig(abc.ABC):
+    """What all methods have in common.
 
     Attributes:
-        noise: by sample or by class.
-        report: facts of the run as JSON can say them: training errors of the source network after
-            each round, whether the stop was reached, the largest change in gray levels.
+        granularity: one noise an image ("sample"), or one a class ("class").
+        epsilon: budget in [0, 1] units: the largest change of a value, but for LSP and CUDA.
     """
 
-    noise: noise_files.Noise
-    report: dict[str, Any]
+    name: ClassVar[str]
+    budget: ClassVar[str] = "L-infinity"
+    granularity: noise_files.Granularity = "sample"
+    epsilon: float = 8 / 255
+
+    def __post_init__(self) -> None:
+        """Checks names and ranges."""
+        if self.granularity not in ("sample", "class"):
+            raise ValueError(f"granularity is {self.granularity!r}, must be 'sample' or 'class'")
+        if not 0 < self.epsilon <= 1:
+            raise ValueError(f"epsilon is {self.epsilon}, must lie in (0, 1]")
+
+    @property
+    def epsilon_levels(self) -> float:
+        """The budget in gray levels."""
+        return round(255 * self.epsilon, 6)  # 8, not 8 give or take a rounding.
+
+    def describe(self) -> dict[str, Any]:
+        """The method and its options, as JSON can say them."""
+        return {
+            "method": self.name,
+            "granularity": self.granularity,
+            "epsilon_levels": self.epsilon_levels,
+            "search": None,
+            "source": None,
+        }
+
+    def names_of(self, data: image_sets.ImageSet) -> tuple[str, ...]:
+        """Whose noise it is: sample ids or class names."""
+        return data.sample_ids if self.granularity == "sample" else data.classes
 
 
-def published(method: str, granularity: noise_files.Granularity) -> search.SearchOptions:
-    """The search of a method with the published values for CIFAR-10.
+class DirectNoise(NoiseConfig):
+    """A method without a network."""
 
-    error_min: Huang et al.'s scripts. error_max: their min-max baseline, 60 epochs of clean
-    training (at 97 steps of 512), then ascent until the error is 0.9 (sample-wise) or 0.8
-    (class-wise). rem: Fu et al.'s 5,000 source steps at batch 128, here in 20 rounds of 250 with a
-    pass over all noise after each, where the authors refine the noise of a batch just before its
-    step. tap: 250 steps of Fowl et al. at their usual budget of 8 levels, in 10 rounds; the step
-    size is ours.
+    @abc.abstractmethod
+    def make(self, data: image_sets.ImageSet, *, seed: int) -> noise_files.Noise:
+        """The noise of a set, which depends on ids, classes and seed, not on an order."""
 
-    Raises:
-        ValueError: the method has no search, or the granularity is unknown.
-    """
-    is_class = granularity == "class"
-    base = search.SearchOptions(
-        granularity=granularity,
-        num_steps=1 if is_class else 20,
-        class_share=0.2 if is_class else 1.0,
-    )
-    if method == "error_min":
-        return base
-    if method == "error_max":
-        return dataclasses.replace(
-            base,
-            ascend=True,
-            source_steps=60 * 97,
-            train_steps=0,
-            stop_error=0.8 if is_class else 0.9,
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomNoise(DirectNoise):
+    """Uniform noise in [-epsilon, epsilon], the control; see `NoiseConfig`."""
+
+    name = "random"
+
+    def make(self, data: image_sets.ImageSet, *, seed: int) -> noise_files.Noise:
+        """See `DirectNoise.make`."""
+        names, shape = self.names_of(data), data.images.shape[1:]
+        levels = baselines.uniform(seed, names, shape, epsilon_levels=self.epsilon_levels)
+        return noise_files.Noise(names, levels, self.granularity)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LSP(DirectNoise):
+    """Linearly separable patches; `epsilon` scales their L2 norm (`baselines`)."""
+
+    name = "lsp"
+    budget = "L2"
+
+    def make(self, data: image_sets.ImageSet, *, seed: int) -> noise_files.Noise:
+        """See `DirectNoise.make`."""
+        names = self.names_of(data)
+        of_sample = [data.classes[label] for label in data.labels]
+        levels = baselines.separable_patches(
+            seed,
+            names,
+            of_sample if self.granularity == "sample" else names,
+            data.images.shape[1:],
+            epsilon_levels=self.epsilon_levels,
         )
-    if method == "rem":
+        return noise_files.Noise(names, levels, self.granularity)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CUDA(DirectNoise):
+    """A random filter for each class; there is no budget.
+
+    The change that a filter makes is that of each image, so the noise is by sample.
+    """
+
+    name = "cuda"
+    budget = "none"
+    granularity: noise_files.Granularity = "class"
+
+    def __post_init__(self) -> None:
+        """Checks names and ranges."""
+        super().__post_init__()
+        if self.granularity == "sample":
+            raise ValueError("cuda has one filter a class: its granularity is 'class'")
+
+    def make(self, data: image_sets.ImageSet, *, seed: int) -> noise_files.Noise:
+        """See `DirectNoise.make`."""
+        filters = baselines.class_filters(seed, data.classes)
+        changed = baselines.filtered(data.images, data.labels, filters)
+        return noise_files.Noise(data.sample_ids, changed.astype(np.int16) - data.images, "sample")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchedNoise(NoiseConfig):
+    """A method that searches its noise with a source network.
+
+    Attributes:
+        granularity: see `NoiseConfig`.
+        epsilon: see `NoiseConfig`.
+        network: the source network.
+        learning_rate: of its training, which does not fall.
+        search: how the noise is searched; None for the published values of CIFAR-10
+            (`published`), and see `with_search`. Granularity and epsilon are those of the method.
+    """
+
+    network: registry.ClassifierOptions = registry.ClassifierOptions()
+    learning_rate: float = 0.1
+    search: search.SearchOptions | None = None
+
+    @abc.abstractmethod
+    def published(self) -> search.SearchOptions:
+        """The search with the published values for CIFAR-10."""
+
+    def search_options(self) -> search.SearchOptions:
+        """The search as it is done."""
         return dataclasses.replace(
-            base,
-            num_steps=1 if is_class else 10,
+            self.search or self.published(),
+            granularity=self.granularity,
+            epsilon_levels=self.epsilon_levels,
+        )
+
+    def with_search(self, **changes: Any) -> Self:
+        """The method with some other values of its search, fields of `SearchOptions`."""
+        return dataclasses.replace(
+            self, search=dataclasses.replace(self.search_options(), **changes)
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """See `NoiseConfig.describe`."""
+        source = {"network": self.network, "learning_rate": self.learning_rate}
+        return super().describe() | {"search": self.search_options(), "source": source}
+
+    def recipe(self, num_classes: int) -> trainer.Recipe:
+        """The training of the source network."""
+        optimizer = optimizers.OptimizerOptions(
+            learning_rate=self.learning_rate, schedule="constant"
+        )
+        return trainer.Recipe(self.network.make(num_classes), heads.Logits(), optimizer)
+
+    def _base(self) -> search.SearchOptions:
+        is_class = self.granularity == "class"
+        return search.SearchOptions(
+            num_steps=1 if is_class else 20, class_share=0.2 if is_class else 1.0
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ErrorMin(SearchedNoise):
+    """Error-minimizing noise; see `SearchedNoise`."""
+
+    name = "error_min"
+
+    def published(self) -> search.SearchOptions:
+        """The values of Huang et al.'s scripts."""
+        return self._base()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ErrorMax(SearchedNoise):
+    """Error-maximizing noise; see `SearchedNoise`."""
+
+    name = "error_max"
+
+    def published(self) -> search.SearchOptions:
+        """Huang et al.'s min-max baseline.
+
+        60 epochs of clean training (97 steps of 512 images each), then ascent until the error is
+        0.9 (sample-wise) or 0.8 (class-wise).
+        """
+        return dataclasses.replace(
+            self._base(),
+            ascend=True,
+            source_steps=_SOURCE_STEPS,
+            train_steps=0,
+            stop_error=0.8 if self.granularity == "class" else 0.9,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class REM(SearchedNoise):
+    """Robust error-minimizing noise; see `SearchedNoise`."""
+
+    name = "rem"
+
+    def published(self) -> search.SearchOptions:
+        """Fu et al.'s 5,000 source steps at batch 128, here in 20 rounds of 250.
+
+        A pass over all noise follows each round, where the authors refine the noise of a batch just
+        before its step.
+        """
+        return dataclasses.replace(
+            self._base(),
+            num_steps=1 if self.granularity == "class" else 10,
             step_levels=1.6,
             train_steps=250,
             batch_size=128,
@@ -90,105 +254,88 @@ def published(method: str, granularity: noise_files.Granularity) -> search.Searc
             views=5,
             adversary_levels=4.0,
         )
-    if method == "tap":
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TAP(SearchedNoise):
+    """Targeted adversarial noise: towards the label of another class; see `SearchedNoise`."""
+
+    name = "tap"
+
+    def published(self) -> search.SearchOptions:
+        """250 steps of Fowl et al. at their usual budget of 8 levels, in 10 rounds.
+
+        The step size is ours.
+        """
+        is_class = self.granularity == "class"
         return dataclasses.replace(
-            base,
+            self._base(),
             permuted=True,
-            source_steps=60 * 97,
+            source_steps=_SOURCE_STEPS,
             train_steps=0,
             num_steps=1 if is_class else 25,
             max_rounds=100 if is_class else 10,
             stop_error=None,
         )
-    raise ValueError(f"{method!r} has no search; these have: {', '.join(SEARCHED)}")
 
 
-def check(method: str, granularity: str) -> None:
-    """Raises ValueError if there is no such method, or not for this granularity."""
-    if method not in METHODS:
-        raise ValueError(f"no method {method!r}; there are: {', '.join(METHODS)}")
-    if granularity not in ("sample", "class"):
-        raise ValueError(f"granularity is {granularity!r}, but must be 'sample' or 'class'")
-    if method == "cuda" and granularity == "sample":
-        raise ValueError("cuda has one filter a class: its granularity is 'class'")
+METHODS: dict[str, type[NoiseConfig]] = {
+    config.name: config for config in (ErrorMin, ErrorMax, RandomNoise, REM, TAP, LSP, CUDA)
+}
+SEARCHED = tuple(name for name, config in METHODS.items() if issubclass(config, SearchedNoise))
 
 
-def make(
+def make_unlearnable(
     data: image_sets.ImageSet,
     *,
-    method: str,
-    granularity: noise_files.Granularity,
-    epsilon_levels: float,
-    seed: int,
-    options: search.SearchOptions | None = None,
-    recipe: trainer.Recipe | None = None,
+    config: NoiseConfig | None = None,
+    seed: int = 0,
     mesh: parallel.Mesh | None = None,
     checkpoints: checkpoint.Checkpoints | None = None,
     report_fn: Callable[[int, float], None] | None = None,
-) -> Made:
+) -> noise_files.Noise:
     """Makes noise for a data set; the same set in another order gives the same noise by id.
 
     Args:
-        data: the images to protect.
-        method: one of `METHODS`.
-        granularity: one noise an image or a class. CUDA's filters are by class, but the change that
-            they make is that of each image, and is returned by sample.
-        epsilon_levels: budget, gray levels: L-infinity for searched and random noise; lsp scales
-            its L2 norm by it, cuda has none.
-        seed: of everything random.
-        options: of the search, whose granularity and epsilon these arguments replace; by default
-            `published`.
-        recipe: source network of a search.
-        mesh: devices of a search; by default all.
-        checkpoints: of a search, which resumes from them.
-        report_fn: called after each round of a search with its number and the training error.
+        data: The images to protect.
+        config: The method; by default `ErrorMin()`.
+        seed: The seed of everything random.
+        mesh: The devices of a search; by default all.
+        checkpoints: Saves the state of a search after each round, and resumes from the last one.
+        report_fn: Called after each round of a search with its number and the training error.
+
+    Returns:
+        The noise. Its `settings` have the method with its options, the seed, and under "report" the
+        facts of the run: `budget`, `largest_level` (largest change, gray levels) and, of a search,
+        `training_errors` of the source network on noisy images after each round and `converged`,
+        whether the limit was met before the rounds were used up.
 
     Raises:
-        ValueError: unknown method, or a combination that does not exist.
+        ValueError: The method needs more classes.
     """
-    check(method, granularity)
-    order = np.argsort(np.array(data.sample_ids), kind="stable")
-    data = image_sets.take(data, order)
-    shape = data.images.shape[1:]
-    of_sample = [data.classes[label] for label in data.labels]
-    names = data.sample_ids if granularity == "sample" else data.classes
+    config = config or ErrorMin()
+    data = image_sets.take(data, np.arange(len(data.labels)))
     report: dict[str, Any] = {}
-    if method in SEARCHED:
-        if recipe is None:
-            raise ValueError(f"{method} needs the recipe of a source network")
-        options = dataclasses.replace(
-            options or published(method, granularity),
-            granularity=granularity,
-            epsilon_levels=epsilon_levels,
-        )
+    if isinstance(config, SearchedNoise):
+        if len(data.classes) < 2:
+            raise ValueError(f"{config.name} needs two classes or more")
         found = search.search(
             data.images,
             data.labels,
             num_classes=len(data.classes),
-            recipe=recipe,
-            options=options,
+            recipe=config.recipe(len(data.classes)),
+            options=config.search_options(),
             seed=seed,
             mesh=mesh or parallel.make_mesh(),
             checkpoints=checkpoints,
             report_fn=report_fn,
         )
-        levels = noise_files.to_levels(found.noise, limit_levels=epsilon_levels)
+        levels = noise_files.to_levels(found.noise, limit_levels=config.epsilon_levels)
+        noise = noise_files.Noise(config.names_of(data), levels, config.granularity)
         report = {"training_errors": found.errors, "converged": found.converged}
-    elif method == "random":
-        levels = baselines.uniform(seed, names, shape, epsilon_levels=epsilon_levels)
-    elif method == "lsp":
-        classes = of_sample if granularity == "sample" else names
-        levels = baselines.separable_patches(
-            seed, names, classes, shape, epsilon_levels=epsilon_levels
-        )
+    elif isinstance(config, DirectNoise):
+        noise = config.make(data, seed=seed)
     else:
-        filters = baselines.class_filters(seed, data.classes)
-        changed = baselines.filtered(data.images, data.labels, filters)
-        levels = changed.astype(np.int16) - data.images
-        names, granularity = data.sample_ids, "sample"
-    noise = noise_files.Noise(tuple(names), levels, granularity)
-    report |= {
-        "budget": BUDGETS.get(method, "L-infinity"),
-        "largest_level": int(np.abs(levels).max(initial=0)),
-    }
-    return Made(noise, report)
+        raise TypeError(f"{type(config).__name__} is neither searched nor direct noise")
+    report |= {"budget": config.budget, "largest_level": int(np.abs(noise.levels).max(initial=0))}
+    return noise._replace(settings=config.describe() | {"seed": seed, "report": report})

@@ -1,13 +1,44 @@
 """The registry of image classifiers that are trained from scratch, as sources and as victims."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from afr_jax.core import options
 from afr_jax.models.classifiers import densenet, resnet, vgg
 from afr_jax.models.extractors import inception_resnet
 
 NAMES = ("resnet18", "resnet50", "vgg11", "densenet121", "inception_resnet_v1", "small_resnet")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierOptions:
+    """Which classifier is trained from scratch, and in which precision."""
+
+    architecture: str = options.option("resnet18", "the network", choices=NAMES)
+    width: int | None = options.option(
+        None, "channels of its first stage; default: as published", at_least=1
+    )
+    stem: resnet.Stem = options.option(
+        "cifar", "its first layers: cifar for images of about 32 px, or imagenet"
+    )
+    bfloat16: bool = options.option(False, "compute in bfloat16; parameters stay float32")
+
+    def __post_init__(self) -> None:
+        """Checks names and ranges."""
+        options.check(self)
+
+    def make(self, num_classes: int | None) -> nn.Module:
+        """The network, with so many logits; None for its features, with the same parameters."""
+        return classifier(
+            self.architecture,
+            num_classes=num_classes,
+            width=self.width,
+            stem=self.stem,
+            dtype=jnp.bfloat16 if self.bfloat16 else jnp.float32,
+        )
 
 
 class FaceClassifier(nn.Module):
