@@ -5,11 +5,13 @@ import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
+import jax
 import numpy as np
 from PIL import Image
 
-from afr_jax.core import files, options, program
+from afr_jax.core import files, options, parallel, program
 from afr_jax.data import image_sets
 from afr_jax.recognition import detect, embed
 
@@ -104,6 +106,17 @@ def call(config_class, run_fn, *flags):
     except options.UsageError as error:
         return str(error)
     return json.loads(json.dumps(files.to_jsonable(outcome.result))), outcome.complete
+
+
+def call_alone(config_class, run_fn, *flags):
+    """Like `call`, with one device, as a process of its own would have it.
+
+    The devices of the tests are threads, and four of them that wait for each other at each step are
+    slow where few cores are free.
+    """
+    one = parallel.make_mesh(devices=jax.devices()[:1])
+    with mock.patch.object(parallel, "make_mesh", lambda: one):
+        return call(config_class, run_fn, *flags)
 
 
 def stand_in(monkeypatch):

@@ -119,9 +119,7 @@ class BenchmarkConfig(options.Config):
     extractor_agreement_row: extractor_agreement.ExtractorAgreementOptions = options.group(
         extractor_agreement.ExtractorAgreementOptions
     )
-    unlearnable_row: unlearnable.UnlearnableOptions = options.group(
-        unlearnable.UnlearnableOptions
-    )
+    unlearnable_row: unlearnable.UnlearnableOptions = options.group(unlearnable.UnlearnableOptions)
     workdir: str | None = options.option("out/benchmark", options.WORKDIR_HELP)
     is_toy: bool = False
 

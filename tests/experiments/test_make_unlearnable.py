@@ -13,11 +13,11 @@ from afr_jax.evaluation.unlearnable import protect, study
 
 
 def _make(*flags):
-    return programs.call(protect.MakeUnlearnableConfig, protect.run, *flags)
+    return programs.call_alone(protect.MakeUnlearnableConfig, protect.run, *flags)
 
 
 def _study(*flags):
-    return programs.call(study.UnlearnableStudyConfig, study.run, "--toy", *flags)
+    return programs.call_alone(study.UnlearnableStudyConfig, study.run, "--toy", *flags)
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,7 @@ def test_the_program_measures_writes_and_resumes(trees, tmp_path):
     flags = [f"--data={trees / 'train'}", f"--test_data={trees / 'test'}", "--toy"]
     flags += [f"--noise={trees / 'noise'}", "--poison_rate=0.5", "--poison_classes=class_01"]
     flags += ["--countermeasure=grayscale", f"--workdir={tmp_path / 'work'}", "--noaugment"]
-    result, complete = programs.call(victim.TrainVictimConfig, victim.run, *flags)
+    result, complete = programs.call_alone(victim.TrainVictimConfig, victim.run, *flags)
     assert not complete
     assert json.loads((tmp_path / "work/result.json").read_text()) == result
     assert (result["train_images"], result["protected_images"], result["test_images"]) == (
@@ -174,7 +174,7 @@ def test_the_program_measures_writes_and_resumes(trees, tmp_path):
     assert [item["image"] for item in result["not_handled"]] == ["class_00/broken.png"]
     assert len((tmp_path / "work/curve.csv").read_text().splitlines()) == 3
     assert (tmp_path / "work/curve.png").stat().st_size > 5000
-    assert programs.call(victim.TrainVictimConfig, victim.run, *flags)[0] == result
+    assert programs.call_alone(victim.TrainVictimConfig, victim.run, *flags)[0] == result
 
 
 def test_wrong_usage_is_said(trees, tmp_path):
@@ -188,5 +188,5 @@ def test_wrong_usage_is_said(trees, tmp_path):
         ([tree, "--epochs=0"], "--epochs"),
     ]
     for flags, part in cases:
-        answer = programs.call(victim.TrainVictimConfig, victim.run, *flags, work)
+        answer = programs.call_alone(victim.TrainVictimConfig, victim.run, *flags, work)
         assert isinstance(answer, str) and part in answer, (flags, answer)

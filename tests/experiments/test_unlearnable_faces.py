@@ -9,7 +9,7 @@ from afr_jax.evaluation.unlearnable import faces, faces_study
 
 
 def _run(*flags):
-    return programs.call(faces_study.UnlearnableFacesConfig, faces_study.run, *flags)
+    return programs.call_alone(faces_study.UnlearnableFacesConfig, faces_study.run, *flags)
 
 
 def test_people_and_photos_are_divided_without_overlap():
