@@ -29,7 +29,8 @@ import numpy as np
 
 from afr_jax.core import checkpoint, parallel
 from afr_jax.data import image_sets, noise_files
-from afr_jax.methods.unlearnable import baselines, search
+from afr_jax.methods.unlearnable import baselines
+from afr_jax.methods.unlearnable import search as noise_search
 from afr_jax.models import heads
 from afr_jax.models.classifiers import registry
 from afr_jax.training import optimizers, trainer
@@ -160,13 +161,13 @@ class SearchedNoise(NoiseConfig):
 
     network: registry.ClassifierOptions = registry.ClassifierOptions()
     learning_rate: float = 0.1
-    search: search.SearchOptions | None = None
+    search: noise_search.SearchOptions | None = None
 
     @abc.abstractmethod
-    def published(self) -> search.SearchOptions:
+    def published(self) -> noise_search.SearchOptions:
         """The search with the published values for CIFAR-10."""
 
-    def search_options(self) -> search.SearchOptions:
+    def search_options(self) -> noise_search.SearchOptions:
         """The search as it is done."""
         return dataclasses.replace(
             self.search or self.published(),
@@ -192,9 +193,9 @@ class SearchedNoise(NoiseConfig):
         )
         return trainer.Recipe(self.network.make(num_classes), heads.Logits(), optimizer)
 
-    def _base(self) -> search.SearchOptions:
+    def _base(self) -> noise_search.SearchOptions:
         is_class = self.granularity == "class"
-        return search.SearchOptions(
+        return noise_search.SearchOptions(
             num_steps=1 if is_class else 20, class_share=0.2 if is_class else 1.0
         )
 
@@ -205,7 +206,7 @@ class ErrorMin(SearchedNoise):
 
     name = "error_min"
 
-    def published(self) -> search.SearchOptions:
+    def published(self) -> noise_search.SearchOptions:
         """The values of Huang et al.'s scripts."""
         return self._base()
 
@@ -216,7 +217,7 @@ class ErrorMax(SearchedNoise):
 
     name = "error_max"
 
-    def published(self) -> search.SearchOptions:
+    def published(self) -> noise_search.SearchOptions:
         """Huang et al.'s min-max baseline.
 
         60 epochs of clean training (97 steps of 512 images each), then ascent until the error is
@@ -237,7 +238,7 @@ class REM(SearchedNoise):
 
     name = "rem"
 
-    def published(self) -> search.SearchOptions:
+    def published(self) -> noise_search.SearchOptions:
         """Fu et al.'s 5,000 source steps at batch 128, here in 20 rounds of 250.
 
         A pass over all noise follows each round, where the authors refine the noise of a batch just
@@ -262,7 +263,7 @@ class TAP(SearchedNoise):
 
     name = "tap"
 
-    def published(self) -> search.SearchOptions:
+    def published(self) -> noise_search.SearchOptions:
         """250 steps of Fowl et al. at their usual budget of 8 levels, in 10 rounds.
 
         The step size is ours.
@@ -319,7 +320,7 @@ def make_unlearnable(
     if isinstance(config, SearchedNoise):
         if len(data.classes) < 2:
             raise ValueError(f"{config.name} needs two classes or more")
-        found = search.search(
+        found = noise_search.search(
             data.images,
             data.labels,
             num_classes=len(data.classes),
