@@ -12,7 +12,6 @@ from afr_jax.core import checkpoint, parallel
 from afr_jax.data import image_sets
 from afr_jax.methods.unlearnable import recipes, search, source
 from afr_jax.models import heads
-from afr_jax.models.classifiers import registry
 from afr_jax.perturb import stepping
 from afr_jax.training import optimizers, trainer
 
@@ -48,6 +47,13 @@ _TINY = _recipe(_Tiny())
 _OPTIONS = search.SearchOptions(
     num_steps=3, step_levels=2.0, train_steps=4, batch_size=24, max_rounds=3, stop_error=None
 )
+
+
+class _TinyErrorMin(recipes.ErrorMin):
+    """With a source network that compiles fast."""
+
+    def recipe(self, num_classes):
+        return _TINY
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +159,7 @@ def test_noise_follows_ids_through_shuffling_and_seeds(data):
         images=data.images[order],
         labels=data.labels[order],
     )
-    network = registry.ClassifierOptions("small_resnet", width=4)
-    config = recipes.ErrorMin(network=network, search=dataclasses.replace(_OPTIONS, max_rounds=1))
+    config = _TinyErrorMin(search=dataclasses.replace(_OPTIONS, max_rounds=1))
     made, again, other = (
         recipes.make_unlearnable(d, config=config, mesh=_mesh(), seed=seed)
         for d, seed in ((data, 0), (shuffled, 0), (data, 1))
