@@ -166,6 +166,8 @@ class ReferenceOptions:
             raise options.UsageError(
                 "--reference_python is needed; see experiments/reference/README.md"
             )
+        if not (DRIVERS / driver).is_file():
+            raise options.UsageError(f"there is no {DRIVERS / driver}: drivers are in a checkout")
         try:
             process = ReferenceProcess(
                 pathlib.Path(self.reference_python).expanduser(), DRIVERS / driver
