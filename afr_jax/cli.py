@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 # Name -> module, class of the options.
 PROGRAMS = {
+    "attack_detector": ("afr_jax.evaluation.patches.study", "AttackConfig"),
     "benchmark": ("afr_jax.benchmark.program", "BenchmarkConfig"),
     "collect": ("afr_jax.recognition.tasks.collect_photos", "CollectConfig"),
     "detect": ("afr_jax.recognition.tasks.detect_photos", "DetectConfig"),
@@ -22,8 +23,13 @@ PROGRAMS = {
         "HardenExtractorConfig",
     ),
     "identify": ("afr_jax.evaluation.recognition.identify", "IdentifyConfig"),
+    "make_unlearnable": ("afr_jax.evaluation.unlearnable.protect", "MakeUnlearnableConfig"),
     "match": ("afr_jax.recognition.tasks.match_queries", "MatchConfig"),
+    "patch_ablation": ("afr_jax.evaluation.patches.ablation", "AblationConfig"),
     "train_extractor": ("afr_jax.evaluation.recognition.train_extractor", "TrainExtractorConfig"),
+    "train_victim": ("afr_jax.evaluation.unlearnable.victim", "TrainVictimConfig"),
+    "unlearnable_faces": ("afr_jax.evaluation.unlearnable.faces_study", "UnlearnableFacesConfig"),
+    "unlearnable_study": ("afr_jax.evaluation.unlearnable.study", "UnlearnableStudyConfig"),
     "verify": ("afr_jax.evaluation.recognition.verify", "VerifyConfig"),
 }
 
