@@ -10,12 +10,25 @@ import importlib
 
 _HOMES = {
     "afr_jax.data.image_sets": ("load_image_folder",),
+    "afr_jax.data.noise_files": ("read_noise",),
     "afr_jax.data.photos": ("read_photos",),
     "afr_jax.data.video": ("read_frames",),
+    "afr_jax.evaluation.attackers.victims": ("train_victim", "VictimOptions"),
     "afr_jax.evaluation.metrics.misdetection": ("misdetection",),
     "afr_jax.evaluation.recognition.identify": ("identify",),
     "afr_jax.methods.patches.config": ("PatchConfig",),
     "afr_jax.methods.patches.training": ("train_patches",),
+    "afr_jax.methods.unlearnable.recipes": (
+        "make_unlearnable",
+        "ErrorMin",
+        "ErrorMax",
+        "RandomNoise",
+        "REM",
+        "TAP",
+        "LSP",
+        "CUDA",
+    ),
+    "afr_jax.models.classifiers.registry": ("ClassifierOptions",),
     "afr_jax.recognition.detect": ("detect_faces", "DetectorOptions"),
     "afr_jax.recognition.pipeline": ("load_recognizer", "recognize", "Recognizer", "verify"),
 }

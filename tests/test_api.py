@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import afr_jax as afr
+from afr_jax.core import parallel
 from afr_jax.data import photos
 from afr_jax.methods.patches import scenes
 
@@ -175,3 +177,44 @@ def test_patches(recognizer, shared, tmp_path):
     assert names == ["0000.png", "0001.png"] and (tmp_path / "misdetection.json").exists()
     with pytest.raises(ValueError, match=r"no frame to train on \(0000: no face of the person\)"):
         afr.train_patches(recognizer.detector, np.zeros((1, 64, 64, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def faces(shared, tmp_path_factory) -> pathlib.Path:
+    """Face crops of three people: nine to train on, three to test on."""
+    root = tmp_path_factory.mktemp("faces")
+    for person in ("identity_00", "identity_01", "identity_02"):
+        for number, path in enumerate(sorted((shared / "data/faces24" / person).iterdir())[:12]):
+            folder = root / ("train" if number < 9 else "test") / person
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / path.name)
+    return root
+
+
+@pytest.mark.shared
+def test_unlearnable_examples(faces, tmp_path):
+    one_device = parallel.make_mesh(devices=jax.devices()[:1])
+    network = afr.ClassifierOptions("small_resnet", width=4)
+    data = afr.load_image_folder(faces / "train", image_px=16, resize=True)
+    test = afr.load_image_folder(faces / "test", image_px=16, resize=True)
+    config = afr.ErrorMin(granularity="sample", network=network)
+    config = config.with_search(batch_size=9, max_rounds=1, train_steps=2, num_steps=2)
+    noise = afr.make_unlearnable(data, config=config, mesh=one_device)
+    protected = noise.apply(data)
+    assert noise.names == protected.sample_ids == data.sample_ids
+    change = np.abs(protected.images.astype(int) - data.images)
+    assert 0 < change.max() <= 8 and noise.settings["method"] == "error_min"
+    noise.save(tmp_path / "noise.npz")
+    again = afr.read_noise(tmp_path / "noise.npz")
+    np.testing.assert_array_equal(again.apply(data).images, protected.images)
+    protected.save(tmp_path / "images")
+    read = afr.load_image_folder(tmp_path / "images")
+    np.testing.assert_array_equal(read.images, protected.images)
+    options = afr.VictimOptions(network=network, num_epochs=2, batch_size=9)
+    victim = afr.train_victim(protected, test, options=options, mesh=one_device)
+    assert victim.curve.test_accuracy.shape == (2,)
+    low, high = victim.last_interval
+    assert 0 <= low <= victim.last_accuracy <= high <= 1
+    assert victim.peak_accuracy >= victim.last_accuracy
+    by_class = afr.make_unlearnable(data, config=afr.RandomNoise(granularity="class"))
+    assert by_class.names == data.classes

@@ -3,6 +3,10 @@
 Every function takes the key first and ONE image `[H, W, 3]`, float RGB in [0, 1], and returns the
 same shape and range; batch with `jax.vmap` and one key an image (`augment_batch`). The same key
 gives the same change on any number of devices.
+
+Color is changed as torchvision and Pillow do it. dm-pix does it otherwise (contrast about the mean
+of each channel, saturation in HSV, a luma whose weights sum to 0.9999), which is why it is not used
+here.
 """
 
 import dataclasses

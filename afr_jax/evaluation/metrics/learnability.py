@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from sklearn import linear_model
 
 from afr_jax.core import files
 from afr_jax.evaluation.metrics import intervals
@@ -79,15 +80,10 @@ def linear_probe(noise: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> flo
     known, unknown = (flat[fit] - centre) / scale, (flat[held] - centre) / scale
     classes = np.unique(labels)
     wanted = (labels[fit][:, None] == classes[None, :]) * 2.0 - 1.0
-    # The smaller of the two systems; a penalty of a tenth of the mean eigenvalue of either.
-    if len(fit) < known.shape[1]:
-        gram = known @ known.T
-        gram[np.diag_indices_from(gram)] += 0.1 * np.trace(gram) / len(gram)
-        scores = unknown @ (known.T @ np.linalg.solve(gram, wanted))
-    else:
-        gram = known.T @ known
-        gram[np.diag_indices_from(gram)] += 0.1 * np.trace(gram) / len(gram)
-        scores = unknown @ np.linalg.solve(gram, known.T @ wanted)
+    # A tenth of the mean eigenvalue that is not zero for want of samples or features.
+    penalty = 0.1 * np.sum(known**2) / min(known.shape) or 1.0
+    ridge = linear_model.Ridge(penalty, fit_intercept=False, solver="cholesky")
+    scores = ridge.fit(known, wanted).predict(unknown)
     return float(np.mean(classes[np.argmax(scores, axis=1)] == labels[held]))
 
 
