@@ -1,5 +1,6 @@
 """The setting of all tests: 4 CPU devices, strict shapes, parsed flags, shared research data."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -9,7 +10,7 @@ import jax
 import pytest
 from absl import flags
 
-from afr_jax.core import backend
+from afr_jax.core import backend, parallel
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _SHARED = pathlib.Path(os.environ.get("AFR_SHARED") or _ROOT.parent / "shared")
@@ -76,6 +77,40 @@ def start_process():
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
+
+
+@pytest.fixture
+def no_compilation():
+    """A context in which nothing may be compiled that has not been before."""
+    compiled = []
+
+    def listen(event: str, seconds: float, **details) -> None:
+        del seconds, details
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    @contextlib.contextmanager
+    def context():
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        before = len(compiled)
+        yield
+        assert len(compiled) == before, f"{len(compiled) - before} programs were compiled"
+
+    yield context
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def one_device() -> parallel.Mesh:
+    """A mesh of one device: what `spread` is compared with."""
+    return parallel.make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(params=[(1, "pmap"), (4, "jit"), (4, "pmap")], ids=["1-pmap", "4-jit", "4-pmap"])
+def spread(request) -> tuple[parallel.Mesh, parallel.Backend]:
+    """Devices and backend of `parallel.map_batches`; what it maps gives one device's results."""
+    count, backend_name = request.param
+    return parallel.make_mesh(devices=jax.devices()[:count]), backend_name
 
 
 def _has_shared_data() -> bool:

@@ -113,10 +113,6 @@ def thread_map(
         return list(pool.map(fn, items))
 
 
-# Until all callers say `thread_map`.
-overlapped = thread_map
-
-
 def local_rows(tree: Tree) -> Tree:
     """Returns this process's rows of what `shard_batch` or a sharded function returned.
 
@@ -163,7 +159,7 @@ def map_batches(
         parameters, options that are arrays). Arguments that stay the same over several calls are
         best placed once, with `replicate`.
       batch_size: The rows of one call, over all devices; it is cut to N and filled up to a multiple
-        of the devices. Several rising sizes are the bucket sizes of a batch: batches have the
+        of the devices. A tuple of rising sizes has the bucket sizes of a batch: batches have the
         largest one, and the last has the smallest that holds what is left.
       of: Whether `fn` takes one row ("image"), and is vmapped, or a whole batch ("batch"), leaves
         [B, ...] to leaves [B, ...].
@@ -184,7 +180,8 @@ def map_batches(
     in_axes = tuple(in_axes)
     if 0 not in in_axes or set(in_axes) - {0, None}:
         raise ValueError(f"in_axes is {in_axes}, but must be of 0 and None, with one 0 at least")
-    sizes = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
+    is_cut = isinstance(batch_size, int)
+    sizes = (batch_size,) if is_cut else tuple(batch_size)
     if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
         raise ValueError(f"batch_size is {batch_size}, but must be at least 1, or several, rising")
     if backend == "host" and of == "image":
@@ -201,7 +198,11 @@ def map_batches(
         )
         batched = [item for item, axis in zip(arguments, in_axes, strict=True) if axis == 0]
         parts, waiting = [], None
-        for begin, end, size in _cut(_num_rows(batched), sizes, mesh.devices.size):
+        count = _num_rows(batched)
+        if count < 1:
+            raise ValueError("no rows to map over")
+        used = (min(*sizes, count),) if is_cut else sizes
+        for begin, end, size in _cut(count, used, mesh.devices.size):
             part = jax.tree.map(operator.itemgetter(slice(begin, end)), batched)
             padded, _ = pad_batch(part, size)
             rows = iter(padded)
@@ -223,13 +224,9 @@ def map_batches(
 
 def _cut(count: int, sizes: tuple[int, ...], num_devices: int) -> Iterator[tuple[int, int, int]]:
     """First row, end and padded size of each batch of `count` rows."""
-    if count < 1:
-        raise ValueError("no rows to map over")
-    if len(sizes) == 1:
-        sizes = (min(sizes[0], count),)
     for begin in range(0, count, sizes[-1]):
         end = min(begin + sizes[-1], count)
-        size = next(size for size in sizes if size >= end - begin) if len(sizes) > 1 else sizes[0]
+        size = next(size for size in sizes if size >= end - begin)
         yield begin, end, -(-size // num_devices) * num_devices
 
 

@@ -4,14 +4,10 @@ The network runs with its running statistics and without augmentation; examples 
 set on the devices (`trainer.place_data`).
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from afr_jax.core import parallel
-from afr_jax.data import sampling
 from afr_jax.training import trainer
 
 
@@ -23,6 +19,7 @@ def evaluate(
     mesh: parallel.Mesh,
     rows: np.ndarray | None = None,
     batch_size: int = 256,
+    backend: parallel.Backend = "jit",
 ) -> dict[str, float]:
     """Accuracy and mean loss of examples, with running statistics, without augmentation.
 
@@ -34,17 +31,20 @@ def evaluate(
         recipe: the run.
         mesh: of the run.
         rows: `[M]` of the data; by default all.
-        batch_size: rounded up to a multiple of the devices.
+        batch_size: Examples of one call, filled up to a multiple of the devices.
+        backend: As of `parallel.map_batches`.
 
     Returns:
         {"accuracy", "loss", "count"}.
     """
-    sums = []
-    for part, mask in _parts(data, rows, mesh, batch_size):
-        placed = parallel.shard_batch(_local((part, mask)), mesh)
-        sums.append(_sums(state, data, *placed, recipe=recipe))
-    correct, loss, count = np.sum(np.array(jax.device_get(sums), np.float64), axis=0).tolist()
-    return {"accuracy": correct / count, "loss": loss / count, "count": int(count)}
+    rows = _all_rows(data) if rows is None else np.asarray(rows, np.int32)
+    map_fn = _map_rows(_judge, recipe, mesh, batch_size, backend)
+    correct, losses = map_fn(state.params, state.batch_stats, data, rows)
+    return {
+        "accuracy": float(np.mean(correct, dtype=np.float64)),
+        "loss": float(np.mean(losses, dtype=np.float64)),
+        "count": len(rows),
+    }
 
 
 def embed(
@@ -55,14 +55,12 @@ def embed(
     mesh: parallel.Mesh,
     rows: np.ndarray | None = None,
     batch_size: int = 256,
+    backend: parallel.Backend = "jit",
 ) -> np.ndarray:
     """Embeddings (or logits) `[M, D]` float32 of examples, as `evaluate` takes them."""
-    parts = []
-    for part, mask in _parts(data, rows, mesh, batch_size):
-        placed = parallel.shard_batch(_local(part), mesh)
-        outputs = _embed_rows(state, data, placed, recipe=recipe, mesh=mesh)
-        parts.append(np.asarray(outputs)[mask])
-    return np.concatenate(parts)
+    rows = _all_rows(data) if rows is None else np.asarray(rows, np.int32)
+    map_fn = _map_rows(_outputs, recipe, mesh, batch_size, backend)
+    return map_fn(state.params, state.batch_stats, data, rows)
 
 
 def nearest_centre_accuracy(
@@ -86,36 +84,34 @@ def nearest_centre_accuracy(
     return float(np.mean(nearest == labels))
 
 
-@functools.partial(jax.jit, static_argnames="recipe")
-def _sums(state, data, rows, mask, *, recipe):
-    """Correct examples, summed losses and their number `[3]`, of masked rows `[B]`."""
-    images, labels = (jnp.take(leaf, rows, axis=0, mode="clip") for leaf in data)
-    outputs, _ = trainer.forward(state.params, state.batch_stats, images, recipe=recipe)
-    judged = recipe.head.apply({"params": state.params["head"]}, outputs, labels)
-    losses = jnp.where(mask, judged.losses, 0.0)
-    return jnp.stack([jnp.sum(judged.correct & mask), jnp.sum(losses), jnp.sum(mask)])
+def _map_rows(fn, recipe, mesh, batch_size, backend):
+    """Maps `fn(params, batch_stats, data, rows)` over rows of the data."""
+    return parallel.map_batches(
+        fn,
+        mesh,
+        in_axes=(None, None, None, 0),
+        batch_size=batch_size,
+        of="batch",
+        backend=backend,
+        static={"recipe": recipe},
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "mesh"))
-def _embed_rows(state, data, rows, *, recipe, mesh):
+def _judge(params, batch_stats, data, rows, *, recipe):
+    """Whether each example of the rows `[B]` is told correctly, and its loss."""
+    outputs = _outputs(params, batch_stats, data, rows, recipe=recipe)
+    labels = jnp.take(data.labels, rows, axis=0, mode="clip")
+    judged = recipe.head.apply({"params": params["head"]}, outputs, labels)
+    return judged.correct, judged.losses
+
+
+def _outputs(params, batch_stats, data, rows, *, recipe):
     images = jnp.take(data.images, rows, axis=0, mode="clip")
-    outputs, _ = trainer.forward(state.params, state.batch_stats, images, recipe=recipe)
-    return jax.lax.with_sharding_constraint(outputs, parallel.replicated(mesh))
+    return trainer.forward(params, batch_stats, images, recipe=recipe)[0]
 
 
-def _parts(data: trainer.Data, rows: np.ndarray | None, mesh: parallel.Mesh, batch_size: int):
-    """Yields rows and mask of batches of one size, the last one filled up."""
-    rows = np.arange(len(data.labels)) if rows is None else np.asarray(rows)
-    num_devices = mesh.devices.size
-    batch_size = min(batch_size, len(rows))
-    batch_size = -(-batch_size // num_devices) * num_devices
-    for start in range(0, len(rows), batch_size):
-        yield parallel.pad_batch(rows[start : start + batch_size].astype(np.int32), batch_size)
-
-
-def _local(tree):
-    """This process's share of rows of a batch."""
-    return jax.tree.map(sampling.local_rows, tree)
+def _all_rows(data: trainer.Data) -> np.ndarray:
+    return np.arange(len(data.labels), dtype=np.int32)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -159,6 +159,30 @@ def test_training_the_network_learns_what_a_head_cannot(toy):
     jax.tree.map(np.testing.assert_array_equal, before, variables)
 
 
+def test_logits_do_not_depend_on_the_devices(toy, one_device, spread):
+    """Ten chips to train on and three or eleven to tell apart, in batches of six."""
+    extractor, variables = toy
+    chips = np.random.default_rng(1).integers(0, 256, (11, 16, 16, 3), np.uint8)
+    options = tracker_training.TrainingOptions(1, 6, 1e-3)
+
+    def logits(mesh, backend):
+        logits_fn = tracker_training.train(
+            extractor,
+            variables,
+            chips[:10],
+            np.arange(10) % 3,
+            3,
+            options=options,
+            mesh=mesh,
+            backend=backend,
+        )
+        return logits_fn(chips), logits_fn(chips[:3])
+
+    for found, expected in zip(logits(*spread), logits(one_device, "jit"), strict=True):
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
 @pytest.mark.parametrize("fields", [{"num_epochs": -1}, {"batch_size": 0}, {"learning_rate": 0.0}])
 def test_training_options_are_checked(fields):
     with pytest.raises(ValueError, match="above 0"):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from afr_jax.core import images
+from afr_jax.core import images, parallel
 from afr_jax.evaluation.attackers import trackers
 from afr_jax.models.extractors import registry
 from afr_jax.training import optimizers
@@ -50,6 +50,8 @@ def train(
     options: TrainingOptions = TrainingOptions(),
     seed: int = 0,
     report_fn: Callable[[int], None] | None = None,
+    mesh: parallel.Mesh | None = None,
+    backend: parallel.Backend = "jit",
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Trains an extractor and a head to tell people apart.
 
@@ -62,6 +64,8 @@ def train(
         options: of the training.
         seed: of the order of chips, which are mirrored at random.
         report_fn: called with the number of steps that were taken since (progress).
+        mesh: The devices that share the chips where no step is taken; None for all of this process.
+        backend: As of `parallel.map_batches`.
 
     Returns:
         A function of chips `[Q, S, S, 3]` uint8 to logits `[Q, K]`.
@@ -70,7 +74,21 @@ def train(
     params = {"net": variables["params"]}
     frozen = {name: leaf for name, leaf in variables.items() if name != "params"}
     size = min(options.batch_size, len(chips))
-    own = _in_batches(chips, size, lambda some: _unit(params, frozen, some, extractor))
+    mesh = mesh or parallel.make_mesh(devices=jax.local_devices())
+    # One size of batches for all numbers of chips.
+    embed_fn, logits_fn = (
+        parallel.map_batches(
+            fn,
+            mesh,
+            in_axes=(None, None, 0),
+            batch_size=(size,),
+            of="batch",
+            backend=backend,
+            static={"extractor": extractor},
+        )
+        for fn in (_embed, _judge)
+    )
+    own = embed_fn(params, frozen, chips)
     head = trackers.fit_head(own, labels, num_classes)
     params["head"] = {"weights": jnp.asarray(head.weights), "bias": jnp.asarray(head.bias)}
     steps = max(len(chips) // size, 1)
@@ -93,37 +111,24 @@ def train(
             )
             if report_fn is not None:
                 report_fn(1)
-    return lambda some: _in_batches(
-        some, size, lambda part: _logits(params, frozen, part, extractor)
-    )
+    return functools.partial(logits_fn, params, frozen)
 
 
-def _in_batches(chips, size, fn) -> np.ndarray:
-    """Rows of `fn` of chips, `size` at a time; the last chips are repeated to fill the last."""
-    rows = np.arange(-(-len(chips) // size) * size) % max(len(chips), 1)
-    parts = [np.asarray(fn(chips[rows[i : i + size]])) for i in range(0, len(rows), size)]
-    return np.concatenate(parts)[: len(chips)]
-
-
-def _embed(params, frozen, chips, extractor):
+def _embed(params, frozen, chips, *, extractor):
     vectors = registry.embed(extractor, {"params": params["net"], **frozen}, images.to_float(chips))
     length = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / jnp.maximum(length, 1e-12)
 
 
-def _judge(params, frozen, chips, extractor):
-    vectors = _embed(params, frozen, chips, extractor)
+def _judge(params, frozen, chips, *, extractor):
+    vectors = _embed(params, frozen, chips, extractor=extractor)
     return vectors @ params["head"]["weights"] + params["head"]["bias"][None]
-
-
-_unit = jax.jit(_embed, static_argnames="extractor")
-_logits = jax.jit(_judge, static_argnames="extractor")
 
 
 @functools.partial(jax.jit, static_argnames=("extractor", "options"))
 def _step(params, state, frozen, chips, labels, *, extractor, options):
     def loss_fn(params):
-        logits = _judge(params, frozen, chips, extractor)
+        logits = _judge(params, frozen, chips, extractor=extractor)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
     updates, state = optimizers.make_optimizer(options).update(

@@ -5,7 +5,6 @@ Chips are uint8, perturbations those of projected gradient descent against the e
 """
 
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ def embed_chips(
     extractor: registry.Extractor,
     mesh: parallel.Mesh,
     batch_size: int = 32,
+    backend: parallel.Backend = "jit",
 ) -> np.ndarray:
     """Embeddings `[N, D]` float32 of chips `[N, S, S, 3]` uint8, in batches over the devices.
 
@@ -34,13 +34,19 @@ def embed_chips(
         chips: aligned for it.
         extractor: whose.
         mesh: of the devices.
-        batch_size: rounded up to a multiple of the devices.
+        batch_size: Chips of one call, filled up to a multiple of the devices.
+        backend: As of `parallel.map_batches`.
     """
-    parts = []
-    for rows, placed in _batches(chips, mesh, batch_size):
-        outputs = _embed(variables, placed, extractor=extractor)
-        parts.append(np.asarray(outputs)[: len(rows)])
-    return np.concatenate(parts)
+    map_fn = parallel.map_batches(
+        _embed,
+        mesh,
+        in_axes=(None, 0),
+        batch_size=batch_size,
+        of="batch",
+        backend=backend,
+        static={"extractor": extractor},
+    )
+    return map_fn(variables, chips)
 
 
 def attacked_embeddings(
@@ -66,27 +72,36 @@ def attacked_embeddings(
         extractor: under attack.
         attack: the search.
         mesh: of the devices.
-        batch_size: rounded up to a multiple of the devices.
+        batch_size: Chips of one call, filled up to a multiple of the devices.
     """
-    parts = []
-    for number, (rows, placed) in enumerate(_batches(chips, mesh, batch_size)):
-        fill = np.resize(rows, len(placed))
-        targets, signs = parallel.shard_batch(
-            (np.asarray(anchors, np.float32)[fill], np.asarray(directions, np.float32)[fill]), mesh
-        )
-        images = image_ops.to_float(placed)
+
+    def attacked(
+        numbers: np.ndarray, chips: np.ndarray, anchors: np.ndarray, directions: np.ndarray
+    ) -> jax.Array:
+        chips, anchors, directions = parallel.shard_batch((chips, anchors, directions), mesh)
+        images = image_ops.to_float(chips)
         delta = hardening.worst_case(
-            jax.random.fold_in(key, number),
+            jax.random.fold_in(key, numbers[0]),
             variables,
             images,
-            targets,
+            anchors,
             extractor=extractor,
             attack=attack,
-            directions=signs,
+            directions=directions,
         )
-        seen = jnp.clip(images + delta, 0.0, 1.0)
-        parts.append(np.asarray(_embed(variables, seen, extractor=extractor))[: len(rows)])
-    return np.concatenate(parts)
+        return _embed(variables, jnp.clip(images + delta, 0.0, 1.0), extractor=extractor)
+
+    # The search is driven from the host. The start of a chip depends on the number of its batch and
+    # its place in it, not on the devices.
+    map_fn = parallel.map_batches(
+        attacked, mesh, in_axes=(0, 0, 0, 0), batch_size=batch_size, of="batch", backend="host"
+    )
+    return map_fn(
+        np.arange(len(chips)) // batch_size,
+        chips,
+        np.asarray(anchors, np.float32),
+        np.asarray(directions, np.float32),
+    )
 
 
 def shift_scores(
@@ -197,17 +212,6 @@ def _spread(mask: np.ndarray, count: int) -> np.ndarray:
     """At most `count` of the rows that a mask holds, evenly spread; at least one."""
     rows = np.flatnonzero(mask)
     return rows[np.linspace(0, len(rows) - 1, min(max(count, 1), len(rows))).astype(int)]
-
-
-def _batches(
-    chips: np.ndarray, mesh: parallel.Mesh, batch_size: int
-) -> Iterator[tuple[np.ndarray, jax.Array]]:
-    """The rows of each batch, and its chips on the devices; the last one is filled up."""
-    count = mesh.devices.size
-    size = -(-min(batch_size, len(chips)) // count) * count
-    for start in range(0, len(chips), size):
-        rows = np.arange(start, min(start + size, len(chips)))
-        yield rows, parallel.shard_batch(chips[np.resize(rows, size)], mesh)
 
 
 @functools.partial(jax.jit, static_argnames="extractor")

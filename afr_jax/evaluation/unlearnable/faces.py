@@ -5,7 +5,6 @@ of auxiliary people who are not in the victim's data; the victim trains on prote
 people, and is judged on clean photos that it has not seen. Host code, but for the embeddings.
 """
 
-import functools
 import io
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -281,7 +279,13 @@ def read_pairs(
 
 
 def embeddings(
-    net: nn.Module, state: trainer.TrainState, images: np.ndarray, *, batch_size: int = 128
+    net: nn.Module,
+    state: trainer.TrainState,
+    images: np.ndarray,
+    *,
+    batch_size: int = 128,
+    mesh: parallel.Mesh | None = None,
+    backend: parallel.Backend = "jit",
 ) -> np.ndarray:
     """Features of a trained classifier's network, before its last layer, of unit length.
 
@@ -289,21 +293,26 @@ def embeddings(
         net: the classifier's network with `num_classes=None`, which shares its parameters.
         state: of the trained classifier.
         images: `[N, S, S, 3]` uint8.
-        batch_size: of a call.
+        batch_size: Images of one call, filled up to a multiple of the devices.
+        mesh: The devices; None for all of this process.
+        backend: As of `parallel.map_batches`.
 
     Returns:
         `[N, D]` float32.
     """
     variables = {"params": state.params["net"], "batch_stats": state.batch_stats}
-    found = []
-    size = min(batch_size, len(images))
-    for start in range(0, len(images), size):
-        part, mask = parallel.pad_batch(images[start : start + size], size)
-        found.append(np.asarray(_features(variables, part, net))[mask])
-    vectors = np.concatenate(found)
+    map_fn = parallel.map_batches(
+        _features,
+        mesh or parallel.make_mesh(devices=jax.local_devices()),
+        in_axes=(None, 0),
+        batch_size=batch_size,
+        of="batch",
+        backend=backend,
+        static={"net": net},
+    )
+    vectors = map_fn(variables, images)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-@functools.partial(jax.jit, static_argnames="net")
-def _features(variables, images, net):
-    return net.apply(variables, image_ops.to_float(jnp.asarray(images)), train=False)
+def _features(variables, images, *, net):
+    return net.apply(variables, image_ops.to_float(images), train=False)
