@@ -206,7 +206,7 @@ def open_source(
     builder = tfds.builder_from_directory(find_folder(data_dir, name))
     if split not in builder.info.splits:
         raise ValueError(f"{name} has the splits {sorted(builder.info.splits)}, not {split!r}")
-    stored = builder.info.file_format.value
+    stored = builder.info.file_format.value if builder.info.file_format else "nothing known"
     if stored != "array_record":
         raise ValueError(
             f"{name} is stored as {stored}, which needs TensorFlow; prepare it with "

@@ -1,4 +1,4 @@
-"""Which photo shows whom: folders of one folder per identity, or a CSV beside a folder.
+"""Listings of who is on which photo, from a folder per identity or from a CSV.
 
 LFW and PubFig have `root/<identity>/<photo>`, VGGFace2 `root/<split>/<identity>/<photo>`: the
 identity is the name of the folder that a photo lies in, whatever is above it. A sample's id is its

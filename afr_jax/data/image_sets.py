@@ -12,7 +12,7 @@ import io
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -219,12 +219,19 @@ def read(
         if split not in ("train", "test"):
             raise ValueError(f"split is {split!r}, but must be 'train' or 'test' for cifar10")
         return read_cifar10(cifar10_dir, split=split)
-    shared = {"image_px": image_px, "resize": resize, "classes": classes}
     if not source.startswith("tfds:"):
-        return load_image_folder(pathlib.Path(source).expanduser(), **shared)
+        root = pathlib.Path(source).expanduser()
+        return load_image_folder(root, image_px=image_px, resize=resize, classes=classes)
     name, _, own_split = source.removeprefix("tfds:").partition(":")
     folder = pathlib.Path(tfds_dir or "~/tensorflow_datasets").expanduser()
-    return read_records(folder, name, split=own_split or split, **shared)
+    return read_records(
+        folder,
+        name,
+        split=own_split or split,
+        image_px=image_px,
+        resize=resize,
+        classes=classes,
+    )
 
 
 def load_image_folder(
@@ -408,7 +415,7 @@ def _commonest_side(shapes: list[tuple[int, int]]) -> int:
     return min(counts, key=lambda side: (-counts[side], side))
 
 
-def _unused_id(name: str, used: dict) -> str:
+def _unused_id(name: str, used: Collection[str]) -> str:
     """The path without its extension, or with it where two files differ in nothing else."""
     path = pathlib.PurePosixPath(name)
     short = path.with_suffix("").as_posix()

@@ -1,4 +1,4 @@
-"""Loading what does not fit on a device: batches decoded by threads while the device computes.
+"""Loaders of data that does not fit on a device: threads decode while the device computes.
 
 A loader yields the batches of `afr_jax.data.sampling`, each by its step. So the batches do not
 depend on the number of threads, a loader starts anywhere (`first_step`, or `get_state` and

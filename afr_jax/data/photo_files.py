@@ -1,4 +1,4 @@
-"""Photo files in folders: finding them, naming outputs.
+"""Listing of photo files in folders, and names of outputs.
 
 What is in the files is the matter of photos.py. Host code: no JAX here.
 """

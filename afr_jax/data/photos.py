@@ -124,7 +124,7 @@ class Source(NamedTuple):
 
 
 # One or several, also the path of a folder.
-PhotosLike = PhotoLike | Iterable[PhotoLike | Source]
+PhotosLike = PhotoLike | Source | Iterable[PhotoLike | Source]
 
 
 def list_sources(photos: PhotosLike) -> list[Source]:
@@ -138,10 +138,8 @@ def list_sources(photos: PhotosLike) -> list[Source]:
     Raises:
         FileNotFoundError: If a path does not exist.
     """
-    is_one = isinstance(photos, (str, os.PathLike, Image.Image, Photo, Source))
-    is_one |= isinstance(photos, np.ndarray) and photos.ndim <= 3
     found: list[Source] = []
-    for number, photo in enumerate([photos] if is_one else photos):
+    for number, photo in enumerate(_listed(photos)):
         if isinstance(photo, (str, os.PathLike)):
             path = pathlib.Path(photo).expanduser()
             found += [
@@ -154,6 +152,15 @@ def list_sources(photos: PhotosLike) -> list[Source]:
             name = photo.name if isinstance(photo, Photo) else ""
             found.append(Source(name or f"photo_{number}", photo))
     return found
+
+
+def _listed(photos: PhotosLike) -> list[PhotoLike | Source]:
+    """One photo or several as a list."""
+    if isinstance(photos, (str, os.PathLike, Image.Image, Photo, Source)):
+        return [photos]
+    if isinstance(photos, np.ndarray):
+        return list(photos) if photos.ndim == 4 else [photos]
+    return list(photos)
 
 
 def read_photos(photos: PhotosLike) -> list[Photo]:

@@ -1,4 +1,4 @@
-"""Which examples make up the batch of a step: pure functions of a seed and the step's number.
+"""Rows of the batch of each step: pure functions of a seed and the step's number.
 
 Nothing is remembered between two steps, so a run resumes anywhere by its step alone, and every
 process of several computes the same batch and takes its share (`local_rows`). Host code.

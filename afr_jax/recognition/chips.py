@@ -1,4 +1,4 @@
-"""Photos to aligned chips of bytes: what an extractor is trained on.
+"""Aligned face chips of photos as uint8: what an extractor is trained on.
 
 Extractors align while they embed (`afr_jax.recognition.embed`); training wants the
 chips themselves, once.

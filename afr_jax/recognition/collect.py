@@ -1,4 +1,4 @@
-"""Stage 1 of face recognition: collected photos without repeats.
+"""Stage 1 of face recognition: finding repeats among collected photos.
 
 Scraped data sets hold the same photo many times: as the same pixels, or resized, recompressed and
 slightly recolored. The first kind is found by a digest of the pixels, the second by a perceptual
@@ -117,7 +117,7 @@ def collect(
 def fingerprint(pixels: np.ndarray) -> Fingerprint:
     """The fingerprint of a photo `[H, W, 3]` uint8."""
     digest = hashlib.sha256(repr(pixels.shape).encode())
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(np.ascontiguousarray(pixels).data)
     return Fingerprint(digest.digest(), perceptual_hash(pixels), pixels.shape[0] * pixels.shape[1])
 
 

@@ -21,6 +21,7 @@ import lancedb
 import numpy as np
 import pyarrow as pa
 from lancedb.index import IvfFlat
+from lancedb.query import LanceVectorQueryBuilder
 
 from afr_jax.recognition import entries as recognition_entries
 from afr_jax.recognition import match
@@ -229,9 +230,10 @@ class Database:
     def _search_index(self, probes: np.ndarray, k: int, num_probes: int) -> Hits:
         identities, images, boxes, distances = [], [], [], []
         for probe in probes:
+            query = self._table.search(probe, vector_column_name="vector")
+            assert isinstance(query, LanceVectorQueryBuilder)
             rows = (
-                self._table.search(probe, vector_column_name="vector")
-                .distance_type("l2")
+                query.distance_type("l2")
                 .nprobes(num_probes)
                 .limit(k)
                 .select(["identity", "image", "box", "_distance"])

@@ -11,8 +11,9 @@ mouth corner, the person's right (the picture's left) first.
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -132,7 +133,7 @@ def detect_faces(
     Raises:
         PhotoError: the photo cannot be read.
     """
-    pixels = data_photos.as_photo(photo).pixels
+    pixels = photo if isinstance(photo, np.ndarray) else data_photos.as_photo(photo).pixels
     return detect_stages(variables, pixels, options=options).faces
 
 
@@ -156,7 +157,7 @@ def detect_stages(
     scales = pyramid_scales(height, width, options)
     if not scales:
         return _nothing()
-    bucket = tuple(images.bucket_size(side, _SIDE_LADDER) for side in (height, width))
+    bucket = images.bucket_size(height, _SIDE_LADDER), images.bucket_size(width, _SIDE_LADDER)
     size = jnp.array([height, width], jnp.int32)
     canvas = jnp.asarray(images.pad_to(pixels, bucket))
     bucket_scales = pyramid_scales(*bucket, options)
@@ -223,7 +224,17 @@ def no_faces() -> Faces:
     )
 
 
-def overlap(boxes: jax.Array, others: jax.Array, *, of_smaller: bool = False) -> jax.Array:
+@typing.overload
+def overlap(boxes: np.ndarray, others: np.ndarray, *, of_smaller: bool = ...) -> np.ndarray: ...
+
+
+@typing.overload
+def overlap(boxes: jax.Array, others: jax.Array, *, of_smaller: bool = ...) -> jax.Array: ...
+
+
+def overlap(
+    boxes: np.ndarray | jax.Array, others: np.ndarray | jax.Array, *, of_smaller: bool = False
+) -> np.ndarray | jax.Array:
     """Intersection over union of every pair of boxes (or over the smaller area).
 
     Args:
@@ -278,11 +289,11 @@ def _propose(params, canvas, size, sizes, scales, options):
 
 def _level_proposals(params, level, size, scale):
     """Scores `[P]` and boxes `[P, 4]` (photo pixels) of all cells of one level `[h, w, 3]`."""
-    scores, regression = mtcnn.PNet().apply(params, level[None], size[None])
-    scores, regression = scores[0], regression[0]
+    found: Any = mtcnn.PNet().apply(params, level[None], size[None])
+    scores, regression = found[0][0], found[1][0]
     rows, columns = scores.shape
     cells = jnp.stack(jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij"), -1)
-    inside = jnp.all(cells < mtcnn.map_size(size)[None, None], axis=-1)
+    inside = jnp.all(cells < jnp.asarray(mtcnn.map_size(size))[None, None], axis=-1)
     # A cell covers [2 i + 1, 2 i + 12]; the regression is (x0, y0, x1, y1) in units of that side.
     low, high = cells * _STRIDE + 1.0, cells * _STRIDE + float(_CELL)
     side = _CELL - 1.0

@@ -1,4 +1,4 @@
-"""Stage 2 to 4 of face recognition in one call: from a photo and its landmarks to embeddings."""
+"""Embedding of faces: alignment and extractor in one call, from photos and landmarks to vectors."""
 
 import functools
 from collections.abc import Iterable

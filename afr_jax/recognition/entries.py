@@ -1,4 +1,4 @@
-"""What a row of the reference database is, and its form as an Arrow table."""
+"""Rows of the reference database, and their form as an Arrow table."""
 
 import json
 from collections.abc import Sequence

@@ -587,12 +587,12 @@ def _find(
     source: photos.PhotoLike | photos.Source,
     which: str,
     min_confidence: float,
-) -> tuple[np.ndarray | None, detect.Faces, str, str | None]:
-    """Pixels (None for an unreadable photo), faces, digest and problem of one photo."""
+) -> tuple[np.ndarray, detect.Faces, str, str | None]:
+    """Pixels (none of an unreadable photo), faces, digest and problem of one photo."""
     try:
         pixels, digest = _read(source)
     except photos.PhotoError as error:
-        return None, detect.no_faces(), "", str(error)
+        return np.zeros((0, 0, 3), np.uint8), detect.no_faces(), "", str(error)
     faces = detect.detect_faces(recognizer.detector, pixels, options=recognizer.options)
     spread = np.ptp(faces.landmarks, axis=1).max(axis=1, initial=0.0)
     # Landmarks in one spot cannot be aligned.

@@ -1,4 +1,4 @@
-"""What a tracker makes of enrolled embeddings: who is on a probe?
+"""Deciders of a tracker over enrolled embeddings: nearest face, vote, linear head.
 
 Deciders take the distances of Q probes to N enrolled faces, infinite where a face was not found,
 and give a label for each probe, `NOBODY` where they name none. NumPy on the host, but for the
@@ -105,12 +105,12 @@ def fit_head(
         start = Head(np.zeros(shape, np.float32), np.zeros(num_classes, np.float32))
     shares = np.ones(len(labels)) if counted is None else np.asarray(counted, np.float64)
     shares = jnp.asarray(shares / max(shares.sum(), 1.0), jnp.float32)
-    vectors, labels = jnp.asarray(vectors, jnp.float32), jnp.asarray(labels, jnp.int32)
+    rows, targets = jnp.asarray(vectors, jnp.float32), jnp.asarray(labels, jnp.int32)
 
     def loss_fn(flat):
         weights, bias = flat[: shape[0] * shape[1]].reshape(shape), flat[shape[0] * shape[1] :]
         head = jnp.asarray(weights, jnp.float32), jnp.asarray(bias, jnp.float32)
-        loss, gradient = _loss_and_gradient(head, vectors, labels, shares)
+        loss, gradient = _loss_and_gradient(head, rows, targets, shares)
         flat_gradient = np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in gradient])
         return float(loss), flat_gradient
 

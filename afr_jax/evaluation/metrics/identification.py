@@ -1,4 +1,4 @@
-"""Scores of face identification: who of the gallery is on the probe, if anybody?
+"""Scores of face identification, closed set and open set.
 
 Closed set: every probe's person is enrolled; the score is the rank at which the person is found.
 Open set: some probes show nobody who is enrolled; a detector threshold trades false positive

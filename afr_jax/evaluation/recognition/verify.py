@@ -53,7 +53,7 @@ def run(config: VerifyConfig) -> options.Outcome:
     Raises:
         options.UsageError: no pair or a wrong one, an unknown extractor, pairs of one kind only.
     """
-    if bool(config.pair) == (config.pairs is not None):
+    if bool(config.pair) == bool(config.pairs):
         raise options.UsageError("give one of --pair and --pairs")
     if config.pair and len(config.pair) != 2:
         raise options.UsageError(f"--pair takes two photos, not {len(config.pair)}")
@@ -71,7 +71,10 @@ def run(config: VerifyConfig) -> options.Outcome:
 
 
 def _verify_pair(
-    config: VerifyConfig, recognizer: pipeline.Recognizer, metric: str, threshold: float
+    config: VerifyConfig,
+    recognizer: pipeline.Recognizer,
+    metric: str,
+    threshold: float | None,
 ) -> options.Outcome:
     name = config.recognition.extractor
     start = time.perf_counter()
@@ -147,7 +150,7 @@ def _verify_pairs(
 
 def _read_pairs(config: VerifyConfig) -> tuple[list[tuple[str, str]], np.ndarray]:
     try:
-        names, same = pairs.read_pairs(pathlib.Path(config.pairs))
+        names, same = pairs.read_pairs(pathlib.Path(config.pairs or ""))
     except (FileNotFoundError, ValueError) as error:
         raise options.UsageError(f"--pairs: {error}") from error
     if config.max_pairs:

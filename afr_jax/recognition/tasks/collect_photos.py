@@ -82,7 +82,7 @@ def run(config: CollectConfig) -> options.Outcome:
         output / "repeats.csv",
         ("image", *collect.Repeat._fields[1:]),
         [
-            repeat._replace(exact=int(repeat.exact), same_identity=int(repeat.same_identity))
+            [int(value) if isinstance(value, bool) else value for value in repeat]
             for repeat in found.repeats
         ],
     )
@@ -100,7 +100,7 @@ def run(config: CollectConfig) -> options.Outcome:
         "records": None,
     }
     if config.records is not None:
-        result["records"], unreadable = _write_records(config, kept, output)
+        result["records"], unreadable = _write_records(config, kept, output, config.records)
         problems += unreadable
     result["not_handled"] = problems
     files.write_json(output / "result.json", result)
@@ -110,14 +110,14 @@ def run(config: CollectConfig) -> options.Outcome:
 
 
 def _write_records(
-    config: CollectConfig, listing: identities.Listing, output: pathlib.Path
+    config: CollectConfig, listing: identities.Listing, output: pathlib.Path, name: str
 ) -> tuple[str, list[identities.Problem]]:
     _, held_out = sampling.split_by_id(
         listing.sample_ids, held_out=config.held_out, seed=config.seed, labels=listing.labels
     )
     try:
         folder, problems = array_records.write_listing(
-            listing, output / "records", name=config.records, held_out_rows=held_out.tolist()
+            listing, output / "records", name=name, held_out_rows=held_out.tolist()
         )
     except (FileExistsError, ValueError) as error:
         raise options.UsageError(f"--records: {error}") from error

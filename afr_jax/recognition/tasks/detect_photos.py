@@ -17,7 +17,7 @@ from afr_jax.data import photo_files, photos
 from afr_jax.models import mtcnn
 from afr_jax.recognition import detect, shared_options
 
-_TOY_FACE_PX = 80.0
+_TOY_FACE_PX = 80
 _FACE_COLOR, _POINT_COLOR = (255, 64, 64), (64, 255, 64)
 
 

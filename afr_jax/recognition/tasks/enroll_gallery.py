@@ -70,13 +70,15 @@ def run(config: EnrollConfig) -> options.Outcome:
         raise options.UsageError("give one of --gallery and --delete")
     try:
         with options.usage(""):
-            return _enroll(config) if config.gallery else _delete(config)
+            if config.gallery:
+                return _enroll(config, config.gallery, config.database)
+            return _delete(config, config.database)
     except database.DatabaseError as error:
         raise options.UsageError(str(error)) from error
 
 
-def _enroll(config: EnrollConfig) -> options.Outcome:
-    listing = identities.list_people(config.gallery, table=config.csv)
+def _enroll(config: EnrollConfig, gallery: str, place: str) -> options.Outcome:
+    listing = identities.list_people(gallery, table=config.csv)
     if config.max_photos:
         listing = dataclasses.replace(listing, samples=listing.samples[: config.max_photos])
     work = None
@@ -88,7 +90,7 @@ def _enroll(config: EnrollConfig) -> options.Outcome:
     recognizer = config.extraction.load(min_face_px=config.detection.min_face_px)
     done = recognizer.enroll(
         listing,
-        config.database,
+        place,
         replace=config.replace,
         min_confidence=config.detection.min_confidence,
     )
@@ -111,8 +113,8 @@ def _enroll(config: EnrollConfig) -> options.Outcome:
     return options.Outcome(result, complete=not done.problems)
 
 
-def _delete(config: EnrollConfig) -> options.Outcome:
-    reference = database.open_database(config.database)
+def _delete(config: EnrollConfig, place: str) -> options.Outcome:
+    reference = database.open_database(place)
     deleted = reference.delete_identities(config.delete, purge=config.purge)
     return options.Outcome(
         {
