@@ -145,7 +145,7 @@ def write_listing(
     *,
     name: str,
     held_out_rows: Sequence[int] = (),
-) -> tuple[pathlib.Path, list[identities.Problem]]:
+) -> tuple[pathlib.Path, list[identities.Omission]]:
     """Writes the photos of a listing, split "train", and "test" for held-out rows.
 
     JPEG and PNG files go in as they are if they are upright RGB; others as PNG of what is read.
@@ -153,7 +153,7 @@ def write_listing(
     Returns:
         The folder of the data set, and the photos that could not be read and were left out.
     """
-    problems: list[identities.Problem] = []
+    problems: list[identities.Omission] = []
 
     def examples(rows) -> Iterator[Example]:
         for row in rows:
@@ -161,7 +161,7 @@ def write_listing(
             try:
                 image = _photo_image(photos.read_photo_bytes(sample.path))
             except photos.PhotoError as error:
-                problems.append(identities.Problem(sample.sample_id, str(error)))
+                problems.append(identities.Omission(sample.sample_id, str(error)))
                 continue
             yield Example(sample.sample_id, image, sample.identity)
 
@@ -177,7 +177,7 @@ def write_cifar10(
 ) -> pathlib.Path:
     """Writes both splits of CIFAR-10 from whatever `cifar10.load` reads."""
 
-    def examples(images: cifar10.ImageSet) -> Iterator[Example]:
+    def examples(images: cifar10.Cifar10Images) -> Iterator[Example]:
         for image, label, sample_id in zip(
             images.images, images.labels, images.sample_ids, strict=True
         ):

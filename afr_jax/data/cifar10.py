@@ -36,7 +36,7 @@ _FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_
 _MOSAIC = (25, 40)  # rows and columns of images
 
 
-class ImageSet(NamedTuple):
+class Cifar10Images(NamedTuple):
     """Images in memory.
 
     Attributes:
@@ -52,7 +52,7 @@ class ImageSet(NamedTuple):
     classes: tuple[str, ...]
 
 
-def load(source: str | os.PathLike[str], split: str) -> ImageSet:
+def load(source: str | os.PathLike[str], split: str) -> Cifar10Images:
     """Reads a split from whatever a path holds.
 
     Args:
@@ -99,7 +99,7 @@ def download(folder: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(name)
 
 
-def read_binary(source: str | os.PathLike[str], split: str) -> ImageSet:
+def read_binary(source: str | os.PathLike[str], split: str) -> Cifar10Images:
     """Reads the binary version: the archive, or a folder with its files at any depth.
 
     Raises:
@@ -113,12 +113,12 @@ def read_binary(source: str | os.PathLike[str], split: str) -> ImageSet:
     if labels.max() >= len(CLASSES):
         raise ValueError(f"{source}: a label is {labels.max()}, but CIFAR-10 has 0 to 9")
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return ImageSet(np.ascontiguousarray(images), labels, _ids(split, len(labels)), CLASSES)
+    return Cifar10Images(np.ascontiguousarray(images), labels, _ids(split, len(labels)), CLASSES)
 
 
 def read_mosaics(
     source: str | os.PathLike[str], split: str, *, lossless_only: bool = False
-) -> ImageSet:
+) -> Cifar10Images:
     """Reads images that were joined to mosaics of 25 rows of 40, a thousand in each file.
 
     The files are `<split>_00.webp` and so on (any lossless format); `<split>_labels.npz` has the
@@ -151,10 +151,12 @@ def read_mosaics(
     images = np.concatenate(parts).reshape(-1, 32, 32, 3)[: len(labels)]
     ids = _ids(split, len(labels))
     kept = np.flatnonzero(exact) if lossless_only else np.arange(len(labels))
-    return ImageSet(images[kept], labels[kept], tuple(ids[i] for i in kept), classes)
+    return Cifar10Images(images[kept], labels[kept], tuple(ids[i] for i in kept), classes)
 
 
-def read_folders(root: str | os.PathLike[str], *, split: str = "train", side: int = 32) -> ImageSet:
+def read_folders(
+    root: str | os.PathLike[str], *, split: str = "train", side: int = 32
+) -> Cifar10Images:
     """Reads a folder with one folder of images per class; ids are `<split>/<path>`.
 
     Raises:
@@ -166,7 +168,7 @@ def read_folders(root: str | os.PathLike[str], *, split: str = "train", side: in
         problem = readable.problems[-1]
         raise ValueError(f"{root}/{problem.name}: {problem.reason}")
     ids = tuple(f"{split}/{name}" for name in readable.sample_ids)
-    return ImageSet(images, readable.labels, ids, readable.identities)
+    return Cifar10Images(images, readable.labels, ids, readable.identities)
 
 
 def _read_archive(source: pathlib.Path, name: str) -> bytes:

@@ -38,7 +38,7 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Omission:
     """Something that is left out, and why.
 
     Attributes:
@@ -60,7 +60,7 @@ class Listing:
     """
 
     samples: tuple[Sample, ...]
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[Omission, ...] = ()
 
     @functools.cached_property
     def identities(self) -> tuple[str, ...]:
@@ -78,7 +78,7 @@ class Listing:
         """In the order of the samples."""
         return [sample.sample_id for sample in self.samples]
 
-    def without(self, problems: Sequence[Problem]) -> "Listing":
+    def without(self, problems: Sequence[Omission]) -> "Listing":
         """The listing without the samples that the problems name, and with these problems."""
         names = {problem.name for problem in problems}
         kept = tuple(sample for sample in self.samples if sample.sample_id not in names)
@@ -89,7 +89,7 @@ class Listing:
         names, counts = np.unique([s.identity for s in self.samples], return_counts=True)
         rare = {str(n): int(c) for n, c in zip(names, counts, strict=True) if c < min_photos}
         kept = tuple(sample for sample in self.samples if sample.identity not in rare)
-        reasons = [Problem(n, f"has {c} photos, fewer than {min_photos}") for n, c in rare.items()]
+        reasons = [Omission(n, f"has {c} photos, fewer than {min_photos}") for n, c in rare.items()]
         return Listing(kept, (*self.problems, *reasons))
 
 
@@ -128,9 +128,9 @@ def list_tree(root: str | os.PathLike[str]) -> Listing:
         name = item.relative.as_posix()
         filled.update(item.relative.parents)
         if item.problem is not None:
-            problems.append(Problem(name, item.problem))
+            problems.append(Omission(name, item.problem))
         elif len(item.relative.parts) == 1:
-            problems.append(Problem(name, "lies in no identity's folder"))
+            problems.append(Omission(name, "lies in no identity's folder"))
         else:
             identity = unicodedata.normalize("NFC", item.relative.parent.name)
             samples.append(Sample(name, identity, item.path))
@@ -138,7 +138,7 @@ def list_tree(root: str | os.PathLike[str]) -> Listing:
         names[:] = sorted(name for name in names if not name.startswith("."))
         relative = pathlib.PurePosixPath(pathlib.Path(folder).relative_to(root).as_posix())
         if not names and relative not in filled and relative.parts:
-            problems.append(Problem(relative.as_posix(), "the folder holds no photos"))
+            problems.append(Omission(relative.as_posix(), "the folder holds no photos"))
     if not samples:
         raise ValueError(f"{root} holds no photo in a folder of its identity")
     return Listing(tuple(sorted(samples, key=lambda s: s.sample_id)), tuple(problems))
@@ -178,7 +178,7 @@ def list_csv(table: str | os.PathLike[str], root: str | os.PathLike[str]) -> Lis
                 continue
             same = other.identity == identity
             reason = f"{image}: listed before" + ("" if same else f", as {other.identity}")
-        problems.append(Problem(f"row {number}", reason))
+        problems.append(Omission(f"row {number}", reason))
     if not found:
         first = f"; {problems[0].name} {problems[0].reason}" if problems else ""
         raise ValueError(f"{table} has no usable row{first}")
@@ -222,11 +222,11 @@ def without_unreadable(
         report_fn: called with the number of photos that were read since (progress).
     """
 
-    def problem_of(sample: Sample) -> Problem | None:
+    def problem_of(sample: Sample) -> Omission | None:
         try:
             photos.read_photo(sample.path)
         except photos.PhotoError as error:
-            return Problem(sample.sample_id, str(error))
+            return Omission(sample.sample_id, str(error))
         return None
 
     problems = []
@@ -264,7 +264,7 @@ def read_samples(
 
     results = parallel.thread_map(read, listing.samples, width=num_threads)
     problems = [
-        Problem(sample.sample_id, result)
+        Omission(sample.sample_id, result)
         for sample, result in zip(listing.samples, results, strict=True)
         if isinstance(result, str)
     ]

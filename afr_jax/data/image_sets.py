@@ -37,7 +37,7 @@ class ImageSet(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
-    problems: tuple[identities.Problem, ...] = ()
+    problems: tuple[identities.Omission, ...] = ()
 
     def not_handled(self) -> list[dict[str, str]]:
         """The problems as results of programs name them."""
@@ -364,7 +364,7 @@ def _squares(
     *,
     image_px: int | None,
     resize: bool,
-    problems: Sequence[identities.Problem] = (),
+    problems: Sequence[identities.Omission] = (),
 ) -> ImageSet:
     """The set of what has one size and a known class; the rest become problems."""
     shapes = [item.pixels.shape[:2] for item in items if not isinstance(item.pixels, str)]
@@ -387,7 +387,7 @@ def _squares(
         else:
             kept[sample_id] = (identities.fit_square(pixels, side), class_name)
             continue
-        problems.append(identities.Problem(name, reason))
+        problems.append(identities.Omission(name, reason))
     if not kept:
         raise ValueError(f"{origin} holds no image of {side} x {side} px")
     ids = tuple(sorted(kept))

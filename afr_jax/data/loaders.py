@@ -17,7 +17,7 @@ from afr_jax.core import parallel
 from afr_jax.data import identities, sampling
 
 
-class Source(Protocol):
+class ExampleSource(Protocol):
     """A data set with random access, also from several threads."""
 
     def __len__(self) -> int: ...
@@ -27,7 +27,7 @@ class Source(Protocol):
         ...
 
 
-class FileSource(Source):
+class FileSource(ExampleSource):
     """The photos of a listing, decoded when they are asked for, as squares."""
 
     def __init__(self, listing: identities.Listing, side: int):
@@ -47,7 +47,7 @@ class FileSource(Source):
         return identities.read_square(path, self._side), int(self._labels[index])
 
 
-class RecordSource(Source):
+class RecordSource(ExampleSource):
     """The examples of a TFDS data source (`array_records.open_source`), as squares."""
 
     def __init__(self, examples: Sequence[dict], side: int):
@@ -82,7 +82,7 @@ class HostBatch(NamedTuple):
 
 
 def batch_iterator(
-    source: Source,
+    source: ExampleSource,
     batches: sampling.Batches,
     *,
     num_steps: int,
@@ -109,7 +109,7 @@ def batch_iterator(
     return iter(steps.to_iter_dataset(options))
 
 
-def load_all(source: Source, *, num_threads: int = 4) -> tuple[np.ndarray, np.ndarray]:
+def load_all(source: ExampleSource, *, num_threads: int = 4) -> tuple[np.ndarray, np.ndarray]:
     """A whole data set, `[N, S, S, 3]` uint8 and labels `[N]` int32, in the order of the source."""
     if not len(source):
         raise ValueError("the data set is empty")
@@ -118,7 +118,7 @@ def load_all(source: Source, *, num_threads: int = 4) -> tuple[np.ndarray, np.nd
     return np.stack(images), np.array(labels, np.int32)
 
 
-def _loader(source: Source, batches: sampling.Batches) -> Callable[[int], HostBatch]:
+def _loader(source: ExampleSource, batches: sampling.Batches) -> Callable[[int], HostBatch]:
     def load(step: int) -> HostBatch:
         rows = sampling.local_rows(batches.rows(step))
         images, labels = zip(*(source[int(row)] for row in rows), strict=True)

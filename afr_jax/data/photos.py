@@ -107,7 +107,7 @@ class Photo:
 PhotoLike = np.ndarray | str | os.PathLike[str] | Image.Image | Photo
 
 
-class Source(NamedTuple):
+class PhotoSource(NamedTuple):
     """A photo that was asked for and is not decoded yet.
 
     Attributes:
@@ -124,10 +124,10 @@ class Source(NamedTuple):
 
 
 # One or several, also the path of a folder.
-PhotosLike = PhotoLike | Source | Iterable[PhotoLike | Source]
+PhotosLike = PhotoLike | PhotoSource | Iterable[PhotoLike | PhotoSource]
 
 
-def list_sources(photos: PhotosLike) -> list[Source]:
+def list_sources(photos: PhotosLike) -> list[PhotoSource]:
     """Lists photos of any form; only the names of files are looked at.
 
     Args:
@@ -138,25 +138,25 @@ def list_sources(photos: PhotosLike) -> list[Source]:
     Raises:
         FileNotFoundError: If a path does not exist.
     """
-    found: list[Source] = []
+    found: list[PhotoSource] = []
     for number, photo in enumerate(_listed(photos)):
         if isinstance(photo, (str, os.PathLike)):
             path = pathlib.Path(photo).expanduser()
             found += [
-                Source(item.relative.as_posix(), item.path, path.is_dir(), item.problem)
+                PhotoSource(item.relative.as_posix(), item.path, path.is_dir(), item.problem)
                 for item in photo_files.list_photos([path])
             ]
-        elif isinstance(photo, Source):
+        elif isinstance(photo, PhotoSource):
             found.append(photo)
         else:
             name = photo.name if isinstance(photo, Photo) else ""
-            found.append(Source(name or f"photo_{number}", photo))
+            found.append(PhotoSource(name or f"photo_{number}", photo))
     return found
 
 
-def _listed(photos: PhotosLike) -> list[PhotoLike | Source]:
+def _listed(photos: PhotosLike) -> list[PhotoLike | PhotoSource]:
     """One photo or several as a list."""
-    if isinstance(photos, (str, os.PathLike, Image.Image, Photo, Source)):
+    if isinstance(photos, (str, os.PathLike, Image.Image, Photo, PhotoSource)):
         return [photos]
     if isinstance(photos, np.ndarray):
         return list(photos) if photos.ndim == 4 else [photos]

@@ -149,7 +149,7 @@ def cut_faces(
         if report_fn is not None:
             report_fn(len(part))
     problems = [
-        identities.Problem(sample.sample_id, result)
+        identities.Omission(sample.sample_id, result)
         for sample, result in zip(listing.samples, results, strict=True)
         if isinstance(result, str)
     ]

@@ -100,7 +100,7 @@ def collect(
         if report_fn is not None:
             report_fn(len(part))
     problems = [
-        identities.Problem(sample.sample_id, result)
+        identities.Omission(sample.sample_id, result)
         for sample, result in zip(listing.samples, prints, strict=True)
         if isinstance(result, str)
     ]
@@ -110,7 +110,9 @@ def collect(
         [result for result in prints if not isinstance(result, str)],
         max_distance=max_distance,
     )
-    dropped = [identities.Problem(repeat.sample_id, f"repeats {repeat.kept}") for repeat in repeats]
+    dropped = [
+        identities.Omission(repeat.sample_id, f"repeats {repeat.kept}") for repeat in repeats
+    ]
     return Collection(readable.without(dropped), tuple(repeats))
 
 

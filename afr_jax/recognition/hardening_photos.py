@@ -35,7 +35,7 @@ def list_photos(roots: Sequence[str], *, max_photos: int = 0) -> identities.List
                 name = f"{number}/{sample.sample_id}"
                 samples.append(identities.Sample(name, sample.identity, sample.path))
         problems += [
-            identities.Problem(f"{number}/{item.name}", item.reason) for item in listing.problems
+            identities.Omission(f"{number}/{item.name}", item.reason) for item in listing.problems
         ]
     return identities.Listing(tuple(sorted(samples, key=lambda s: s.sample_id)), tuple(problems))
 

@@ -186,7 +186,9 @@ def _blocks(gallery: np.ndarray, mesh: parallel.Mesh) -> tuple[jax.Array, jax.Ar
     squared = np.full(total, np.inf, np.float32)
     squared[: len(gallery)] = np.sum(gallery**2, axis=1)
     rows = images.pad_to(gallery, (total, gallery.shape[1]))
-    return parallel.shard_batch((rows.reshape(*shape, -1), squared.reshape(shape)), mesh)
+    parts = (rows.reshape(*shape, -1), squared.reshape(shape))
+    rows, squared = jax.tree.leaves(parallel.shard_batch(parts, mesh))
+    return rows, squared
 
 
 @functools.partial(jax.jit, static_argnames="k")

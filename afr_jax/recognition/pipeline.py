@@ -105,7 +105,7 @@ class Recognizer(NamedTuple):
         for group in _transactions(zip(todo, found, strict=True), by_person=replace):
             usable = [(item, seen) for item, seen in group if seen.problem is None]
             useless = [(item, seen.problem) for item, seen in group if seen.problem is not None]
-            problems += [identities.Problem(item.name, reason) for item, reason in useless]
+            problems += [identities.Omission(item.name, reason) for item, reason in useless]
             new = [pair for pair in usable if pair[0].name not in enrolled]
             again = [pair for pair in usable if pair[0].name in enrolled]
             added += len(new)
@@ -249,7 +249,7 @@ class EnrollmentReport(NamedTuple):
     added: int
     changed: int
     unchanged: int
-    problems: tuple[identities.Problem, ...]
+    problems: tuple[identities.Omission, ...]
 
 
 class Query(NamedTuple):
@@ -451,7 +451,7 @@ def judge(
 
 def recognize(
     recognizer: Recognizer,
-    sources: Iterable[photos.PhotoLike | photos.Source],
+    sources: Iterable[photos.PhotoLike | photos.PhotoSource],
     *,
     which: Literal["main", "all"] = "main",
     min_confidence: float = 0.0,
@@ -489,7 +489,7 @@ def recognize(
             rows = slice(at, at + len(faces.boxes))
             at = rows.stop
             own = {name: vectors[rows] for name, vectors in embeddings.items()}
-            photo = source.photo if isinstance(source, photos.Source) else source
+            photo = source.photo if isinstance(source, photos.PhotoSource) else source
             path = pathlib.Path(photo) if isinstance(photo, (str, os.PathLike)) else None
             yield Recognized(path, problem, digest, faces, own)
 
@@ -499,14 +499,14 @@ class _Enrollee(NamedTuple):
 
     name: str
     identity: str
-    photo: photos.PhotoLike | photos.Source
+    photo: photos.PhotoLike | photos.PhotoSource
 
 
 def _enrollees(
     gallery: GalleryLike,
-) -> tuple[list[_Enrollee], list[identities.Problem]]:
+) -> tuple[list[_Enrollee], list[identities.Omission]]:
     """The photos of a gallery, and what cannot be enrolled for its name."""
-    problems: list[identities.Problem] = []
+    problems: list[identities.Omission] = []
     if isinstance(gallery, Mapping):
         items = [
             _Enrollee(f"{person}/{source.name}", person, source)
@@ -519,7 +519,7 @@ def _enrollees(
         problems += gallery.problems
         items = [_Enrollee(item.sample_id, item.identity, item.path) for item in gallery.samples]
     reasons = {item.name: reason for item in items if (reason := _name_problem(item))}
-    problems += [identities.Problem(name, reason) for name, reason in reasons.items()]
+    problems += [identities.Omission(name, reason) for name, reason in reasons.items()]
     return [item for item in items if item.name not in reasons], problems
 
 
@@ -584,7 +584,7 @@ def _spoken(box: np.ndarray) -> str:
 
 def _find(
     recognizer: Recognizer,
-    source: photos.PhotoLike | photos.Source,
+    source: photos.PhotoLike | photos.PhotoSource,
     which: str,
     min_confidence: float,
 ) -> tuple[np.ndarray, detect.Faces, str, str | None]:
@@ -602,9 +602,9 @@ def _find(
     return pixels, faces, digest, None if len(faces.boxes) else NO_FACE
 
 
-def _read(source: photos.PhotoLike | photos.Source) -> tuple[np.ndarray, str]:
+def _read(source: photos.PhotoLike | photos.PhotoSource) -> tuple[np.ndarray, str]:
     """Pixels and digest of a photo."""
-    if isinstance(source, photos.Source):
+    if isinstance(source, photos.PhotoSource):
         if source.problem is not None:
             raise photos.PhotoError(source.problem)
         source = source.photo
@@ -616,9 +616,9 @@ def _read(source: photos.PhotoLike | photos.Source) -> tuple[np.ndarray, str]:
     return pixels, digest.hexdigest()
 
 
-def _read_digest(source: photos.PhotoLike | photos.Source) -> str:
+def _read_digest(source: photos.PhotoLike | photos.PhotoSource) -> str:
     """The digest of a photo alone; empty if it cannot be read."""
-    if isinstance(source, photos.Source) and source.problem is None:
+    if isinstance(source, photos.PhotoSource) and source.problem is None:
         source = source.photo
     try:
         if isinstance(source, (str, os.PathLike)):

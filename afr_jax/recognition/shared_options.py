@@ -16,7 +16,7 @@ _NAMES = ", ".join(registry.EXTRACTORS)
 
 
 @dataclasses.dataclass(frozen=True)
-class DetectionOptions:
+class FaceOptions:
     """How small a face is looked for, and how sure the detector must be of it."""
 
     min_face_px: float = options.option(20.0, detect.MIN_FACE_HELP, at_least=12)

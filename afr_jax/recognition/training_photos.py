@@ -28,7 +28,7 @@ class PairOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Faces:
+class FaceSet:
     """Photos of people, split into training and held-out ones.
 
     Attributes:
@@ -89,7 +89,7 @@ class Pairs:
     images: np.ndarray
     rows: np.ndarray
     same: np.ndarray
-    problems: tuple[identities.Problem, ...] = ()
+    problems: tuple[identities.Omission, ...] = ()
 
 
 def split_faces(
@@ -99,7 +99,7 @@ def split_faces(
     side: int,
     held_out: float = 0.2,
     seed: int = 0,
-) -> Faces:
+) -> FaceSet:
     """Splits photos by their ids (`sampling.split_by_id`); everybody keeps one for training.
 
     Raises:
@@ -110,7 +110,7 @@ def split_faces(
     training, held = sampling.split_by_id(
         listing.sample_ids, held_out=held_out, seed=seed, labels=listing.labels
     )
-    return Faces(listing, side, images, training, held)
+    return FaceSet(listing, side, images, training, held)
 
 
 def aligned_faces(
@@ -164,7 +164,7 @@ def kept_chips(
     cache = pathlib.Path(cache)
     if cache.exists():
         with np.load(cache, allow_pickle=False) as kept:
-            problems = [identities.Problem(str(n), str(r)) for n, r in kept["problems"]]
+            problems = [identities.Omission(str(n), str(r)) for n, r in kept["problems"]]
             found, images = listing.without(problems), kept["images"]
             same_photos = found.sample_ids == kept["sample_ids"].tolist()
         if not same_photos or images.shape[-2] != side:
@@ -183,7 +183,7 @@ def kept_chips(
     return found, images
 
 
-def held_out_pairs(faces: Faces, *, max_pairs: int = 1000, seed: int = 0) -> Pairs | None:
+def held_out_pairs(faces: FaceSet, *, max_pairs: int = 1000, seed: int = 0) -> Pairs | None:
     """Pairs of held-out photos, half of them of one person; None where there are too few."""
     rows, same = pairs.balanced_pairs(faces.held_out_labels, max_pairs=max_pairs, seed=seed)
     if len(rows) < MIN_PAIRS:

@@ -97,7 +97,7 @@ def test_a_tfds_set_is_the_tree_it_was_made_from(tree, tmp_path_factory):
     """Damaged files, other sizes and gray images included; the order of the records is another."""
     folder = tmp_path_factory.mktemp("sets")
     listing = identities.list_tree(tree)
-    listing = listing.without([identities.Problem("cat/notes.txt", "")])
+    listing = listing.without([identities.Omission("cat/notes.txt", "")])
     examples = [
         array_records.Example(sample.sample_id, sample.path.read_bytes(), sample.identity)
         for sample in listing.samples

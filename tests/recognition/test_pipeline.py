@@ -115,9 +115,9 @@ def test_the_main_face_and_sure_faces_only(recognizer, tmp_path):
 def test_photos_come_in_any_form_and_some_must_not_be_read(recognizer, tmp_path):
     path = _photo(tmp_path / "one.png", 1, (10, 20, 30))
     pixels = np.asarray(Image.open(path))
-    sources = [path, str(path), pixels, Image.open(path), photos.Source("x", path)]
+    sources = [path, str(path), pixels, Image.open(path), photos.PhotoSource("x", path)]
     *found, refused = pipeline.recognize(
-        recognizer, [*sources, photos.Source("y", path, problem="a link out")]
+        recognizer, [*sources, photos.PhotoSource("y", path, problem="a link out")]
     )
     for item in found:
         np.testing.assert_array_equal(item.embeddings["a"], found[0].embeddings["a"])

@@ -136,7 +136,7 @@ class _Faces:
     people: frozenset[str]
     training: np.ndarray
     held_out: np.ndarray
-    problems: tuple[identities.Problem, ...]
+    problems: tuple[identities.Omission, ...]
 
 
 def run(config: HardenExtractorConfig) -> options.Outcome:

@@ -59,7 +59,7 @@ class IdentifyConfig(options.Config):
         return dataclasses.replace(self, max_people=min(self.max_people or 4, 4))
 
 
-class Split(NamedTuple):
+class IdentificationSplit(NamedTuple):
     """Photos as (path, person): enrolled, probes of the enrolled, probes of strangers."""
 
     gallery: list[tuple[pathlib.Path, str]]
@@ -77,7 +77,7 @@ class IdentificationReport(NamedTuple):
         problems: photos without a face, with the reason.
     """
 
-    split: Split
+    split: IdentificationSplit
     rows: tuple[Row, ...]
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]]
     problems: tuple[tuple[pathlib.Path, str], ...]
@@ -158,7 +158,7 @@ def identify(
 
 def split_people(
     data: str | os.PathLike[str], *, min_photos: int = 5, max_people: int = 0, seed: int = 0
-) -> Split:
+) -> IdentificationSplit:
     """Draws half of the photos of each person for the gallery; the others are probes.
 
     Args:
@@ -183,7 +183,7 @@ def split_people(
             "one: both are needed"
         )
     rng = np.random.default_rng(seed)
-    split = Split([], [], [(people[name][0], name) for name in single])
+    split = IdentificationSplit([], [], [(people[name][0], name) for name in single])
     for name in known:
         order = rng.permutation(len(people[name]))
         half = len(order) // 2
@@ -193,7 +193,7 @@ def split_people(
 
 
 def identify_split(
-    recognizer: pipeline.Recognizer, split: Split, *, metric: str | None = None
+    recognizer: pipeline.Recognizer, split: IdentificationSplit, *, metric: str | None = None
 ) -> IdentificationReport:
     """Measures identification on people who are split already; see `identify`."""
     sources = [path for part in split for path, _ in part]
@@ -215,7 +215,7 @@ def identify_split(
 
 
 def _scores(
-    split: Split, embeddings: Sequence[np.ndarray], metric: str
+    split: IdentificationSplit, embeddings: Sequence[np.ndarray], metric: str
 ) -> identification.Identification:
     """What the probes met; photos without a face are as far as can be."""
     ends = np.cumsum([len(part) for part in split])
@@ -240,7 +240,7 @@ def _scores(
     )
 
 
-def _row(scores: identification.Identification, split: Split) -> Row:
+def _row(scores: identification.Identification, split: IdentificationSplit) -> Row:
     people = [person for _, person in split.probes]
     hits = (scores.ranks == 1).astype(np.float64)
     row: dict[str, str | float | tuple[float, float]] = {

@@ -221,7 +221,7 @@ def _recipe(config: TrainExtractorConfig, num_classes: int, steps_per_epoch: int
     )
 
 
-def _read_faces(config: TrainExtractorConfig, work: workdir.Workdir) -> training_photos.Faces:
+def _read_faces(config: TrainExtractorConfig, work: workdir.Workdir) -> training_photos.FaceSet:
     """Lists the photos, splits them, and reads them unless they are too many."""
     side = config.input_px
     with options.usage(f"--data={config.data}"):
@@ -263,7 +263,7 @@ def _detector() -> mtcnn.Variables:
 
 
 def _read_pairs(
-    config: TrainExtractorConfig, faces: training_photos.Faces
+    config: TrainExtractorConfig, faces: training_photos.FaceSet
 ) -> training_photos.Pairs | None:
     """The pairs of --pairs, or pairs of held-out photos; None where there are too few."""
     if config.verified.pairs is None:
@@ -275,7 +275,7 @@ def _read_pairs(
         )
 
 
-def _batches(config: TrainExtractorConfig, faces: training_photos.Faces) -> sampling.Batches:
+def _batches(config: TrainExtractorConfig, faces: training_photos.FaceSet) -> sampling.Batches:
     size, seed = config.batch.batch_size, config.seed
     if config.head != "triplet":
         config.batch.check_images(len(faces.training))
@@ -298,7 +298,7 @@ class _Training:
     config: TrainExtractorConfig
     work: workdir.Workdir
     mesh: parallel.Mesh
-    faces: training_photos.Faces
+    faces: training_photos.FaceSet
     pairs: training_photos.Pairs | None
     batches: sampling.Batches
     recipe: trainer.Recipe
@@ -405,7 +405,7 @@ def _summary(line: dict[str, Any]) -> str:
 
 
 def _template(
-    config: TrainExtractorConfig, faces: training_photos.Faces
+    config: TrainExtractorConfig, faces: training_photos.FaceSet
 ) -> tuple[tuple[float, float], ...] | None:
     """Where landmarks lie in the chips, so that photos can be aligned for the network later."""
     if config.align:
@@ -428,7 +428,7 @@ def _template(
 def _write_card(
     config: TrainExtractorConfig,
     work: workdir.Workdir,
-    faces: training_photos.Faces,
+    faces: training_photos.FaceSet,
     template: tuple[tuple[float, float], ...] | None,
     state: trainer.TrainState,
     scores: dict[str, Any],

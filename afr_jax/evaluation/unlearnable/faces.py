@@ -74,7 +74,7 @@ class StrangerPairs(NamedTuple):
     rows: np.ndarray
     same: np.ndarray
     without_face: int
-    problems: tuple[identities.Problem, ...]
+    problems: tuple[identities.Omission, ...]
 
     def scores(self, vectors: np.ndarray) -> "StrangerScores":
         """How well vectors `[M, D]` of the photos, of unit length, tell the pairs apart."""
@@ -271,7 +271,7 @@ def read_pairs(
     if not usable.any() or same[usable].all() or not same[usable].any():
         raise ValueError(f"too few photos of {table} can be read below {root}")
     problems = tuple(
-        identities.Problem(names[row], "cannot be read; its pairs are left out")
+        identities.Omission(names[row], "cannot be read; its pairs are left out")
         for row in np.flatnonzero(unreadable)
     )
     without_face = int((~found & ~unreadable).sum())

@@ -111,7 +111,7 @@ def run(config: CollectConfig) -> options.Outcome:
 
 def _write_records(
     config: CollectConfig, listing: identities.Listing, output: pathlib.Path, name: str
-) -> tuple[str, list[identities.Problem]]:
+) -> tuple[str, list[identities.Omission]]:
     _, held_out = sampling.split_by_id(
         listing.sample_ids, held_out=config.held_out, seed=config.seed, labels=listing.labels
     )

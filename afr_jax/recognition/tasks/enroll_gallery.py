@@ -41,7 +41,7 @@ class EnrollConfig(options.Config):
     )
     database: str | None = options.option(None, "folder or object-store address of the database")
     extraction: shared_options.ExtractorOptions = options.group(shared_options.ExtractorOptions)
-    detection: shared_options.DetectionOptions = options.group(shared_options.DetectionOptions)
+    detection: shared_options.FaceOptions = options.group(shared_options.FaceOptions)
     replace: bool = options.option(
         False, "drop what else is enrolled of the gallery's people", resumable=True
     )

@@ -43,7 +43,7 @@ class MatchConfig(options.Config):
         None, "weight file, or folder of the trained extractor, that the database is made with"
     )
     exact: bool = options.option(False, "search all faces even if there is an index")
-    detection: shared_options.DetectionOptions = options.group(shared_options.DetectionOptions)
+    detection: shared_options.FaceOptions = options.group(shared_options.FaceOptions)
     workdir: str | None = options.option("out/match", options.WORKDIR_HELP)
 
 
@@ -68,7 +68,7 @@ def run(config: MatchConfig) -> options.Outcome:
             work = workdir.open_workdir(config.workdir, config, resumable=every)
             found = recognizer.match(
                 [
-                    photos.Source(item.relative.as_posix(), item.path, problem=item.problem)
+                    photos.PhotoSource(item.relative.as_posix(), item.path, problem=item.problem)
                     for item in inputs
                 ],
                 reference,
