@@ -21,7 +21,7 @@ def images():
     return np.clip(ramp + generator.normal(0, 12, (4, 32, 32, 3)), 0, 255).astype(np.uint8)
 
 
-def _equalised(image):
+def _equalized(image):
     """By OpenCV; Pillow's has steps of whole counts, which small images feel."""
     return np.stack([cv2.equalizeHist(channel) for channel in np.asarray(image).T]).T
 
@@ -86,18 +86,18 @@ def test_cutmix_pastes_one_rectangle_and_counts_its_area():
 
 
 @pytest.mark.parametrize(
-    "index, pillow_fn, tolerance",
+    "name, pillow_fn, tolerance",
     [
-        (1, ImageOps.autocontrast, 1),
-        (2, _equalised, 0),
-        (4, lambda image: ImageOps.solarize(image, 179), 0),
-        (5, lambda image: ImageOps.posterize(image, 7), 0),
+        ("autocontrast", ImageOps.autocontrast, 1),
+        ("equalize", _equalized, 0),
+        ("solarize", lambda image: ImageOps.solarize(image, 179), 0),
+        ("posterize", lambda image: ImageOps.posterize(image, 7), 0),
     ],
-    ids=["autocontrast", "equalise", "solarise", "posterise"],
+    ids=["autocontrast", "equalize", "solarize", "posterize"],
 )
-def test_operations_do_what_others_do(images, index, pillow_fn, tolerance):
-    """At magnitude 0.3: solarise from 0.7 on (178.5), 7 bits."""
-    operation = countermeasures._operations(0.3)[index]
+def test_operations_do_what_others_do(images, name, pillow_fn, tolerance):
+    """At magnitude 0.3: solarize from 0.7 on (178.5), 7 bits."""
+    operation = countermeasures.randaugment_operations(0.3)[name]
     made = np.asarray(operation(jnp.asarray(images[0], jnp.float32) / 255, jnp.ones(()))) * 255
     expected = np.asarray(pillow_fn(Image.fromarray(images[0]))).astype(np.float64)
     assert np.abs(made - expected).max() <= tolerance + 0.51
@@ -105,7 +105,8 @@ def test_operations_do_what_others_do(images, index, pillow_fn, tolerance):
 
 def test_geometry_moves_by_what_it_says():
     image = jnp.zeros((32, 32, 3)).at[10:20, 12:22].set(1.0)
-    rotate, shift = (countermeasures._operations(0.3)[i] for i in (3, 12))
+    operations = countermeasures.randaugment_operations(0.3)
+    rotate, shift = operations["rotate"], operations["translate_x"]
     moved = np.asarray(shift(image, jnp.ones(())))
     # 0.3 x 10 px to the left: the place is sampled at column + 3.
     np.testing.assert_allclose(moved[:, :29], np.asarray(image)[:, 3:], atol=1e-5)

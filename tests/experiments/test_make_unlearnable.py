@@ -117,7 +117,7 @@ def test_flags_reach_the_search():
     flags = ["--method=rem", "--granularity=class", "--epsilon=4", "--views=2", "--step_levels=1.5"]
     config = program.parse(protect.MakeUnlearnableConfig, [*flags, "--width=8"])
     search = config.noise().search_options()
-    assert (search.epsilon_levels, search.views, search.step_levels) == (4, 2, 1.5)
+    assert (search.epsilon, search.views, search.step_size) == (4 / 255, 2, 1.5 / 255)
     assert search.train_steps == 250 and config.noise().network.width == 8
     small = config.toy().noise()
     assert small.search_options().train_steps == 4 and small.search_options().views == 2

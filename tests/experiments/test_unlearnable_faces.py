@@ -43,13 +43,13 @@ def test_aligned_crops_put_the_eyes_where_the_template_has_them():
         photo[np.hypot(rows - y, columns - x) < 4] = 255
     for side in (112, 56):
         crop = faces.aligned(photo, landmarks, side)[..., 0].astype(float)
-        # Pixel centres of a crop of another side lie half a pixel inwards.
+        # Pixel centers of a crop of another side lie half a pixel inwards.
         places = (template + 0.5) * side / 112 - 0.5
         rows_in, columns_in = np.mgrid[:side, :side]
         for y, x in places:
             near = crop * (np.hypot(rows_in - y, columns_in - x) < 6 * side / 112)
-            centre = np.array([(near * rows_in).sum(), (near * columns_in).sum()]) / near.sum()
-            assert np.abs(centre - [y, x]).max() < 0.6, (side, centre, (y, x))
+            center = np.array([(near * rows_in).sum(), (near * columns_in).sum()]) / near.sum()
+            assert np.abs(center - [y, x]).max() < 0.6, (side, centre, (y, x))
 
 
 def test_the_middle_of_an_lfw_photo_has_the_template_s_scale():

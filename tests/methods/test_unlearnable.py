@@ -86,13 +86,13 @@ def test_cuda_is_the_class_filter_scaled_to_white():
 
 def test_the_probe_tells_separable_noise_from_random_noise():
     labels = np.arange(400) % 4
-    centres = np.random.default_rng(0).normal(0, 1, (4, 48))
+    centers = np.random.default_rng(0).normal(0, 1, (4, 48))
     clutter = np.random.default_rng(1).normal(0, 1, (400, 48))
-    assert learnability.linear_probe(centres[labels] + 0.3 * clutter, labels) > 0.95
+    assert learnability.linear_probe(centers[labels] + 0.3 * clutter, labels) > 0.95
     assert abs(learnability.linear_probe(clutter, labels) - 0.25) < 0.12
     # Fewer samples than features takes the other system of equations.
     wide = np.concatenate([clutter[:100]] * 3, axis=1)
-    wide[:, :48] += 5 * centres[labels[:100]]
+    wide[:, :48] += 5 * centers[labels[:100]]
     assert learnability.linear_probe(wide, labels[:100]) > 0.9
 
 
@@ -100,13 +100,14 @@ def test_published_settings_and_combinations_that_do_not_exist():
     sample, by_class = (
         recipes.ErrorMin(granularity=kind).search_options() for kind in ("sample", "class")
     )
-    assert (sample.num_steps, sample.train_steps, sample.step_levels) == (20, 10, 0.8)
+    assert (sample.num_steps, sample.train_steps, sample.step_size) == (20, 10, 0.8 / 255)
     assert (by_class.num_steps, by_class.class_share, by_class.stop_error) == (1, 0.2, 0.01)
     assert by_class.granularity == "class"
-    assert recipes.REM().published().adversary_levels == 4
+    assert recipes.REM().published().adversary_radius == 4 / 255
     assert recipes.ErrorMax(granularity="class").published().ascend
     changed = recipes.TAP(epsilon=16 / 255).with_search(max_rounds=3)
-    assert (changed.search_options().epsilon_levels, changed.search_options().max_rounds) == (16, 3)
+    assert changed.search_options().epsilon == 16 / 255
+    assert changed.search_options().max_rounds == 3
     assert changed.search_options().permuted and recipes.TAP().search_options().max_rounds == 10
     for config, changes, match in (
         (recipes.CUDA, {"granularity": "sample"}, "one filter a class"),

@@ -45,7 +45,7 @@ def _recipe(net):
 
 _TINY = _recipe(_Tiny())
 _OPTIONS = search.SearchOptions(
-    num_steps=3, step_levels=2.0, train_steps=4, batch_size=24, max_rounds=3, stop_error=None
+    num_steps=3, step_size=2 / 255, train_steps=4, batch_size=24, max_rounds=3, stop_error=None
 )
 
 
@@ -213,7 +213,7 @@ def test_error_max_trains_first_and_then_raises_the_error(data):
 
 
 def test_rem_sees_views_and_an_adversary(data, straight):
-    options = dataclasses.replace(_OPTIONS, views=1, adversary_levels=4.0, adversary_steps=2)
+    options = dataclasses.replace(_OPTIONS, views=1, adversary_radius=4 / 255, adversary_steps=2)
     robust = _search(data, options)
     assert np.abs(robust.noise).max() <= 8 / 255 + 1e-7
     assert (np.abs(robust.noise - straight.noise) > 1e-6).mean() > 0.05
@@ -223,7 +223,7 @@ def test_rem_sees_views_and_an_adversary(data, straight):
     "change",
     [
         {"granularity": "batch"},
-        {"epsilon_levels": 0},
+        {"epsilon": 0},
         {"num_steps": 0},
         {"class_share": 0},
         {"views": -1},

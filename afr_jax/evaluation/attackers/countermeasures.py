@@ -3,7 +3,7 @@
 Conversions (`convert`) act once on 8-bit images on the host, JPEG through the real codec: Liu et
 al. 2023, "Image Shortcut Squeezing" (ICML). The others act in every step on the device, on batches
 `[B, H, W, 3]` float in [0, 1] with the key first: mixup, cutmix, RandAugment here; cutout is an
-option of `augment.Augmentation`, adversarial training is in `victims`.
+option of `augmentation.Augmentation`, adversarial training is in `victims`.
 """
 
 import functools
@@ -21,6 +21,7 @@ from afr_jax.core import parallel
 STORED = ("none", "grayscale", "jpeg10", "jpeg50", "jpeg75", "blur", "bit_depth")
 IN_TRAINING = ("cutout", "mixup", "cutmix", "randaugment", "adversarial")
 NAMES = STORED + IN_TRAINING
+Operation = Callable[[jax.Array, jax.Array], jax.Array]
 _BLUR_SIGMA_PX = 1.0
 # Image Shortcut Squeezing reduces to 2 bits.
 _BITS = 2
@@ -95,9 +96,9 @@ def cutmix(
     side = jnp.sqrt(1.0 - jax.random.beta(share_key, beta, beta))
     used = jax.random.bernoulli(use_key, probability)
     size = jnp.array([height, width], jnp.float32)
-    centre = jax.random.uniform(place_key, (2,)) * size
-    low = jnp.clip(jnp.round(centre - side * size / 2), 0, size)
-    high = jnp.clip(jnp.round(centre + side * size / 2), 0, size)
+    center = jax.random.uniform(place_key, (2,)) * size
+    low = jnp.clip(jnp.round(center - side * size / 2), 0, size)
+    high = jnp.clip(jnp.round(center + side * size / 2), 0, size)
     rows, columns = jnp.arange(height), jnp.arange(width)
     in_rows = (rows >= low[0]) & (rows < high[0])
     in_columns = (columns >= low[1]) & (columns < high[1])
@@ -124,7 +125,7 @@ def randaugment(
     Returns:
         `[H, W, 3]` in [0, 1].
     """
-    operations = _operations(magnitude)
+    operations = list(randaugment_operations(magnitude).values())
     for step_key in jax.random.split(key, num_operations):
         which_key, sign_key = jax.random.split(step_key)
         which = jax.random.randint(which_key, (), 0, len(operations))
@@ -133,8 +134,11 @@ def randaugment(
     return image
 
 
-def _operations(magnitude: float) -> list[Callable[[jax.Array, jax.Array], jax.Array]]:
-    """Functions (image, sign) -> image."""
+def randaugment_operations(magnitude: float) -> dict[str, Operation]:
+    """The operations of `randaugment` by name, at a magnitude in [0, 1].
+
+    Each takes an image `[H, W, 3]` in [0, 1] and a sign, 1.0 or -1.0, for those that go both ways.
+    """
     enhance = 0.9 * magnitude
     angle = jnp.deg2rad(30.0 * magnitude)
     shear = 0.3 * magnitude
@@ -163,31 +167,34 @@ def _operations(magnitude: float) -> list[Callable[[jax.Array, jax.Array], jax.A
         del sign
         return jnp.eye(2)
 
-    return [
-        lambda image, sign: image,
-        lambda image, sign: _stretch(image),
-        lambda image, sign: _equalise(image),
-        affine(rotation),
-        lambda image, sign: jnp.where(image >= 1 - magnitude, 1 - image, image),
-        lambda image, sign: jnp.floor(image * 255 / 2 ** (8 - bits)) * 2 ** (8 - bits) / 255,
-        blend(lambda image: jnp.broadcast_to(_luma(image), image.shape)),
-        blend(lambda image: jnp.broadcast_to(jnp.mean(_luma(image)), image.shape)),
-        blend(jnp.zeros_like),
-        blend(_smooth),
-        affine(lambda sign: jnp.eye(2) + sign * shear * jnp.array([[0.0, 0.0], [1.0, 0.0]])),
-        affine(lambda sign: jnp.eye(2) + sign * shear * jnp.array([[0.0, 1.0], [0.0, 0.0]])),
-        affine(still, (0.0, shift)),
-        affine(still, (shift, 0.0)),
-    ]
+    shear_x, shear_y = (jnp.array(m) for m in ([[0.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 0.0]]))
+    return {
+        "identity": lambda image, sign: image,
+        "autocontrast": lambda image, sign: _stretch(image),
+        "equalize": lambda image, sign: _equalize(image),
+        "rotate": affine(rotation),
+        "solarize": lambda image, sign: jnp.where(image >= 1 - magnitude, 1 - image, image),
+        "posterize": lambda image, sign: (
+            jnp.floor(image * 255 / 2 ** (8 - bits)) * 2 ** (8 - bits) / 255
+        ),
+        "color": blend(lambda image: jnp.broadcast_to(_luma(image), image.shape)),
+        "contrast": blend(lambda image: jnp.broadcast_to(jnp.mean(_luma(image)), image.shape)),
+        "brightness": blend(jnp.zeros_like),
+        "sharpness": blend(_smooth),
+        "shear_x": affine(lambda sign: jnp.eye(2) + sign * shear * shear_x),
+        "shear_y": affine(lambda sign: jnp.eye(2) + sign * shear * shear_y),
+        "translate_x": affine(still, (0.0, shift)),
+        "translate_y": affine(still, (shift, 0.0)),
+    }
 
 
 def _warp(image: jax.Array, matrix: jax.Array, move: jax.Array) -> jax.Array:
-    """Samples at matrix @ (place - centre) + centre + move, places being (row, column)."""
+    """Samples at matrix @ (place - center) + center + move, places being (row, column)."""
     height, width, _ = image.shape
-    centre = (jnp.array([height, width], jnp.float32) - 1) / 2
+    center = (jnp.array([height, width], jnp.float32) - 1) / 2
     rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
     places = jnp.stack([rows, columns]).reshape(2, -1).astype(jnp.float32)
-    at = matrix @ (places - centre[:, None]) + (centre + move)[:, None]
+    at = matrix @ (places - center[:, None]) + (center + move)[:, None]
 
     def sample(channel):
         return jax.scipy.ndimage.map_coordinates(channel, list(at), order=1, cval=0.0)
@@ -202,7 +209,7 @@ def _stretch(image: jax.Array) -> jax.Array:
     return jnp.where(span > 0, (image - low) / jnp.where(span > 0, span, 1.0), image)
 
 
-def _equalise(image: jax.Array) -> jax.Array:
+def _equalize(image: jax.Array) -> jax.Array:
     """Every channel with an even histogram of 256 levels."""
 
     def one(channel):

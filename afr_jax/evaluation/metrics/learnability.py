@@ -75,9 +75,9 @@ def linear_probe(noise: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> flo
     flat = np.asarray(noise, np.float64).reshape(len(noise), -1)
     order = np.random.default_rng(seed).permutation(len(flat))
     fit, held = order[: len(order) // 2], order[len(order) // 2 :]
-    centre = flat[fit].mean(axis=0)
+    center = flat[fit].mean(axis=0)
     scale = flat[fit].std() or 1.0
-    known, unknown = (flat[fit] - centre) / scale, (flat[held] - centre) / scale
+    known, unknown = (flat[fit] - center) / scale, (flat[held] - center) / scale
     classes = np.unique(labels)
     wanted = (labels[fit][:, None] == classes[None, :]) * 2.0 - 1.0
     # A tenth of the mean eigenvalue that is not zero for want of samples or features.

@@ -125,7 +125,7 @@ class UnlearnableFacesConfig(options.Config):
             learning_rate=self.victim.learning_rate,
         )
         return found.with_search(
-            step_levels=self.epsilon / 10,
+            step_size=self.epsilon / 10 / 255,
             class_share=1.0,
             stop_error=self.stop_error or None,
             batch_size=self.victim.batch_size,

@@ -41,8 +41,11 @@ class SearchChanges:
     )
 
     def given(self) -> dict[str, Any]:
-        """The values that are there."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """The values that are there, as fields of `search.SearchOptions`."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if "step_levels" in given:
+            given["step_size"] = given.pop("step_levels") / 255
+        return given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -43,13 +43,13 @@ _SCALES = {
         ),
         search={
             "error_min/sample": _REDUCED_SEARCH
-            | {"max_rounds": 8, "num_steps": 4, "step_levels": 2.0, "stop_error": None},
-            "error_min/class": _REDUCED_SEARCH | {"step_levels": 1.6, "class_share": 1.0},
+            | {"max_rounds": 8, "num_steps": 4, "step_size": 2 / 255, "stop_error": None},
+            "error_min/class": _REDUCED_SEARCH | {"step_size": 1.6 / 255, "class_share": 1.0},
             "error_max/sample": _REDUCED_SOURCE
-            | {"max_rounds": 1, "num_steps": 8, "step_levels": 2.0},
-            "error_max/class": _REDUCED_SOURCE | {"max_rounds": 8, "step_levels": 1.6},
+            | {"max_rounds": 1, "num_steps": 8, "step_size": 2 / 255},
+            "error_max/class": _REDUCED_SOURCE | {"max_rounds": 8, "step_size": 1.6 / 255},
             "rem/sample": _REDUCED_ROBUST
-            | {"max_rounds": 8, "train_steps": 40, "num_steps": 4, "step_levels": 2.0},
+            | {"max_rounds": 8, "train_steps": 40, "num_steps": 4, "step_size": 2 / 255},
             "rem/class": _REDUCED_ROBUST | {"class_share": 1.0},
             "tap/sample": _REDUCED_SOURCE | {"max_rounds": 4},
             "tap/class": _REDUCED_SOURCE | {"max_rounds": 30},
@@ -71,7 +71,7 @@ _SCALES = {
                 "train_steps": 0 if method in ("error_max", "tap") else 20,
                 "source_steps": 60 if method in ("error_max", "tap") else 0,
                 "num_steps": 4 if granularity == "sample" else 1,
-                "step_levels": 2.0,
+                "step_size": 2 / 255,
                 "class_share": 1.0,
                 "max_rounds": 4 if granularity == "sample" else 8,
                 "stop_error": None,

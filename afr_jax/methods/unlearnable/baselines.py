@@ -55,13 +55,13 @@ def separable_patches(
 ) -> np.ndarray:
     """Linearly separable patches: each class is a cluster of coarse color patterns.
 
-    Yu et al. 2022, section 4.2: a class has a corner of a hypercube as its centre and a random
+    Yu et al. 2022, section 4.2: a class has a corner of a hypercube as its center and a random
     linear map for its spread; a draw is reshaped to a grid of patches and scaled to an L2 norm. The
     norm is sqrt(d) * 6 / 8 epsilon, so single values exceed epsilon: the budget is one of L2.
 
     Args:
         seed: of all draws.
-        names: sample ids, or class names for the centres of the clusters alone.
+        names: sample ids, or class names for the centers of the clusters alone.
         class_names: class of each name; equal to `names` for class-wise noise.
         shape: (H, W, 3).
         epsilon_levels: gray levels.
@@ -76,15 +76,15 @@ def separable_patches(
     clusters = {}
     for name in sorted(set(class_names)):
         generator = _generator(seed, f"class {name}")
-        centre = _CLASS_SEPARATION * generator.choice([-1.0, 1.0], size)
-        clusters[name] = centre, generator.uniform(-1, 1, (size, size))
+        center = _CLASS_SEPARATION * generator.choice([-1.0, 1.0], size)
+        clusters[name] = center, generator.uniform(-1, 1, (size, size))
     norm = np.sqrt(np.prod(shape)) * _LSP_RMS_PER_EPSILON * epsilon_levels
     noise = np.empty((len(names), *shape), np.int16)
     for row, (name, class_name) in enumerate(zip(names, class_names, strict=True)):
-        centre, spread = clusters[class_name]
-        draw = centre
+        center, spread = clusters[class_name]
+        draw = center
         if name != class_name:
-            draw = centre + _generator(seed, name).standard_normal(size) @ spread
+            draw = center + _generator(seed, name).standard_normal(size) @ spread
         patches = draw.reshape(*grid, _CHANNELS).repeat(side, axis=0).repeat(side, axis=1)
         patches = patches[: shape[0], : shape[1]]
         noise[row] = np.rint(patches * (norm / np.linalg.norm(patches)))

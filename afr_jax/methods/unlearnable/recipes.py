@@ -172,7 +172,7 @@ class SearchedNoise(NoiseConfig):
         return dataclasses.replace(
             self.search or self.published(),
             granularity=self.granularity,
-            epsilon_levels=self.epsilon_levels,
+            epsilon=self.epsilon,
         )
 
     def with_search(self, **changes: Any) -> Self:
@@ -247,13 +247,13 @@ class REM(SearchedNoise):
         return dataclasses.replace(
             self._base(),
             num_steps=1 if self.granularity == "class" else 10,
-            step_levels=1.6,
+            step_size=1.6 / 255,
             train_steps=250,
             batch_size=128,
             max_rounds=20,
             stop_error=None,
             views=5,
-            adversary_levels=4.0,
+            adversary_radius=4 / 255,
         )
 
 

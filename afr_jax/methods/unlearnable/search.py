@@ -4,7 +4,7 @@ Huang et al. 2021, "Unlearnable Examples: Making Personal Data Unexploitable" (I
 argmin over theta of E[min over |delta| <= eps of L(f_theta(x + delta), y)]. The alternation is
 `source.train` (M optimizer steps of theta on noisy images) and `refine` (one pass of T signed
 gradient steps over the noise of all images), until the training error on noisy data falls below a
-limit or the rounds are used up. Error-maximising noise trains theta on clean images first and
+limit or the rounds are used up. Error-maximizing noise trains theta on clean images first and
 ascends; targeted noise descends towards other labels; robust noise (REM) sees random crops and an
 inner adversary in both places.
 
@@ -403,9 +403,7 @@ def advance_batch(
             total += direction * source.summed_loss(theta, view, work.targets, recipe=recipe)
         return total / options.views
 
-    problem = sign_descent.problem(
-        loss_fn, limit=options.epsilon_levels / 255, step_size=options.step_levels / 255
-    )
+    problem = sign_descent.problem(loss_fn, limit=options.epsilon, step_size=options.step_size)
     state = loop.start(problem.rules, work.deltas)._replace(step=jnp.asarray(first_step, jnp.int32))
     state, _ = loop.advance(key, problem, state, num_steps=num_steps)
     return work._replace(deltas=state.delta)
@@ -424,8 +422,7 @@ def store_batch(
     if options.granularity == "sample":
         noise = noise.at[rows].set(work.deltas, mode="drop")
     else:
-        limit = options.epsilon_levels / 255
-        noise = class_means(noise, work.deltas, work.labels, work.mask, limit=limit)
+        noise = class_means(noise, work.deltas, work.labels, work.mask, limit=options.epsilon)
     return jax.lax.with_sharding_constraint(noise, parallel.replicated(mesh))
 
 

@@ -29,39 +29,39 @@ class NoiseOptions:
     Attributes:
         granularity: One noise an image, or one a class.
         ascend: Raise the loss instead of lowering it.
-        epsilon_levels: The largest absolute value of the noise, gray levels.
-        step_levels: The size of a signed step, gray levels.
+        epsilon: The largest absolute value of the noise, in [0, 1] units.
+        step_size: The size of a signed step, in [0, 1] units.
         num_steps: T, signed steps of one pass.
         views: Random crops and flips of an image that a step averages over; 0 for the image itself.
-        adversary_levels: The radius of the inner adversary, gray levels; 0 for none.
-        adversary_step_levels: The size of its steps.
+        adversary_radius: The radius of the inner adversary, in [0, 1] units; 0 for none.
+        adversary_step_size: The size of its steps, in [0, 1] units.
         adversary_steps: The number of its steps.
     """
 
     granularity: Literal["sample", "class"] = "sample"
     ascend: bool = False
-    epsilon_levels: float = 8.0
-    step_levels: float = 0.8
+    epsilon: float = 8 / 255
+    step_size: float = 0.8 / 255
     num_steps: int = 20
     views: int = 0
-    adversary_levels: float = 0.0
-    adversary_step_levels: float = 0.8
+    adversary_radius: float = 0.0
+    adversary_step_size: float = 0.8 / 255
     adversary_steps: int = 10
 
     def __post_init__(self) -> None:
         """Checks names and ranges."""
         if self.granularity not in ("sample", "class"):
             raise ValueError(f"granularity is {self.granularity!r}, must be 'sample' or 'class'")
-        if not 0 < self.epsilon_levels <= 255 or self.step_levels <= 0:
+        if not 0 < self.epsilon <= 1 or not 0 < self.step_size <= 1:
             raise ValueError(
-                f"epsilon_levels is {self.epsilon_levels} and step_levels {self.step_levels}, but "
-                "they must lie in (0, 255] and above 0"
+                f"epsilon is {self.epsilon} and step_size {self.step_size}, but both must lie in "
+                "(0, 1]"
             )
         if self.num_steps < 1:
             raise ValueError(f"num_steps is {self.num_steps}, but must be at least 1")
-        if min(self.views, self.adversary_levels) < 0:
+        if min(self.views, self.adversary_radius) < 0:
             raise ValueError(
-                f"views is {self.views} and adversary_levels {self.adversary_levels}: from 0 on"
+                f"views is {self.views} and adversary_radius {self.adversary_radius}: from 0 on"
             )
 
 
@@ -233,14 +233,14 @@ def robust_view(
     """
     view_key, adversary_key = jax.random.split(key)
     views = augmentation.augment_batch(view_key, images, options=augmentation.CIFAR)
-    if not options.adversary_levels:
+    if not options.adversary_radius:
         return views
     attacked = sign_descent.adversarial(
         adversary_key,
         lambda shown: direction * summed_loss(theta, shown, labels, recipe=recipe),
         jax.lax.stop_gradient(views),
-        limit=options.adversary_levels / 255,
-        step_size=options.adversary_step_levels / 255,
+        limit=options.adversary_radius,
+        step_size=options.adversary_step_size,
         num_steps=options.adversary_steps,
     )
     return views + jax.lax.stop_gradient(attacked - views)
