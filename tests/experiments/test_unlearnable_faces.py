@@ -49,7 +49,7 @@ def test_aligned_crops_put_the_eyes_where_the_template_has_them():
         for y, x in places:
             near = crop * (np.hypot(rows_in - y, columns_in - x) < 6 * side / 112)
             center = np.array([(near * rows_in).sum(), (near * columns_in).sum()]) / near.sum()
-            assert np.abs(center - [y, x]).max() < 0.6, (side, centre, (y, x))
+            assert np.abs(center - [y, x]).max() < 0.6, (side, center, (y, x))
 
 
 def test_the_middle_of_an_lfw_photo_has_the_template_s_scale():
