@@ -2,19 +2,17 @@
 
 import csv
 import io
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
+import programs
 import pytest
 import scipy.fft
 from PIL import Image
 
 from afr_jax.data import array_records, identities, pairs
 from afr_jax.recognition import collect
+from afr_jax.recognition.tasks import collect_photos
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -248,13 +246,8 @@ def test_pairs_from_a_csv(tmp_path):
 
 
 def _run_program(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.collect", *map(str, flags)],
-        cwd=_ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
+    """Result and whether all could be used, or the message of wrong usage."""
+    return programs.call(collect_photos.CollectConfig, collect_photos.run, *flags)
 
 
 def test_the_program(tmp_path):
@@ -266,9 +259,8 @@ def test_the_program(tmp_path):
     (data / "Bea" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     before = {path: path.read_bytes() for path in data.rglob("*.*")}
     flags = [f"--data={data}", f"--output_dir={out}", "--records=people", "--held_out=0.5"]
-    done = _run_program(*flags)
-    assert done.returncode == 3, done.stderr
-    result = json.loads(done.stdout)
+    result, complete = _run_program(*flags)
+    assert not complete
     assert (result["photos"], result["kept"], result["identities"]) == (8, 6, 2)
     assert result["repeats"] == {"exact": 1, "near": 0, "of_another_identity": 1}
     (problem,) = result["not_handled"]
@@ -284,6 +276,7 @@ def test_the_program(tmp_path):
     ]
     assert sum(map(len, splits)) == 6
     assert {path: path.read_bytes() for path in data.rglob("*.*")} == before
-    again = _run_program(*flags)
-    assert again.returncode == 2 and "another name" in again.stderr
-    assert _run_program(f"--output_dir={out}").returncode == 2
+    assert "another name" in _run_program(*flags)
+    assert "--data is needed" in _run_program(f"--output_dir={out}")
+    toy, _ = _run_program(f"--data={data}", f"--output_dir={tmp_path / 'toy'}", "--max_photos=2")
+    assert toy["photos"] == 2

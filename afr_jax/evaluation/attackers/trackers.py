@@ -56,6 +56,8 @@ def nearest(
 def knn_vote(distances: np.ndarray, labels: np.ndarray, *, k: int = VOTERS) -> np.ndarray:
     """The commonest label among the k nearest faces; ties go to the label with the nearest one.
 
+    (scikit-learn's classifier gives ties to the smallest label, and takes no infinite distances.)
+
     Args:
         distances: `[Q, N]`.
         labels: `[N]` int.
@@ -86,7 +88,9 @@ def fit_head(
     """Multinomial logistic regression on frozen embeddings.
 
     Minimizes mean cross entropy + 1e-4 / 2 * |weights|^2 by L-BFGS over all rows. The problem is
-    strictly convex in the weights: where it starts from is a matter of time.
+    strictly convex in the weights: where it starts from is a matter of time. scikit-learn's
+    `LogisticRegression` has the same objective; here the many similar problems of a study share one
+    compiled program, and each starts from another's head.
 
     Args:
         vectors: `[N, D]` float32 of unit length.
