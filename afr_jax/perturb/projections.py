@@ -4,6 +4,7 @@ All take and return a perturbation of ONE image; values are in [0, 1] units (8 g
 8 / 255).
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +16,7 @@ def linf_box(delta: jax.Array, limit: jax.Array | float) -> jax.Array:
 
 def image_box(delta: jax.Array, image: jax.Array) -> jax.Array:
     """Clips so that image + delta lies in [0, 1]; image and delta have one shape."""
+    chex.assert_equal_shape([delta, image])
     return jnp.clip(delta, -image, 1.0 - image)
 
 

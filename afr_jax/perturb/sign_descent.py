@@ -6,6 +6,7 @@ so images of a batch do not influence each other as long as the loss is a sum ov
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -23,6 +24,7 @@ def seen(images: jax.Array, delta: jax.Array) -> jax.Array:
         images: `[..., H, W, 3]` in [0, 1].
         delta: of the same shape.
     """
+    chex.assert_equal_shape([images, delta])
     total = images + delta
     return total + jax.lax.stop_gradient(jnp.clip(total, 0.0, 1.0) - total)
 
@@ -84,6 +86,7 @@ def adversarial(
     Returns:
         `[B, H, W, 3]` in [0, 1], within the ball; no gradient flows through it.
     """
+    chex.assert_rank(images, 4)
     delta = jax.random.uniform(key, images.shape, images.dtype, -limit, limit)
     ascent = problem(lambda d, _: -loss_fn(seen(images, d)), limit=limit, step_size=step_size)
     state, _ = loop.advance(key, ascent, loop.start(ascent.rules, delta), num_steps=num_steps)

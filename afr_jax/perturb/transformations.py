@@ -33,7 +33,7 @@ _LUMA_TABLE = np.array(
 )
 _CHROMA_TABLE = np.full((8, 8), 99, np.float32)
 _CHROMA_TABLE[:4, :4] = [[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]]
-# RGB to Y, Cb, Cr of JFIF 1.02 (ITU-R BT.601), centred on 0.
+# RGB to Y, Cb, Cr of JFIF 1.02 (ITU-R BT.601), centerd on 0.
 _TO_YCC = np.array(
     [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32
 )

@@ -1,7 +1,7 @@
 """Textures on curved surfaces: grids of cells, each with its own projective map onto the photo.
 
 A grid `[R + 1, C + 1, 3]` gives the corners of R x C cells of a texture as (y, x, depth) in photo
-pixels (0 = centre of the first row or column, depth towards the camera); depth only matters for
+pixels (0 = center of the first row or column, depth towards the camera); depth only matters for
 turning the grid (`turn_grid`). The texture's first row lies between the first two rows of corners.
 
 `paste` is differentiable in the texture. It takes every photo pixel from one cell alone, so seams
@@ -17,26 +17,26 @@ _TINY = 1e-6
 
 
 def turn_grid(grid: jax.Array, angles: jax.Array, *, scale=1.0, shift=0.0) -> jax.Array:
-    """Turns, scales and shifts a grid about its centre (weak perspective: depth is dropped later).
+    """Turns, scales and shifts a grid about its center (weak perspective: depth is dropped later).
 
     Args:
         grid: `[..., 3]` points (y, x, depth).
         angles: `[3]` pitch, yaw and roll in radians: about the x, y and viewing axis.
-        scale: factor about the centre.
+        scale: factor about the center.
         shift: `[2]` (y, x) pixels, or 0.
 
     Returns:
         Points of the same shape.
     """
-    centre = jnp.mean(grid.reshape(-1, 3), axis=0)
+    center = jnp.mean(grid.reshape(-1, 3), axis=0)
     (sin_p, sin_y, sin_r), (cos_p, cos_y, cos_r) = jnp.sin(angles), jnp.cos(angles)
     zero, one = jnp.zeros_like(sin_p), jnp.ones_like(sin_p)
     pitch = jnp.array([[cos_p, zero, -sin_p], [zero, one, zero], [sin_p, zero, cos_p]])
     yaw = jnp.array([[one, zero, zero], [zero, cos_y, sin_y], [zero, -sin_y, cos_y]])
     roll = jnp.array([[cos_r, sin_r, zero], [-sin_r, cos_r, zero], [zero, zero, one]])
-    flat = (grid.reshape(-1, 3) - centre[None]) @ (roll @ yaw @ pitch).T
+    flat = (grid.reshape(-1, 3) - center[None]) @ (roll @ yaw @ pitch).T
     shift = jnp.concatenate([jnp.broadcast_to(jnp.asarray(shift, grid.dtype), (2,)), zero[None]])
-    return (scale * flat + (centre + shift)[None]).reshape(grid.shape)
+    return (scale * flat + (center + shift)[None]).reshape(grid.shape)
 
 
 def quad_map(corners: jax.Array) -> jax.Array:
@@ -69,8 +69,8 @@ def quad_map(corners: jax.Array) -> jax.Array:
             [d * h - e * g, b * g - a * h, a * e - b * d],
         ]
     )
-    centre = jnp.mean(corners.reshape(4, 2), axis=0)
-    sign = jnp.sign(adjugate[2] @ jnp.array([centre[1], centre[0], 1.0]))
+    center = jnp.mean(corners.reshape(4, 2), axis=0)
+    sign = jnp.sign(adjugate[2] @ jnp.array([center[1], center[0], 1.0]))
     return adjugate * jnp.where(sign == 0, 1.0, sign)
 
 
@@ -182,8 +182,8 @@ def _weights(position, span, count):
 
     position: `[N]` in texels, 0 = the texture's edge.
     """
-    centre = jnp.clip(position - 0.5, 0.0, count - 1.0)
-    apart = jnp.abs(centre[:, None] - jnp.arange(count, dtype=jnp.float32)[None])
+    center = jnp.clip(position - 0.5, 0.0, count - 1.0)
+    apart = jnp.abs(center[:, None] - jnp.arange(count, dtype=jnp.float32)[None])
     weights = jnp.maximum(1 - apart / jnp.maximum(span, 1.0)[:, None], 0.0)
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 

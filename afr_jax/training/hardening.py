@@ -24,6 +24,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,6 +206,8 @@ def worst_case(
     Returns:
         `[B, S, S, 3]`, within the ball; images + delta is to be clipped to [0, 1].
     """
+    chex.assert_rank([images, anchors], [4, 2])
+    chex.assert_equal_shape_prefix([images, anchors], 1)
     state = _start(key, images, attack=attack)
     if directions is None:
         directions = jnp.ones_like(anchors[:, 0])

@@ -1,12 +1,10 @@
 """Optimizers and learning rates of training runs, from options that can be compared and printed."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal
 
 import chex
 import jax
-import jax.numpy as jnp
 import optax
 
 
@@ -52,21 +50,21 @@ class OptimizerOptions:
             raise ValueError("momentum lies in [0, 1), weight_decay and clip_norm from 0 on")
 
 
-def learning_rate_fn(options: OptimizerOptions) -> Callable[[jax.Array], jax.Array]:
+def learning_rate_fn(options: OptimizerOptions) -> optax.Schedule:
     """The schedule: steps taken -> learning rate of the next step."""
     falling = options.num_steps - options.warmup_steps
     if options.schedule == "cosine":
         main = optax.cosine_decay_schedule(options.learning_rate, falling)
     else:
         main = optax.constant_schedule(options.learning_rate)
+    if not options.warmup_steps:
+        return main
 
-    def rate_fn(step: jax.Array) -> jax.Array:
+    def ramp(step: jax.Array) -> jax.Array:
         # The first step already moves: the ramp reaches the full rate at its last step.
-        ramp = options.learning_rate * (step + 1) / max(options.warmup_steps, 1)
-        falling_rate = main(jnp.maximum(step - options.warmup_steps, 0))
-        return jnp.where(step < options.warmup_steps, ramp, falling_rate)
+        return options.learning_rate * (step + 1) / options.warmup_steps
 
-    return rate_fn
+    return optax.join_schedules([ramp, main], [options.warmup_steps])
 
 
 def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:

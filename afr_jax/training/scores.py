@@ -1,4 +1,4 @@
-"""How good a training run is: accuracy, embeddings, nearest class centres.
+"""How good a training run is: accuracy, embeddings, nearest class centers.
 
 The network runs with its running statistics and without augmentation; examples are rows of a data
 set on the devices (`trainer.place_data`).
@@ -23,7 +23,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy and mean loss of examples, with running statistics, without augmentation.
 
-    Not for a head of triplets, whose judgement depends on the batch (`nearest_centre_accuracy`).
+    Not for a head of triplets, whose judgement depends on the batch (`nearest_center_accuracy`).
 
     Args:
         state: between two steps.
@@ -63,24 +63,24 @@ def embed(
     return map_fn(state.params, state.batch_stats, data, rows)
 
 
-def nearest_centre_accuracy(
+def nearest_center_accuracy(
     embeddings: np.ndarray,
     labels: np.ndarray,
     known_embeddings: np.ndarray,
     known_labels: np.ndarray,
 ) -> float:
-    """Share of examples whose nearest class centre (unit vectors, by cosine) is their own.
+    """Share of examples whose nearest class center (unit vectors, by cosine) is their own.
 
     Args:
         embeddings: `[M, D]`.
         labels: `[M]`.
-        known_embeddings: `[N, D]` of examples that the centres are the mean directions of.
+        known_embeddings: `[N, D]` of examples that the centers are the mean directions of.
         known_labels: `[N]`.
     """
     classes = np.unique(known_labels)
     known = _unit(known_embeddings)
-    centres = _unit(np.stack([known[known_labels == label].mean(axis=0) for label in classes]))
-    nearest = classes[np.argmax(_unit(embeddings) @ centres.T, axis=1)]
+    centers = _unit(np.stack([known[known_labels == label].mean(axis=0) for label in classes]))
+    nearest = classes[np.argmax(_unit(embeddings) @ centers.T, axis=1)]
     return float(np.mean(nearest == labels))
 
 

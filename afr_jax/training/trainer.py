@@ -178,6 +178,8 @@ def train_step(
     Returns:
         The state after it, and what was measured before it.
     """
+    chex.assert_rank([images, labels], [4, 1])
+    chex.assert_equal_shape_prefix([images, labels], 1)
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     images = image_ops.to_float(images) if images.dtype == jnp.uint8 else images
     images = data_augmentation.augment_batch(augment_key, images, options=recipe.augmentation)

@@ -91,7 +91,7 @@ def test_many_victims_equal_single_ones(sets, straight):
         seed_of_run=[0, 0, 3],
         num_classes=4,
         options=_OPTIONS,
-        mesh=_mesh(2),
+        mesh=_mesh(4),
     )
     single = [_train(sets, images=darker), straight, _train(sets, seed=3)]
     for many, one in zip(curves, single, strict=True):

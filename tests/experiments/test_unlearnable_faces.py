@@ -1,11 +1,15 @@
 """The face study: who is who, aligned crops, pairs; the programs on made-up pictures."""
 
+import flax.linen as nn
+import jax
 import numpy as np
 import programs
 import pytest
 
 from afr_jax.data import image_sets
 from afr_jax.evaluation.unlearnable import faces, faces_study
+from afr_jax.models import heads
+from afr_jax.training import optimizers, trainer
 
 
 def _run(*flags):
@@ -76,6 +80,24 @@ def world(tmp_path_factory):
     (folder / "pairs.csv").write_text("\n".join(lines))
     (folder / "strangers" / names[0]).write_bytes(b"broken")
     return folder
+
+
+class _Net(nn.Module):
+    @nn.compact
+    def __call__(self, images, *, train=False):
+        return nn.Dense(5)(nn.relu(nn.Conv(4, (3, 3), 2)(images)).mean(axis=(1, 2)))
+
+
+def test_embeddings_do_not_depend_on_the_devices(one_device, spread):
+    """Eleven crops in batches of four, of unit length."""
+    images = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), np.uint8)
+    recipe = trainer.Recipe(_Net(), heads.Logits(), optimizers.OptimizerOptions())
+    state = trainer.init_state(jax.random.key(0), recipe, image_shape=(8, 8, 3))
+    mesh, backend = spread
+    expected = faces.embeddings(_Net(), state, images, batch_size=4, mesh=one_device)
+    found = faces.embeddings(_Net(), state, images, batch_size=4, mesh=mesh, backend=backend)
+    np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_protected_people_are_lost_and_others_kept(world, tmp_path):

@@ -93,7 +93,7 @@ def test_it_learns_and_says_so(mesh, straight):
     logits = embeddings @ kernel + state.params["head"]["classifier"]["bias"]
     assert np.mean(logits.argmax(axis=1) == _images()[1]) == pytest.approx(scores["accuracy"])
     labels = _images()[1]
-    assert training_scores.nearest_centre_accuracy(embeddings, labels, embeddings, labels) > 0.9
+    assert training_scores.nearest_center_accuracy(embeddings, labels, embeddings, labels) > 0.9
 
 
 def test_a_run_that_was_cut_equals_the_straight_one_bit_for_bit(mesh, straight, tmp_path):
@@ -229,6 +229,22 @@ def test_batches_that_do_not_fit_the_devices():
 def test_learning_rates(options, steps, rates):
     rate_fn = optimizers.learning_rate_fn(optimizers.OptimizerOptions(**options))
     np.testing.assert_allclose([rate_fn(jnp.asarray(s)) for s in steps], rates, atol=1e-8)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 7])
+def test_a_warm_up_rises_and_a_cosine_falls(warmup_steps, schedule):
+    """Every step of a run and beyond it, by the formulas in float64."""
+    options = optimizers.OptimizerOptions(
+        learning_rate=0.3, num_steps=40, warmup_steps=warmup_steps, schedule=schedule
+    )
+    steps = np.arange(50)
+    rates = jax.vmap(optimizers.learning_rate_fn(options))(jnp.asarray(steps))
+    share = np.clip((steps - warmup_steps) / (40 - warmup_steps), 0, 1)
+    falling = 0.5 * (1 + np.cos(np.pi * share)) if schedule == "cosine" else 1.0
+    rising = (steps + 1) / max(warmup_steps, 1)
+    expected = 0.3 * np.where(steps < warmup_steps, rising, falling)
+    np.testing.assert_allclose(rates, expected, rtol=2e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(

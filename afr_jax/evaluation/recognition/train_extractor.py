@@ -363,7 +363,7 @@ class _Training:
                     faces.training_labels[:_MAX_KNOWN],
                 )
                 known_data = trainer.place_data(faces.images_of(known), known_labels, self.mesh)
-                scores["held_out_accuracy"] = training_scores.nearest_centre_accuracy(
+                scores["held_out_accuracy"] = training_scores.nearest_center_accuracy(
                     training_scores.embed(state, data, **shared),
                     labels,
                     training_scores.embed(state, known_data, **shared),

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,6 +152,8 @@ def cloak_faces(
         The changes `[B, S, S, 3]` in [0, 1] units, within all limits and budgets, and the distances
         from the clean embedding that they reach, `[B, number of surrogates]`.
     """
+    chex.assert_rank(faces.image, 4)
+    chex.assert_equal_shape_prefix([keys, faces.image, faces.limit, faces.boxes], 1)
     own = embed_faces(variables, faces, surrogates)
     views = [view._replace(own=vector) for view, vector in zip(faces.views, own, strict=True)]
     budgets = jnp.full(len(faces.image), config.dssim_budget, jnp.float32)
