@@ -145,11 +145,14 @@ def measure(
         found["ours"] = detect.detect_photos(variables, photos, options=detector_options)
         return 1e3 * (time.perf_counter() - start) / len(photos)
 
-    def theirs():
-        seconds, found["theirs"] = other_detectors.ask_mtcnn(other, paths, detector_options)
-        return 1e3 * sum(seconds) / len(photos)
+    sides = {"ours": ours}
+    if other is not None:
 
-    sides = {"ours": ours} if other is None else {"ours": ours, "theirs": theirs}
+        def theirs():
+            seconds, found["theirs"] = other_detectors.ask_mtcnn(other, paths, detector_options)
+            return 1e3 * sum(seconds) / len(photos)
+
+        sides["theirs"] = theirs
     times = timing.take_turns(sides, repeats=repeats)
     rows = [timing.compare(row, "ms per photo", times["ours"], times.get("theirs"))]
     if other is not None:

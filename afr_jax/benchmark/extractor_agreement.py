@@ -128,6 +128,7 @@ def _compare(
         # InsightFace's torch version.
         module = mobilefacenet.MobileFaceNet(use_bias=False, epsilon=1e-5)
         read_fn = lambda path: mobilefacenet.read_weights(path, module=module)  # noqa: E731
+    assert read_fn is not None, f"{network} has an original's format"
     suffix, has_legacy = _FORMATS[network]
     _, inputs = _chips(extractor, num_chips, seed)
     rows = []

@@ -62,6 +62,8 @@ class ReferenceProcess:
         except OSError as error:
             self._errors.close()
             raise ReferenceProcessError(f"{python} cannot be started: {error.strerror}") from error
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         try:
             self._versions = self._read()["versions"]
         except BaseException:
@@ -87,8 +89,8 @@ class ReferenceProcess:
             ReferenceProcessError: the command failed, or the program has ended.
         """
         try:
-            self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-            self._process.stdin.flush()
+            self._stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+            self._stdin.flush()
         except (OSError, ValueError) as error:
             raise ReferenceProcessError(f"{self._name} has ended:\n{self._tail()}") from error
         answer = self._read()
@@ -100,7 +102,7 @@ class ReferenceProcess:
         """Ends the program; a second call has no effect."""
         if self._errors.closed:
             return
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self._stdin, self._stdout):
             try:
                 pipe.close()
             except OSError:
@@ -124,7 +126,7 @@ class ReferenceProcess:
         self.close()
 
     def _read(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
+        line = self._stdout.readline()
         try:
             return json.loads(line)
         except ValueError as error:

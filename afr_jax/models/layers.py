@@ -141,7 +141,7 @@ class ConvNorm(nn.Module):
     depthwise: bool = False
     epsilon: float = 1e-3
     momentum: float = 0.99
-    dtype: jnp.dtype | None = None
+    dtype: jax.typing.DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:

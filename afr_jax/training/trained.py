@@ -64,7 +64,7 @@ class Card:
     input_px: int
     embedding_size: int
     width: int = 64
-    stem: str = "cifar"
+    stem: resnet.Stem = "cifar"
     template: tuple[tuple[float, float], ...] | None = None
     threshold: float | None = None
     identities: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ def make_network(
     input_px: int,
     embedding_size: int = 512,
     width: int = 64,
-    stem: str = "cifar",
+    stem: resnet.Stem = "cifar",
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> nn.Module:
     """The network of an architecture: chips in [-1, 1] to embeddings.

@@ -151,10 +151,8 @@ def run(config: HardenExtractorConfig) -> options.Outcome:
     work = workdir.open_workdir(config.workdir, config)
     extractor, card, original = _original(config, work)
     recipe = _recipe(config, extractor)
-    with options.usage("the detector"):
-        detector = None if config.is_toy else mtcnn.load_variables()
-    faces = _read_faces(config, work, extractor, detector)
-    verified = _read_pairs(config, work, extractor, detector, faces)
+    faces = _read_faces(config, work, extractor)
+    verified = _read_pairs(config, work, extractor, faces)
     original = parallel.replicate(jax.tree.map(jnp.asarray, original), mesh)
     state, metrics = _train(config, work, mesh, faces, recipe, original)
     host = jax.device_get(hardening.with_params(original, state.params))
@@ -253,11 +251,15 @@ def _recipe(config: HardenExtractorConfig, extractor: registry.Extractor) -> har
         )
 
 
+def _detector() -> mtcnn.Variables:
+    with options.usage("the detector"):
+        return mtcnn.load_variables()
+
+
 def _read_faces(
     config: HardenExtractorConfig,
     work: workdir.Workdir,
     extractor: registry.Extractor,
-    detector: mtcnn.Variables | None,
 ) -> _Faces:
     with options.usage(f"--data={','.join(config.data)}"):
         if config.is_toy:
@@ -266,7 +268,7 @@ def _read_faces(
         else:
             listing = hardening_photos.list_photos(config.data, max_photos=config.max_photos)
             read = functools.partial(
-                hardening_photos.read_chips, detector, extractor, cloaks=config.cloaks
+                hardening_photos.read_chips, _detector(), extractor, cloaks=config.cloaks
             )
             listing, images = _kept(work.path / "chips.npz", listing, extractor, read)
     training, held_out = sampling.split_by_id(
@@ -281,7 +283,6 @@ def _read_pairs(
     config: HardenExtractorConfig,
     work: workdir.Workdir,
     extractor: registry.Extractor,
-    detector: mtcnn.Variables | None,
     faces: _Faces,
 ) -> training_photos.Pairs | None:
     """The pairs of --pairs; with --toy, of held-out chips."""
@@ -294,7 +295,7 @@ def _read_pairs(
         return None
 
     def read(listing: identities.Listing) -> tuple[identities.Listing, np.ndarray]:
-        make = functools.partial(hardening_photos.read_chips, detector, extractor)
+        make = functools.partial(hardening_photos.read_chips, _detector(), extractor)
         found, images = _kept(work.path / "pair_chips.npz", listing, extractor, make)
         return found, images[:, 0]
 
@@ -373,7 +374,7 @@ def _scores(
 ) -> dict[str, Any]:
     """What is measured of some variables: shifts of held-out chips, verification of pairs."""
     attack = hardening.Attack(config.test_epsilon / 255, config.test_attack_steps)
-    shared = {"extractor": extractor, "attack": attack, "mesh": mesh}
+    shared: dict[str, Any] = {"extractor": extractor, "attack": attack, "mesh": mesh}
     key = jax.random.key(config.seed)
     scores: dict[str, Any] = {"shift": None, "verification": None}
     if len(faces.held_out):

@@ -247,10 +247,11 @@ def _read_faces(config: TrainExtractorConfig, work: workdir.Workdir) -> training
 
 
 def _list_faces(config: TrainExtractorConfig) -> identities.Listing:
+    folder = config.data or ""
     if config.csv is not None:
-        listing = identities.list_csv(config.csv, config.data)
+        listing = identities.list_csv(config.csv, folder)
     else:
-        listing = identities.list_tree(config.data)
+        listing = identities.list_tree(folder)
     listing = listing.with_photos(config.min_photos)
     if not listing.samples:
         raise ValueError(f"nobody has --min_photos={config.min_photos} photos")
@@ -337,7 +338,8 @@ class _Training:
         self, key: jax.Array, step: int
     ) -> Callable[..., tuple[trainer.TrainState, trainer.Metrics]]:
         """Takes a state some steps further, by photos on the device or from their files."""
-        faces, shared = self.faces, {"recipe": self.recipe, "mesh": self.mesh}
+        faces = self.faces
+        shared: dict[str, Any] = {"recipe": self.recipe, "mesh": self.mesh}
         if faces.images is not None:
             images = faces.images[faces.training]
             data = trainer.place_data(images, faces.training_labels, self.mesh)
@@ -353,7 +355,8 @@ class _Training:
     def evaluate(self, state: trainer.TrainState) -> dict[str, Any]:
         """Accuracy on held-out photos and verification of pairs."""
         scores: dict[str, Any] = {"held_out_accuracy": None, "verification": None}
-        faces, shared = self.faces, {"recipe": self.recipe, "mesh": self.mesh}
+        faces = self.faces
+        shared: dict[str, Any] = {"recipe": self.recipe, "mesh": self.mesh}
         if len(faces.held_out):
             labels = faces.held_out_labels
             data = trainer.place_data(faces.images_of(faces.held_out), labels, self.mesh)

@@ -1,6 +1,7 @@
 """The registry of image classifiers that are trained from scratch, as sources and as victims."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -83,8 +84,8 @@ def classifier(
     Raises:
         ValueError: there is no such classifier.
     """
-    shared = {"num_classes": num_classes, "dtype": dtype}
-    width_given = {} if width is None else {"width": width}
+    shared: dict[str, Any] = {"num_classes": num_classes, "dtype": dtype}
+    width_given: dict[str, Any] = {} if width is None else {"width": width}
     if name == "small_resnet":
         return resnet.ResNet((1, 1, 1), False, width or 16, stem, num_classes, dtype)
     if name == "resnet18":
@@ -94,7 +95,7 @@ def classifier(
     if name == "vgg11":
         return vgg.vgg11(**width_given, **shared)
     if name == "densenet121":
-        growth = {} if width is None else {"growth": width}
+        growth: dict[str, Any] = {} if width is None else {"growth": width}
         return densenet.densenet121(stem=stem, **growth, **shared)
     if name == "inception_resnet_v1":
         return FaceClassifier(**shared)

@@ -105,15 +105,23 @@ class InceptionResnetV1(nn.Module):
     """
 
     dropout_rate: float = 0.6
-    dtype: jnp.dtype | None = None
+    dtype: jax.typing.DTypeLike | None = None
 
     @nn.compact
     def __call__(self, chips: jax.Array, *, train: bool = False) -> jax.Array:
         """Embeddings; `train` needs the `dropout` key and updates `batch_stats`."""
 
         def unit(x, name, features, kernel, stride=1, padding="VALID"):
-            options = {"epsilon": _EPSILON, "momentum": _MOMENTUM, "dtype": self.dtype}
-            module = layers.ConvNorm(features, kernel, stride, padding, name=name, **options)
+            module = layers.ConvNorm(
+                features,
+                kernel,
+                stride,
+                padding,
+                epsilon=_EPSILON,
+                momentum=_MOMENTUM,
+                dtype=self.dtype,
+                name=name,
+            )
             return module(x, train=train)
 
         x = unit(chips, "Conv2d_1a_3x3", 32, (3, 3), stride=2)
@@ -145,7 +153,7 @@ class _Block(nn.Module):
     branches: tuple[tuple[_Unit, ...], ...]
     scale: float | None
     is_last: bool = False
-    dtype: jnp.dtype | None = None
+    dtype: jax.typing.DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -167,8 +175,13 @@ class _Block(nn.Module):
         if self.scale is None:
             return jnp.concatenate([*outputs, layers.max_pool(x, 3, 2)], axis=-1)
         mixed = jnp.concatenate(outputs, axis=-1)
-        options = {"dtype": self.dtype, "conv_general_dilated": layers.conv_fn((1, 1))}
-        y = nn.Conv(x.shape[-1], (1, 1), name="Conv2d_1x1", **options)(mixed)
+        y = nn.Conv(
+            x.shape[-1],
+            (1, 1),
+            dtype=self.dtype,
+            conv_general_dilated=layers.conv_fn((1, 1)),
+            name="Conv2d_1x1",
+        )(mixed)
         x = x + self.scale * y
         return x if self.is_last else nn.relu(x)
 

@@ -42,7 +42,7 @@ class IResNet(nn.Module):
     widths: tuple[int, ...] = (64, 128, 256, 512)
     embedding_size: int = EMBEDDING_SIZE
     dropout_rate: float = 0.0
-    dtype: jnp.dtype | None = None
+    dtype: jax.typing.DTypeLike | None = None
 
     @nn.compact
     def __call__(self, chips: jax.Array, *, train: bool = False) -> jax.Array:
@@ -66,7 +66,7 @@ class _Block(nn.Module):
 
     features: int
     stride: int
-    dtype: jnp.dtype | None
+    dtype: jax.typing.DTypeLike | None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -124,10 +124,19 @@ def read_weights(
 def _conv(features: int, kernel: int, stride: int, dtype, name: str) -> nn.Conv:
     padding = kernel // 2
     size = (kernel, kernel)
-    options = {"use_bias": False, "dtype": dtype, "conv_general_dilated": layers.conv_fn(size)}
-    return nn.Conv(features, size, stride, padding=padding, name=name, **options)
+    return nn.Conv(
+        features,
+        size,
+        stride,
+        padding=padding,
+        use_bias=False,
+        dtype=dtype,
+        conv_general_dilated=layers.conv_fn(size),
+        name=name,
+    )
 
 
 def _norm(train: bool, dtype, name: str) -> nn.BatchNorm:
-    options = {"epsilon": _EPSILON, "momentum": _MOMENTUM, "dtype": dtype, "name": name}
-    return nn.BatchNorm(use_running_average=not train, **options)
+    return nn.BatchNorm(
+        use_running_average=not train, epsilon=_EPSILON, momentum=_MOMENTUM, dtype=dtype, name=name
+    )

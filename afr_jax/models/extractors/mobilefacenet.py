@@ -62,7 +62,7 @@ class MobileFaceNet(nn.Module):
     embedding_size: int = EMBEDDING_SIZE
     use_bias: bool = True
     epsilon: float = 1e-3
-    dtype: jnp.dtype | None = None
+    dtype: jax.typing.DTypeLike | None = None
 
     @nn.compact
     def __call__(self, chips: jax.Array, *, train: bool = False) -> jax.Array:

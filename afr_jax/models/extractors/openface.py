@@ -68,10 +68,18 @@ class OpenFace(nn.Module):
 
         def unit(x, conv, norm, features, kernel=1, stride=1):
             size = (kernel, kernel)
-            options = {"padding": kernel // 2, "conv_general_dilated": layers.conv_fn(size)}
-            x = nn.Conv(features, size, stride, name=conv, **options)(x)
-            options = {"epsilon": _EPSILON, "momentum": _MOMENTUM, "name": norm}
-            return nn.relu(nn.BatchNorm(use_running_average=not train, **options)(x))
+            x = nn.Conv(
+                features,
+                size,
+                stride,
+                padding=kernel // 2,
+                conv_general_dilated=layers.conv_fn(size),
+                name=conv,
+            )(x)
+            normalize = nn.BatchNorm(
+                use_running_average=not train, epsilon=_EPSILON, momentum=_MOMENTUM, name=norm
+            )
+            return nn.relu(normalize(x))
 
         x = unit(chips, "conv1", "bn1", 64, 7, 2)
         x = _local_response_norm(layers.max_pool(_pad(x, 1, 1), 3, 2))

@@ -46,7 +46,7 @@ class SFace(nn.Module):
         dtype: of the computation; parameters and embeddings stay float32.
     """
 
-    dtype: jnp.dtype | None = None
+    dtype: jax.typing.DTypeLike | None = None
 
     @nn.compact
     def __call__(self, chips: jax.Array, *, train: bool = False) -> jax.Array:
@@ -133,5 +133,10 @@ def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:
 
 
 def _last_norm(train: bool, dtype, name: str) -> nn.BatchNorm:
-    options = {"epsilon": _LAST_EPSILON, "momentum": _MOMENTUM, "dtype": dtype, "name": name}
-    return nn.BatchNorm(use_running_average=not train, **options)
+    return nn.BatchNorm(
+        use_running_average=not train,
+        epsilon=_LAST_EPSILON,
+        momentum=_MOMENTUM,
+        dtype=dtype,
+        name=name,
+    )
