@@ -115,7 +115,7 @@ def call_alone(config_class, run_fn, *flags):
     slow where few cores are free.
     """
     one = parallel.make_mesh(devices=jax.devices()[:1])
-    with mock.patch.object(parallel, "make_mesh", lambda: one):
+    with mock.patch.object(parallel, "make_mesh", lambda **_: one):
         return call(config_class, run_fn, *flags)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -275,8 +274,7 @@ def _cell(setup: _Setup, division: faces.Division, setting: str, seed: int) -> M
                 "%s epoch %d: train %.3f, held out %.3f", name, epoch, trained, held
             ),
         )
-    # One device's copy serves the small forward passes below.
-    state = jax.tree.map(jnp.asarray, jax.device_get(victim.state))
+    state = jax.device_get(victim.state)
     net = options_of_victim.network.make(len(training.classes))
     logits = faces.embeddings(net, state, options_of_victim.tested(held_out.images))
     correct = (np.argmax(logits, axis=1) == held_out.labels).astype(np.float64)
@@ -345,7 +343,7 @@ def _untrained(setup: _Setup, division: faces.Division, seed: int) -> faces.Stra
     state = trainer.init_state(
         jax.random.key(seed), recipe, image_shape=images.shape[1:], mesh=parallel.make_mesh()
     )
-    return _verify(setup, jax.tree.map(jnp.asarray, jax.device_get(state)))
+    return _verify(setup, jax.device_get(state))
 
 
 def _summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
