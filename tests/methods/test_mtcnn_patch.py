@@ -9,7 +9,16 @@ import pytest
 import skimage.data
 
 from afr_jax.core import parallel
-from afr_jax.methods.patches import config, geometry, loss, markers, placement, scenes, training
+from afr_jax.methods.patches import (
+    config,
+    geometry,
+    loss,
+    markers,
+    placement,
+    scenes,
+    training,
+    views,
+)
 from afr_jax.models import mtcnn
 from afr_jax.perturb import transformations
 from afr_jax.recognition import detect
@@ -24,7 +33,7 @@ _LEVELS = scenes.LevelOptions(
 )  # fmt: skip
 _OPTIONS = config.PatchConfig(
     patch_px=10, epochs=6, stage_weight=0.0, levels=_LEVELS, views=_STILL,
-    turns=scenes.TurnOptions(0.0, 0.0, 0.0, 0.0),
+    turns=views.TurnOptions(0.0, 0.0, 0.0, 0.0),
 )  # fmt: skip
 
 
@@ -114,15 +123,15 @@ def _area_resize(image, size):
 def test_cuts_equal_the_whole_levels(placed):
     batch = scenes.make_scenes(placed, _LEVELS)
     scene = jax.tree.map(lambda leaf: jnp.asarray(leaf[3]), batch)
-    sizes = scenes.view_sizes(batch, _OPTIONS.turns)
+    sizes = views.view_sizes(batch, _OPTIONS.turns)
     patches = training.random_patches(jax.random.key(0), _OPTIONS)
-    seen = scenes.view(
+    seen = views.view(
         jax.random.key(1), patches, scene, turns=_OPTIONS.turns, views=_STILL, sizes=sizes
     )
     texture = placement.printed(jax.tree.map(np.asarray, patches), placed[3].paper)
     worn = placement.draw(placed[3].pixels, texture, placed[3].grids)
     whole = worn / 255.0
-    for group, crops in enumerate(scenes.level_crops(jax.random.key(2), seen, scene, _LEVELS)):
+    for group, crops in enumerate(views.level_crops(jax.random.key(2), seen, scene, _LEVELS)):
         known = {tuple(int(n) for n in size) for size in np.asarray(scene.levels[group])}
         levels = [_area_resize(whole, size) for size in sorted(known)]
         for pixels, mask in zip(np.asarray(crops.pixels), np.asarray(crops.masks), strict=True):
@@ -143,7 +152,7 @@ def test_cuts_equal_the_whole_levels(placed):
 
 def test_every_texel_has_a_gradient_through_views_and_levels(placed, variables):
     batch = scenes.make_scenes(placed[:1], _SMALL.levels)
-    sizes = scenes.view_sizes(batch, _SMALL.turns)
+    sizes = views.view_sizes(batch, _SMALL.turns)
 
     def cost(patches):
         parts = loss.loss_parts(
@@ -163,7 +172,7 @@ def test_the_later_networks_see_the_face_as_the_detector_crops_it(placed, variab
     monkeypatch.setattr(loss, "_STAGES", {"rnet": (net, side, (1.2, 1.2), 0.0)})
     options = dataclasses.replace(_SMALL, stage_weight=1.0, margin=0.1)
     batch = scenes.make_scenes(placed[:1], options.levels)
-    sizes = scenes.view_sizes(batch, options.turns)
+    sizes = views.view_sizes(batch, options.turns)
     patches = training.random_patches(jax.random.key(0), options)
     parts = loss.loss_parts(
         jax.random.key(0), variables, patches, batch, config=options, sizes=sizes

@@ -2,22 +2,23 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib import figure
 from PIL import Image, ImageDraw
 
+from afr_jax.evaluation.metrics import misdetection
+
 _FOUND, _MISSED = (230, 60, 60), (60, 200, 90)
 _COLORS = ("#1f5fa8", "#8fb8de", "#555555", "#d9b44a", "#b5838d", "#9cc29c")
 
 
-def bar_chart(table: Mapping[str, Mapping[str, Any]], *, title: str) -> bytes:
+def bar_chart(table: Mapping[str, misdetection.RateTable], *, title: str) -> bytes:
     """PNG of misdetection by scale factor, one bar a variant, with 95 % intervals.
 
     Args:
-        table: variant -> what `misdetection.summarise` returns.
-        title: of the chart.
+        table: What `misdetection.summarize` returns, by variant.
+        title: Stands above the chart.
     """
     canvas = figure.Figure(figsize=(8.0, 4.0), layout="constrained")
     axes = canvas.subplots()

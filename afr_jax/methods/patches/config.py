@@ -2,15 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from afr_jax.core import options
-from afr_jax.methods.patches import geometry, scenes
+from afr_jax.methods.patches import geometry, scenes, views
 from afr_jax.perturb import transformations
 
 # Parts of the random views that can be switched off: name -> (field of the config, the fields of
 # that and their neutral values).
-PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+PARTS: dict[str, tuple[str, dict[str, float | None]]] = {
     "light": ("views", {"light": 0.0}),
     "contrast": ("views", {"contrast": 0.0}),
     "color_cast": ("views", {"color_cast": 0.0}),
@@ -71,7 +70,7 @@ class PatchConfig:
     starts: int = options.option(1, "random starts side by side; the best is kept", at_least=1)
     ink: tuple[float, float] = (0.05, 0.95)
     levels: scenes.LevelOptions = options.group(scenes.LevelOptions)
-    turns: scenes.TurnOptions = scenes.TurnOptions()
+    turns: views.TurnOptions = views.TurnOptions()
     views: transformations.ViewOptions = transformations.ViewOptions()
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from afr_jax.core import images
-from afr_jax.methods.patches import scenes
+from afr_jax.methods.patches import scenes, views
 from afr_jax.methods.patches.config import PatchConfig
 from afr_jax.models import mtcnn
 
@@ -82,7 +82,7 @@ def loss_parts(
     batch: scenes.Scene,
     *,
     config: PatchConfig,
-    sizes: scenes.Sizes,
+    sizes: views.Sizes,
     mask: jax.Array | None = None,
 ) -> Parts:
     """The loss of patches on one random view of every scene.
@@ -93,7 +93,7 @@ def loss_parts(
         patches: Each patch `[h, w]` in [0, 1], by its name.
         batch: Scenes, which may be split over devices.
         config: How the loss is made up.
-        sizes: What `scenes.view_sizes` says of the batch.
+        sizes: What `views.view_sizes` says of the batch.
         mask: `[B]` bool, the scenes that count (others fill a batch up); None for all.
 
     Returns:
@@ -102,13 +102,13 @@ def loss_parts(
 
     def one(number, scene):
         view_key, level_key, box_key = jax.random.split(jax.random.fold_in(key, number), 3)
-        seen = scenes.view(
+        seen = views.view(
             view_key, patches, scene, turns=config.turns, views=config.views, sizes=sizes
         )
         stages = jnp.zeros(())
         if config.stage_weight:
             stages = _stage_cost(box_key, variables, seen, scene, config.margin)
-        return scenes.level_crops(level_key, seen, scene, config.levels), stages
+        return views.level_crops(level_key, seen, scene, config.levels), stages
 
     groups, stages = jax.vmap(one)(jnp.arange(batch.side.shape[0]), batch)
     costs = []

@@ -22,7 +22,7 @@ import optax
 from afr_jax.core import checkpoint, files, images, parallel, progress
 from afr_jax.core import workdir as workdirs
 from afr_jax.data import video
-from afr_jax.methods.patches import geometry, loss, people, placement, print_sheet, scenes
+from afr_jax.methods.patches import geometry, loss, people, placement, print_sheet, scenes, views
 from afr_jax.methods.patches.config import PatchConfig
 from afr_jax.models import mtcnn
 from afr_jax.perturb import loop, stepping, steps
@@ -136,7 +136,7 @@ def make_problem(
     batch: scenes.Scene,
     config: PatchConfig,
     *,
-    sizes: scenes.Sizes,
+    sizes: views.Sizes,
     mask: jax.Array | None = None,
 ) -> loop.Problem:
     """The patches' training as a problem of the perturbation loop.
@@ -147,7 +147,7 @@ def make_problem(
         variables: Those of MTCNN's three networks.
         batch: What `scenes.make_scenes` returns.
         config: How the patches are trained.
-        sizes: What `scenes.view_sizes` says of the batch.
+        sizes: What `views.view_sizes` says of the batch.
         mask: `[B]` bool, the scenes that count; None for all.
     """
 
@@ -207,7 +207,7 @@ def make_trainer(
     Returns:
         The functions.
     """
-    sizes = scenes.view_sizes(jax.tree.map(np.asarray, batch), config.turns)
+    sizes = views.view_sizes(jax.tree.map(np.asarray, batch), config.turns)
     train_key, judge_key = jax.random.split(key)
 
     @functools.partial(jax.jit, static_argnames="num_starts")
