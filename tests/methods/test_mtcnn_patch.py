@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import skimage.data
+from scipy.spatial import transform
 
 from afr_jax.core import parallel
 from afr_jax.methods.patches import (
@@ -69,7 +71,7 @@ def variables():
 
 def test_pose_is_recovered_from_projected_landmarks():
     angles = np.array([0.15, -0.4, 0.2])
-    turn = geometry._rotation(angles)
+    turn = transform.Rotation.from_euler("xyz", angles).as_matrix()
     points = 0.8 * (geometry.LANDMARKS_MM @ turn.T)[:, :2] + [120, 90]
     pose = geometry.estimate_pose(points[:, ::-1])
     # The prior for a frontal view pulls a few degrees.
@@ -277,7 +279,6 @@ def test_photos_of_different_sizes_share_a_batch(portrait):
 
 
 def test_printed_markers_and_json_give_the_grids(tmp_path):
-    cv2 = pytest.importorskip("cv2")
     page = np.full((240, 400), 200, np.uint8)
     known = cv2.aruco.getPredefinedDictionary(cv2.aruco.DICT_4X4_50)
     for number, x in enumerate((60, 260)):

@@ -1,6 +1,6 @@
 """Where patches lie on a face: a generic head, its pose from five landmarks, and grids of corners.
 
-The head is an ellipsoid with five landmarks, in millimetres: x to the picture's right, y down, z
+The head is an ellipsoid with five landmarks, in millimeters: x to the picture's right, y down, z
 towards the camera, origin between the eyes. A patch is a rectangle of paper bent around it; its
 grid of cells, projected into the photo, is what `afr_jax.perturb.warps` draws. Host code in
 float64; the results are `[R + 1, C + 1, 3]` arrays (y, x, depth) in photo pixels.
@@ -10,6 +10,8 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
+from scipy import optimize
+from scipy.spatial import transform
 
 # Frontal proportions: the median face of 310 LFW photos in dlib's chips (eyes at 46.6 and 99.7 px,
 # nose and mouth 32.6 and 58.2 px below them, mouth corners 47.8 px apart), with 63 mm between the
@@ -29,7 +31,6 @@ FACE_WIDTH_MM = 2 * _RADII_MM[0]
 # Weight of the prior that a head is seen straight on, against landmark errors in eye distances: a
 # turn of 0.5 radians costs as much as an error of 0.05.
 _PRIOR = 0.1
-_FIT_STEPS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +38,12 @@ class Area:
     """A rectangle of paper on the head.
 
     Attributes:
-        left_mm: where it begins and
-        right_mm: where it ends, in x.
-        top_mm: its upper and
-        bottom_mm: its lower edge, in y.
-        off_mm: distance from the skin.
-        cells: rows and columns of its grid.
+        left_mm: Where it begins, in x.
+        right_mm: Where it ends, in x.
+        top_mm: Its upper edge, in y.
+        bottom_mm: Its lower edge, in y.
+        off_mm: Its distance from the skin.
+        cells: Rows and columns of its grid.
     """
 
     left_mm: float
@@ -74,8 +75,10 @@ MASK = Area(-65.0, 65.0, 20.0, 106.0, off_mm=10.0, cells=(4, 8))
 class Pose(NamedTuple):
     """A head seen by weak perspective.
 
-    rotation `[3, 3]` (head to camera axes), scale in px per mm, origin `[2]` (y, x) px of the point
-    between the eyes.
+    Attributes:
+        rotation: From the head's axes to the camera's, `[3, 3]`.
+        scale: Pixels per millimeter.
+        origin: The point between the eyes, `[2]` (y, x) in pixels.
     """
 
     rotation: np.ndarray
@@ -86,18 +89,18 @@ class Pose(NamedTuple):
 def estimate_pose(landmarks: np.ndarray) -> Pose:
     """Pose of the generic head from five landmarks.
 
-    Gauss-Newton on pitch, yaw, roll, log scale and shift, with a weak prior for a frontal view: a
-    flat set of points tells small turns badly.
+    Least squares over pitch, yaw, roll, log scale and shift, with a weak prior for a frontal view:
+    a flat set of points tells small turns badly.
 
     Args:
-        landmarks: `[5, 2]` (y, x): eye, eye, nose, mouth corner, mouth corner, the picture's left
-            first.
+        landmarks: `[5, 2]` (y, x) in pixels: eye, eye, nose, mouth corner, mouth corner, the
+            picture's left first.
 
     Returns:
         The pose.
 
     Raises:
-        ValueError: the landmarks are not finite or fall together.
+        ValueError: The landmarks are not finite or fall together.
     """
     points = np.asarray(landmarks, np.float64)[:, ::-1]
     eyes = points[1] - points[0]
@@ -105,33 +108,29 @@ def estimate_pose(landmarks: np.ndarray) -> Pose:
     if not np.isfinite(points).all() or size < 1:
         raise ValueError(f"landmarks {np.asarray(landmarks).tolist()} show no face")
     start_scale = max(size, np.linalg.norm(points[3:].mean(0) - points[:2].mean(0)) * 63 / 69) / 63
-    values = np.zeros(6)
-    values[2] = np.arctan2(eyes[1], eyes[0])
-    values[3] = np.log(start_scale)
-    values[4:] = points[:2].mean(axis=0)
+    roll = np.arctan2(eyes[1], eyes[0])
+    start = np.array([0.0, 0.0, roll, np.log(start_scale), *points[:2].mean(axis=0)])
 
     def residuals(values):
-        seen = np.exp(values[3]) * (LANDMARKS_MM @ _rotation(values[:3]).T)[:, :2] + values[4:]
+        turned = _rotation(values[:3]).apply(LANDMARKS_MM)
+        seen = np.exp(values[3]) * turned[:, :2] + values[4:]
         prior = _PRIOR * np.array([values[0], values[1], values[3] - np.log(start_scale)])
         return np.concatenate([(seen - points).ravel() / size, prior])
 
-    units = np.array([1e-4, 1e-4, 1e-4, 1e-4, 1e-3, 1e-3])
-    for _ in range(_FIT_STEPS):
-        base = residuals(values)
-        slopes = np.stack(
-            [(residuals(values + step) - base) / step.sum() for step in np.diag(units)], axis=1
-        )
-        move = np.linalg.lstsq(slopes, -base, rcond=None)[0]
-        values += move * min(1.0, 0.3 / max(np.abs(move[:4]).max(), 1e-12))
-    return Pose(_rotation(values[:3]), float(np.exp(values[3])), values[[5, 4]])
+    # Angles and the log scale are of the order of 1, shifts of that of the face.
+    fit = optimize.least_squares(
+        residuals, start, x_scale=[1, 1, 1, 1, size, size], xtol=1e-12, ftol=1e-12, gtol=1e-12
+    )
+    values = fit.x
+    return Pose(_rotation(values[:3]).as_matrix(), float(np.exp(values[3])), values[[5, 4]])
 
 
 def face_grid(pose: Pose, area: Area) -> np.ndarray:
     """Corners of an area's cells in the photo.
 
     Args:
-        pose: of the head.
-        area: on it.
+        pose: That of the head.
+        area: A rectangle on it.
 
     Returns:
         `[R + 1, C + 1, 3]` float32 (y, x, depth) in pixels.
@@ -142,9 +141,16 @@ def face_grid(pose: Pose, area: Area) -> np.ndarray:
 
 
 def paper_size(area: Area, *, face_width_mm: float = FACE_WIDTH_MM) -> tuple[float, float]:
-    """Height and width in millimetres of the paper for an area, for a face of the given width.
+    """Height and width in millimeters of the paper for an area, for a face of the given width.
 
     The paper's width follows the head's curve at half its height.
+
+    Args:
+        area: A rectangle on the head.
+        face_width_mm: Width of the face across the cheekbones, in [80, 220].
+
+    Raises:
+        ValueError: `face_width_mm` is out of its range.
     """
     if not 80 <= face_width_mm <= 220:
         raise ValueError(f"face_width_mm is {face_width_mm}, must lie in [80, 220]")
@@ -179,10 +185,6 @@ def _surface(area: Area) -> np.ndarray:
     return points
 
 
-def _rotation(angles: np.ndarray) -> np.ndarray:
-    """Turn `[3, 3]` of (x, y, z) by pitch, yaw and roll in radians."""
-    (sin_p, sin_y, sin_r), (cos_p, cos_y, cos_r) = np.sin(angles), np.cos(angles)
-    pitch = np.array([[1, 0, 0], [0, cos_p, -sin_p], [0, sin_p, cos_p]])
-    yaw = np.array([[cos_y, 0, sin_y], [0, 1, 0], [-sin_y, 0, cos_y]])
-    roll = np.array([[cos_r, -sin_r, 0], [sin_r, cos_r, 0], [0, 0, 1]])
-    return roll @ yaw @ pitch
+def _rotation(angles: np.ndarray) -> transform.Rotation:
+    """Turn of (x, y, z) by pitch, then yaw, then roll, in radians."""
+    return transform.Rotation.from_euler("xyz", angles)
