@@ -75,6 +75,7 @@ def _variables(monkeypatch, name: str) -> dict:
         return fill(path, shapes, arrays, entry_fn, **options)
 
     monkeypatch.setattr(conversion, "fill", fill_random)
+    monkeypatch.setattr(formats, "kind_of", lambda path: kind)
     monkeypatch.setattr(formats, "read_arrays", lambda path: (kind, {}))
     return read_fn(pathlib.Path("random"))
 
