@@ -24,7 +24,7 @@ from afr_jax.models.extractors import dlib_resnet, registry
 from afr_jax.models.weights import conversion
 from afr_jax.recognition import align, detect
 
-_CANVAS_LADDER = (192, 256, 320)
+_CANVAS_SIZES = (192, 256, 320)
 # Fixed in the package's code, and the learning rate of its low mode.
 _LINF, _REFERENCE_LEARNING_RATE = 15 / 255, 25.0
 _BATCH = 4
@@ -133,7 +133,7 @@ def cut_chips(
         transform = align.chip_transform(extractor, landmarks)
         factor = align.pool_factor(align.transform_scale(transform))
         bounds = align.chip_bounds(transform, extractor.input_px)
-        canvas = align.cut_canvas(pixels, bounds, factor=factor, ladder=_CANVAS_LADDER)
+        canvas = align.cut_canvas(pixels, bounds, factor=factor, bucket_sizes=_CANVAS_SIZES)
         transform = align.canvas_transform(transform, canvas).astype(np.float32)
         chip = align.warp(jnp.asarray(canvas.image), transform, size=extractor.input_px)
         chips.append(np.asarray(images.to_uint8(chip)))

@@ -99,15 +99,15 @@ def bilinear_crops(
     return jnp.where((row_in[:, :, None] & col_in[:, None, :])[..., None], crops, 0.0)
 
 
-def bucket_size(size: int, ladder: tuple[int, ...]) -> int:
-    """The smallest step of a ladder that holds `size`, or the next multiple of its last step.
+def bucket_size(size: int, bucket_sizes: tuple[int, ...]) -> int:
+    """The smallest bucket size that holds `size`, or the next multiple of the largest one.
 
     Shapes are rounded up to few sizes so that inputs of many sizes share compiled programs.
     """
-    for step in ladder:
+    for step in bucket_sizes:
         if size <= step:
             return step
-    return -(-size // ladder[-1]) * ladder[-1]
+    return -(-size // bucket_sizes[-1]) * bucket_sizes[-1]
 
 
 def pad_to(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

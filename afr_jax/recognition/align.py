@@ -34,7 +34,7 @@ class Canvas(NamedTuple):
 
 
 def cut_canvas(
-    pixels: np.ndarray, bounds: np.ndarray, *, factor: int, ladder: tuple[int, ...]
+    pixels: np.ndarray, bounds: np.ndarray, *, factor: int, bucket_sizes: tuple[int, ...]
 ) -> Canvas:
     """Cuts a rectangle out of a photo.
 
@@ -42,7 +42,7 @@ def cut_canvas(
         pixels: `[H, W, 3]` uint8.
         bounds: `[4]` (y0, x0, y1, x1), float; rounded outwards and clipped to the photo.
         factor: photo pixels per canvas pixel.
-        ladder: sides of canvases (`images.bucket_size`).
+        bucket_sizes: sides of canvases, of `images.bucket_size`.
 
     Returns:
         The canvas, square.
@@ -54,7 +54,7 @@ def cut_canvas(
         extra = [(0, n * factor - m) for n, m in zip(size, piece.shape[:2], strict=True)]
         piece = np.pad(piece, extra + [(0, 0)], mode="edge")
         piece = piece.reshape(size[0], factor, size[1], factor, 3).mean(axis=(1, 3))
-    side = images.bucket_size(max(size), ladder)
+    side = images.bucket_size(max(size), bucket_sizes)
     return Canvas(images.pad_to(piece, (side, side)), (int(low[0]), int(low[1])), factor, size)
 
 

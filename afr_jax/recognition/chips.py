@@ -16,7 +16,7 @@ from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import align, detect
 
-_LADDER = (160, 256, 384)
+_CANVAS_SIZES = (160, 256, 384)
 # Photos that are decoded and in memory at a time.
 _GROUP = 64
 # The detector's smallest face is 20 px, and a crop is not all face.
@@ -186,7 +186,7 @@ def _cut_chip(pixels: np.ndarray, transform: np.ndarray, side: int) -> np.ndarra
     factor = align.pool_factor(align.transform_scale(transform))
     margin = 2 * factor * np.array([-1, -1, 1, 1])
     bounds = align.chip_bounds(transform, side) + margin
-    canvas = align.cut_canvas(pixels, bounds, factor=factor, ladder=_LADDER)
+    canvas = align.cut_canvas(pixels, bounds, factor=factor, bucket_sizes=_CANVAS_SIZES)
     moved = align.canvas_transform(transform, canvas).astype(np.float32)
     return np.asarray(_warp(canvas.image, moved, side))
 

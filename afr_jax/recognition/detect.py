@@ -26,9 +26,9 @@ from afr_jax.data import photos as data_photos
 from afr_jax.models import mtcnn
 
 # Photo sides are padded to these; beyond the last, to its multiples.
-_SIDE_LADDER = (160, 256, 320, 384, 448, 512, 576, 640, 800, 1024, 1280, 1536, 2048)
+_SIDE_BUCKETS = (160, 256, 320, 384, 448, 512, 576, 640, 800, 1024, 1280, 1536, 2048)
 # Numbers of P-Net's proposals are padded to these; beyond the last, to its multiples.
-_PROPOSAL_LADDER = (256, 1024, 2048, 4096)
+_PROPOSAL_BUCKETS = (256, 1024, 2048, 4096)
 # Candidates that one step of a stage takes: a stage loops over the real ones, so that no shape
 # depends on their number and no time goes into empty places.
 _CELL, _STRIDE = 12, 2
@@ -157,7 +157,7 @@ def detect_stages(
     scales = pyramid_scales(height, width, options)
     if not scales:
         return _nothing()
-    bucket = images.bucket_size(height, _SIDE_LADDER), images.bucket_size(width, _SIDE_LADDER)
+    bucket = images.bucket_size(height, _SIDE_BUCKETS), images.bucket_size(width, _SIDE_BUCKETS)
     size = jnp.array([height, width], jnp.int32)
     canvas = jnp.asarray(images.pad_to(pixels, bucket))
     bucket_scales = pyramid_scales(*bucket, options)
@@ -168,7 +168,7 @@ def detect_stages(
     )
     if not (num := int(maps.count)):
         return _nothing()
-    num = images.bucket_size(num, _PROPOSAL_LADDER)
+    num = images.bucket_size(num, _PROPOSAL_BUCKETS)
     proposed, refined, candidates, landmarks = jax.device_get(
         _cascade(variables.rnet, variables.onet, image, size, maps, num, options)
     )

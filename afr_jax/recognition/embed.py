@@ -78,6 +78,6 @@ def _face_canvas(extractor, pixels, landmarks):
     factor = align.pool_factor(align.transform_scale(transform))
     margin = 2 * factor
     bounds = bounds + np.array([-margin, -margin, margin, margin])
-    canvas = align.cut_canvas(pixels, bounds, factor=factor, ladder=_CANVAS_SIZES)
+    canvas = align.cut_canvas(pixels, bounds, factor=factor, bucket_sizes=_CANVAS_SIZES)
     transform = align.canvas_transform(transform, canvas)
     return canvas.image, transform.astype(np.float32)

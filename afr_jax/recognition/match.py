@@ -25,8 +25,8 @@ _BLOCK = 16_384
 _GROUP = 32
 # Scores that may be kept in memory at once, on each device.
 _AT_ONCE = 1 << 24
-_PROBE_LADDER = (1, 16, 64, 256)
-_BLOCK_LADDER = (256, 2048, _BLOCK)
+_PROBE_BUCKETS = (1, 16, 64, 256)
+_BLOCK_BUCKETS = (256, 2048, _BLOCK)
 
 
 class Matches(NamedTuple):
@@ -102,9 +102,9 @@ def top_k(probes: np.ndarray, gallery: Gallery, *, k: int) -> Matches:
         probes = unit_length(probes)
     distances = np.zeros((len(probes), k), np.float32)
     index = np.zeros((len(probes), k), np.int64)
-    for start in range(0, len(probes), _PROBE_LADDER[-1]):
-        some = probes[start : start + _PROBE_LADDER[-1]]
-        size = images.bucket_size(len(some), _PROBE_LADDER)
+    for start in range(0, len(probes), _PROBE_BUCKETS[-1]):
+        some = probes[start : start + _PROBE_BUCKETS[-1]]
+        size = images.bucket_size(len(some), _PROBE_BUCKETS)
         padded = images.pad_to(some, (size, some.shape[1]))
         padded = parallel.replicate(padded, gallery.mesh)
         nearest = _nearest(padded, gallery.rows, gallery.squared, k=k)
@@ -177,7 +177,7 @@ def _blocks(gallery: np.ndarray, mesh: parallel.Mesh) -> tuple[jax.Array, jax.Ar
     """
     num_devices = len(mesh.local_devices)
     share = -(-len(gallery) // num_devices)
-    size = images.bucket_size(min(share, _BLOCK), _BLOCK_LADDER)
+    size = images.bucket_size(min(share, _BLOCK), _BLOCK_BUCKETS)
     num_blocks = -(-share // size)
     if num_blocks > 1:  # Powers of two, so that galleries of many sizes share a program.
         num_blocks = 1 << (num_blocks - 1).bit_length()

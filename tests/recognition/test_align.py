@@ -320,9 +320,9 @@ def test_the_warp_vmaps():
 # Canvases.
 
 
-def _canvas(pixels, transform, *, size, factor, ladder=(48, 96, 192)):
+def _canvas(pixels, transform, *, size, factor, bucket_sizes=(48, 96, 192)):
     bounds = align.chip_bounds(transform, size) + np.array([-2, -2, 2, 2]) * factor
-    return align.cut_canvas(pixels, bounds, factor=factor, ladder=ladder)
+    return align.cut_canvas(pixels, bounds, factor=factor, bucket_sizes=bucket_sizes)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_the_chip_from_an_averaged_canvas_is_near_that_from_the_photo(factor):
 
 def test_a_canvas_holds_block_averages_of_the_photo():
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    canvas = align.cut_canvas(pixels, np.array([4.5, 7, 15, 19]), factor=3, ladder=(8, 16))
+    canvas = align.cut_canvas(pixels, np.array([4.5, 7, 15, 19]), factor=3, bucket_sizes=(8, 16))
     assert canvas.origin == (4, 7) and canvas.size == (4, 4) and canvas.factor == 3
     assert canvas.image.shape == (8, 8, 3)
     for i, j in np.ndindex(3, 4):

@@ -18,7 +18,7 @@ from afr_jax.recognition import detect
 def one_bucket():
     """All photos in one bucket: one program to compile, in seconds, instead of one for each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(detect, "_SIDE_LADDER", (512,))
+        patch.setattr(detect, "_SIDE_BUCKETS", (512,))
         yield
 
 
@@ -69,7 +69,7 @@ def test_padding_does_not_change_the_faces(variables, face_photo, monkeypatch):
     options = detect.DetectorOptions(min_face_px=100)  # Three levels: quick to compile.
     found = []
     for side in (240, 272):
-        monkeypatch.setattr(detect, "_SIDE_LADDER", (side,))
+        monkeypatch.setattr(detect, "_SIDE_BUCKETS", (side,))
         found.append(detect.detect_faces(variables, face_photo, options=options))
     assert len(found[0].boxes) == 1
     # The starts of a level's pixels are known to about 1e-4 px.

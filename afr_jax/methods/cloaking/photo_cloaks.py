@@ -21,7 +21,7 @@ from afr_jax.recognition import align, detect, match
 
 # Sides of face canvases. A face region larger than the last one carries its change at a whole
 # fraction of its resolution and is enlarged: what extractors see is coarser still.
-_CANVAS_LADDER = (96, 160, 224, 320)
+_CANVAS_SIZES = (96, 160, 224, 320)
 # Changes fade in over this share of a region's side, so that no edge shows.
 _FADE = 0.06
 # The detector's box grows by this share of its sides; the region holds it and every chip, with the
@@ -194,8 +194,8 @@ def _plan(extractors, photo, index, number, targets, config) -> _Plan:
     margin = _FADE / (1 - 2 * _FADE)
     region = np.concatenate(align.integer_bounds(_grown(seen, margin), shape))
     box = np.concatenate(align.integer_bounds(photo.faces.boxes[number], shape))
-    factor = -(-int((region[2:] - region[:2]).max()) // _CANVAS_LADDER[-1])
-    canvas = align.cut_canvas(photo.pixels, region, factor=factor, ladder=_CANVAS_LADDER)
+    factor = -(-int((region[2:] - region[:2]).max()) // _CANVAS_SIZES[-1])
+    canvas = align.cut_canvas(photo.pixels, region, factor=factor, bucket_sizes=_CANVAS_SIZES)
     side = canvas.image.shape[0]
     limit = _limit(photo, number, region, factor) * config.linf_limit
     views, pools = [], []
