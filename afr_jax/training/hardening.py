@@ -35,6 +35,7 @@ from afr_jax.core import parallel
 from afr_jax.data import augmentation as data_augmentation
 from afr_jax.data import sampling
 from afr_jax.models.extractors import registry
+from afr_jax.models.weights import conversion
 from afr_jax.perturb import loop, sign_descent, stepping
 from afr_jax.training import optimizers, trainer
 
@@ -102,7 +103,7 @@ class State(NamedTuple):
     """A run between two steps: steps taken (int32 scalar), parameters, state of the optimizer."""
 
     step: jax.Array
-    params: dict
+    params: conversion.Variables
     opt_state: optax.OptState
 
 
@@ -133,7 +134,7 @@ class Metrics(NamedTuple):
     gradient_norm: jax.Array
 
 
-def init_state(variables: dict, recipe: Recipe, *, mesh: parallel.Mesh) -> State:
+def init_state(variables: conversion.Variables, recipe: Recipe, *, mesh: parallel.Mesh) -> State:
     """A state before the first step, a copy on each device.
 
     Args:
@@ -147,13 +148,19 @@ def init_state(variables: dict, recipe: Recipe, *, mesh: parallel.Mesh) -> State
     return parallel.replicate(State(jnp.zeros((), jnp.int32), params, opt_state), mesh)
 
 
-def with_params(variables: dict, params: dict) -> dict:
+def with_params(
+    variables: conversion.Variables, params: conversion.Variables
+) -> conversion.Variables:
     """Variables with other parameters and the same statistics."""
     return {**variables, "params": params}
 
 
 def embed(
-    variables: dict, images: jax.Array, *, extractor: registry.Extractor, bfloat16: bool = False
+    variables: conversion.Variables,
+    images: jax.Array,
+    *,
+    extractor: registry.Extractor,
+    bfloat16: bool = False,
 ) -> jax.Array:
     """`registry.embed`, in bfloat16 if asked for.
 
@@ -180,7 +187,7 @@ def embed(
 
 def worst_case(
     key: jax.Array,
-    variables: dict,
+    variables: conversion.Variables,
     images: jax.Array,
     anchors: jax.Array,
     *,
@@ -238,7 +245,7 @@ def worst_case(
     donate_argnames="state",
 )
 def climb(
-    variables: dict,
+    variables: conversion.Variables,
     state: loop.State,
     images: jax.Array,
     anchors: jax.Array,
@@ -288,7 +295,7 @@ def _start(key, images, *, attack):
 @functools.partial(jax.jit, static_argnames="recipe")
 def draw_batch(
     key: jax.Array,
-    original: dict,
+    original: conversion.Variables,
     chips: jax.Array,
     rows: jax.Array,
     *,
@@ -324,7 +331,12 @@ def draw_batch(
 
 @functools.partial(jax.jit, static_argnames=("recipe", "mesh"), donate_argnames="state")
 def harden_batch(
-    state: State, original: dict, batch: Batch, *, recipe: Recipe, mesh: parallel.Mesh
+    state: State,
+    original: conversion.Variables,
+    batch: Batch,
+    *,
+    recipe: Recipe,
+    mesh: parallel.Mesh,
 ) -> tuple[State, Metrics]:
     """One optimizer step on one batch with its perturbations.
 
@@ -341,13 +353,13 @@ def harden_batch(
     unit = recipe.extractor.threshold
     attacked = jnp.clip(batch.images + batch.delta, 0.0, 1.0)
 
-    def squares(params: dict, images: jax.Array) -> jax.Array:
+    def squares(params: conversion.Variables, images: jax.Array) -> jax.Array:
         variables = with_params(original, params)
         options = {"extractor": recipe.extractor, "bfloat16": recipe.bfloat16}
         embeddings = embed(variables, images, **options)
         return jnp.sum((embeddings - batch.anchors) ** 2, axis=-1) / unit**2
 
-    def loss_fn(params: dict) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def loss_fn(params: conversion.Variables) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         perturbed = squares(params, attacked)
         loss, clean_shift = jnp.mean(perturbed), jnp.array(jnp.nan)
         if recipe.clean_weight:
@@ -367,7 +379,7 @@ def harden_batch(
 def run_steps(
     key: jax.Array,
     state: State,
-    original: dict,
+    original: conversion.Variables,
     chips: jax.Array,
     *,
     recipe: Recipe,

@@ -17,6 +17,7 @@ import optax
 from afr_jax.core import images, parallel
 from afr_jax.evaluation.attackers import trackers
 from afr_jax.models.extractors import registry
+from afr_jax.models.weights import conversion
 from afr_jax.training import optimizers
 
 
@@ -42,7 +43,7 @@ class TrainingOptions:
 
 def train(
     extractor: registry.Extractor,
-    variables: dict,
+    variables: conversion.Variables,
     chips: np.ndarray,
     labels: np.ndarray,
     num_classes: int,

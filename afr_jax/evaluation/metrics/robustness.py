@@ -14,12 +14,13 @@ from afr_jax.core import images as image_ops
 from afr_jax.core import parallel
 from afr_jax.evaluation.metrics import verification
 from afr_jax.models.extractors import registry
+from afr_jax.models.weights import conversion
 from afr_jax.recognition import training_photos
 from afr_jax.training import hardening
 
 
 def embed_chips(
-    variables: dict,
+    variables: conversion.Variables,
     chips: np.ndarray,
     *,
     extractor: registry.Extractor,
@@ -51,7 +52,7 @@ def embed_chips(
 
 def attacked_embeddings(
     key: jax.Array,
-    variables: dict,
+    variables: conversion.Variables,
     chips: np.ndarray,
     anchors: np.ndarray,
     directions: np.ndarray,
@@ -106,8 +107,8 @@ def attacked_embeddings(
 
 def shift_scores(
     key: jax.Array,
-    variables: dict,
-    original: dict,
+    variables: conversion.Variables,
+    original: conversion.Variables,
     chips: np.ndarray,
     *,
     extractor: registry.Extractor,
@@ -144,7 +145,7 @@ def shift_scores(
 
 def pair_scores(
     key: jax.Array,
-    variables: dict,
+    variables: conversion.Variables,
     pairs: training_photos.Pairs,
     *,
     extractor: registry.Extractor,
