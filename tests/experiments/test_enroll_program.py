@@ -51,6 +51,10 @@ def _enroll(*flags):
     return complete, result
 
 
+def _match(*flags):
+    return programs.call(match_queries.MatchConfig, match_queries.run, *flags)
+
+
 @pytest.fixture
 def gallery(tmp_path):
     for person in range(5):
@@ -203,7 +207,7 @@ def test_wrong_usage(gallery, tmp_path, stand_in):
 
 
 def test_from_portraits_to_matches(tmp_path):
-    """Both programs with the real detector and extractor."""
+    """Both with the real detector and extractor; enrollment as a program of its own."""
     portrait = Image.fromarray(skimage.data.astronaut()[:256, 96:352])
     folder = tmp_path / "gallery" / _PERSON
     folder.mkdir(parents=True)
@@ -219,10 +223,10 @@ def test_from_portraits_to_matches(tmp_path):
     portrait.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(queries / "mirrored.jpg")
     programs.save_photo(queries / "sky.png", (90, 120, 200), size=(64, 64))
     database_flag = f"--database={tmp_path / 'db'}"
-    done, result = programs.run(
-        "match", f"--queries={queries}", database_flag, f"--workdir={tmp_path / 'out'}"
+    result, complete = _match(
+        f"--queries={queries}", database_flag, f"--workdir={tmp_path / 'out'}"
     )
-    assert done.returncode == 3, done.stderr
+    assert not complete
     assert result["queries"] == {"ok": 1, "no_face": 1, "unreadable": 0}
     assert result["identified"] == 1 and result["metric"] == "euclidean"
     with open(result["matches"], encoding="utf-8", newline="") as file:
@@ -236,8 +240,13 @@ def test_from_portraits_to_matches(tmp_path):
     np.testing.assert_allclose(query_box[[0, 2]], box[[0, 2]], atol=12)
     np.testing.assert_allclose(255 - query_box[[3, 1]], box[[1, 3]], atol=12)
 
-    done, result = programs.run(
-        *("match", f"--queries={queries / 'mirrored.jpg'}", database_flag),
-        *(f"--workdir={tmp_path / 'strict'}", "--threshold=0.01"),
-    )
-    assert done.returncode == 0 and result["unknown"] == 1
+    strict = [f"--workdir={tmp_path / 'strict'}", "--threshold=0.01"]
+    result, complete = _match(f"--queries={queries / 'mirrored.jpg'}", database_flag, *strict)
+    assert complete and result["unknown"] == 1
+    # A link out of the folder of queries is not followed.
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "out.jpg").symlink_to(queries / "mirrored.jpg")
+    result, complete = _match(f"--queries={linked}", database_flag, *strict)
+    assert not complete and result["queries"]["unreadable"] == 1
+    assert "leads out" in result["not_handled"][0]["reason"]
