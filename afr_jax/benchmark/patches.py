@@ -165,11 +165,12 @@ def _theirs(
     np.save(folder / "coordinates.npy", np.stack([_coordinates(item) for item in placed]))
     batch = scenes.make_scenes(placed, config.levels)
     # As many levels a frame as ours draws, from all its groups, spread alike.
+    draws = config.levels.draws
     levels = [
         [
             table[number][index].astype(int).tolist()
             for table, counts in zip(batch.levels, batch.counts, strict=True)
-            for index in video.spread(int(counts[number]), min(counts[number], config.levels.draws))
+            for index in video.spread(int(counts[number]), min(int(counts[number]), draws))
         ]
         for number in range(len(placed))
     ]

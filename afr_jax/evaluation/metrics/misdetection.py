@@ -209,13 +209,14 @@ def summarize(judged: Mapping[str, np.ndarray]) -> RateTable:
         under "mean" the mean rate over the factors.
     """
     table: RateTable = {}
-    rates = []
+    rates: list[float] = []
     for factor, found in judged.items():
         missed = rate(~found[:, -1])
-        rates.append(missed["rate"])
+        if missed["rate"] is not None:
+            rates.append(missed["rate"])
         survival = {name: float(np.mean(found[:, k])) for k, name in enumerate(STAGES)}
         table[factor] = {**missed, "survival": survival}
-    table["mean"] = float(np.mean(rates)) if rates and None not in rates else None
+    table["mean"] = float(np.mean(rates)) if rates and len(rates) == len(judged) else None
     return table
 
 

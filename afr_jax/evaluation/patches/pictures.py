@@ -22,9 +22,14 @@ def bar_chart(table: Mapping[str, misdetection.RateTable], *, title: str) -> byt
     """
     canvas = figure.Figure(figsize=(8.0, 4.0), layout="constrained")
     axes = canvas.subplots()
-    factors = [name for name in next(iter(table.values())) if name != "mean"]
+    # Without the mean over the factors.
+    by_variant = {
+        variant: {factor: row for factor, row in rows.items() if isinstance(row, dict)}
+        for variant, rows in table.items()
+    }
+    factors = list(next(iter(by_variant.values())))
     width = 0.8 / len(table)
-    for number, (variant, rows) in enumerate(table.items()):
+    for number, (variant, rows) in enumerate(by_variant.items()):
         rates = [rows[factor] for factor in factors]
         height = np.array([row["rate"] or 0.0 for row in rates])
         low = np.maximum(height - [row["low"] for row in rates], 0)

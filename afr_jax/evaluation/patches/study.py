@@ -156,7 +156,7 @@ def run(config: AttackConfig) -> options.Outcome:
         num_controls=config.control_frames,
         work=work,
     )
-    result = {
+    result: dict[str, object] = {
         **program.provenance("experiments.attack_detector", config=config),
         "settings": config,
         "training": {
@@ -171,11 +171,11 @@ def run(config: AttackConfig) -> options.Outcome:
         result["robustness"] = study.robustness()
         result["other_detectors"] = study.other_detectors(others)
     if config.transfer:
-        result["transfer"] = {}
+        transfer = result["transfer"] = {}
         for path in config.transfer:
             strangers, skipped = _people(config, variables, "transfer", [path])
             strangers_placed, left_out = _place(config, strangers, None)
-            result["transfer"][pathlib.Path(path).name] = study.transfer(strangers_placed)
+            transfer[pathlib.Path(path).name] = study.transfer(strangers_placed)
             test_skipped += [*skipped, *left_out]
     with config.originals.open("mtcnn_driver.py") as other:
         if other is not None:
