@@ -1,4 +1,4 @@
-"""Serves the patch attack's inner loop in plain PyTorch to the speed test; see README.md.
+"""Serves the patch attack's inner loop in plain PyTorch to the benchmark; see README.md.
 
 Eager PyTorch and facenet-pytorch's P-Net, written as its users write it: a loop over photos and
 pyramid levels, `grid_sample` for the patches, `interpolate(mode="area")` for the levels.
