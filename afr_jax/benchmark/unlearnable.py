@@ -170,16 +170,16 @@ def _noise_seconds(
     found = recipes.ErrorMin().with_search(
         batch_size=min(options.batch_size, options.num_images), num_steps=options.noise_steps
     )
-    arguments = {"recipe": recipe, "options": found.search_options(), "mesh": mesh}
-    state = search.init_search(
-        seed, data, recipe, found.search_options(), num_rows=len(data.labels), mesh=mesh
-    )
+    how = found.search_options()
+    state = search.init_search(seed, data, recipe, how, num_rows=len(data.labels), mesh=mesh)
     target_of = jnp.arange(_CLASSES)
 
     def seconds() -> float:
         nonlocal state
         start = time.perf_counter()
-        state = search.refine(state, data, target_of, seed=seed, **arguments)
+        state = search.refine(
+            state, data, target_of, recipe=recipe, options=how, seed=seed, mesh=mesh
+        )
         jax.block_until_ready(state.noise)
         return time.perf_counter() - start
 
@@ -196,7 +196,7 @@ def _epoch_seconds(
     """A function that trains a victim for an epoch and returns its seconds."""
     victim = victims.VictimOptions(batch_size=options.batch_size, augmented=False)
     key, batches = victims.init_run(seed, len(data.labels), victim, multiple=mesh.devices.size)
-    state = trainer.init_state(key, recipe, image_shape=data.images.shape[1:], mesh=mesh)
+    state = trainer.init_state(key, recipe, image_shape=(_SIDE, _SIDE, 3), mesh=mesh)
     epoch = 0
 
     def seconds() -> float:
@@ -221,4 +221,4 @@ def _forward_flops(recipe: trainer.Recipe, shape: tuple[int, ...]) -> float:
     images = jax.ShapeDtypeStruct((1, *shape), np.float32)
     variables = jax.eval_shape(recipe.net.init, jax.random.key(0), images)
     lowered = jax.jit(recipe.net.apply, in_shardings=host).lower(variables, images)
-    return float(lowered.cost_analysis()["flops"])
+    return float((lowered.cost_analysis() or {})["flops"])

@@ -29,7 +29,7 @@ from afr_jax.perturb import sign_descent, stepping
 from afr_jax.training import optimizers, scores, trainer
 
 # Adversarial training of the same authors: PGD-10, epsilon 8, step 2 gray levels.
-_ATTACK = {"limit": 8 / 255, "step_size": 2 / 255, "num_steps": 10}
+_ATTACK_LIMIT, _ATTACK_STEP_SIZE, _ATTACK_STEPS = 8 / 255, 2 / 255, 10
 # DeVries and Taylor 2017 on CIFAR-10: half of the side.
 _CUTOUT_SHARE = 0.5
 
@@ -122,18 +122,18 @@ def make_recipe(
         image_px: side of the images.
     """
     net = options.network.make(num_classes)
-    changes = {}
-    if options.augmented:
-        changes = {"pad_px": max(1, image_px // 8), "flip_probability": 0.5}
-    if options.countermeasure == "cutout":
-        changes["cutout_px"] = round(image_px * _CUTOUT_SHARE)
+    changes = augmentation.Augmentation(
+        pad_px=max(1, image_px // 8) if options.augmented else 0,
+        flip_probability=0.5 if options.augmented else 0.0,
+        cutout_px=round(image_px * _CUTOUT_SHARE) if options.countermeasure == "cutout" else 0,
+    )
     steps = max(1, num_examples // min(options.batch_size, num_examples)) * options.num_epochs
     optimizer = optimizers.OptimizerOptions(
         learning_rate=options.learning_rate,
         num_steps=steps,
         weight_decay=options.weight_decay,
     )
-    return trainer.Recipe(net, heads.Logits(), optimizer, augmentation.Augmentation(**changes))
+    return trainer.Recipe(net, heads.Logits(), optimizer, changes)
 
 
 def protect_part(
@@ -207,7 +207,12 @@ def victim_step(
         mixed = mixed._replace(images=jax.vmap(countermeasures.randaugment)(keys, images))
     elif countermeasure == "adversarial":
         attacked = sign_descent.adversarial(
-            change_key, lambda x: _summed_loss(state, x, labels, recipe), images, **_ATTACK
+            change_key,
+            lambda shown: _summed_loss(state, shown, labels, recipe),
+            images,
+            limit=_ATTACK_LIMIT,
+            step_size=_ATTACK_STEP_SIZE,
+            num_steps=_ATTACK_STEPS,
         )
         mixed = mixed._replace(images=attacked)
     else:

@@ -44,8 +44,8 @@ class VictimCell(NamedTuple):
     @property
     def file_name(self) -> str:
         """Unique among all cells."""
-        parts = (*self[:2], f"{self.rate:g}", *self[3:5], f"seed{self.seed}")
-        return "-".join(parts) + ".json"
+        data = f"{self.method}-{self.granularity}-{self.rate:g}"
+        return f"{data}-{self.countermeasure}-{self.architecture}-seed{self.seed}.json"
 
 
 def rows_of(curves: Mapping[VictimCell, learnability.Curve]) -> list[dict[str, Any]]:

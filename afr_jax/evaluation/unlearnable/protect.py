@@ -115,11 +115,15 @@ class MakeUnlearnableConfig(options.Config):
             options.UsageError: the options do not go together.
         """
         kind = recipes.METHODS[self.method]
-        shared = {"granularity": self.granularity, "epsilon": self.epsilon / 255}
         with options.usage("--method"):
             if not issubclass(kind, recipes.SearchedNoise):
-                return kind(**shared)
-            found = kind(**shared, network=self.source, learning_rate=self.learning_rate)
+                return kind(granularity=self.granularity, epsilon=self.epsilon / 255)
+            found = kind(
+                granularity=self.granularity,
+                epsilon=self.epsilon / 255,
+                network=self.source,
+                learning_rate=self.learning_rate,
+            )
             return found.with_search(**self.search.given())
 
 

@@ -28,6 +28,7 @@ class _Scale(NamedTuple):
     search: dict[str, dict[str, Any]]
 
 
+_TOY_IMAGES = 320
 _REDUCED_SEARCH = {"batch_size": 128, "train_steps": 20, "max_rounds": 15}
 _REDUCED_ROBUST = _REDUCED_SEARCH | {"views": 1, "adversary_steps": 3}
 _REDUCED_SOURCE = {"batch_size": 128, "source_steps": 400, "class_share": 1.0}
@@ -57,8 +58,8 @@ _SCALES = {
     ),
     "full": _Scale(None, None, victims.VictimOptions(), {}),
     "toy": _Scale(
-        train_images=320,
-        test_images=320,
+        train_images=_TOY_IMAGES,
+        test_images=_TOY_IMAGES,
         victim=victims.VictimOptions(
             network=registry.ClassifierOptions("small_resnet", width=8),
             num_epochs=12,
@@ -116,8 +117,8 @@ class UnlearnableStudyConfig(options.Config):
     methods: tuple[str, ...] = options.option(
         ("error_min", "error_max", "random"), "besides clean data", choices=tuple(recipes.METHODS)
     )
-    granularities: tuple[str, ...] = options.option(
-        ("sample", "class"), "of the noise", choices=("sample", "class")
+    granularities: tuple[noise_files.Granularity, ...] = options.option(
+        ("sample", "class"), "of the noise"
     )
     countermeasures: tuple[str, ...] = options.option(
         ("none",), "of the victims", choices=countermeasures.NAMES
@@ -229,18 +230,18 @@ class _Study(NamedTuple):
 def _read(
     config: UnlearnableStudyConfig, scale: _Scale
 ) -> tuple[image_sets.ImageSet, image_sets.ImageSet]:
-    counts = {"train": scale.train_images, "test": scale.test_images}
     if config.scale == "toy":
         train_set, test_set = (
-            image_sets.synthetic(config.seed, count, split=split) for split, count in counts.items()
+            image_sets.synthetic(config.seed, _TOY_IMAGES, split=split)
+            for split in ("train", "test")
         )
-    else:
-        train_set, test_set = (
-            image_sets.DataOptions(
-                data="cifar10", cifar10_dir=config.cifar10_dir, split=split, num_images=count
-            ).read(seed=config.seed)
-            for split, count in counts.items()
-        )
+        return train_set, test_set
+    train_set, test_set = (
+        image_sets.DataOptions(
+            data="cifar10", cifar10_dir=config.cifar10_dir, split=split, num_images=count
+        ).read(seed=config.seed)
+        for split, count in (("train", scale.train_images), ("test", scale.test_images))
+    )
     return train_set, test_set
 
 
@@ -293,7 +294,9 @@ def _noise(study: _Study, cell: matrix.VictimCell) -> noise_files.Noise:
     if path.exists():
         return noise_files.read_noise(path)
     kind = recipes.METHODS[cell.method]
-    config = kind(granularity=cell.granularity, epsilon=study.epsilon)
+    config = kind(
+        granularity="class" if cell.granularity == "class" else "sample", epsilon=study.epsilon
+    )
     if isinstance(config, recipes.SearchedNoise):
         changes = study.scale.search.get(f"{cell.method}/{cell.granularity}", {})
         config = dataclasses.replace(config, network=study.scale.victim.network)
