@@ -51,7 +51,7 @@ def embed_faces(
         backend=backend,
         static={"extractor": extractor},
     )
-    variables = parallel.replicate(variables, mesh)
+    placed = parallel.replicate(variables, mesh)
     buckets: dict[int, list] = {}
     count = 0
     for count, (pixels, landmarks) in enumerate(faces, start=1):
@@ -61,7 +61,7 @@ def embed_faces(
     embeddings = np.zeros((count, extractor.embedding_size), np.float32)
     for bucket in buckets.values():
         index, canvases, transforms = zip(*bucket, strict=True)
-        embeddings[list(index)] = map_fn(variables, np.stack(canvases), np.stack(transforms))
+        embeddings[list(index)] = map_fn(placed, np.stack(canvases), np.stack(transforms))
     return embeddings
 
 
