@@ -7,7 +7,6 @@ option of `augmentation.Augmentation`, adversarial training is in `victims`.
 """
 
 import functools
-import io
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from afr_jax.core import parallel
+from afr_jax.data import photos
 
 STORED = ("none", "grayscale", "jpeg10", "jpeg50", "jpeg75", "blur", "bit_depth")
 IN_TRAINING = ("cutout", "mixup", "cutmix", "randaugment", "adversarial")
@@ -242,13 +242,11 @@ def _luma(image: jax.Array) -> jax.Array:
 
 
 def _convert_one(name: str, pixels: np.ndarray) -> np.ndarray:
+    if name.startswith("jpeg"):
+        return photos.through_jpeg(pixels, quality=int(name.removeprefix("jpeg")))
     image = Image.fromarray(pixels)
     if name == "grayscale":
         image = image.convert("L")
-    elif name == "blur":
-        image = image.filter(ImageFilter.GaussianBlur(_BLUR_SIGMA_PX))
     else:
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=int(name.removeprefix("jpeg")), subsampling="4:2:0")
-        image = Image.open(buffer)
+        image = image.filter(ImageFilter.GaussianBlur(_BLUR_SIGMA_PX))
     return np.asarray(image.convert("RGB"))

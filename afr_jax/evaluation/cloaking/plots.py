@@ -1,14 +1,20 @@
-"""Pictures of an evaluation: protection by budget, embeddings before and after, distances.
+"""Plots of an evaluation: protection by budget, embeddings before and after, distances.
 
-Matplotlib on the host; every figure is one PNG with a panel for each extractor.
+Every figure is one PNG with a panel for each extractor, which shows one cell (`shown_cells`).
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from afr_jax.evaluation.cloaking import scores, table
+from afr_jax.evaluation.cloaking.cells import CloakCell, file_name
+from afr_jax.evaluation.cloaking.embeddings import Embeddings
 from afr_jax.evaluation.report import figures
 from afr_jax.recognition import match
 
@@ -59,9 +65,80 @@ class Distances(NamedTuple):
     threshold: float
 
 
+def shown_cells(
+    cells: Sequence[CloakCell], names: Sequence[str], *, method: str = "fawkes"
+) -> dict[str, CloakCell]:
+    """The cell that pictures of an extractor show: a transfer one where there is one.
+
+    Of the method's cells, those without the extractor among the surrogates, then those with the
+    most surrogates, then the middle budget.
+
+    Args:
+        cells: all.
+        names: of extractors.
+        method: falls back to any but `none`, then to any.
+
+    Returns:
+        A cell by the extractor's name.
+    """
+    pool = [cell for cell in cells if cell.method == method]
+    pool = pool or [cell for cell in cells if cell.method != "none"] or list(cells)
+    shown = {}
+    for name in names:
+        best = max((name not in cell.surrogates, len(cell.surrogates)) for cell in pool)
+        own = [c for c in pool if (name not in c.surrogates, len(c.surrogates)) == best]
+        own.sort(key=lambda cell: cell.budget or 0.0)
+        shown[name] = own[len(own) // 2]
+    return shown
+
+
+def draw(
+    setup: table.Setup,
+    shown: Mapping[str, tuple[CloakCell, Mapping[str, Embeddings]]],
+    folder: pathlib.Path,
+    *,
+    num_others: int = 4,
+) -> None:
+    """Draws `embeddings.png` and `distances.png`: for each extractor a cell and what it sees."""
+    clouds, found = [], []
+    person = setup.split.protected[0].identity
+    for name, (cell, seen) in shown.items():
+        clean = setup.clean[name]
+        title = f"{file_name(name)}; {cell.name}"
+        label = setup.split.names.index(person)
+        own = clean.owners == label
+        chosen = [n for n in dict.fromkeys(s.identity for s in setup.split.gallery)]
+        counts = {n: sum(s.identity == n for s in setup.split.gallery) for n in chosen}
+        chosen = sorted(chosen, key=lambda n: -counts[n])[:num_others]
+        clouds.append(
+            Cloud(
+                f"{title}\n{person}",
+                _vectors(clean.published, own),
+                _vectors(seen[name], own),
+                _vectors(clean.probes, clean.people == label),
+                {
+                    other: _vectors(clean.gallery, clean.others == setup.split.names.index(other))
+                    for other in chosen
+                },
+            )
+        )
+        before, after, others = [], [], []
+        cases = scores.galleries(clean, scores.enroll(clean, seen[name], leak=0.0))
+        for one, (apart, labels) in zip(setup.split.protected, cases, strict=True):
+            number = setup.split.names.index(one.identity)
+            rows = clean.people == number
+            before.append(clean.to_published[rows][:, clean.owners == number].min(axis=1))
+            after.append(apart[:, labels == number].min(axis=1))
+            others.append(apart[:, labels != number].min(axis=1))
+        parts = (np.concatenate(part) for part in (before, after, others))
+        found.append(Distances(title, *parts, clean.extractor.threshold))
+    plot_embeddings(folder / "embeddings.png", clouds)
+    plot_distances(folder / "distances.png", found)
+
+
 def plot_budgets(
     path: str | os.PathLike[str],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[scores.Row],
     *,
     tracker: str = "nearest",
     countermeasures: tuple[str, str] = ("none", "jpeg75"),
@@ -151,7 +228,7 @@ def plot_distances(path: str | os.PathLike[str], found: Sequence[Distances]) -> 
     figures.save(figure, path)
 
 
-def principal_components(vectors: np.ndarray):
+def principal_components(vectors: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """The projection onto the first two principal components of vectors `[N, D]`.
 
     Returns:
@@ -159,12 +236,18 @@ def principal_components(vectors: np.ndarray):
         length first.
     """
     unit = match.unit_length(np.asarray(vectors, np.float64))
-    centre = unit.mean(axis=0)
-    _, _, axes = np.linalg.svd(unit - centre, full_matrices=False)
-    return lambda some: (match.unit_length(np.asarray(some, np.float64)) - centre) @ axes[:2].T
+    center = unit.mean(axis=0)
+    _, _, axes = np.linalg.svd(unit - center, full_matrices=False)
+    return lambda some: (match.unit_length(np.asarray(some, np.float64)) - center) @ axes[:2].T
 
 
-def _budget_line(panel, line, style, label, marker) -> None:
+def _budget_line(
+    panel: Axes,
+    line: Sequence[scores.Row],
+    style: str,
+    label: str | None,
+    marker: Mapping[str, str],
+) -> None:
     color = _METHOD_COLORS[line[0]["method"]]
     share = 100 * np.array([row["protection"] for row in line])
     if line[0]["budget"] is None:
@@ -192,8 +275,12 @@ def _budget_line(panel, line, style, label, marker) -> None:
     )
 
 
-def _panels(count: int, *, height: float):
+def _panels(count: int, *, height: float) -> tuple[Figure, list[Axes]]:
     pyplot = figures.pyplot()
     size = max(4.6 * count, 4.6), height
     figure, axes = pyplot.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
     return figure, list(axes[0])
+
+
+def _vectors(seen: Embeddings, rows: np.ndarray) -> np.ndarray:
+    return seen.vectors[rows & seen.found]

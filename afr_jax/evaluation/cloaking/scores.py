@@ -1,4 +1,4 @@
-"""How well published photos protect: who does a tracker take clean probes of the person for?
+"""Scores of published photos: whom does a tracker take clean probes of the person for?
 
 One person is protected at a time, all others are enrolled clean; only the linear head is trained
 once for all protected people, with everybody's published photos as the cell has them. A probe is
@@ -8,32 +8,35 @@ over people.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from afr_jax.evaluation.attackers import trackers
-from afr_jax.evaluation.cloaking import methods
-from afr_jax.evaluation.cloaking.split import Split
-from afr_jax.evaluation.cloaking.views import Views
+from afr_jax.evaluation.cloaking.cells import file_name
+from afr_jax.evaluation.cloaking.embeddings import Embeddings
+from afr_jax.evaluation.cloaking.people import Split
 from afr_jax.evaluation.metrics import identification, intervals
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import match
+
+# A row of the table, as JSON and CSV have it.
+Row = dict[str, str | float | list[float] | None]
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _RANKS = (1, 5, 50)
 
 
-class Scene(NamedTuple):
+class CleanPhotos(NamedTuple):
     """What one extractor saw of all clean photos, and distances that all cells share.
 
     Attributes:
         split: who is who.
         name: of the extractor, as it was asked for.
         extractor: its conventions.
-        published: views of the protected people's published photos before any protection.
-        probes: views of their probes.
-        gallery: views of everybody else's photos.
+        published: the protected people's published photos before any protection.
+        probes: their probes.
+        gallery: everybody else's photos.
         to_published: `[Q, M]` distances of probes to published photos, infinite without a face.
         to_gallery: `[Q, G]`.
         head: linear head on published and gallery photos, all clean.
@@ -42,9 +45,9 @@ class Scene(NamedTuple):
     split: Split
     name: str
     extractor: registry.Extractor
-    published: Views
-    probes: Views
-    gallery: Views
+    published: Embeddings
+    probes: Embeddings
+    gallery: Embeddings
     to_published: np.ndarray
     to_gallery: np.ndarray
     head: trackers.Head
@@ -65,7 +68,7 @@ class Scene(NamedTuple):
         return self.split.labels(list(self.split.gallery))
 
 
-class Enrolment(NamedTuple):
+class Enrollment(NamedTuple):
     """The published photos as a tracker has them.
 
     Attributes:
@@ -81,16 +84,16 @@ class Enrolment(NamedTuple):
     leaked: np.ndarray
 
 
-def make_scene(
+def compare_clean(
     split: Split,
     name: str,
     extractor: registry.Extractor,
-    published: Views,
-    probes: Views,
-    gallery: Views,
-) -> Scene:
-    """A scene from the views of one extractor; see `Scene`."""
-    scene = Scene(
+    published: Embeddings,
+    probes: Embeddings,
+    gallery: Embeddings,
+) -> CleanPhotos:
+    """What one extractor saw of the clean photos, from its embeddings; see `CleanPhotos`."""
+    clean = CleanPhotos(
         split,
         name,
         extractor,
@@ -101,10 +104,10 @@ def make_scene(
         distances(probes, gallery, extractor.metric),
         trackers.Head(np.zeros(0), np.zeros(0)),
     )
-    return scene._replace(head=_fit(scene, published.vectors, published.found, None))
+    return clean._replace(head=_fit(clean, published.vectors, published.found, None))
 
 
-def distances(probes: Views, enrolled: Views, metric: str) -> np.ndarray:
+def distances(probes: Embeddings, enrolled: Embeddings, metric: str) -> np.ndarray:
     """`[Q, N]` float64, infinite where either photo has no face."""
     table = np.full((len(probes.found), len(enrolled.found)), np.inf)
     rows, columns = probes.vectors[probes.found], enrolled.vectors[enrolled.found]
@@ -122,60 +125,60 @@ def leaked_photos(count: int, share: float) -> np.ndarray:
     return np.diff(steps) > 0
 
 
-def enrol(scene: Scene, protected: Views, *, leak: float) -> Enrolment:
+def enroll(clean: CleanPhotos, protected: Embeddings, *, leak: float) -> Enrollment:
     """The published photos as a tracker has them: protected ones, and a share of clean ones.
 
     Args:
-        scene: of an extractor.
-        protected: its views of the published photos as they are in a cell.
+        clean: what an extractor saw of the clean photos.
+        protected: its embeddings of the published photos as they are in a cell.
         leak: share of the published photos of which the tracker has the clean original instead.
     """
     leaked = leaked_photos(len(protected.found), leak)
-    apart = distances(scene.probes, protected, scene.extractor.metric)
-    return Enrolment(
-        np.where(leaked[:, None], scene.published.vectors, protected.vectors),
-        np.where(leaked, scene.published.found, protected.found),
-        np.where(leaked[None], scene.to_published, apart),
+    apart = distances(clean.probes, protected, clean.extractor.metric)
+    return Enrollment(
+        np.where(leaked[:, None], clean.published.vectors, protected.vectors),
+        np.where(leaked, clean.published.found, protected.found),
+        np.where(leaked[None], clean.to_published, apart),
         leaked,
     )
 
 
-def galleries(scene: Scene, enrolment: Enrolment) -> list[tuple[np.ndarray, np.ndarray]]:
+def galleries(clean: CleanPhotos, enrollment: Enrollment) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each protected person: distances of the person's probes to all enrolled photos.
 
-    The person's own photos are as the enrolment has them, those of other protected people clean.
+    The person's own photos are as the enrollment has them, those of other protected people clean.
 
     Returns:
         For each person `[q, M + G]`, columns as published and gallery photos, and `[M + G]` labels.
     """
-    labels = np.concatenate([scene.owners, scene.others])
+    labels = np.concatenate([clean.owners, clean.others])
     found = []
-    for person in _protected(scene.split):
-        rows = scene.people == person
-        own = np.where(scene.owners == person, enrolment.distances[rows], scene.to_published[rows])
-        found.append((np.concatenate([own, scene.to_gallery[rows]], axis=1), labels))
+    for person in _protected(clean.split):
+        rows = clean.people == person
+        own = np.where(clean.owners == person, enrollment.distances[rows], clean.to_published[rows])
+        found.append((np.concatenate([own, clean.to_gallery[rows]], axis=1), labels))
     return found
 
 
-def score(scene: Scene, protected: Views, *, leak: float = 0.0) -> list[dict[str, Any]]:
+def score(clean: CleanPhotos, protected: Embeddings, *, leak: float = 0.0) -> list[Row]:
     """A row of scores for each kind of tracker.
 
     Args:
-        scene: of an extractor.
-        protected: its views of the published photos as they are in a cell.
-        leak: see `enrol`.
+        clean: what an extractor saw of the clean photos.
+        protected: its embeddings of the published photos as they are in a cell.
+        leak: see `enroll`.
 
     Returns:
         Dicts, see `row`; all with `enrolled`, `not_found` and `leaked`, numbers of published
         photos, and distances of probes to the nearest of the own photos (`own_distance`, quantiles;
         `own_distance_clean` for clean photos) and of others' (`other_distance`).
     """
-    enrolment = enrol(scene, protected, leak=leak)
+    enrollment = enroll(clean, protected, leak=leak)
     answers: dict[str, list[np.ndarray]] = {kind: [] for kind in trackers.KINDS[:3]}
-    ranks, own, clean, nearest = [], [], [], []
-    limit = scene.extractor.threshold
-    cases = galleries(scene, enrolment)
-    for person, (table, labels) in zip(_protected(scene.split), cases, strict=True):
+    ranks, own, own_clean, nearest = [], [], [], []
+    limit = clean.extractor.threshold
+    cases = galleries(clean, enrollment)
+    for person, (table, labels) in zip(_protected(clean.split), cases, strict=True):
         answers["nearest"].append(trackers.nearest(table, labels))
         answers["nearest_threshold"].append(trackers.nearest(table, labels, threshold=limit))
         answers["knn_vote"].append(trackers.knn_vote(table, labels))
@@ -184,28 +187,26 @@ def score(scene: Scene, protected: Views, *, leak: float = 0.0) -> list[dict[str
         )
         ranks.append(met.ranks)
         own.append(met.mates)
-        rows = scene.people == person
-        clean.append(scene.to_published[rows][:, scene.owners == person].min(axis=1))
+        rows = clean.people == person
+        own_clean.append(clean.to_published[rows][:, clean.owners == person].min(axis=1))
         nearest.append(table[:, labels != person].min(axis=1, initial=np.inf))
     common = {
-        "enrolled": int(enrolment.found.sum()),
-        "not_found": int((~enrolment.found).sum()),
-        "leaked": int(enrolment.leaked.sum()),
+        "enrolled": int(enrollment.found.sum()),
+        "not_found": int((~enrollment.found).sum()),
+        "leaked": int(enrollment.leaked.sum()),
         "own_distance": _quantiles(own),
-        "own_distance_clean": _quantiles(clean),
+        "own_distance_clean": _quantiles(own_clean),
         "other_distance": _quantiles(nearest),
     }
     scored = [
-        row(kind, np.concatenate(found), scene.people, np.concatenate(ranks)) | common
+        row(kind, np.concatenate(found), clean.people, np.concatenate(ranks)) | common
         for kind, found in answers.items()
     ]
-    guesses, head_ranks = _ask_head(scene, enrolment)
-    return [*scored, row("linear_head", guesses, scene.people, head_ranks) | common]
+    guesses, head_ranks = _ask_head(clean, enrollment)
+    return [*scored, row("linear_head", guesses, clean.people, head_ranks) | common]
 
 
-def row(
-    kind: str, answers: np.ndarray, people: np.ndarray, ranks: np.ndarray | None
-) -> dict[str, Any]:
+def row(kind: str, answers: np.ndarray, people: np.ndarray, ranks: np.ndarray | None) -> Row:
     """The scores of one tracker.
 
     Args:
@@ -234,22 +235,22 @@ def row(
     }
 
 
-def top_matches(scene: Scene, protected: Views) -> list[dict[str, Any]]:
+def top_matches(clean: CleanPhotos, protected: Embeddings) -> list[Row]:
     """The nearest enrolled photo of every probe, as `DeepFace.find` lists them.
 
     Args:
-        scene: of an extractor.
-        protected: its views of the published photos as they are in a cell.
+        clean: what an extractor saw of the clean photos.
+        protected: its embeddings of the published photos as they are in a cell.
 
     Returns:
         For each probe with a face: extractor, probe, person, rank, identity, image, distance,
         threshold, matched, and `person_rank`, at which the person is found.
     """
-    samples = [*scene.split.published, *scene.split.gallery]
-    probes = iter(scene.split.probes)
+    samples = [*clean.split.published, *clean.split.gallery]
+    probes = iter(clean.split.probes)
     found = []
-    cases = galleries(scene, enrol(scene, protected, leak=0.0))
-    for person, (table, labels) in zip(_protected(scene.split), cases, strict=True):
+    cases = galleries(clean, enroll(clean, protected, leak=0.0))
+    for person, (table, labels) in zip(_protected(clean.split), cases, strict=True):
         met = identification.identification(
             table, np.full(len(table), person), np.zeros((0, len(labels))), labels
         )
@@ -258,15 +259,15 @@ def top_matches(scene: Scene, protected: Views) -> list[dict[str, Any]]:
             if np.isfinite(own[at]):
                 found.append(
                     {
-                        "extractor": methods.file_name(scene.name),
+                        "extractor": file_name(clean.name),
                         "probe": probe.sample_id,
                         "person": probe.identity,
                         "rank": 1,
                         "identity": samples[at].identity,
                         "image": samples[at].sample_id,
                         "distance": f"{own[at]:.6f}",
-                        "threshold": f"{scene.extractor.threshold:.6g}",
-                        "matched": int(own[at] < scene.extractor.threshold),
+                        "threshold": f"{clean.extractor.threshold:.6g}",
+                        "matched": int(own[at] < clean.extractor.threshold),
                         "person_rank": int(rank),
                     }
                 )
@@ -274,29 +275,31 @@ def top_matches(scene: Scene, protected: Views) -> list[dict[str, Any]]:
 
 
 def _protected(split: Split) -> list[int]:
-    return [split.identities.index(person.identity) for person in split.protected]
+    return [split.names.index(person.identity) for person in split.protected]
 
 
-def _fit(scene, vectors, found, start) -> trackers.Head:
+def _fit(
+    clean: CleanPhotos, vectors: np.ndarray, found: np.ndarray, start: trackers.Head | None
+) -> trackers.Head:
     """The linear head on published photos as given, and the clean gallery."""
-    unit = match.unit_length(np.concatenate([vectors, scene.gallery.vectors]))
-    labels = np.concatenate([scene.owners, scene.others])
-    counted = np.concatenate([found, scene.gallery.found])
-    count = len(scene.split.identities)
+    unit = match.unit_length(np.concatenate([vectors, clean.gallery.vectors]))
+    labels = np.concatenate([clean.owners, clean.others])
+    counted = np.concatenate([found, clean.gallery.found])
+    count = len(clean.split.names)
     # From a start that knows the gallery 200 gave no other answers (LFW, MobileFaceNet).
     few = 60 if start is None else 20
     return trackers.fit_head(unit, labels, count, counted=counted, start=start, num_iterations=few)
 
 
-def _ask_head(scene, enrolment) -> tuple[np.ndarray, np.ndarray]:
+def _ask_head(clean: CleanPhotos, enrollment: Enrollment) -> tuple[np.ndarray, np.ndarray]:
     """Answers `[Q]` and ranks of the true people `[Q]`."""
-    start = trackers.without_classes(scene.head, np.array(_protected(scene.split)))
-    head = _fit(scene, enrolment.vectors, enrolment.found, start)
-    logits = head.logits(match.unit_length(scene.probes.vectors))
-    own = logits[np.arange(len(logits)), scene.people]
+    start = trackers.without_classes(clean.head, np.array(_protected(clean.split)))
+    head = _fit(clean, enrollment.vectors, enrollment.found, start)
+    logits = head.logits(match.unit_length(clean.probes.vectors))
+    own = logits[np.arange(len(logits)), clean.people]
     ranks = np.sum(logits >= own[:, None], axis=1)
-    ranks = np.where(scene.probes.found, ranks, logits.shape[1] + 1)
-    answers = np.where(scene.probes.found, np.argmax(logits, axis=1), trackers.NOBODY)
+    ranks = np.where(clean.probes.found, ranks, logits.shape[1] + 1)
+    answers = np.where(clean.probes.found, np.argmax(logits, axis=1), trackers.NOBODY)
     return answers, ranks
 
 

@@ -1,276 +1,392 @@
-"""The table of an evaluation: every cell, countermeasure, extractor and tracker.
+"""Config and run of the evaluation of cloaks: surrogates x trackers x countermeasures."""
 
-The clean photos are looked at once (`open_study`); a cell's photos once for each countermeasure
-(`score_cell`). All of it is kept in the run's folder, so that more cells, extractors, trackers or
-countermeasures cost only what is new.
-"""
-
-import csv
-import io
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from afr_jax.core import files
-from afr_jax.data import photos
+from afr_jax.core import files, options, program, progress, workdir
+from afr_jax.data import identities
+from afr_jax.evaluation import reference
 from afr_jax.evaluation.attackers import tracker_training
-from afr_jax.evaluation.cloaking import methods, scores
-from afr_jax.evaluation.cloaking import views as cloaking_views
-from afr_jax.evaluation.cloaking.methods import Cell
-from afr_jax.evaluation.cloaking.split import Split
-from afr_jax.evaluation.cloaking.views import Views
-from afr_jax.recognition import chips, pipeline
-
-TABLE_COLUMNS = (
-    *("method", "surrogates", "budget", "countermeasure", "leak", "tracker", "extractor"),
-    *("transfer", "protection", "low", "high", "people", "probes", "rank_median"),
-    *("rank_1", "rank_5", "rank_50", "enrolled", "not_found", "leaked", "mean_dssim"),
-    *("own_distance_median", "own_distance_clean_median", "other_distance_median"),
+from afr_jax.evaluation.cloaking import (
+    cells,
+    embeddings,
+    fawkes_package,
+    people,
+    plots,
+    published,
+    scores,
+    table,
 )
-MATCH_COLUMNS = (
-    *("extractor", "probe", "person", "rank", "identity", "image", "distance", "threshold"),
-    *("matched", "person_rank"),
-)
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import pipeline
+
+_NOTES = {
+    "noise": "Gaussian, the largest that meets the DSSIM budget",
+    "fawkes_pypi": "the optimiser of PyPI fawkes with dlib's net, for its own extractors are not "
+    "to be had; the change of its chips is brought back to the photo and fitted to the budget",
+    "linear_head": "one head for all protected people, whose published photos are as the cell has "
+    "them",
+    "end_to_end": "one network for the people asked about; everybody else is enrolled clean",
+}
 
 
-class Study(NamedTuple):
-    """What all cells share.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FawkesEvaluationConfig(options.Config):
+    """Measures what cloaks are worth: surrogates x trackers x countermeasures, in one table.
 
-    Attributes:
-        split: who is who.
-        recognizer: the detector, and the extractors that trackers use.
-        scenes: what each of them saw of the clean photos, by name.
+        python -m experiments.fawkes_evaluation --data=people --people=10 --workdir=out/evaluation
+
+    --people of --data are protected, drawn by --seed: --cloaked_photos of each are published and
+    enrolled by the tracker, --probes others, always clean, are what the tracker is asked about.
+    Others are enrolled clean. One person is protected at a time, the other protected people are
+    clean.
+
+    A cell is a method, a set of surrogates and a DSSIM budget. --methods: `none`, `noise`
+    (Gaussian, of equal DSSIM), `fawkes` (ours), `lowkey`, `fawkes_pypi` (the optimizer of PyPI
+    `fawkes` with dlib's net); `lowkey@0.007` is made at that budget alone. --surrogates: sets of
+    extractors joined by `+`; `all` is every tracker of the zoo, `leave_one_out` for each of them
+    all others. --trackers: extractors of the zoo, or folders of trained and hardened ones (adaptive
+    trackers). For each: the nearest enrolled photo, with and without the extractor's threshold; a
+    vote of the 5 nearest; a linear head; with --end_to_end=N the whole network, trained for the
+    first N people.
+
+    Published photos go through each of --countermeasures before the tracker sees them. --leaks are
+    shares of the published photos that the tracker has clean, spread evenly: of five photos a
+    person 0.1 is one photo of every other person. Scored: the share of probes that are not
+    identified as the person, with 95 % intervals (bootstrap over people), the rank of the person,
+    and distances.
+
+    Writes `result.json`, `table.csv`, `budgets.png`, `embeddings.png`, `distances.png` and for each
+    cell `cells/<name>/` with its photos, scores and `matches.csv` (the nearest photo of each probe,
+    as `DeepFace.find` lists them). What a killed run has written is not made again; methods,
+    surrogates, budgets (where --num_steps is one number), trackers, countermeasures and leaks may
+    be added later. Exit code 3: some photos have no face or cannot be read. Expected on LFW without
+    any cloak: 0 to 2 % of the probes missed. --toy: two synthetic people, dlib alone.
     """
 
-    split: Split
-    recognizer: pipeline.Recognizer
-    scenes: dict[str, scores.Scene]
+    data: str | None = options.option(None, "folder with a folder of photos for each person")
+    people: int = options.option(10, "people to protect", at_least=1)
+    cloaked_photos: int = options.option(5, "published photos of each", at_least=1)
+    probes: int = options.option(5, "clean photos of each that are asked about", at_least=1)
+    gallery_people: int = options.option(190, "other people, enrolled clean", at_least=1)
+    gallery_photos: int = options.option(5, "photos of each of them, at most", at_least=1)
+    methods: tuple[str, ...] = options.option(
+        ("none", "noise", "fawkes"), f"of {', '.join(cells.METHODS)}", resumable=True
+    )
+    surrogates: tuple[str, ...] = options.option(
+        ("leave_one_out", "all"), "sets of extractors: leave_one_out, all, or A+B", resumable=True
+    )
+    trackers: tuple[str, ...] = options.option(
+        ("dlib", "facenet_casia", "mobilefacenet"),
+        f"of {', '.join(registry.EXTRACTORS)}, or folders of trained or hardened ones",
+        resumable=True,
+    )
+    weights: tuple[str, ...] = options.option((), "weight files: NAME=FILE", resumable=True)
+    budgets: tuple[float, ...] = options.option(
+        (0.004, 0.007, 0.012), "DSSIM of a face", at_most=1, resumable=True
+    )
+    countermeasures: tuple[str, ...] = options.option(
+        embeddings.COUNTERMEASURES,
+        "edits of published photos",
+        choices=embeddings.COUNTERMEASURES,
+        resumable=True,
+    )
+    leaks: tuple[float, ...] = options.option(
+        (0.0, 0.1, 0.25, 0.5),
+        "shares of published photos that the tracker has clean",
+        at_least=0,
+        at_most=1,
+        resumable=True,
+    )
+    num_steps: tuple[int, ...] = options.option(
+        (),
+        "gradient steps of a cloak: one number, or one for each of --budgets; default: each "
+        "method's own",
+        at_least=0,
+    )
+    end_to_end: int = options.option(
+        0, "people for trackers that train everything", at_least=0, resumable=True
+    )
+    epochs: int = options.option(3, "of their training", at_least=0, resumable=True)
+    references: reference.ReferenceOptions = options.group(reference.ReferenceOptions)
+    workdir: str | None = options.option("out/evaluation", options.WORKDIR_HELP)
+    is_toy: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks ranges and choices, and what must go together.
+
+        Raises:
+            ValueError: an option is out of its range.
+        """
+        options.check(self)
+        for name in ("methods", "trackers", "budgets", "countermeasures"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is needed")
+        if not all(value > 0 for value in self.budgets):
+            raise ValueError("budgets must lie in (0, 1]")
+        if len(self.num_steps) not in (0, 1, len(self.budgets)):
+            found = ",".join(map(str, self.num_steps))
+            raise ValueError(
+                f"num_steps={found}: a number, or one for each of {len(self.budgets)} budgets"
+            )
+
+    def toy(self) -> "FawkesEvaluationConfig":
+        """Two people, two steps, dlib at one budget; without --data synthetic people."""
+        small = {
+            **{"people": 2, "cloaked_photos": 2, "probes": 2},
+            **{"gallery_people": 3, "gallery_photos": 2, "num_steps": (2,)},
+            **{"trackers": ("dlib",), "surrogates": ("all",), "budgets": (0.007,)},
+            **{"countermeasures": ("none", "jpeg75"), "leaks": (0.0, 0.5)},
+        }
+        return dataclasses.replace(options.fill_defaults(self, small), is_toy=True)
+
+    def steps_of(self, budget: float | None) -> int | None:
+        """Steps of a cloak of a budget; None for the method's own number.
+
+        Raises:
+            ValueError: there is a number for each of the budgets, and this is none of them.
+        """
+        if len(self.num_steps) < 2:
+            return self.num_steps[0] if self.num_steps else None
+        if budget not in self.budgets:
+            raise ValueError(f"--num_steps has no number for a budget of {budget}")
+        return self.num_steps[self.budgets.index(budget)]
 
 
-def open_study(split: Split, recognizer: pipeline.Recognizer, folder: pathlib.Path) -> Study:
-    """Looks at the clean photos, unless that is done.
-
-    Args:
-        split: who is who.
-        recognizer: the detector, and the extractors that trackers use.
-        folder: where views are kept.
+def run(config: FawkesEvaluationConfig) -> options.Outcome:
+    """Protects, publishes and scores the photos of every cell.
 
     Raises:
-        ValueError: an extractor has no threshold.
+        options.UsageError: cells, people or extractors that are not to be had, or a work directory
+            of another run.
     """
-    samples = [*split.published, *split.probes, *split.gallery]
-    views = cloaking_views.look(recognizer, [sample.path for sample in samples], folder)
-    ends = np.cumsum([len(split.published), len(split.probes)])
-    scenes = {}
-    for name, extractor in recognizer.extractors.items():
-        # Asked for here, so that a run does not end on it later.
-        _ = extractor.threshold
-        parts = [
-            views[name].take(slice(start, end))
-            for start, end in ((0, ends[0]), (ends[0], ends[1]), (ends[1], None))
-        ]
-        scenes[name] = scores.make_scene(split, name, extractor, *parts)
-    return Study(split, recognizer, scenes)
+    config = _sorted(config)
+    if not config.data and not config.is_toy:
+        raise options.UsageError(
+            "--data is needed: a folder with a folder of photos for each person"
+        )
+    try:
+        sets = _surrogate_sets(config)
+        plan = cells.all_cells(config.methods, sets, config.budgets)
+        steps = {cell: config.steps_of(cell.budget) for cell in plan if cell.surrogates}
+        _ = [pipeline.find_extractor(name) for name in config.trackers]
+    except (FileNotFoundError, ValueError) as error:
+        raise options.UsageError(str(error)) from error
+    needs_package = any(cell.method == "fawkes_pypi" for cell in plan)
+    if needs_package:
+        config.references.require()
+    names = list(dict.fromkeys([*config.trackers, *(n for cell in plan for n in cell.surrogates)]))
+    if len({cells.file_name(name) for name in names}) < len(names):
+        raise options.UsageError(f"each of {', '.join(names)} must have one name of its own")
+    resolved = _resolved(config, sets)
+    growing = [*options.resumable(FawkesEvaluationConfig), "surrogate_sets"]
+    if len(config.num_steps) > 1:
+        growing.remove("budgets")
+    work = workdir.open_workdir(config.workdir, resolved, resumable=growing)
+    split, problems = _split(config, work)
+    try:
+        everything = pipeline.load_recognizer(
+            *names, weights=pipeline.parse_weights(config.weights, names)
+        )
+        _check_weights(work, everything)
+        own = {name: everything.extractors[name] for name in config.trackers}
+        setup = table.prepare(split, everything._replace(extractors=own), work.path / "clean")
+    except (FileNotFoundError, ValueError) as error:
+        raise options.UsageError(str(error)) from error
+    unseen = table.without_faces(setup)
+    problems += [{"image": name, "reason": pipeline.NO_FACE} for name in unseen]
+    rows, made = [], []
+    package_of = config.references.open if needs_package else contextlib.nullcontext
+    with package_of(fawkes_package.DRIVER if needs_package else None) as package:
+        for number, cell in enumerate(progress.track(plan, description="cells")):
+            start = time.perf_counter()
+            photos_of, records = _publish(
+                cell, setup, everything, package, work, num_steps=steps.get(cell), seed=config.seed
+            )
+            middle = time.perf_counter()
+            made.append(photos_of)
+            rows += _rows(config, setup, photos_of, records)
+            for sample, record in zip(split.published, records, strict=False):
+                if record["problem"]:
+                    name = f"{cell.name}/{sample.sample_id}"
+                    problems.append({"image": name, "reason": record["problem"]})
+            seconds = {"photos": middle - start, "scores": time.perf_counter() - middle}
+            work.append_metrics({"step": number, "cell": cell.name, "seconds": seconds})
+    _draw(setup, made, rows, work)
+    table.write_table(work.path / "table.csv", rows)
+    result = {
+        **program.provenance("experiments.fawkes_evaluation", config=config),
+        "config": resolved,
+        "protected": [person.identity for person in split.protected],
+        "people_enrolled": len(split.names),
+        "photos_enrolled": len(split.gallery) + len(split.published),
+        "notes": _NOTES,
+        "not_handled": problems,
+    }
+    work.write_result({**result, "table": rows})
+    keys = ("method", "surrogates", "budget", "extractor", "protection")
+    plain = ("nearest", "none", 0)
+    shown = [row for row in rows if (row["tracker"], row["countermeasure"], row["leak"]) == plain]
+    result["nearest"] = [{key: row[key] for key in keys} for row in shown]
+    return options.Outcome(result, complete=not problems)
 
 
-def without_faces(study: Study) -> list[str]:
-    """Ids of the clean photos in which no face was found."""
-    scene = next(iter(study.scenes.values()))
-    found = np.concatenate([scene.published.found, scene.probes.found, scene.gallery.found])
-    samples = [*study.split.published, *study.split.probes, *study.split.gallery]
-    return [sample.sample_id for sample, seen in zip(samples, found, strict=True) if not seen]
-
-
-def cell_views(
-    study: Study, cell: Cell, paths: Sequence[pathlib.Path], folder: pathlib.Path, change: str
-) -> dict[str, Views]:
-    """What every extractor sees of a cell's photos after a countermeasure.
-
-    Args:
-        study: what all cells share.
-        cell: which one.
-        paths: of its photos; not looked at for the method `none`, whose photos are the originals.
-        folder: where views are kept.
-        change: the countermeasure.
-    """
-    if cell.method == "none":
-        if change == "none":
-            return {name: scene.published for name, scene in study.scenes.items()}
-        paths = [sample.path for sample in study.split.published]
-    return cloaking_views.look(study.recognizer, paths, folder, countermeasure=change)
-
-
-def score_cell(
-    study: Study,
-    cell: Cell,
-    paths: Sequence[pathlib.Path],
-    folder: pathlib.Path,
-    *,
-    countermeasures: Sequence[str],
-    leaks: Sequence[float],
-) -> list[dict[str, Any]]:
-    """Rows of the table for one cell; leaks are scored without a countermeasure.
-
-    Args:
-        study: what all cells share.
-        cell: which one.
-        paths: of its photos.
-        folder: where views are kept.
-        countermeasures: after which no photo is leaked.
-        leaks: shares of clean photos among the published ones, beside 0.
-
-    Returns:
-        Dicts as `scores.score` gives them, with the cell, countermeasure, leak and extractor;
-        `transfer` says whether the extractor is none of the surrogates.
-    """
-    cases = [(change, 0.0) for change in countermeasures]
-    cases += [("none", leak) for leak in leaks if leak > 0]
-    rows = []
-    for change, leak in cases:
-        views = cell_views(study, cell, paths, folder, change)
-        for name, scene in study.scenes.items():
-            about = {
-                "method": cell.method,
-                "surrogates": _joined(cell),
-                "budget": cell.budget,
-                "countermeasure": change,
-                "leak": leak,
-                "extractor": methods.file_name(name),
-                "transfer": name not in cell.surrogates if cell.surrogates else None,
-            }
-            rows += [about | found for found in scores.score(scene, views[name], leak=leak)]
-    return rows
-
-
-def end_to_end(
-    study: Study,
-    cell: Cell,
-    paths: Sequence[pathlib.Path],
-    folder: pathlib.Path,
-    name: str,
-    *,
-    num_people: int,
-    options: tracker_training.TrainingOptions,
-    seed: int,
-    report_fn: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
-    """The row of a tracker that trains its whole network, for the first protected people.
-
-    One network is trained for them all: their published photos are as the cell has them, everybody
-    else's are clean; without countermeasure or leak.
-
-    Args:
-        study: what all cells share.
-        cell: which one.
-        paths: of its photos.
-        folder: where views are kept.
-        name: of the extractor that the training starts from.
-        num_people: whose probes are asked about.
-        options: of the training.
-        seed: of the training.
-        report_fn: as of `tracker_training.train`.
-    """
-    scene, split = study.scenes[name], study.split
-    published = cell_views(study, cell, paths, folder, "none")[name]
-    if cell.method == "none":
-        paths = [sample.path for sample in split.published]
-    asked = [split.identities.index(person.identity) for person in split.protected[:num_people]]
-    is_asked = np.isin(scene.owners, asked)
-    extractor = scene.extractor
-    own = _cut(extractor, paths, published, is_asked)
-    clean = _cut(extractor, [s.path for s in split.published], scene.published, ~is_asked)
-    others = _cut(extractor, [s.path for s in split.gallery], scene.gallery, True)
-    labels = [
-        scene.owners[is_asked & published.found],
-        scene.owners[~is_asked & scene.published.found],
-        scene.others[scene.gallery.found],
-    ]
-    logits_fn = tracker_training.train(
-        extractor,
-        study.recognizer.variables[name],
-        np.concatenate([own, clean, others]),
-        np.concatenate(labels),
-        len(split.identities),
-        options=options,
-        seed=seed,
-        report_fn=report_fn,
+def _sorted(config: FawkesEvaluationConfig) -> FawkesEvaluationConfig:
+    """The config with its budgets, their steps and its leaks in order."""
+    steps = config.num_steps
+    if len(steps) > 1:
+        steps = tuple(number for _, number in sorted(zip(config.budgets, steps, strict=True)))
+    return dataclasses.replace(
+        config,
+        budgets=tuple(sorted(config.budgets)),
+        leaks=tuple(sorted(config.leaks)),
+        num_steps=steps,
     )
-    is_probe = np.isin(scene.people, asked)
-    seen = is_probe & scene.probes.found
-    logits = logits_fn(_cut(extractor, [s.path for s in split.probes], scene.probes, is_probe))
-    answers = np.full(len(scene.people), -1)
-    ranks = np.full(len(scene.people), len(split.identities) + 1)
-    answers[seen] = np.argmax(logits, axis=1)
-    ranks[seen] = np.sum(logits >= logits[np.arange(len(logits)), scene.people[seen]][:, None], 1)
+
+
+def _surrogate_sets(config: FawkesEvaluationConfig) -> tuple[tuple[str, ...], ...]:
+    """The sets of surrogates, none if no method asks for them.
+
+    Raises:
+        ValueError: a set that cannot be, or none where one is needed.
+    """
+    methods = {cells.parse_method(method)[0] for method in config.methods}
+    if not methods & set(cells.CLOAKS):
+        return ()
+    sets = cells.surrogate_sets(config.surrogates, config.trackers)
+    if not sets:
+        raise ValueError("--surrogates is needed: sets of extractors")
+    return sets
+
+
+def _resolved(config: FawkesEvaluationConfig, sets: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
+    """What decides the result, as config.json and result.json have it."""
+    names = (
+        *("data", "people", "cloaked_photos", "probes", "gallery_people", "gallery_photos"),
+        *("methods", "trackers", "budgets", "countermeasures", "leaks", "num_steps"),
+        *("end_to_end", "epochs", "seed"),
+    )
+    cloaks = cells.cloak_options()
+    for each in cloaks.values() if config.num_steps else ():
+        del each["num_steps"]
     return {
-        "method": cell.method,
-        "surrogates": _joined(cell),
-        "budget": cell.budget,
-        "countermeasure": "none",
-        "leak": 0.0,
-        "extractor": methods.file_name(name),
-        "transfer": name not in cell.surrogates if cell.surrogates else None,
-        "enrolled": int(published.found[is_asked].sum()),
-        "not_found": int((~published.found[is_asked]).sum()),
-        "leaked": 0,
-        **scores.row("end_to_end", answers[is_probe], scene.people[is_probe], ranks[is_probe]),
+        **{name: getattr(config, name) for name in names},
+        "surrogate_sets": sets,
+        "toy": config.is_toy,
+        "cloaks": cloaks,
     }
 
 
-def write_table(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `table.csv`: a line for each row, quantiles by their medians."""
-    flat = []
-    for row in rows:
-        medians = {
-            f"{name}_median": None if row.get(name) is None else row[name][2]
-            for name in ("own_distance", "own_distance_clean", "other_distance")
-        }
-        flat.append({**row, **medians})
-    write_csv(path, TABLE_COLUMNS, flat)
+def _split(
+    config: FawkesEvaluationConfig, work: workdir.Workdir
+) -> tuple[people.Split, list[dict[str, str]]]:
+    """Who is who, without photos that cannot be read."""
+    root = config.data
+    if root is None:
+        root = work.path / "synthetic"
+        people.write_synthetic(root, num_people=6, num_photos=4)
+    try:
+        split, listing = people.choose_readable(
+            identities.list_tree(root),
+            num_people=config.people,
+            num_published=config.cloaked_photos,
+            num_probes=config.probes,
+            num_gallery_people=config.gallery_people,
+            num_gallery_photos=config.gallery_photos,
+            seed=config.seed,
+        )
+    except (FileNotFoundError, ValueError) as error:
+        raise options.UsageError(f"--data: {error}") from error
+    return split, [{"image": p.name, "reason": p.reason} for p in listing.problems]
 
 
-def write_matches(
-    study: Study,
-    cell: Cell,
-    paths: Sequence[pathlib.Path],
-    folder: pathlib.Path,
-    path: pathlib.Path,
+def _check_weights(work: workdir.Workdir, recognizer: pipeline.Recognizer) -> None:
+    """Refuses an extractor whose weights are not those that the run's files were made with."""
+    path = work.path / "extractors.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    now = {name: registry.fingerprint(v) for name, v in recognizer.variables.items()}
+    for name in now:
+        if known.get(name, now[name]) != now[name]:
+            raise ValueError(f"{work.path} was made with other weights of {name}")
+    files.write_json(path, known | now)
+
+
+def _publish(
+    cell: cells.CloakCell,
+    setup: table.Setup,
+    everything: pipeline.Recognizer,
+    package: reference.ReferenceProcess | None,
+    work: workdir.Workdir,
+    *,
+    num_steps: int | None,
+    seed: int,
+) -> tuple[table.CellPhotos, list[published.PhotoRecord]]:
+    """A cell's photos with their records; none for clean ones."""
+    folder = work.path / "cells" / cell.name
+    if cell.method == "none":
+        return table.CellPhotos(cell, [], folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    protect_fn = published.protect_fn(
+        cell,
+        everything,
+        covered=[clean.extractor for clean in setup.clean.values()],
+        package=package,
+        folder=folder,
+        num_steps=num_steps,
+        seed=seed,
+    )
+    paths, records = published.write_photos(
+        folder, setup.split.published, everything.detector, protect_fn
+    )
+    return table.CellPhotos(cell, paths, folder), records
+
+
+def _rows(
+    config: FawkesEvaluationConfig,
+    setup: table.Setup,
+    photos_of: table.CellPhotos,
+    records: Sequence[published.PhotoRecord],
+) -> list[scores.Row]:
+    """Rows of the table for a cell, and the file of its matches."""
+    rows = table.score_cell(
+        setup, photos_of, countermeasures=config.countermeasures, leaks=config.leaks
+    )
+    for name in config.trackers if config.end_to_end else ():
+        kept = f"end_to_end-{config.end_to_end}-{config.epochs}-{cells.file_name(name)}.json"
+
+        def train(name=name) -> scores.Row:
+            return table.end_to_end(
+                setup,
+                photos_of,
+                name,
+                num_people=config.end_to_end,
+                options=tracker_training.TrainingOptions(num_epochs=config.epochs),
+                seed=config.seed,
+            )
+
+        rows.append(workdir.load_or_compute(photos_of.folder / "scores" / kept, train))
+    table.write_matches(photos_of.folder / "matches.csv", setup, photos_of)
+    dssims = [record["dssim"] for record in records if not record["problem"]]
+    mean = float(np.mean(dssims)) if dssims else None
+    return [{**row, "mean_dssim": mean} for row in rows]
+
+
+def _draw(
+    setup: table.Setup,
+    made: Sequence[table.CellPhotos],
+    rows: Sequence[scores.Row],
+    work: workdir.Workdir,
 ) -> None:
-    """Writes the nearest enrolled photo of every probe for every extractor, unedited photos."""
-    views = cell_views(study, cell, paths, folder, "none")
-    rows = [
-        found
-        for name, scene in study.scenes.items()
-        for found in scores.top_matches(scene, views[name])
-    ]
-    write_csv(path, MATCH_COLUMNS, rows)
-
-
-def write_csv(
-    path: pathlib.Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]
-) -> None:
-    """Writes some columns of rows as CSV; None is empty, floats have six digits."""
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        values = [row.get(column) for column in columns]
-        writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
-    files.write_atomically(path, buffer.getvalue().encode(), overwrite=True)
-
-
-def _joined(cell: Cell) -> str:
-    return "+".join(methods.file_name(name) for name in cell.surrogates)
-
-
-def _cut(extractor, paths, views, wanted) -> np.ndarray:
-    """Chips `[N, S, S, 3]` of the wanted photos with a face."""
-    side = extractor.input_px
-    rows = np.flatnonzero(views.found & wanted)
-    cut = [
-        chips.extractor_chip(extractor, photos.read_photo(paths[i]).pixels, views.landmarks[i])
-        for i in rows
-    ]
-    return np.stack(cut) if cut else np.zeros((0, side, side, 3), np.uint8)
+    plots.plot_budgets(work.path / "budgets.png", rows)
+    by_cell = {photos_of.cell: photos_of for photos_of in made}
+    shown = {
+        name: (cell, table.cell_embeddings(setup, by_cell[cell], "none"))
+        for name, cell in plots.shown_cells(list(by_cell), list(setup.clean)).items()
+    }
+    plots.draw(setup, shown, work.path)

@@ -1,13 +1,13 @@
 """What methods that cloak faces share: faces, surrogates, limits, and the loop over a batch.
 
-A method is a config (`CloakConfig`); its static part (`CloakSearch`), a constant of compiled
+A method is a config (`CloakMethod`); its static part (`CloakSearch`), a constant of compiled
 programs, says what a change of one face gains (`problem`), and the rest is here. Functions work on
 face canvases (`afr_jax.recognition.align.Canvas`); whole photos are in
 `afr_jax.methods.cloaking.photo_cloaks`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 import chex
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.typing import VariableDict
 
 from afr_jax.core import ssim
 from afr_jax.models.extractors import registry
@@ -92,7 +93,7 @@ class CloakSearch(Protocol):
 
     def problem(
         self,
-        variables: tuple[dict, ...],
+        variables: tuple[VariableDict, ...],
         face: Face,
         reference: ssim.SsimReference,
         surrogates: tuple[Surrogate, ...],
@@ -109,7 +110,7 @@ class CloakSearch(Protocol):
         """
 
 
-class CloakConfig(CloakSearch, Protocol):
+class CloakMethod(CloakSearch, Protocol):
     """A method with all its options.
 
     Budget and limit are arrays of the faces in compiled programs, which therefore serve all of
@@ -128,13 +129,24 @@ class CloakConfig(CloakSearch, Protocol):
         """The static part, equal for all budgets and limits."""
 
 
+def check_shares(values: CloakSearch, names: Iterable[str]) -> None:
+    """Checks that options lie in (0, 1].
+
+    Raises:
+        ValueError: one does not.
+    """
+    for name in names:
+        if not 0 < getattr(values, name) <= 1:
+            raise ValueError(f"{name} is {getattr(values, name)}, must lie in (0, 1]")
+
+
 def cloak_faces(
     keys: jax.Array,
-    variables: tuple[dict, ...],
+    variables: tuple[VariableDict, ...],
     faces: Face,
     *,
     surrogates: tuple[Surrogate, ...],
-    config: CloakConfig,
+    config: CloakMethod,
     report_fn: Callable[[int], None] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cloaks a batch of faces.
@@ -189,7 +201,7 @@ def cloak_faces(
 
 @functools.partial(jax.jit, static_argnames="surrogates")
 def embed_faces(
-    variables: tuple[dict, ...], faces: Face, surrogates: tuple[Surrogate, ...]
+    variables: tuple[VariableDict, ...], faces: Face, surrogates: tuple[Surrogate, ...]
 ) -> tuple[jax.Array, ...]:
     """Embeddings `[B, D]` of a batch of faces as they are, one array for each surrogate.
 

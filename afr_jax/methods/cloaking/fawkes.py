@@ -8,9 +8,9 @@ Models", USENIX Security 2020. What differs from the paper and from the authors'
 * Objective: away from the person, towards a target identity (as the paper), or both, each in units
   of the distance at which other people's photos lie for that extractor; several extractors by a
   soft minimum, as a sum is easily won on the weakest of them alone. The person is the mean of the
-  clean embeddings of all faces of the person that are cloaked together (`cloak.cloak_photos` finds
-  them). The code's last release moves each face away from its own clean embedding; what that costs
-  is in `experiments/results/fawkes_attempts.md`.
+  clean embeddings of all faces of the person that are cloaked together (`photo_cloaks.cloak_photos`
+  finds them). The code's last release moves each face away from its own clean embedding; what that
+  costs is in `experiments/results/fawkes_attempts.md`.
 * Steps are longer where a change costs less DSSIM (`step`).
 * Every step sees the photo as a tracker may get it: blurred or shrunk, compressed, and aligned by
   slightly other landmarks (Athalye et al. 2018; neither paper nor code have this). What survives
@@ -26,6 +26,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from flax.typing import VariableDict
 
 from afr_jax.core import options, ssim
 from afr_jax.methods.cloaking import face_cloaks
@@ -42,7 +43,7 @@ _AVERAGED = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class FawkesSearch:
-    """Static options of the optimisation; see `face_cloaks.CloakSearch`.
+    """Static options of the optimization; see `face_cloaks.CloakSearch`.
 
     Attributes:
         num_steps: gradient steps, >= 0.
@@ -68,31 +69,31 @@ class FawkesSearch:
         start_noise: half width of the uniform start, in [0, 1] units.
     """
 
-    num_steps: int = 100
+    num_steps: int = options.option(100, "gradient steps of a face", at_least=0)
     learning_rate: float = 2 / 255
-    repel_weight: float = 1.0
-    attract_weight: float = 1.0
-    softmin_sharpness: float = 8.0
-    align_shift: float = 0.005
-    align_turn: float = 0.019
-    blur_px: float = 1.5
+    repel_weight: float = options.option(1.0, "of the distance from the person", at_least=0)
+    attract_weight: float = options.option(1.0, "of the distance to a target", at_least=0)
+    softmin_sharpness: float = options.option(
+        8.0, "how much surrogates that lag behind count for more; 0: as the others", at_least=0
+    )
+    align_shift: float = options.option(
+        0.005, "standard deviation of a chip's random shift, of its side", at_least=0
+    )
+    align_turn: float = options.option(
+        0.019, "standard deviation of a chip's random rotation, radians, and scale", at_least=0
+    )
+    blur_px: float = options.option(1.5, "largest random blur, canvas pixels", at_least=0)
     jpeg_quality: tuple[int, int] | None = (60, 95)
     start_noise: float = 1 / 255
 
-    def __post_init__(self):
-        for name in ("learning_rate", "start_noise"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must lie in (0, 1]")
-        weights = (
-            "repel_weight",
-            "attract_weight",
-            "softmin_sharpness",
-            "align_shift",
-            "align_turn",
-        )
-        for name in ("num_steps", *weights):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 0")
+    def __post_init__(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ValueError: an option is out of its range.
+        """
+        options.check(self)
+        face_cloaks.check_shares(self, ("learning_rate", "start_noise"))
         self.views()
 
     def views(self) -> transformations.ViewOptions:
@@ -113,7 +114,7 @@ class FawkesSearch:
 
     def problem(
         self,
-        variables: tuple[dict, ...],
+        variables: tuple[VariableDict, ...],
         face: face_cloaks.Face,
         reference: ssim.SsimReference,
         surrogates: tuple[face_cloaks.Surrogate, ...],
@@ -131,7 +132,7 @@ class FawkesSearch:
 
 @dataclasses.dataclass(frozen=True)
 class FawkesConfig(FawkesSearch):
-    """Options of a cloak; see `face_cloaks.CloakConfig`, and `FawkesSearch` for the others.
+    """Options of a cloak; see `face_cloaks.CloakMethod`, and `FawkesSearch` for the others.
 
     Attributes:
         dssim_budget: Largest DSSIM of a face, > 0.
@@ -141,15 +142,14 @@ class FawkesConfig(FawkesSearch):
     dssim_budget: float = MODES["mid"]
     linf_limit: float = 24 / 255
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Checks ranges."""
         super().__post_init__()
-        for name in ("dssim_budget", "linf_limit"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must lie in (0, 1]")
+        face_cloaks.check_shares(self, ("dssim_budget", "linf_limit"))
 
     @property
     def search(self) -> FawkesSearch:
-        """See `face_cloaks.CloakConfig.search`."""
+        """See `face_cloaks.CloakMethod.search`."""
         return options.narrowed(self, FawkesSearch)
 
 
@@ -157,7 +157,7 @@ def evaluate(
     key: jax.Array,
     delta: jax.Array,
     weight: jax.Array,
-    variables: tuple[dict, ...],
+    variables: tuple[VariableDict, ...],
     face: face_cloaks.Face,
     reference: ssim.SsimReference,
     *,

@@ -16,6 +16,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from flax.typing import VariableDict
 
 from afr_jax.core import options, ssim
 from afr_jax.methods.cloaking import face_cloaks
@@ -28,7 +29,7 @@ _BLUR_SIGMA_PX = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class LowKeySearch:
-    """Static options of the optimisation, with the authors' values; see `face_cloaks.CloakSearch`.
+    """Static options of the optimization, with the authors' values; see `face_cloaks.CloakSearch`.
 
     Attributes:
         num_steps: see there.
@@ -36,16 +37,18 @@ class LowKeySearch:
         step_size: of a signed step, in [0, 1] units.
     """
 
-    num_steps: int = 50
+    num_steps: int = options.option(50, "gradient steps of a face", at_least=0)
     start_noise: float = 0.005
     step_size: float = 0.0025
 
-    def __post_init__(self):
-        for name in ("start_noise", "step_size"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must lie in (0, 1]")
-        if self.num_steps < 0:
-            raise ValueError(f"num_steps is {self.num_steps}, must be at least 0")
+    def __post_init__(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ValueError: an option is out of its range.
+        """
+        options.check(self)
+        face_cloaks.check_shares(self, ("start_noise", "step_size"))
 
     def rules(self, face: face_cloaks.Face, reference: ssim.SsimReference) -> loop.Rules:
         """See `face_cloaks.CloakSearch.rules`."""
@@ -54,7 +57,7 @@ class LowKeySearch:
 
     def problem(
         self,
-        variables: tuple[dict, ...],
+        variables: tuple[VariableDict, ...],
         face: face_cloaks.Face,
         reference: ssim.SsimReference,
         surrogates: tuple[face_cloaks.Surrogate, ...],
@@ -70,7 +73,7 @@ class LowKeySearch:
 
 @dataclasses.dataclass(frozen=True)
 class LowKeyConfig(LowKeySearch):
-    """Options of a cloak; see `face_cloaks.CloakConfig`, and `LowKeySearch` for the others.
+    """Options of a cloak; see `face_cloaks.CloakMethod`, and `LowKeySearch` for the others.
 
     Attributes:
         dssim_budget: Largest DSSIM of a face, > 0.
@@ -80,22 +83,21 @@ class LowKeyConfig(LowKeySearch):
     dssim_budget: float = 0.007
     linf_limit: float = 0.05
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Checks ranges."""
         super().__post_init__()
-        for name in ("dssim_budget", "linf_limit"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must lie in (0, 1]")
+        face_cloaks.check_shares(self, ("dssim_budget", "linf_limit"))
 
     @property
     def search(self) -> LowKeySearch:
-        """See `face_cloaks.CloakConfig.search`."""
+        """See `face_cloaks.CloakMethod.search`."""
         return options.narrowed(self, LowKeySearch)
 
 
 def evaluate(
     delta: jax.Array,
     weight: jax.Array,
-    variables: tuple[dict, ...],
+    variables: tuple[VariableDict, ...],
     face: face_cloaks.Face,
     reference: ssim.SsimReference,
     surrogates: tuple[face_cloaks.Surrogate, ...],

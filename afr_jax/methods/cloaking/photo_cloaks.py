@@ -2,7 +2,8 @@
 
 Every face is cut out on a canvas of a bucket size, so faces of many photos share a batch and a
 compiled program; its change is brought back to the photo's pixels, rounded to 8 bits, and scaled
-until the DSSIM of the final pixels meets the budget. Nothing outside the face regions changes.
+until the DSSIM of the final pixels meets the budget (`budget`). Nothing outside the face regions
+changes.
 """
 
 import dataclasses
@@ -12,10 +13,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax.typing import VariableDict
 from PIL import Image
 
 from afr_jax.core import images, parallel, ssim
-from afr_jax.methods.cloaking import face_cloaks
+from afr_jax.methods.cloaking import budget, face_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import align, detect, match
 
@@ -31,8 +33,6 @@ _MARGIN = 0.05
 # averages is shifted, its landmarks may tip the factor, others do not average at all; what is
 # blurrier than this sampling is among the random views.
 _SHARPER = 0.5
-# Rounds of fitting changes to the budget, and how many of them may enlarge a change.
-_FIT_ROUNDS, _GROWING_ROUNDS = 12, 4
 
 
 class PhotoFaces(NamedTuple):
@@ -88,7 +88,7 @@ class Surrogates:
     """The extractors that a cloak is made against, with their variables, in one order."""
 
     extractors: tuple[registry.Extractor, ...]
-    variables: tuple[dict, ...]
+    variables: tuple[VariableDict, ...]
 
 
 def is_large_enough(boxes: np.ndarray) -> np.ndarray:
@@ -111,7 +111,7 @@ def cloak_photos(
     surrogates: Surrogates,
     photos: Sequence[PhotoFaces],
     *,
-    config: face_cloaks.CloakConfig,
+    config: face_cloaks.CloakMethod,
     targets: Mapping[str, np.ndarray] | None = None,
     mesh: parallel.Mesh | None = None,
     report_fn: Callable[[int], None] | None = None,
@@ -152,8 +152,12 @@ def cloak_photos(
     results = []
     for index, photo in enumerate(photos):
         own = [i for i, plan in enumerate(plans) if plan.photo == index]
-        pixels, dssims = _compose(
-            photo.pixels, [plans[i] for i in own], [deltas[i] for i in own], config
+        pixels, dssims = budget.fit_together(
+            photo.pixels,
+            [plans[i].region for i in own],
+            [plans[i].box for i in own],
+            [deltas[i] for i in own],
+            dssim_budget=config.dssim_budget,
         )
         faces = [
             CloakedFace(plans[i].region, plans[i].box, distances[i], value)
@@ -163,36 +167,59 @@ def cloak_photos(
     return results
 
 
-def face_dssim(
-    original: np.ndarray, cloaked: np.ndarray, region: np.ndarray, box: np.ndarray
-) -> float:
-    """DSSIM of a face: the larger of those over its region and over the detector's box.
+def change_faces(
+    photo: PhotoFaces,
+    extractors: Sequence[registry.Extractor],
+    change_fn: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    *,
+    dssim_budget: float,
+) -> tuple[np.ndarray, list[CloakedFace]]:
+    """Adds a change that is at hand to each face, the largest multiple of it within the budget.
 
     Args:
-        original: `[H, W, 3]` uint8.
-        cloaked: `[H, W, 3]` uint8.
-        region: `[4]` int.
-        box: `[4]` int.
+        photo: with its faces.
+        extractors: whose chips lie in the regions that change.
+        change_fn: takes a face's region `[4]` int and landmarks `[5, 2]`, returns its change
+            `[h, w, 3]` in gray levels.
+        dssim_budget: largest DSSIM of a face.
+
+    Returns:
+        As `cloak_photos` for one photo.
     """
-    return max(
-        ssim.dssim_uint8(original[y0:y1, x0:x1], cloaked[y0:y1, x0:x1])
-        for y0, x0, y1, x1 in (region, box)
-    )
+    final, faces = photo.pixels, []
+    for box, landmarks in zip(photo.faces.boxes, photo.faces.landmarks, strict=True):
+        bounds = [
+            align.chip_bounds(align.chip_transform(each, landmarks), each.input_px)
+            for each in extractors
+        ]
+        region = _region(box, bounds, photo.pixels.shape, margin=0.0)
+        inner = np.concatenate(align.integer_bounds(box, photo.pixels.shape))
+        change = change_fn(region, landmarks)
+        if photo.gray:
+            change = change.mean(axis=-1, keepdims=True)
+        if photo.visible is not None:
+            y0, x0, y1, x1 = region
+            change = change * photo.visible[y0:y1, x0:x1, None]
+        final, dssim = budget.fit_alone(
+            final, photo.pixels, region, inner, change, dssim_budget=dssim_budget
+        )
+        faces.append(CloakedFace(region, inner, {}, dssim))
+    return final, faces
 
 
 def _plan(extractors, photo, index, number, targets, config) -> _Plan:
     """Region, canvas and arrays of one face."""
     shape = photo.pixels.shape[:2]
-    transforms, bounds = [], [_grown(photo.faces.boxes[number], _MARGIN)]
-    for extractor in extractors:
-        transform = align.chip_transform(extractor, photo.faces.landmarks[number])
-        transforms.append(transform)
-        bounds.append(align.chip_bounds(transform, extractor.input_px))
-    bounds = np.array(bounds)
-    seen = np.concatenate([bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)])
+    transforms = [
+        align.chip_transform(extractor, photo.faces.landmarks[number]) for extractor in extractors
+    ]
+    bounds = [
+        align.chip_bounds(transform, extractor.input_px)
+        for extractor, transform in zip(extractors, transforms, strict=True)
+    ]
     # As wide as the fade, which so lies outside what is seen.
     margin = _FADE / (1 - 2 * _FADE)
-    region = np.concatenate(align.integer_bounds(_grown(seen, margin), shape))
+    region = _region(photo.faces.boxes[number], bounds, shape, margin=margin)
     box = np.concatenate(align.integer_bounds(photo.faces.boxes[number], shape))
     factor = -(-int((region[2:] - region[:2]).max()) // _CANVAS_SIZES[-1])
     canvas = align.cut_canvas(photo.pixels, region, factor=factor, bucket_sizes=_CANVAS_SIZES)
@@ -323,19 +350,19 @@ def _limit(photo: PhotoFaces, number: int, region: np.ndarray, factor: int) -> n
     shape = np.array(photo.pixels.shape[:2])
     grids, ramps = [], []
     for axis in range(2):
-        centres = np.arange(low[axis], high[axis], factor) + (factor - 1) / 2
+        centers = np.arange(low[axis], high[axis], factor) + (factor - 1) / 2
         fade = max(_FADE * (high[axis] - low[axis]), factor)
-        before = np.inf if low[axis] == 0 else centres - low[axis] + 0.5
-        after = np.inf if high[axis] == shape[axis] else high[axis] - centres - 0.5
-        grids.append(centres)
-        ramps.append(np.clip(np.minimum(before, after) / fade, 0, 1) * np.ones(len(centres)))
+        before = np.inf if low[axis] == 0 else centers - low[axis] + 0.5
+        after = np.inf if high[axis] == shape[axis] else high[axis] - centers - 0.5
+        grids.append(centers)
+        ramps.append(np.clip(np.minimum(before, after) / fade, 0, 1) * np.ones(len(centers)))
     limit = ramps[0][:, None] * ramps[1][None, :]
     boxes = photo.faces.boxes
     if len(boxes) > 1:
-        centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).max(1)
+        centers, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).max(1)
         apart = [
-            (grids[0][:, None] - centre[0]) ** 2 + (grids[1][None, :] - centre[1]) ** 2
-            for centre in centres
+            (grids[0][:, None] - center[0]) ** 2 + (grids[1][None, :] - center[1]) ** 2
+            for center in centers
         ]
         apart = np.stack(apart) / sides[:, None, None] ** 2
         limit = limit * (np.argmin(apart, axis=0) == number)
@@ -367,40 +394,13 @@ def _to_photo_size(plan, photo, delta, config) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(delta, -limit, limit), limit
 
 
-def _compose(pixels, plans, deltas, config) -> tuple[np.ndarray, list[float]]:
-    """Adds the changes, rounds, and scales each until its DSSIM on the 8-bit result fits.
-
-    At first a change below the budget may grow by up to half (rounding and enlarging lose some of
-    it), within its pixel limits; later, changes only shrink: those of a face above the budget and
-    of the faces whose regions overlap it.
-    """
-    budget = config.dssim_budget
-    scales = np.ones(len(plans))
-    best, best_dssims = pixels.copy(), [0.0] * len(plans)
-    if not plans:
-        return best, best_dssims
-    regions = np.array([plan.region for plan in plans], np.float64)
-    neighbours = (detect.overlap(regions, regions) > 0) | np.eye(len(plans), dtype=bool)
-    for fit_round in range(_FIT_ROUNDS):
-        final = pixels.astype(np.float32)
-        for plan, (delta, limit), scale in zip(plans, deltas, scales, strict=True):
-            y0, x0, y1, x1 = plan.region
-            final[y0:y1, x0:x1] += np.clip(scale * delta, -limit, limit) * 255.0
-        final = np.clip(np.round(final), 0, 255).astype(np.uint8)
-        dssims = np.array([face_dssim(pixels, final, plan.region, plan.box) for plan in plans])
-        if np.all(dssims <= budget) and sum(dssims) >= sum(best_dssims):
-            best, best_dssims = final, dssims.tolist()
-        if np.all((dssims >= 0.995 * budget) & (dssims <= budget)):
-            break
-        if fit_round >= _GROWING_ROUNDS and np.all(dssims <= budget):
-            break
-        wanted = np.sqrt(0.998 * budget / np.maximum(dssims, 1e-9))
-        if fit_round < _GROWING_ROUNDS:
-            scales = np.minimum(scales * np.clip(wanted, 0.5, 1.25), 1.5)
-        else:
-            least = np.where(neighbours & (dssims > budget), wanted, 1.0).min(axis=1)
-            scales = scales * np.maximum(least, 0.5)
-    return best, best_dssims
+def _region(
+    box: np.ndarray, chip_bounds: Sequence[np.ndarray], shape: Sequence[int], *, margin: float
+) -> np.ndarray:
+    """The piece `[4]` int of a photo that holds a face's box and chips, with a margin."""
+    bounds = np.array([_grown(box, _MARGIN), *chip_bounds])
+    seen = np.concatenate([bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)])
+    return np.concatenate(align.integer_bounds(_grown(seen, margin), shape))
 
 
 def _grown(box: np.ndarray, margin: float) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Target identities for cloaks: one for all photos of a run, as Fawkes asks for one per person."""
 
-import contextlib
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -13,6 +13,66 @@ from afr_jax.recognition import detect, embed, pipeline
 
 Centroids = Mapping[str, Mapping[str, np.ndarray]]
 OptionsFn = Callable[[Sequence[int]], detect.DetectorOptions]
+
+
+class TargetError(ValueError):
+    """A target that cannot be used; the message says why."""
+
+
+class Target(NamedTuple):
+    """Another person whom all faces of a run are moved towards.
+
+    Attributes:
+        identity: name of the person.
+        centroids: mean embedding `[D]` by the extractor's name.
+    """
+
+    identity: str
+    centroids: dict[str, np.ndarray]
+
+
+def check(target: str, gallery: str | os.PathLike[str] | None) -> None:
+    """Checks what is asked for before anything is loaded; see `choose`.
+
+    Raises:
+        TargetError: one does not go with the other, or a folder is not there.
+    """
+    if (target == "farthest") != (gallery is not None):
+        raise TargetError("the target 'farthest' needs a gallery, and a gallery that target")
+    if target not in ("repel", "farthest") and not pathlib.Path(target).is_dir():
+        raise TargetError(f"{target} is not repel, farthest or a folder")
+    if gallery is not None and not pathlib.Path(gallery).is_dir():
+        raise TargetError(f"{gallery} is not a folder")
+
+
+def choose(
+    recognizer: pipeline.Recognizer,
+    target: str,
+    gallery: str | os.PathLike[str] | None,
+    images: Iterable[np.ndarray],
+    *,
+    options_fn: OptionsFn,
+) -> Target | None:
+    """The person whom faces are moved towards.
+
+    Args:
+        recognizer: detector and extractors.
+        target: "repel" for nobody; a folder with photos of the person; "farthest" for the person of
+            the gallery who is farthest from all faces of the images.
+        gallery: folder with a folder of photos for each person; for "farthest" alone.
+        images: the user's photos, `[H, W, 3]` uint8; looked at for "farthest" alone.
+        options_fn: the detector's options for a photo's shape.
+
+    Raises:
+        TargetError: see `check`; no face where one is needed.
+    """
+    check(target, gallery)
+    if target == "repel":
+        return None
+    if target == "farthest":
+        return farthest_in_gallery(recognizer, gallery, images, options_fn=options_fn)
+    centroids = folder_centroids(recognizer, target, options_fn=options_fn)
+    return Target(pathlib.Path(target).name, centroids)
 
 
 def centroid(embeddings: np.ndarray) -> np.ndarray:
@@ -40,10 +100,10 @@ def farthest_identity(
         The name of the identity.
 
     Raises:
-        ValueError: the gallery is empty.
+        TargetError: the gallery is empty.
     """
     if not gallery:
-        raise ValueError("the gallery has no identity with a face")
+        raise TargetError("the gallery has no identity with a face")
 
     def nearest(centroids: Mapping[str, np.ndarray]) -> float:
         total = sum(
@@ -69,34 +129,34 @@ def folder_centroids(
         Centroid `[D]` by extractor.
 
     Raises:
-        ValueError: no photo has a face.
+        TargetError: no photo has a face.
     """
     faces = _faces_below(recognizer, folder, options_fn)
     if not faces:
-        raise ValueError(f"{folder} holds no photo with a face")
+        raise TargetError(f"{folder} holds no photo with a face")
     return _centroids(recognizer, faces)
 
 
 def farthest_in_gallery(
     recognizer: pipeline.Recognizer,
     gallery: str | os.PathLike[str],
-    paths: Iterable[pathlib.Path],
+    images: Iterable[np.ndarray],
     *,
     options_fn: OptionsFn,
-) -> tuple[str, dict[str, np.ndarray]]:
+) -> Target:
     """The person of a gallery who is farthest from all faces of some photos.
 
     Args:
         recognizer: detector and extractors.
         gallery: folder with a folder of photos for each person; who has no face there is left out.
-        paths: of the user's photos; unreadable ones are left out.
+        images: the user's photos, `[H, W, 3]` uint8.
         options_fn: the detector's options for a photo's shape.
 
     Returns:
-        The person's name and `folder_centroids`; see `farthest_identity`.
+        The person, see `farthest_identity`.
 
     Raises:
-        ValueError: no face in the user's photos, or none in the gallery.
+        TargetError: no face in the user's photos, or none in the gallery.
     """
     centroids = {}
     for folder in sorted(pathlib.Path(gallery).iterdir()):
@@ -104,19 +164,19 @@ def farthest_in_gallery(
             if faces := _faces_below(recognizer, folder, options_fn):
                 centroids[folder.name] = _centroids(recognizer, faces)
     own = []
-    for path in paths:
-        with contextlib.suppress(photos.PhotoError):
-            pixels = photos.read_photo(path).pixels
-            found = _detect(recognizer, pixels, options_fn)
-            own += [(pixels, landmarks) for landmarks in found.landmarks]
+    for pixels in images:
+        found = _detect(recognizer, pixels, options_fn)
+        own += [(pixels, landmarks) for landmarks in found.landmarks]
     if not own:
-        raise ValueError("no face was found in the photos to cloak")
+        raise TargetError("no face was found in the photos to cloak")
     thresholds = {name: each.threshold for name, each in recognizer.extractors.items()}
     identity = farthest_identity(_embed(recognizer, own), centroids, thresholds)
-    return identity, centroids[identity]
+    return Target(identity, centroids[identity])
 
 
-def _faces_below(recognizer, folder, options_fn) -> list[tuple[np.ndarray, np.ndarray]]:
+def _faces_below(
+    recognizer: pipeline.Recognizer, folder: str | os.PathLike[str], options_fn: OptionsFn
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """The most confident face of every readable photo of a folder, with its landmarks."""
     faces = []
     for source in photo_files.list_photos([folder]):
@@ -131,15 +191,21 @@ def _faces_below(recognizer, folder, options_fn) -> list[tuple[np.ndarray, np.nd
     return faces
 
 
-def _centroids(recognizer, faces) -> dict[str, np.ndarray]:
+def _centroids(
+    recognizer: pipeline.Recognizer, faces: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> dict[str, np.ndarray]:
     return {name: centroid(vectors) for name, vectors in _embed(recognizer, faces).items()}
 
 
-def _detect(recognizer, pixels, options_fn) -> detect.Faces:
+def _detect(
+    recognizer: pipeline.Recognizer, pixels: np.ndarray, options_fn: OptionsFn
+) -> detect.Faces:
     return detect.detect_faces(recognizer.detector, pixels, options=options_fn(pixels.shape))
 
 
-def _embed(recognizer, faces) -> dict[str, np.ndarray]:
+def _embed(
+    recognizer: pipeline.Recognizer, faces: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> dict[str, np.ndarray]:
     return {
         name: embed.embed_faces(extractor, recognizer.variables[name], faces)
         for name, extractor in recognizer.extractors.items()

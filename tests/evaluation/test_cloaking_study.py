@@ -1,4 +1,4 @@
-"""Splits, leaks and scores on made-up embeddings; protected photos on disk, cut and resumed."""
+"""Splits, leaks and scores on synthetic embeddings; protected photos on disk, cut and resumed."""
 
 import pathlib
 
@@ -11,14 +11,19 @@ from PIL import Image
 
 from afr_jax.data import identities
 from afr_jax.evaluation.attackers import trackers
-from afr_jax.evaluation.cloaking import methods as cloaking_methods
-from afr_jax.evaluation.cloaking import photos, pictures, plots, scores
-from afr_jax.evaluation.cloaking import split as cloaking_split
-from afr_jax.evaluation.cloaking import study as cloaking_study
-from afr_jax.evaluation.cloaking import views as cloaking_views
-from afr_jax.evaluation.cloaking.methods import Cell
+from afr_jax.evaluation.cloaking import (
+    cells,
+    embeddings,
+    fawkes_package,
+    people,
+    plots,
+    published,
+    scores,
+    table,
+)
+from afr_jax.evaluation.cloaking.cells import CloakCell
 from afr_jax.evaluation.metrics import intervals
-from afr_jax.methods.cloaking import photo_cloaks
+from afr_jax.methods.cloaking import budget, noise, photo_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import align, detect
 
@@ -37,7 +42,7 @@ def _listing(counts):
 def _choose(counts, **options):
     defaults = {"num_people": 2, "num_published": 3, "num_probes": 2, "num_gallery_people": 3}
     options = {**defaults, "num_gallery_photos": 2, "seed": 0, **options}
-    return cloaking_split.choose(_listing(counts), **options)
+    return people.choose(_listing(counts), **options)
 
 
 def test_split_takes_each_photo_once_and_those_with_enough():
@@ -54,7 +59,7 @@ def test_split_takes_each_photo_once_and_those_with_enough():
     assert not owners & {person.identity for person in split.protected}
     assert split == _choose(counts) != _choose(counts, seed=1)
     np.testing.assert_array_equal(
-        np.array(split.identities)[split.labels(split.probes)],
+        np.array(split.names)[split.labels(split.probes)],
         [sample.identity for sample in split.probes],
     )
 
@@ -64,16 +69,16 @@ def test_split_divides_half_and_half_where_photos_are_few():
     assert [(len(p.published), len(p.probes)) for p in split.protected] == [(2, 2), (1, 2)]
     with pytest.raises(ValueError, match="2 such people to protect"):
         _choose({"a": 4, "b": 1, "c": 1, "d": 1, "e": 1})
-    with pytest.raises(ValueError, match="3 others to enrol"):
+    with pytest.raises(ValueError, match="3 others to enroll"):
         _choose({"a": 4, "b": 4, "c": 1, "d": 1})
 
 
 def test_unreadable_photos_are_drawn_again(tmp_path):
-    cloaking_split.make_up(tmp_path, num_people=4, num_photos=3, side=32)
+    people.write_synthetic(tmp_path, num_people=4, num_photos=3, side=32)
     (tmp_path / "person_01" / "1.png").write_bytes(b"no photo")
     listing = identities.list_tree(tmp_path)
     options = {"num_people": 1, "num_published": 1, "num_probes": 1, "num_gallery_people": 3}
-    split, rest = cloaking_split.choose_readable(listing, num_gallery_photos=3, **options)
+    split, rest = people.choose_readable(listing, num_gallery_photos=3, **options)
     drawn = {s.sample_id for s in (*split.published, *split.probes, *split.gallery)}
     assert "person_01/1.png" not in drawn and len(rest.problems) == 1 and len(split.gallery) >= 8
 
@@ -86,16 +91,16 @@ def test_leaks_are_the_share_and_spread(share):
     assert abs(halves[0] - halves[1]) <= 1
 
 
-def _views(rng, labels, centres, spread=0.3):
+def _embeddings(rng, labels, centres, spread=0.3):
     vectors = centres[labels] + spread * rng.normal(size=(len(labels), centres.shape[1]))
     found = np.ones(len(labels), bool)
-    return cloaking_views.Views(
+    return embeddings.Embeddings(
         found, vectors.astype(np.float32), np.zeros((len(labels), 5, 2), np.float32)
     )
 
 
 @pytest.fixture(scope="module")
-def scene():
+def clean():
     """Four protected people and six others; one published photo and one probe have no face."""
     names = [f"p{i}" for i in range(10)]
     split = _choose(
@@ -107,60 +112,60 @@ def scene():
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(10, 5))
     views = [
-        _views(rng, split.labels(samples), centres)
+        _embeddings(rng, split.labels(samples), centres)
         for samples in (split.published, split.probes, list(split.gallery))
     ]
     views[0].found[5] = views[1].found[3] = False
-    return scores.make_scene(split, "dlib", _DLIB, *views)
+    return scores.compare_clean(split, "dlib", _DLIB, *views)
 
 
 @pytest.fixture(scope="module")
-def cloaked(scene):
+def cloaked(clean):
     """Published photos moved about: some near, some far, the last person's without any face."""
     rng = np.random.default_rng(1)
-    shift = rng.normal(size=scene.published.vectors.shape) * np.repeat([0.1, 0.8, 2, 3], 4)[:, None]
-    found = scene.published.found.copy()
+    shift = rng.normal(size=clean.published.vectors.shape) * np.repeat([0.1, 0.8, 2, 3], 4)[:, None]
+    found = clean.published.found.copy()
     found[12:] = False
-    return scene.published._replace(
-        vectors=(scene.published.vectors + shift).astype(np.float32), found=found
+    return clean.published._replace(
+        vectors=(clean.published.vectors + shift).astype(np.float32), found=found
     )
 
 
-def _brute_force(scene, cloaked, leak):
+def _brute_force(clean, cloaked, leak):
     """Answers of the nearest-neighbour trackers and ranks, probe by probe."""
-    split = scene.split
+    split = clean.split
     leaked = scores.leaked_photos(len(split.published), leak)
     answers, limited, ranks, own_distances = [], [], [], []
     for number, probe in enumerate(split.probes):
         enrolled = []
         for i, sample in enumerate(split.published):
-            clean = sample.identity != probe.identity or leaked[i]
-            source = scene.published if clean else cloaked
+            is_clean = sample.identity != probe.identity or leaked[i]
+            source = clean.published if is_clean else cloaked
             if source.found[i]:
                 enrolled.append((sample.identity, source.vectors[i]))
         for i, sample in enumerate(split.gallery):
-            enrolled.append((sample.identity, scene.gallery.vectors[i]))
+            enrolled.append((sample.identity, clean.gallery.vectors[i]))
         people = {}
-        if scene.probes.found[number]:
+        if clean.probes.found[number]:
             for name, vector in enrolled:
-                apart = np.linalg.norm(np.float64(vector) - scene.probes.vectors[number])
+                apart = np.linalg.norm(np.float64(vector) - clean.probes.vectors[number])
                 people[name] = min(people.get(name, np.inf), apart)
         order = sorted(people, key=people.get)
         known = probe.identity in people
         answers.append(order[0] if order else None)
         limited.append(order[0] if order and people[order[0]] < 0.6 else None)
-        ranks.append(order.index(probe.identity) + 1 if known else len(split.identities) + 1)
+        ranks.append(order.index(probe.identity) + 1 if known else len(split.names) + 1)
         if known:
             own_distances.append(people[probe.identity])
     return answers, limited, ranks, own_distances
 
 
 @pytest.mark.parametrize("leak", [0.0, 0.25])
-def test_scores_by_brute_force(scene, cloaked, leak):
-    rows = {row["tracker"]: row for row in scores.score(scene, cloaked, leak=leak)}
+def test_scores_by_brute_force(clean, cloaked, leak):
+    rows = {row["tracker"]: row for row in scores.score(clean, cloaked, leak=leak)}
     assert tuple(rows) == trackers.KINDS
-    answers, limited, ranks, own = _brute_force(scene, cloaked, leak)
-    truth = [probe.identity for probe in scene.split.probes]
+    answers, limited, ranks, own = _brute_force(clean, cloaked, leak)
+    truth = [probe.identity for probe in clean.split.probes]
     for kind, given in (("nearest", answers), ("nearest_threshold", limited)):
         missed = np.array([a != t for a, t in zip(given, truth, strict=True)], float)
         assert rows[kind]["protection"] == missed.mean()
@@ -178,39 +183,39 @@ def test_scores_by_brute_force(scene, cloaked, leak):
     assert nearest["enrolled"] + nearest["not_found"] == 16
 
 
-def test_clean_photos_are_told_apart_and_leaks_of_all_are_clean(scene, cloaked):
-    clean = scores.score(scene, scene.published)
+def test_clean_photos_are_told_apart_and_leaks_of_all_are_clean(clean, cloaked):
+    plain = scores.score(clean, clean.published)
     # One probe of eight has no face; five dimensions are few for ten people.
-    assert all(row["protection"] <= 0.4 for row in clean if row["tracker"] != "nearest_threshold")
-    leaked = scores.score(scene, cloaked, leak=1.0)
-    for one, other in zip(clean, leaked, strict=True):
+    assert all(row["protection"] <= 0.4 for row in plain if row["tracker"] != "nearest_threshold")
+    leaked = scores.score(clean, cloaked, leak=1.0)
+    for one, other in zip(plain, leaked, strict=True):
         assert {**one, "leaked": 16} == {**other, "leaked": 16}
 
 
-def test_top_matches_are_those_of_the_nearest_tracker(scene, cloaked):
-    found = scores.top_matches(scene, cloaked)
-    answers, limited, ranks, _ = _brute_force(scene, cloaked, 0.0)
-    seen = [i for i in range(8) if scene.probes.found[i]]
+def test_top_matches_are_those_of_the_nearest_tracker(clean, cloaked):
+    found = scores.top_matches(clean, cloaked)
+    answers, limited, ranks, _ = _brute_force(clean, cloaked, 0.0)
+    seen = [i for i in range(8) if clean.probes.found[i]]
     assert [row["identity"] for row in found] == [answers[i] for i in seen]
     assert [row["matched"] for row in found] == [int(limited[i] is not None) for i in seen]
     assert [row["person_rank"] for row in found] == [ranks[i] for i in seen]
-    assert set(found[0]) == set(cloaking_study.MATCH_COLUMNS)
+    assert set(found[0]) == set(table.MATCH_COLUMNS)
     assert all(row["image"].startswith(row["identity"]) for row in found)
 
 
-def test_pictures_are_drawn_of_transfer_cells(scene, cloaked, tmp_path):
-    cells = [Cell("none"), Cell("noise", (), 0.007)]
+def test_pictures_are_drawn_of_transfer_cells(clean, cloaked, tmp_path):
+    cells = [CloakCell("none"), CloakCell("noise", (), 0.007)]
     cells += [
-        Cell("fawkes", names, budget)
+        CloakCell("fawkes", names, budget)
         for names in (("dlib",), ("facenet_casia", "mobilefacenet"), ("dlib", "mobilefacenet"))
         for budget in (0.004, 0.007, 0.012)
     ]
-    shown = pictures.shown_cells(cells, ["dlib", "facenet_casia"])
-    assert shown["dlib"] == Cell("fawkes", ("facenet_casia", "mobilefacenet"), 0.007)
-    assert shown["facenet_casia"] == Cell("fawkes", ("dlib", "mobilefacenet"), 0.007)
-    assert pictures.shown_cells(cells[:2], ["dlib"])["dlib"] == cells[1]
-    study = cloaking_study.Study(scene.split, None, {"dlib": scene})
-    pictures.draw(study, {"dlib": (shown["dlib"], {"dlib": cloaked})}, tmp_path)
+    shown = plots.shown_cells(cells, ["dlib", "facenet_casia"])
+    assert shown["dlib"] == CloakCell("fawkes", ("facenet_casia", "mobilefacenet"), 0.007)
+    assert shown["facenet_casia"] == CloakCell("fawkes", ("dlib", "mobilefacenet"), 0.007)
+    assert plots.shown_cells(cells[:2], ["dlib"])["dlib"] == cells[1]
+    setup = table.Setup(clean.split, None, {"dlib": clean})
+    plots.draw(setup, {"dlib": (shown["dlib"], {"dlib": cloaked})}, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"embeddings.png", "distances.png"}
 
 
@@ -224,7 +229,7 @@ def test_principal_components_against_the_covariance():
 
 def test_sets_of_surrogates_and_cells():
     trackers_ = ["dlib", "facenet_casia", "out/robust", "mobilefacenet"]
-    sets = photos.surrogate_sets(["leave_one_out", "all", "dlib+out/robust"], trackers_)
+    sets = cells.surrogate_sets(["leave_one_out", "all", "dlib+out/robust"], trackers_)
     assert sets == (
         ("facenet_casia", "mobilefacenet"),
         ("dlib", "mobilefacenet"),
@@ -233,14 +238,14 @@ def test_sets_of_surrogates_and_cells():
         ("dlib", "out/robust"),
     )
     # One set under two names is one set.
-    assert len(photos.surrogate_sets(["all", "openface+dlib"], ["dlib", "openface"])) == 1
+    assert len(cells.surrogate_sets(["all", "openface+dlib"], ["dlib", "openface"])) == 1
     for wrong in (["dlib+dlib"], ["dlib+"], [""]):
         with pytest.raises(ValueError, match="each once"):
-            photos.surrogate_sets(wrong, trackers_)
+            cells.surrogate_sets(wrong, trackers_)
     with pytest.raises(ValueError, match="two trackers"):
-        photos.surrogate_sets(["leave_one_out"], ["dlib"])
-    cells = photos.cells_of(["fawkes", "none", "noise"], sets[3:], [0.004, 0.012])
-    assert [cell.name for cell in cells] == [
+        cells.surrogate_sets(["leave_one_out"], ["dlib"])
+    found = cells.all_cells(["fawkes", "none", "noise"], sets[3:], [0.004, 0.012])
+    assert [cell.name for cell in found] == [
         "none",
         "noise-0.004",
         "noise-0.012",
@@ -253,24 +258,24 @@ def test_sets_of_surrogates_and_cells():
 
 def test_a_method_may_have_a_budget_of_its_own():
     methods = ["lowkey@0.007", "none", "lowkey@0.007"]
-    cells = photos.cells_of(methods, [("dlib",)], [0.004, 0.012])
-    assert [cell.name for cell in cells] == ["none", "lowkey-dlib-0.007"]
+    found = cells.all_cells(methods, [("dlib",)], [0.004, 0.012])
+    assert [cell.name for cell in found] == ["none", "lowkey-dlib-0.007"]
     for wrong in ("lowkey@0", "lowkey@high", "magic"):
         with pytest.raises(ValueError):
-            photos.cells_of([wrong], [("dlib",)], [0.004])
+            cells.all_cells([wrong], [("dlib",)], [0.004])
 
 
 def test_half_size_averages_and_the_others_are_the_conversions():
     pixels = np.random.default_rng(0).integers(0, 256, (10, 14, 3)).astype(np.uint8)
-    half = cloaking_views.convert("half_size", pixels)
+    half = embeddings.convert("half_size", pixels)
     expected = pixels.reshape(5, 2, 7, 2, 3).mean(axis=(1, 3))
     # Pillow rounds after either axis.
     assert half.shape == (5, 7, 3) and np.abs(half - expected).max() <= 1
-    gray = cloaking_views.convert("grayscale", pixels)
+    gray = embeddings.convert("grayscale", pixels)
     assert np.ptp(gray, axis=-1).max() == 0
-    np.testing.assert_array_equal(cloaking_views.convert("none", pixels), pixels)
+    np.testing.assert_array_equal(embeddings.convert("none", pixels), pixels)
     with pytest.raises(ValueError, match="no countermeasure 'sepia'"):
-        cloaking_views.convert("sepia", pixels)
+        embeddings.convert("sepia", pixels)
 
 
 def _face(centre=(60, 60), size=56.0):
@@ -285,20 +290,20 @@ def _photo(**fields):
     return photo_cloaks.PhotoFaces("photo", pixels, False, None, _face())._replace(**fields)
 
 
-@pytest.mark.parametrize("budget", [0.004, 0.012])
-def test_noise_is_as_much_as_the_budget_allows(budget):
+@pytest.mark.parametrize("limit", [0.004, 0.012])
+def test_noise_is_as_much_as_the_budget_allows(limit):
     photo = _photo()
-    pixels, (face,) = cloaking_methods.add_noise(photo, [_DLIB], budget)
-    measured = photo_cloaks.face_dssim(photo.pixels, pixels, face.region, face.box)
-    assert face.dssim == measured and 0.99 * budget <= measured <= budget
+    pixels, (face,) = noise.add_noise(photo, [_DLIB], dssim_budget=limit)
+    measured = budget.face_dssim(photo.pixels, pixels, face.region, face.box)
+    assert face.dssim == measured and 0.99 * limit <= measured <= limit
     y0, x0, y1, x1 = face.region
     changed = np.any(pixels != photo.pixels, axis=-1)
     assert changed[y0:y1, x0:x1].mean() > 0.8
     changed[y0:y1, x0:x1] = False
     assert not changed.any()
-    again, _ = cloaking_methods.add_noise(photo, [_DLIB], budget)
+    again, _ = noise.add_noise(photo, [_DLIB], dssim_budget=limit)
     np.testing.assert_array_equal(pixels, again)
-    other, _ = cloaking_methods.add_noise(photo._replace(name="other"), [_DLIB], budget)
+    other, _ = noise.add_noise(photo._replace(name="other"), [_DLIB], dssim_budget=limit)
     assert np.any(other != pixels)
 
 
@@ -307,7 +312,7 @@ def test_noise_keeps_gray_photos_gray_and_transparent_pixels():
     visible = np.ones(gray.shape[:2], bool)
     visible[:, 60:] = False
     photo = _photo(pixels=gray, gray=True, visible=visible)
-    pixels, _ = cloaking_methods.add_noise(photo, [_DLIB], 0.007)
+    pixels, _ = noise.add_noise(photo, [_DLIB], dssim_budget=0.007)
     assert np.ptp(pixels, axis=-1).max() == 0 and np.any(pixels != gray)
     np.testing.assert_array_equal(pixels[:, 60:], gray[:, 60:])
 
@@ -329,7 +334,7 @@ class _Package:
 def test_the_package_s_change_comes_back_through_the_warp(tmp_path):
     photo = _photo(pixels=np.full((140, 140, 3), 128, np.uint8))
     package = _Package()
-    ((pixels, (face,)),) = cloaking_methods.cloak_by_package(
+    ((pixels, (face,)),) = fawkes_package.cloak(
         package, tmp_path, [photo], _DLIB, 0.007, num_steps=9, seed=3
     )
     ((command, options),) = package.calls
@@ -391,7 +396,7 @@ def test_a_killed_run_goes_on_group_by_group_with_the_same_bytes(folder):
     straight, cut, calls = [], [], []
 
     def write(name, protect_fn):
-        return photos.write_photos(root / name, samples, {}, protect_fn, group=3)
+        return published.write_photos(root / name, samples, {}, protect_fn, group=3)
 
     paths, records = write("straight", _protect(straight))
     assert straight == [["p/0.png", "p/1.png"], ["p/3.png", "p/5.png"], ["p/6.png"]]

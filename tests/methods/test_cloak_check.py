@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afr_jax.evaluation.attackers import countermeasures
-from afr_jax.evaluation.cloaking import check
-from afr_jax.methods.cloaking import photo_cloaks
+from afr_jax.data import photos
+from afr_jax.methods.cloaking import check, photo_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect, embed, pipeline
 
@@ -135,12 +134,12 @@ def test_a_face_lost_to_jpeg_is_said_to_be(recognizer, photo, monkeypatch):
     original, final = photo
     whole = _check(recognizer, original, final)
 
-    def convert(name, images):
-        images = images.copy()
-        images[:, 0, 0] = 0  # Hides the first face.
-        return images
+    def through_jpeg(pixels, *, quality):
+        pixels = pixels.copy()
+        pixels[0, 0] = 0  # Hides the first face.
+        return pixels
 
-    monkeypatch.setattr(countermeasures, "convert", convert)
+    monkeypatch.setattr(photos, "through_jpeg", through_jpeg)
     records = _check(recognizer, original, final)
     lost, kept = (record["extractors"]["near"]["after_jpeg75"] for record in records)
     reason = "the face was not found again"

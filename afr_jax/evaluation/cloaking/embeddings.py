@@ -1,4 +1,4 @@
-"""What extractors see of photos after a countermeasure, kept in files so that it is seen once.
+"""Embeddings of photos after a countermeasure, kept in files so that each is made once.
 
 Published photos reach the tracker re-encoded or edited; it detects, aligns and embeds what it gets.
 Nothing here knows the landmarks of the originals.
@@ -7,23 +7,23 @@ Nothing here knows the landmarks of the originals.
 import io
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from afr_jax.core import parallel
+from afr_jax.core import files, parallel
 from afr_jax.data import photos
 from afr_jax.evaluation.attackers import countermeasures
-from afr_jax.evaluation.cloaking import methods
+from afr_jax.evaluation.cloaking import cells
 from afr_jax.recognition import pipeline
 
 COUNTERMEASURES = ("none", "jpeg75", "jpeg50", "blur", "half_size", "grayscale")
 
 
-class Views(NamedTuple):
-    """One extractor's view of N photos; rows without a face are zero.
+class Embeddings(NamedTuple):
+    """What one extractor makes of N photos; rows without a face are zero.
 
     Attributes:
         found: `[N]` bool, whether a face was found.
@@ -35,9 +35,9 @@ class Views(NamedTuple):
     vectors: np.ndarray
     landmarks: np.ndarray
 
-    def take(self, rows: slice | np.ndarray) -> "Views":
-        """The views of some photos."""
-        return Views(*(field[rows] for field in self))
+    def take(self, rows: slice | np.ndarray) -> "Embeddings":
+        """Those of some photos."""
+        return Embeddings(*(field[rows] for field in self))
 
 
 def convert(name: str, pixels: np.ndarray) -> np.ndarray:
@@ -57,44 +57,43 @@ def convert(name: str, pixels: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
 
 
-def look(
+def embed_photos(
     recognizer: pipeline.Recognizer,
     paths: Sequence[pathlib.Path],
     folder: pathlib.Path,
     *,
     countermeasure: str = "none",
-) -> dict[str, Views]:
-    """Views of some photos by every extractor, from their files where there are any.
+) -> dict[str, Embeddings]:
+    """Embeddings of some photos by every extractor, from their files where there are any.
 
     Args:
         recognizer: detector and extractors.
         paths: of photos; always the same ones for one folder.
         folder: where `<countermeasure>-<extractor>.npz` are kept.
-        countermeasure: of `COUNTERMEASURES`, applied to every photo before it is looked at.
+        countermeasure: of `COUNTERMEASURES`, applied to every photo before its face is detected.
 
     Returns:
-        Views by the extractor's name.
+        By the extractor's name.
     """
-    files = {
-        name: folder / f"{countermeasure}-{methods.file_name(name)}.npz"
+    paths_of = {
+        name: folder / f"{countermeasure}-{cells.file_name(name)}.npz"
         for name in recognizer.extractors
     }
-    missing = {name: recognizer.extractors[name] for name in files if not files[name].exists()}
+    missing = {
+        name: recognizer.extractors[name] for name in paths_of if not paths_of[name].exists()
+    }
     if missing:
-        eyes = recognizer._replace(extractors=missing)
-        for name, views in _seen(eyes, paths, countermeasure).items():
+        some = recognizer._replace(extractors=missing)
+        for name, new in _embed(some, paths, countermeasure).items():
             buffer = io.BytesIO()
-            np.savez(buffer, **views._asdict())
-            files.write_atomically(files[name], buffer.getvalue(), overwrite=True)
-    return {name: _read(path) for name, path in files.items()}
+            np.savez(buffer, **new._asdict())
+            files.write_atomically(paths_of[name], buffer.getvalue(), overwrite=True)
+    return {name: _read(path) for name, path in paths_of.items()}
 
 
-def concatenate(parts: Sequence[Views]) -> Views:
-    """The views of some lists of photos, one after the other."""
-    return Views(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
-
-
-def _seen(recognizer, paths, countermeasure) -> Mapping[str, Views]:
+def _embed(
+    recognizer: pipeline.Recognizer, paths: Sequence[pathlib.Path], countermeasure: str
+) -> dict[str, Embeddings]:
     with tempfile.TemporaryDirectory() as scratch:
         if countermeasure != "none":
             folder = pathlib.Path(scratch)
@@ -110,14 +109,14 @@ def _seen(recognizer, paths, countermeasure) -> Mapping[str, Views]:
     mask = np.array([len(item.faces.boxes) > 0 for item in found], bool)
     landmarks = np.zeros((len(found), 5, 2), np.float32)
     landmarks[mask] = [item.faces.landmarks[0] for item in found if len(item.faces.boxes)]
-    views = {}
+    results = {}
     for name, extractor in recognizer.extractors.items():
         vectors = np.zeros((len(found), extractor.embedding_size), np.float32)
         vectors[mask] = np.concatenate([item.embeddings[name] for item in found])
-        views[name] = Views(mask, vectors, landmarks)
-    return views
+        results[name] = Embeddings(mask, vectors, landmarks)
+    return results
 
 
-def _read(path: pathlib.Path) -> Views:
+def _read(path: pathlib.Path) -> Embeddings:
     with np.load(path) as file:
-        return Views(*(file[field] for field in Views._fields))
+        return Embeddings(*(file[field] for field in Embeddings._fields))

@@ -1,4 +1,4 @@
-"""What a cloak did, measured on the final pixels as recognizers would see them.
+"""What a cloak did to each face, measured on the final pixels as recognizers would see them.
 
 Every face is looked at in the final photo as written and in the same photo after JPEG: detected,
 aligned and embedded again each time, and compared with its clean embedding. The extractors that
@@ -6,13 +6,14 @@ measure need not be those that the cloak was made against.
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
-from afr_jax.evaluation.attackers import countermeasures
-from afr_jax.methods.cloaking import photo_cloaks
+from afr_jax.data import photos
+from afr_jax.methods.cloaking import budget, photo_cloaks
+from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect, embed, pipeline
 
@@ -21,9 +22,79 @@ REENCODING = (
     "filters were not."
 )
 
+_JPEG_QUALITY = 75
 # A face of the final photo is the face of the original if their boxes overlap this much.
 _SAME_FACE_IOU = 0.5
 _NOT_FOUND = "the face was not found again"
+
+
+class Reencoded(TypedDict):
+    """What an extractor makes of a cloaked face after JPEG.
+
+    Attributes:
+        distance: L2, from the clean embedding; None where the face was not found again.
+        same_person: whether that is below the threshold; likewise.
+        reason: why there is no distance, or None.
+    """
+
+    distance: float | None
+    same_person: bool | None
+    reason: str | None
+
+
+class CloakVerdict(TypedDict):
+    """What an extractor makes of a cloaked face in the written photo.
+
+    Attributes:
+        distance: L2, from the clean embedding.
+        distance_before_budget: what the search reached before rounding and fitting; None for an
+            extractor that the cloak was not made against.
+        threshold: below which two faces are the same person.
+        metric: "l2".
+        same_person: whether the distance is below the threshold.
+        surrogate: whether the cloak was made against the extractor.
+        after_jpeg75: the same after JPEG of quality 75, 4:2:0.
+    """
+
+    distance: float
+    distance_before_budget: float | None
+    threshold: float
+    metric: str
+    same_person: bool
+    surrogate: bool
+    after_jpeg75: Reencoded
+
+
+class FaceRecord(TypedDict):
+    """A face in report.json; the last four only where it was to be cloaked.
+
+    Attributes:
+        box: (y0, x0, y1, x1), all that may have changed for this face.
+        detection: the detector's box.
+        confidence: the detector's.
+        status: "cloaked", "failed" or "skipped".
+        reason: for a status other than "cloaked", else None.
+        dssim: on the final pixels, the larger of those of region and box.
+        linf: largest change of a pixel, in [0, 1] units.
+        mean_difference: of the channel where it is largest, in gray levels.
+        extractors: verdicts by the extractor's name.
+    """
+
+    box: list[int]
+    detection: list[float]
+    confidence: float
+    status: str
+    reason: str | None
+    dssim: NotRequired[float]
+    linf: NotRequired[float]
+    mean_difference: NotRequired[float]
+    extractors: NotRequired[dict[str, CloakVerdict]]
+
+
+class _Place(TypedDict):
+    box: list[int]
+    detection: list[float]
+    confidence: float
 
 
 def check_photo(
@@ -35,7 +106,7 @@ def check_photo(
     surrogates: Collection[str],
     dssim_budget: float,
     options: detect.DetectorOptions,
-) -> list[dict[str, Any]]:
+) -> list[FaceRecord]:
     """Measures every cloaked face of a photo on its final pixels.
 
     Args:
@@ -50,10 +121,7 @@ def check_photo(
     Returns:
         A record for each face, as in report.json; status `cloaked` only if the face was found
         again, its DSSIM lies within the budget and every pixel outside the regions is the
-        original's. Its `extractors` have an entry for each name: `distance` (L2, from the clean
-        embedding), `threshold`, `same_person`, `surrogate`, and as `after_jpeg75` the distance and
-        verdict after JPEG of quality 75, 4:2:0 (None, with a `reason`, where the face was not found
-        again after it).
+        original's.
     """
     untouched = np.ones(final.shape[:2], bool)
     for face in cloaked:
@@ -66,8 +134,8 @@ def check_photo(
     for number, (face, entries) in enumerate(zip(cloaked, judged, strict=True)):
         y0, x0, y1, x1 = face.region
         change = final[y0:y1, x0:x1].astype(np.int32) - photo.pixels[y0:y1, x0:x1]
-        dssim = photo_cloaks.face_dssim(photo.pixels, final, face.region, face.box)
-        record = {
+        dssim = budget.face_dssim(photo.pixels, final, face.region, face.box)
+        record: FaceRecord = {
             **_place(photo.faces, number, face.region),
             "status": "cloaked",
             "reason": None,
@@ -90,11 +158,11 @@ def judge_again(
     pixels: np.ndarray,
     faces: detect.Faces,
     final: np.ndarray,
-    records: Sequence[dict[str, Any]],
+    records: Sequence[FaceRecord],
     *,
     surrogates: Collection[str],
     options: detect.DetectorOptions,
-) -> list[dict[str, Any]]:
+) -> list[FaceRecord]:
     """Records of `check_photo` with verdicts of other extractors in place of the old ones.
 
     Args:
@@ -123,7 +191,7 @@ def judge_again(
 
 def skipped_faces(
     faces: detect.Faces, kept: np.ndarray, *, min_confidence: float
-) -> list[dict[str, Any]]:
+) -> list[FaceRecord]:
     """Records, as in report.json, of the faces of a photo that are not to be cloaked.
 
     Args:
@@ -143,7 +211,7 @@ def skipped_faces(
     return records
 
 
-def _place(faces: detect.Faces, number: int, region: np.ndarray) -> dict[str, Any]:
+def _place(faces: detect.Faces, number: int, region: np.ndarray) -> _Place:
     return {
         "box": region.tolist(),
         "detection": faces.boxes[number].tolist(),
@@ -152,18 +220,28 @@ def _place(faces: detect.Faces, number: int, region: np.ndarray) -> dict[str, An
 
 
 def _judge(
-    recognizer, pixels, faces, final, before_budget, surrogates, options
-) -> list[dict[str, dict[str, Any]] | None]:
+    recognizer: pipeline.Recognizer,
+    pixels: np.ndarray,
+    faces: detect.Faces,
+    final: np.ndarray,
+    before_budget: Sequence[Mapping[str, float | None]],
+    surrogates: Collection[str],
+    options: detect.DetectorOptions,
+) -> list[dict[str, CloakVerdict] | None]:
     """Entries by extractor for each face; None for one that was not found again in `final`."""
-    compressed = countermeasures.convert("jpeg75", final[None])[0]
-    views = [
-        (view, _find_again(recognizer.detector, faces, view, options))
-        for view in (final, compressed)
+    compressed = photos.through_jpeg(final, quality=_JPEG_QUALITY)
+    versions = [
+        (version, _find_again(recognizer.detector, faces, version, options))
+        for version in (final, compressed)
     ]
-    results = [None if landmarks is None else {} for landmarks in views[0][1]]
+    results: list[dict[str, CloakVerdict] | None] = [
+        None if landmarks is None else {} for landmarks in versions[0][1]
+    ]
     for name, extractor in recognizer.extractors.items():
         pairs = [(pixels, landmarks) for landmarks in faces.landmarks]
-        pairs += [(view, found) for view, again in views for found in again if found is not None]
+        pairs += [
+            (version, found) for version, again in versions for found in again if found is not None
+        ]
         vectors = iter(embed.embed_faces(extractor, recognizer.variables[name], pairs))
         clean = [next(vectors) for _ in faces.landmarks]
         written, after = (
@@ -171,7 +249,7 @@ def _judge(
                 None if found is None else float(registry.distance(next(vectors), own))
                 for found, own in zip(again, clean, strict=True)
             ]
-            for _, again in views
+            for _, again in versions
         )
         for number, entries in enumerate(results):
             if entries is not None:
@@ -187,13 +265,18 @@ def _judge(
     return results
 
 
-def _after(distance: float | None, threshold: float) -> dict[str, Any]:
+def _after(distance: float | None, threshold: float) -> Reencoded:
     same = None if distance is None else distance < threshold
     reason = _NOT_FOUND if distance is None else None
     return {"distance": distance, "same_person": same, "reason": reason}
 
 
-def _find_again(detector, faces, pixels, options) -> list[np.ndarray | None]:
+def _find_again(
+    detector: mtcnn.Variables,
+    faces: detect.Faces,
+    pixels: np.ndarray,
+    options: detect.DetectorOptions,
+) -> list[np.ndarray | None]:
     """Landmarks in a final photo of each original face, None where it is not found.
 
     Where the detector's settings miss one, it looks again with a finer pyramid and lower
@@ -214,11 +297,17 @@ def _find_again(detector, faces, pixels, options) -> list[np.ndarray | None]:
     return landmarks
 
 
-def _problem(entries, dssim, budget, leaked, change) -> str | None:
+def _problem(
+    entries: dict[str, CloakVerdict] | None,
+    dssim: float,
+    dssim_budget: float,
+    leaked: bool,
+    change: np.ndarray,
+) -> str | None:
     if entries is None:
         return f"{_NOT_FOUND} in the written photo, so the cloak was not measured"
-    if dssim > budget:
-        return f"DSSIM {dssim:.4f} exceeds the budget {budget}"
+    if dssim > dssim_budget:
+        return f"DSSIM {dssim:.4f} exceeds the budget {dssim_budget}"
     if leaked:
         return "pixels outside the face regions changed"
     if not np.any(change):

@@ -7,14 +7,17 @@ output is written before the output itself, so that a killed run knows its own f
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 from afr_jax.core import files
 from afr_jax.data import photo_files, photos
+from afr_jax.methods.cloaking import check
+from afr_jax.recognition import detect
 
 FOLDER = "records"
 
@@ -34,6 +37,37 @@ class Job:
     output: pathlib.Path
     name: str
     record: pathlib.Path
+
+
+class ImageRecord(TypedDict):
+    """A photo in report.json.
+
+    Attributes:
+        image: its path below the folder it was found in.
+        output: of the cloaked photo, below the output folder; None where there is none.
+        status: "cloaked", "no_face", "unreadable" or "failed".
+        reason: for a status other than "cloaked", else None.
+        faces: all that were found.
+    """
+
+    image: str
+    output: str | None
+    status: str
+    reason: str | None
+    faces: list[check.FaceRecord]
+
+
+class Record(TypedDict):
+    """What the file of a job holds; arguments of `write`, and the photo's entry in report.json."""
+
+    source: str
+    output: str
+    sha256: str | None
+    output_sha256: str | None
+    pending: bool
+    found: dict[str, list] | None
+    judges: dict[str, str] | None
+    image: ImageRecord
 
 
 def list_jobs(
@@ -72,7 +106,7 @@ def forget(workdir: pathlib.Path) -> None:
         record.unlink()
 
 
-def read(job: Job) -> dict[str, Any]:
+def read(job: Job) -> Record:
     """The record of a job.
 
     Raises:
@@ -85,12 +119,12 @@ def write(
     job: Job,
     status: str,
     reason: str | None,
-    faces: Sequence[dict[str, Any]],
+    faces: Sequence[check.FaceRecord],
     *,
     sha256: str | None,
     output_sha256: str | None = None,
     pending: bool = False,
-    found: Any = None,
+    found: detect.Faces | None = None,
     judges: dict[str, str] | None = None,
 ) -> None:
     """Writes the record of a job.
@@ -146,7 +180,14 @@ def is_done(job: Job) -> bool:
 
 
 def publish(
-    job: Job, data: bytes, faces: Sequence[dict[str, Any]], *, overwrite: bool, **fields: Any
+    job: Job,
+    data: bytes,
+    faces: Sequence[check.FaceRecord],
+    *,
+    overwrite: bool,
+    sha256: str,
+    found: detect.Faces,
+    judges: dict[str, str],
 ) -> None:
     """Gives an output its name, and writes its record before and after.
 
@@ -155,7 +196,9 @@ def publish(
         data: content of the output.
         faces: as in `write`.
         overwrite: whether a file of that name that is not of this run is replaced.
-        **fields: `sha256`, `found` and `judges` of `write`.
+        sha256: as in `write`.
+        found: as in `write`.
+        judges: as in `write`.
 
     Raises:
         FileExistsError: there is such a file and it is to stay.
@@ -166,12 +209,22 @@ def publish(
         overwrite = sha256_of(job.output.read_bytes()) in (output_sha256, _recorded_output(job))
         if not overwrite:
             raise FileExistsError(job.output)
-    fields["output_sha256"] = output_sha256
-    write(job, "cloaked", None, faces, pending=True, **fields)
+    write_fn = functools.partial(
+        write,
+        job,
+        "cloaked",
+        None,
+        faces,
+        sha256=sha256,
+        output_sha256=output_sha256,
+        found=found,
+        judges=judges,
+    )
+    write_fn(pending=True)
     files.write_atomically(job.output, data, overwrite=overwrite)
     if sha256_of(job.output.read_bytes()) != output_sha256:
         raise OSError(0, "the file reads back differently")
-    write(job, "cloaked", None, faces, **fields)
+    write_fn()
 
 
 def sha256_of(data: bytes) -> str:

@@ -12,21 +12,21 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
-from afr_jax.data import identities as data_identities
+from afr_jax.data import identities
 
 
-class Person(NamedTuple):
+class ProtectedPerson(NamedTuple):
     """A protected person.
 
     Attributes:
         identity: name.
-        published: photos that a tracker enrols, cloaked or clean.
+        published: photos that a tracker enrolls, cloaked or clean.
         probes: other photos, always clean.
     """
 
     identity: str
-    published: tuple[data_identities.Sample, ...]
-    probes: tuple[data_identities.Sample, ...]
+    published: tuple[identities.Sample, ...]
+    probes: tuple[identities.Sample, ...]
 
 
 class Split(NamedTuple):
@@ -37,33 +37,33 @@ class Split(NamedTuple):
         gallery: photos of all others who are enrolled, sorted by id.
     """
 
-    protected: tuple[Person, ...]
-    gallery: tuple[data_identities.Sample, ...]
+    protected: tuple[ProtectedPerson, ...]
+    gallery: tuple[identities.Sample, ...]
 
     @property
-    def published(self) -> list[data_identities.Sample]:
+    def published(self) -> list[identities.Sample]:
         """Of all protected people, person by person."""
         return [sample for person in self.protected for sample in person.published]
 
     @property
-    def probes(self) -> list[data_identities.Sample]:
+    def probes(self) -> list[identities.Sample]:
         """Of all protected people, person by person."""
         return [sample for person in self.protected for sample in person.probes]
 
     @property
-    def identities(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         """Everybody's name, sorted; a label is an index into them."""
         names = {sample.identity for sample in self.gallery}
         return tuple(sorted(names | {person.identity for person in self.protected}))
 
-    def labels(self, samples: list[data_identities.Sample]) -> np.ndarray:
+    def labels(self, samples: list[identities.Sample]) -> np.ndarray:
         """`[N]` int labels of some samples."""
-        index = {name: label for label, name in enumerate(self.identities)}
+        index = {name: label for label, name in enumerate(self.names)}
         return np.array([index[sample.identity] for sample in samples], np.int64)
 
 
 def choose(
-    listing: data_identities.Listing,
+    listing: identities.Listing,
     *,
     num_people: int,
     num_published: int,
@@ -91,7 +91,7 @@ def choose(
         ValueError: there are not enough people, or not enough with two photos.
     """
     rng = np.random.default_rng(seed)
-    members: dict[str, list[data_identities.Sample]] = {}
+    members: dict[str, list[identities.Sample]] = {}
     for sample in listing.samples:
         members.setdefault(sample.identity, []).append(sample)
     names = [sorted(members)[i] for i in rng.permutation(len(members))]
@@ -103,14 +103,14 @@ def choose(
     if usable < num_people or len(others) < num_gallery_people:
         raise ValueError(
             f"{len(names)} people, {usable} of them with 2 photos or more; needed are {num_people} "
-            f"such people to protect and {num_gallery_people} others to enrol"
+            f"such people to protect and {num_gallery_people} others to enroll"
         )
     protected = []
     for name in sorted(chosen):
         photos = [members[name][i] for i in rng.permutation(len(members[name]))]
         first = num_published if len(photos) >= wanted else len(photos) // 2
         probes = photos[first : first + num_probes]
-        protected.append(Person(name, tuple(photos[:first]), tuple(probes)))
+        protected.append(ProtectedPerson(name, tuple(photos[:first]), tuple(probes)))
     others.sort(key=lambda name: -min(len(members[name]), num_gallery_photos))
     gallery = []
     for name in sorted(others[:num_gallery_people]):
@@ -120,8 +120,8 @@ def choose(
 
 
 def choose_readable(
-    listing: data_identities.Listing, **options: int
-) -> tuple[Split, data_identities.Listing]:
+    listing: identities.Listing, **options: int
+) -> tuple[Split, identities.Listing]:
     """Draws the people and photos again until all photos of the draw can be read.
 
     Args:
@@ -134,13 +134,15 @@ def choose_readable(
     while True:
         split = choose(listing, **options)
         drawn = (*split.published, *split.probes, *split.gallery)
-        problems = data_identities.without_unreadable(data_identities.Listing(drawn)).problems
+        problems = identities.without_unreadable(identities.Listing(drawn)).problems
         if not problems:
             return split, listing
         listing = listing.without(problems)
 
 
-def make_up(folder: pathlib.Path, *, num_people: int, num_photos: int, side: int = 160) -> None:
+def write_synthetic(
+    folder: pathlib.Path, *, num_people: int, num_photos: int, side: int = 160
+) -> None:
     """Writes a folder of people for trying things out: the sample portrait in many colors.
 
     Args:

@@ -1,0 +1,168 @@
+"""The published photos of an evaluation's cells: protected in some way, written once.
+
+They lie in a folder as PNG, each with a record of what was done. Photos are worked on in groups
+that share batches, so a run that was cut goes on with the first group that lacks a file, and gives
+the same bytes. All methods change the main face of a photo within one DSSIM budget, measured on the
+8-bit photo as `budget.face_dssim` does.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NotRequired, TypedDict
+
+import jax
+import numpy as np
+
+from afr_jax.core import files
+from afr_jax.data import identities, photos
+from afr_jax.evaluation import reference
+from afr_jax.evaluation.cloaking import cells, fawkes_package
+from afr_jax.methods.cloaking import noise, photo_cloaks
+from afr_jax.models import mtcnn
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import detect, pipeline
+
+Protected = list[tuple[np.ndarray, list[photo_cloaks.CloakedFace]]]
+ProtectFn = Callable[[Sequence[photo_cloaks.PhotoFaces]], Protected]
+
+# Photos that are worked on together: all those of a person should lie in one group, and many photos
+# fill the batches better.
+_GROUP = 60
+
+
+class PhotoRecord(TypedDict):
+    """What was done to a photo.
+
+    Attributes:
+        problem: why it is as it was, or None.
+        region: (y0, x0, y1, x1), all that changed; only without a problem, as the others.
+        box: the detector's.
+        dssim: of the face.
+    """
+
+    problem: str | None
+    region: NotRequired[list[int]]
+    box: NotRequired[list[int]]
+    dssim: NotRequired[float]
+
+
+def protect_fn(
+    cell: cells.CloakCell,
+    recognizer: pipeline.Recognizer,
+    *,
+    covered: Sequence[registry.Extractor],
+    package: reference.ReferenceProcess | None,
+    folder: pathlib.Path,
+    num_steps: int | None,
+    seed: int,
+) -> ProtectFn:
+    """How the photos of a cell are protected.
+
+    Args:
+        cell: of any method but `none`.
+        recognizer: has the cell's surrogates among its extractors.
+        covered: extractors whose chips noise covers.
+        package: the driver of PyPI `fawkes`, for `fawkes_pypi`; it takes as many steps as our
+            cloak.
+        folder: for what is given to the package.
+        num_steps: of a cloak, None for the method's own number.
+        seed: of all randomness.
+
+    Returns:
+        A function of photos with their faces to what `photo_cloaks.cloak_photos` returns.
+    """
+    extractors = tuple(recognizer.extractors[name] for name in cell.surrogates)
+    variables = tuple(recognizer.variables[name] for name in cell.surrogates)
+
+    def protect(faces: Sequence[photo_cloaks.PhotoFaces]) -> Protected:
+        if cell.method == "noise":
+            return [
+                noise.add_noise(face, covered, dssim_budget=cell.budget, seed=seed)
+                for face in faces
+            ]
+        if cell.method == "fawkes_pypi":
+            steps = cells.cloak_method("fawkes", cell.budget, num_steps=num_steps).num_steps
+            return fawkes_package.cloak(
+                package, folder, faces, extractors[0], cell.budget, num_steps=steps, seed=seed
+            )
+        return photo_cloaks.cloak_photos(
+            jax.random.key(seed),
+            photo_cloaks.Surrogates(extractors, variables),
+            faces,
+            config=cells.cloak_method(cell.method, cell.budget, num_steps=num_steps),
+        )
+
+    return protect
+
+
+def write_photos(
+    folder: pathlib.Path,
+    samples: Sequence[identities.Sample],
+    detector: mtcnn.Variables,
+    protect_fn: ProtectFn,
+    *,
+    group: int = _GROUP,
+    report_fn: Callable[[int], None] | None = None,
+) -> tuple[list[pathlib.Path], list[PhotoRecord]]:
+    """Protects photos that are not there yet.
+
+    Only the main face of a photo is protected. A photo without one, or with one that is too small,
+    is written as it is, and its record says why.
+
+    Args:
+        folder: of the cell; photos go to `photos/<sample id>.png`.
+        samples: the photos.
+        detector: variables of MTCNN's networks.
+        protect_fn: protects the faces of some photos.
+        group: photos that are worked on together; the bytes depend on it.
+        report_fn: called with the number of photos that were finished since, those of an earlier
+            run included.
+
+    Returns:
+        Paths and records of all photos, in order.
+    """
+    paths = [folder / "photos" / f"{sample.sample_id}.png" for sample in samples]
+    for start in range(0, len(samples), group):
+        part = slice(start, start + group)
+        if not all(path.exists() for path in paths[part]):
+            _write_group(samples[part], paths[part], detector, protect_fn)
+        if report_fn is not None:
+            report_fn(len(paths[part]))
+    return paths, [json.loads(_record_path(path).read_text()) for path in paths]
+
+
+def _write_group(
+    samples: Sequence[identities.Sample],
+    paths: Sequence[pathlib.Path],
+    detector: mtcnn.Variables,
+    protect_fn: ProtectFn,
+) -> None:
+    originals = [photos.read_photo(sample.path) for sample in samples]
+    tasks, records = [], []
+    for sample, photo in zip(samples, originals, strict=True):
+        found = detect.main_face(detect.detect_faces(detector, photo.pixels), photo.pixels.shape)
+        problem = None if len(found.boxes) else pipeline.NO_FACE
+        if problem is None and not photo_cloaks.is_large_enough(found.boxes).all():
+            problem = "the face is too small to be protected"
+        records.append({"problem": problem})
+        if problem is None:
+            visible = None if photo.alpha is None else photo.alpha > 0
+            task = photo_cloaks.PhotoFaces(
+                sample.sample_id, photo.pixels, photo.gray, visible, found
+            )
+            tasks.append(task)
+    results = iter(protect_fn(tasks) if tasks else [])
+    for path, photo, record in zip(paths, originals, records, strict=True):
+        pixels = photo.pixels
+        if record["problem"] is None:
+            pixels, (face,) = next(results)
+            record.update(region=face.region, box=face.box, dssim=face.dssim)
+        # The record goes first: a photo that is there has one.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(_record_path(path), record)
+        files.write_atomically(path, photos.encode_png(photo, pixels), overwrite=True)
+
+
+def _record_path(path: pathlib.Path) -> pathlib.Path:
+    return path.with_suffix(".json")

@@ -1,0 +1,217 @@
+"""Cloaking of many photo files into a folder: published one by one, resumed, measured again.
+
+The steps are those of `workflow`; what was done to a file stands in its record (`records`). A run
+that was killed goes on where it was and ends with the same bytes.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from afr_jax.core import files, parallel, progress, workdir
+from afr_jax.data import photos
+from afr_jax.methods.cloaking import check, records, targets, workflow
+from afr_jax.models.extractors import registry
+from afr_jax.recognition import detect
+
+STATUSES = ("cloaked", "no_face", "unreadable", "failed")
+_TARGET = "target.json"
+
+
+class _Loaded(NamedTuple):
+    """A photo in memory on its way through a group."""
+
+    job: records.Job
+    sha256: str
+    found: workflow.Found
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderRun:
+    """One run over photo files.
+
+    Attributes:
+        flow: the steps.
+        work: folder of the records.
+        key: of all randomness.
+        target: as of `targets.choose`.
+        gallery: likewise.
+        overwrite: whether files that are not of this run are replaced.
+    """
+
+    flow: workflow.Workflow
+    work: workdir.Workdir
+    key: jax.Array
+    target: str = "repel"
+    gallery: str | None = None
+    overwrite: bool = False
+
+    @property
+    def judges(self) -> dict[str, str]:
+        """Fingerprint of the weights of every extractor that measures, by name."""
+        return fingerprints(self.flow)
+
+    def cloak(self, jobs: Sequence[records.Job]) -> list[records.ImageRecord]:
+        """Brings every job to a record; a group with nothing left to do is skipped.
+
+        Args:
+            jobs: of `records.list_jobs`.
+
+        Returns:
+            The photos' entries in report.json.
+
+        Raises:
+            targets.TargetError: the target cannot be used.
+        """
+        groups = {
+            start: jobs[start : start + workflow.GROUP]
+            for start in range(0, len(jobs), workflow.GROUP)
+        }
+        opened = {
+            start: group for start, group in groups.items() if not all(map(records.is_done, group))
+        }
+        target = self._choose_target(jobs) if opened else None
+        judges = self.judges
+        found = []
+        for number in progress.track(range(len(jobs)), description="photos"):
+            if number in opened:
+                self._work_on_group(opened[number], target, judges)
+            self._judge_again(jobs[number], judges)
+            found.append(records.read(jobs[number])["image"])
+        return found
+
+    def target_identity(self) -> str | None:
+        """Name of the person whom faces were moved towards."""
+        known = self.work.path / _TARGET
+        return json.loads(known.read_text())["identity"] if known.exists() else None
+
+    def _work_on_group(
+        self,
+        group: Sequence[records.Job],
+        target: targets.Target | None,
+        judges: dict[str, str],
+    ) -> None:
+        loaded = [item for item in parallel.thread_map(self._load, group) if item is not None]
+        num_faces = sum(len(item.found.task.faces.boxes) for item in loaded)
+        total = num_faces * self.flow.method.num_steps
+        with progress.counter(total, description="face steps") as report_fn:
+            outcomes = self.flow.cloak_group(
+                self.key, [item.found for item in loaded], target=target, report_fn=report_fn
+            )
+        for item, outcome in zip(loaded, outcomes, strict=True):
+            if not records.is_done(item.job):
+                self._finish(item, outcome, judges)
+
+    def _load(self, job: records.Job) -> _Loaded | None:
+        """Reads a photo and finds its faces; None, with a record, if it cannot be read."""
+        sha256 = None
+        try:
+            if job.source.problem is not None:
+                raise photos.PhotoError(job.source.problem)
+            data = photos.read_photo_bytes(job.source.path)
+            sha256 = records.sha256_of(data)
+            photo = photos.decode_photo(data)
+        except photos.PhotoError as error:
+            records.write(job, "unreadable", str(error), [], sha256=sha256)
+            return None
+        return _Loaded(job, sha256, self.flow.find_faces(job.source.relative.as_posix(), photo))
+
+    def _finish(self, item: _Loaded, outcome: workflow.Outcome, judges: dict[str, str]) -> None:
+        """Measures, publishes and records one photo."""
+        job, sha256 = item.job, item.sha256
+        done = self.flow.finish(item.found, outcome)
+        if done.png is None:
+            records.write(job, done.status, done.reason, done.faces, sha256=sha256)
+            return
+        try:
+            records.publish(
+                job,
+                done.png,
+                done.faces,
+                overwrite=self.overwrite,
+                sha256=sha256,
+                found=item.found.task.faces,
+                judges=judges,
+            )
+        except FileExistsError:
+            reason = "the output exists and is not of this run; pass --overwrite to replace it"
+            records.write(job, "failed", reason, [], sha256=sha256)
+        except OSError as error:
+            reason = f"could not write the output: {error.strerror or error}"
+            records.write(job, "failed", reason, [], sha256=sha256)
+
+    def _judge_again(self, job: records.Job, judges: dict[str, str]) -> None:
+        """Measures a finished output anew if other extractors than now have judged it."""
+        known = records.read(job)
+        image = known["image"]
+        if image["status"] != "cloaked" or known["judges"] == judges:
+            return
+        pixels = photos.read_photo(job.source.path).pixels
+        found = detect.Faces(
+            **{name: np.array(rows, np.float32) for name, rows in known["found"].items()}
+        )
+        faces = check.judge_again(
+            self.flow.recognizer,
+            pixels,
+            found,
+            photos.read_photo(job.output).pixels,
+            image["faces"],
+            surrogates=self.flow.surrogates,
+            options=self.flow.face_filter.detector_options(pixels.shape),
+        )
+        records.write(
+            job,
+            "cloaked",
+            None,
+            faces,
+            sha256=known["sha256"],
+            output_sha256=known["output_sha256"],
+            found=found,
+            judges=judges,
+        )
+
+    def _choose_target(self, jobs: Sequence[records.Job]) -> targets.Target | None:
+        """The target; chosen once and kept for resumed runs."""
+        stored = self.work.path / _TARGET
+        if stored.exists():
+            known = json.loads(stored.read_text())
+            centroids = {
+                name: np.array(vector, np.float32) for name, vector in known["centroids"].items()
+            }
+            return targets.Target(known["identity"], centroids)
+        chosen = self.flow.choose_target(self.target, self.gallery, _readable_pixels(jobs))
+        if chosen is not None:
+            files.write_json(stored, chosen)
+        return chosen
+
+
+def forget(path: pathlib.Path) -> None:
+    """Deletes what the work directory of a run knows, so that its outputs are made again."""
+    records.forget(path)
+    (path / _TARGET).unlink(missing_ok=True)
+
+
+def fingerprints(flow: workflow.Workflow) -> dict[str, str]:
+    """Short fingerprint of the weights of every extractor, by name."""
+    variables = flow.recognizer.variables
+    return {name: registry.fingerprint(each)[:16] for name, each in variables.items()}
+
+
+def load_pair(job: records.Job) -> tuple[np.ndarray, np.ndarray] | None:
+    """Pixels of a photo and of its cloaked file; None if one cannot be read."""
+    try:
+        return photos.read_photo(job.source.path).pixels, photos.read_photo(job.output).pixels
+    except (photos.PhotoError, OSError):
+        return None
+
+
+def _readable_pixels(jobs: Sequence[records.Job]) -> Iterator[np.ndarray]:
+    for job in jobs:
+        with contextlib.suppress(photos.PhotoError):
+            yield photos.read_photo(job.source.path).pixels

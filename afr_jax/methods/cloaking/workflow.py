@@ -1,0 +1,358 @@
+"""Photos through cloaking: read, find faces, cloak, encode, read again, measure.
+
+`cloak` takes photos in any form and returns results in memory. Its steps are those of a `Workflow`,
+which a run over many files takes group by group (`afr_jax.methods.cloaking.folder`), so that both
+make the same bytes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from afr_jax.core import files, options, parallel
+from afr_jax.data import photos
+from afr_jax.methods.cloaking import check, face_cloaks, fawkes, photo_cloaks, targets
+from afr_jax.recognition import detect, pipeline
+
+# Photos that are read, detected and cloaked together. Their faces share batches, so a group is
+# always worked on as a whole: a resumed run gives the same bytes.
+GROUP = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class FaceFilter:
+    """Which of the faces that a detector finds are cloaked."""
+
+    min_confidence: float = options.option(0.9, "least confidence of a face", at_least=0, at_most=1)
+    min_face_px: int = options.option(
+        0, "smallest face; 0: 30 px, or 1/80 of the longer side if that is more", at_least=0
+    )
+
+    def __post_init__(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ValueError: an option is out of its range.
+        """
+        options.check(self)
+        if 0 < self.min_face_px < 20:
+            raise ValueError(f"min_face_px is {self.min_face_px}, must be 0 or at least 20")
+
+    def detector_options(self, shape: Sequence[int]) -> detect.DetectorOptions:
+        """The detector's options for a photo `[H, W, ...]`."""
+        smallest = self.min_face_px or max(30, max(shape[:2]) / 80)
+        return detect.DetectorOptions(min_face_px=smallest)
+
+    def select(self, faces: detect.Faces) -> np.ndarray:
+        """Which faces are sure and large enough to be cloaked, `[N]` bool."""
+        sure = faces.confidences >= self.min_confidence
+        return sure & photo_cloaks.is_large_enough(faces.boxes)
+
+
+class Found(NamedTuple):
+    """A photo with its faces.
+
+    Attributes:
+        photo: as decoded.
+        task: the faces to cloak, perhaps none.
+        skipped: records of the others.
+        options: of the detector.
+    """
+
+    photo: photos.Photo
+    task: photo_cloaks.PhotoFaces
+    skipped: list[check.FaceRecord]
+    options: detect.DetectorOptions
+
+
+Outcome = tuple[np.ndarray, list[photo_cloaks.CloakedFace]] | Exception
+
+
+@dataclasses.dataclass(frozen=True)
+class CloakedPhoto:
+    """What became of one photo.
+
+    Attributes:
+        image: name of the photo, see `photos.Photo.name`.
+        status: "cloaked"; "no_face"; "unreadable"; or "failed", where the cloak broke a promise.
+        reason: for a status other than "cloaked", else None.
+        faces: what was measured on each face of the final 8-bit pixels, as in report.json.
+        pixels: `[H, W, 3]` uint8, None unless cloaked.
+        png: content of the PNG file with alpha, gray mode and color profile of the photo, None
+            unless cloaked.
+    """
+
+    image: str
+    status: str
+    reason: str | None = None
+    faces: list[check.FaceRecord] = dataclasses.field(default_factory=list)
+    pixels: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    png: bytes | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def distances(self) -> list[dict[str, check.CloakVerdict]]:
+        """For each cloaked face, what every extractor makes of it: distance, threshold, verdict."""
+        return [face["extractors"] for face in self.faces if face["status"] == "cloaked"]
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes the cloaked photo as PNG: other formats would change what was measured.
+
+        Args:
+            path: ends in `.png`.
+            overwrite: whether an existing file is replaced.
+
+        Raises:
+            ValueError: the photo is not cloaked, or the name does not end in `.png`.
+            FileExistsError: the file is there and is to stay.
+        """
+        if self.png is None:
+            raise ValueError(f"{self.image} is not cloaked: {self.status} ({self.reason})")
+        if pathlib.Path(path).suffix.lower() != ".png":
+            raise ValueError(f"{os.fspath(path)}: a cloaked photo is written as .png")
+        files.write_atomically(path, self.png, overwrite=overwrite)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workflow:
+    """The steps from a decoded photo to a measured cloak.
+
+    Attributes:
+        recognizer: the detector, the surrogates, and further extractors that only judge; each under
+            its own name.
+        surrogates: names of the extractors to cloak against.
+        method: how.
+        face_filter: which faces.
+        keep_metadata: whether EXIF data are kept, the place included.
+    """
+
+    recognizer: pipeline.Recognizer
+    surrogates: tuple[str, ...]
+    method: face_cloaks.CloakMethod
+    face_filter: FaceFilter = FaceFilter()
+    keep_metadata: bool = False
+
+    def find_faces(self, name: str, photo: photos.Photo) -> Found:
+        """Detects the faces of a photo and divides them into those to cloak and others.
+
+        Args:
+            name: identifies the photo, and seeds the randomness of its cloak.
+            photo: as decoded.
+        """
+        detector_options = self.face_filter.detector_options(photo.pixels.shape)
+        found = detect.detect_faces(
+            self.recognizer.detector, photo.pixels, options=detector_options
+        )
+        kept = self.face_filter.select(found)
+        task = photo_cloaks.PhotoFaces(
+            name=name,
+            pixels=photo.pixels,
+            gray=photo.gray,
+            visible=None if photo.alpha is None else photo.alpha > 0,
+            faces=detect.select_faces(found, kept),
+        )
+        skipped = check.skipped_faces(found, kept, min_confidence=self.face_filter.min_confidence)
+        return Found(photo, task, skipped, detector_options)
+
+    def choose_target(
+        self, target: str, gallery: str | os.PathLike[str] | None, images: Iterator[np.ndarray]
+    ) -> targets.Target | None:
+        """See `targets.choose`, for the surrogates."""
+        own = {name: self.recognizer.extractors[name] for name in self.surrogates}
+        return targets.choose(
+            self.recognizer._replace(extractors=own),
+            target,
+            gallery,
+            images,
+            options_fn=self.face_filter.detector_options,
+        )
+
+    def cloak_group(
+        self,
+        key: jax.Array,
+        found: Sequence[Found],
+        *,
+        target: targets.Target | None = None,
+        report_fn: Callable[[int], None] | None = None,
+    ) -> list[Outcome]:
+        """Cloaks photos together; if that fails, one at a time.
+
+        Args:
+            key: of the run.
+            found: `GROUP` photos, or what is left of them.
+            target: whom the faces are moved towards.
+            report_fn: called with numbers of finished face steps, for progress.
+
+        Returns:
+            For each photo its final pixels and faces, or what went wrong.
+        """
+        surrogates = photo_cloaks.Surrogates(
+            tuple(self.recognizer.extractors[name] for name in self.surrogates),
+            tuple(self.recognizer.variables[name] for name in self.surrogates),
+        )
+        try:
+            return photo_cloaks.cloak_photos(
+                key,
+                surrogates,
+                [item.task for item in found],
+                config=self.method,
+                targets=None if target is None else target.centroids,
+                report_fn=report_fn,
+            )
+        except Exception as error:  # One photo's trouble must not cost the others theirs.
+            if len(found) == 1 or isinstance(error, MemoryError):
+                logging.exception("could not cloak %s", [item.task.name for item in found])
+                return [error] * len(found)
+            logging.warning("working photo by photo after: %s", error)
+        alone = [
+            self.cloak_group(key, [item], target=target, report_fn=report_fn) for item in found
+        ]
+        return [outcome for (outcome,) in alone]
+
+    def finish(self, found: Found, outcome: Outcome) -> CloakedPhoto:
+        """Encodes a cloaked photo, reads that back, and measures every face on it.
+
+        Args:
+            found: the photo.
+            outcome: of `cloak_group`.
+        """
+        name = found.task.name
+        if not len(found.task.faces.boxes):
+            reason = "no face was found with confidence" if found.skipped else pipeline.NO_FACE
+            return CloakedPhoto(name, "no_face", reason, found.skipped)
+        if isinstance(outcome, Exception):
+            return CloakedPhoto(name, "failed", f"{outcome}")
+        pixels, faces = outcome
+        png = photos.encode_png(found.photo, pixels, keep_metadata=self.keep_metadata)
+        written = photos.decode_photo(png).pixels
+        records = check.check_photo(
+            self.recognizer,
+            found.task,
+            written,
+            faces,
+            surrogates=self.surrogates,
+            dssim_budget=self.method.dssim_budget,
+            options=found.options,
+        )
+        problems = [
+            f"face {number} of {len(records)}: {record['reason']}"
+            for number, record in enumerate(records, start=1)
+            if record["status"] != "cloaked"
+        ]
+        records += found.skipped
+        if problems:
+            return CloakedPhoto(name, "failed", "; ".join(problems), records)
+        return CloakedPhoto(name, "cloaked", None, records, written, png)
+
+
+def cloak(
+    recognizer: pipeline.Recognizer,
+    images: photos.PhotosLike,
+    *,
+    config: face_cloaks.CloakMethod | None = None,
+    key: int | jax.Array = 0,
+    surrogates: Sequence[str] | None = None,
+    target: str | os.PathLike[str] = "repel",
+    gallery: str | os.PathLike[str] | None = None,
+    face_filter: FaceFilter | None = None,
+    keep_metadata: bool = False,
+) -> list[CloakedPhoto]:
+    """Cloaks photos and measures what that is worth, as `python -m experiments.cloak` does.
+
+    Photos are worked on in groups of 8, in their order. Faces of one group that show the same
+    person are moved away from what they have in common, which carries over better to unknown
+    extractors: give all photos of a person together.
+
+    Args:
+        recognizer: detector and extractors.
+        images: photos in any form, one or several: paths of photos and of folders, PIL images,
+            arrays `[H, W, 3]` uint8 in RGB. Files in folders that are no photos are passed over.
+        config: the method; default `fawkes.FawkesConfig()`.
+        key: of all randomness.
+        surrogates: names of the extractors to cloak against, the others only judge; default: all.
+        target: "repel"; "farthest" with a gallery; or a folder with photos of another person.
+        gallery: folder with a folder of photos for each person.
+        face_filter: which faces are cloaked.
+        keep_metadata: whether EXIF data of files are kept, the place included.
+
+    Returns:
+        A result for each photo, in order; those of a folder sorted by their names.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: an array that is no photo, an unknown surrogate, an extractor twice or without a
+            threshold, or a target that cannot be used.
+    """
+    recognizer = own_names(recognizer)
+    names = tuple(recognizer.extractors if surrogates is None else surrogates)
+    if not names or not set(names) <= set(recognizer.extractors):
+        known = ", ".join(recognizer.extractors)
+        raise ValueError(f"surrogates {', '.join(names)!r} must be among the extractors: {known}")
+    targets.check(os.fspath(target), gallery)
+    flow = Workflow(
+        recognizer,
+        names,
+        fawkes.FawkesConfig() if config is None else config,
+        FaceFilter() if face_filter is None else face_filter,
+        keep_metadata,
+    )
+    key = jax.random.key(key) if isinstance(key, int) else key
+    sources = photos.list_sources(images)
+    chosen = flow.choose_target(os.fspath(target), gallery, _readable_pixels(sources))
+    results = []
+    for start in range(0, len(sources), GROUP):
+        group = sources[start : start + GROUP]
+        loaded = parallel.thread_map(functools.partial(_load, flow), group)
+        loaded = [item for item in loaded if item is not None]
+        found = [item for item in loaded if isinstance(item, Found)]
+        outcomes = iter(flow.cloak_group(key, found, target=chosen))
+        results += [
+            flow.finish(item, next(outcomes)) if isinstance(item, Found) else item
+            for item in loaded
+        ]
+    return results
+
+
+def own_names(recognizer: pipeline.Recognizer) -> pipeline.Recognizer:
+    """A recognizer with each extractor under its own name, not that by which it was asked for.
+
+    Raises:
+        ValueError: two have one name, or an extractor has no threshold: then nothing can be judged.
+    """
+    extractors, variables = {}, {}
+    for key, extractor in recognizer.extractors.items():
+        if extractor.name in extractors:
+            raise ValueError(f"{extractor.name} must be named once")
+        _ = extractor.threshold  # Raises if it is not known.
+        extractors[extractor.name] = extractor
+        variables[extractor.name] = recognizer.variables[key]
+    return recognizer._replace(extractors=extractors, variables=variables)
+
+
+def _read(source: photos.Source) -> photos.Photo:
+    if source.problem is not None:
+        raise photos.PhotoError(source.problem)
+    return photos.as_photo(source.photo)
+
+
+def _readable_pixels(sources: Sequence[photos.Source]) -> Iterator[np.ndarray]:
+    for source in sources:
+        with contextlib.suppress(photos.PhotoError):
+            yield _read(source).pixels
+
+
+def _load(flow: Workflow, source: photos.Source) -> Found | CloakedPhoto | None:
+    """Reads a photo and finds its faces; None for a file in a folder that is no photo."""
+    try:
+        return flow.find_faces(source.name, _read(source))
+    except photos.PhotoError as error:
+        if source.in_folder and isinstance(error, photos.NotAPhotoError):
+            return None
+        return CloakedPhoto(source.name, "unreadable", str(error))
