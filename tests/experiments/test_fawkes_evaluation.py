@@ -1,56 +1,53 @@
-"""The evaluation program from the outside: toy extractors and a stand-in for the detector."""
+"""The evaluation of cloaks from the outside: toy extractors and a stand-in for the detector."""
 
+import contextlib
 import csv
 import json
-import sys
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import programs
 import pytest
 from PIL import Image
 
-# Two toy extractors, and a trained one in a folder. Every photo's face is in its middle, but for
-# black photos; an embedding is a projection of the photo at 4 x 4 pixels. A cloak is noise that
-# depends on the group and the options. A line may ask for an interruption of the second cell.
-_DRIVER = """
-import json, sys
-import flax.linen as nn
-import jax, jax.numpy as jnp
-import numpy as np
-from PIL import Image
-from absl import flags
-from absl.testing import flagsaver
-from afr_jax.core import files, program
-from afr_jax.evaluation.cloaking import methods as cloaking_methods
-from afr_jax.methods.cloaking import photo_cloaks
+from afr_jax.core import program
+from afr_jax.evaluation.cloaking import study
+from afr_jax.methods.cloaking import noise, photo_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect, embed
-import experiments.fawkes_evaluation as program
+from afr_jax.training import trained
 
-class Net(nn.Module):
+_TEMPLATE = ((7.0, 7.5), (7.0, 16.5), (12.0, 12.0), (16.5, 8.0), (16.5, 16.0))
+
+
+class _Net(nn.Module):
     @nn.compact
     def __call__(self, chips):
         return nn.Dense(8, name="out")(chips[:, ::6, ::6].reshape(chips.shape[0], -1))
 
-template = ((7.0, 7.5), (7.0, 16.5), (12.0, 12.0), (16.5, 8.0), (16.5, 16.0))
 
-def toy(name, seed):
+def _toy(name, seed):
     kernel = np.random.default_rng(seed).normal(size=(48, 8)).astype(np.float32)
     variables = {"params": {"out": {"kernel": kernel, "bias": np.zeros(8, np.float32)}}}
     limits = registry.Thresholds(None, 0.6, None)
-    load = lambda: variables
-    return registry.Extractor(name, Net(), 24, template, 1.0, 0.0, 8, True, limits, load, "", "")
+    return registry.Extractor(
+        name, _Net(), 24, _TEMPLATE, 1.0, 0.0, 8, True, limits, lambda: variables, "", ""
+    )
 
-registry.EXTRACTORS.update({name: toy(name, seed) for seed, name in enumerate(("toy_a", "toy_b"))})
 
-def detect_faces(variables, pixels, *, options=None):
+def _detect_faces(variables, pixels, *, options=None):
+    """Every photo's face is in its middle, but for black photos."""
     side = pixels.shape[0]
-    points = np.array(template) / 24 * 0.5 * side + side / 4
+    points = np.array(_TEMPLATE) / 24 * 0.5 * side + side / 4
     box = np.array([[side / 4, side / 4, 3 * side / 4, 3 * side / 4]], np.float32)
     faces = detect.Faces(box, np.ones(1, np.float32), points[None].astype(np.float32))
     return faces if pixels.max() else detect.no_faces()
 
-def embed_faces(extractor, variables, faces):
+
+def _embed_faces(extractor, variables, faces):
+    """A projection of the photo at 4 x 4 pixels."""
     size = extractor.embedding_size
     kernel = np.random.default_rng(len(extractor.name)).normal(size=(48, size))
     small = [Image.fromarray(pixels).resize((4, 4), Image.BOX) for pixels, _ in faces]
@@ -58,39 +55,48 @@ def embed_faces(extractor, variables, faces):
     vectors = flat @ kernel
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
-detect.detect_faces, embed.embed_faces = detect_faces, embed_faces
-calls = []
 
-def cloak_photos(key, surrogates, photos, *, config):
-    calls.append([extractor.name for extractor in surrogates.extractors])
-    if len(calls) == cloak_photos.fail_at:
-        raise KeyboardInterrupt
-    return [
-        cloaking_methods.add_noise(
-            photo, surrogates.extractors, config.dssim_budget, seed=len(photos) + config.num_steps
-        )
-        for photo in photos
-    ]
+class _Cloak:
+    """Stands in for `cloak_photos`: noise that depends on the group and the options."""
 
-photo_cloaks.cloak_photos = cloak_photos
-program.define_flags()
-flags.FLAGS(["program"])
-for line in json.loads(sys.argv[1]):
-    calls.clear()
-    cloak_photos.fail_at = 2 if "INTERRUPT" in line else None
-    with flagsaver.flagsaver():
-        flags.FLAGS(["program", *(flag for flag in line if flag != "INTERRUPT")])
-        try:
-            result = program.evaluation_program()
-        except (program.UsageError, KeyboardInterrupt) as error:
-            result = str(error)
-        print(json.dumps([files.to_jsonable(result), calls]))
-"""
+    def __init__(self):
+        self.calls, self.fail_at = [], None
+
+    def __call__(self, key, surrogates, photos, *, config):
+        self.calls.append([extractor.name for extractor in surrogates.extractors])
+        if len(self.calls) == self.fail_at:
+            raise KeyboardInterrupt
+        return [
+            noise.add_noise(
+                photo,
+                surrogates.extractors,
+                dssim_budget=config.dssim_budget,
+                seed=len(photos) + config.num_steps,
+            )
+            for photo in photos
+        ]
 
 
-def _drive(*lines):
-    lines = json.dumps([[str(flag) for flag in line] for line in lines])
-    return programs.answers([sys.executable, "-c", _DRIVER, lines])
+@contextlib.contextmanager
+def _stand_ins():
+    """Yields a function of flags: what the program says, and the surrogates of its cloaks."""
+    with pytest.MonkeyPatch.context() as patch:
+        for seed, name in enumerate(("toy_a", "toy_b")):
+            patch.setitem(registry.EXTRACTORS, name, _toy(name, seed))
+        cloak = _Cloak()
+        patch.setattr(detect, "detect_faces", _detect_faces)
+        patch.setattr(embed, "embed_faces", _embed_faces)
+        patch.setattr(photo_cloaks, "cloak_photos", cloak)
+
+        def answer(*flags, fail_at=None):
+            cloak.calls, cloak.fail_at = [], fail_at
+            try:
+                found = programs.call(study.FawkesEvaluationConfig, study.run, *flags)
+            except KeyboardInterrupt:
+                found = None
+            return found, cloak.calls
+
+        yield answer
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +118,6 @@ def people(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained_folder(tmp_path_factory):
     """A trained extractor, untrained."""
-    import jax
-    import jax.numpy as jnp
-
-    from afr_jax.training import trained
-
     folder = tmp_path_factory.mktemp("robust")
     template = ((9.0, 10.0), (9.0, 22.0), (16.0, 16.0), (22.0, 11.0), (22.0, 21.0))
     card = trained.Card("resnet6", 32, 16, width=4, template=template, threshold=0.5)
@@ -146,27 +147,29 @@ def runs(people, trained_folder, tmp_path_factory):
     common = [f"--data={people}", *_SMALL, f"--trackers=toy_a,toy_b,{trained_folder}"]
     all_sets = "--surrogates=leave_one_out,all"
 
-    def small(name, *flags):
-        return [*common, f"--workdir={root / name}", *flags]
+    def small(name, *flags, **options):
+        return ask(*common, f"--workdir={root / name}", *flags, **options)
 
     last = [all_sets, "--budgets=0.007"]
     grown = ["--surrogates=toy_a", "--end_to_end=1", "--epochs=1"]
-    found = _drive(
-        small("straight", *last),
-        small("straight", *last),
-        small("cut", *last, "INTERRUPT"),
-        small("cut", *last),
-        small("grown", *grown, "--trackers=toy_a", "--budgets=0.007"),
-        small("grown", *grown, "--trackers=toy_a,toy_b", "--budgets=0.004,0.007"),
-        small("steps", *grown[:1], "--trackers=toy_a", "--budgets=0.007,0.004", "--num_steps=5,2"),
-        small("steps", *grown[:1], "--trackers=toy_a", "--budgets=0.007,0.012", "--num_steps=2,5"),
-    )
+    steps = [grown[0], "--trackers=toy_a"]
+    with _stand_ins() as ask:
+        found = [
+            small("straight", *last),
+            small("straight", *last),
+            small("cut", *last, fail_at=2),
+            small("cut", *last),
+            small("grown", *grown, "--trackers=toy_a", "--budgets=0.007"),
+            small("grown", *grown, "--trackers=toy_a,toy_b", "--budgets=0.004,0.007"),
+            small("steps", *steps, "--budgets=0.007,0.004", "--num_steps=5,2"),
+            small("steps", *steps, "--budgets=0.007,0.012", "--num_steps=2,5"),
+        ]
     return root, found
 
 
 def test_the_table_has_a_row_for_everything(runs, people, trained_folder):
-    root, ((result, code), _) = runs[0] / "straight", runs[1][0]
-    assert code == 3
+    root, ((result, complete), _) = runs[0] / "straight", runs[1][0]
+    assert not complete
     assert result["not_handled"] == [{"image": "p6/0.png", "reason": "no face was found"}]
     assert result["people_enrolled"] == 7 and result["photos_enrolled"] == 16
     table = json.loads((root / "result.json").read_text())["table"]
@@ -220,7 +223,7 @@ def test_a_resumed_run_is_the_same_and_makes_nothing_twice(runs):
     root, found = runs
     (straight, calls), (again, no_calls), (cut, _), (resumed, rest) = found[:4]
     assert calls == [["toy_b"], ["toy_a"], ["toy_a", "toy_b"]] and no_calls == []
-    assert again == straight and cut == ""
+    assert again == straight and cut is None
     # The cell that was interrupted, and those after it.
     assert rest == calls[1:]
     assert resumed[0]["nearest"] == straight[0]["nearest"]
@@ -273,27 +276,42 @@ def test_wrong_usage_is_named(people, trained_folder, tmp_path):
         "does not exist": small(f"--data={tmp_path / 'nowhere'}", f"--workdir={tmp_path / 'c'}"),
         "--data is needed": small("--data="),
         "no method 'magic'; there are none, noise": small("--methods=none,magic"),
-        "--countermeasures=sepia: of none": small("--countermeasures=sepia"),
-        "--leaks must lie in": small("--leaks=0,2"),
+        "countermeasures is 'sepia', must be one of none": small("--countermeasures=sepia"),
+        "--leaks is 2.0, must be at most 1": small("--leaks=0,2"),
         "--budgets must lie in": small("--budgets=0"),
         "could not convert": small("--budgets=much"),
         "--num_steps=1,2: a number, or one for each of 3": small("--num_steps=1,2"),
-        "--num_steps=-1: a number": small("--num_steps=-1"),
+        "--num_steps is -1, must be at least 0": small("--num_steps=-1"),
         "no number for a budget of 0.01": small(
             "--budgets=0.004,0.007", "--num_steps=1,2", "--methods=lowkey@0.01"
         ),
         "each once": small("--surrogates=toy_a+toy_a"),
         "needs two trackers": small("--trackers=toy_a"),
-        "needs --peer_python": small("--methods=fawkes_pypi"),
+        "--reference_python is needed": small("--methods=fawkes_pypi"),
         "must have one name": small(f"--trackers=toy_a,toy_b,{trained_folder},{namesake}"),
         "must be NAME=FILE": small("--weights=x.npz", f"--workdir={tmp_path / 'd'}"),
     }
-    for expected, (message, _) in zip(lines, _drive(*lines.values()), strict=True):
-        assert isinstance(message, str) and any(e in message for e in expected.split("|")), message
+    with _stand_ins() as ask:
+        for expected, line in lines.items():
+            message, _ = ask(*line)
+            assert isinstance(message, str) and any(e in message for e in expected.split("|")), (
+                message
+            )
 
 
 def test_toy_runs_on_a_fresh_machine(tmp_path):
-    done, result = programs.run("fawkes_evaluation", "--toy", f"--workdir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    result, complete = programs.call(
+        study.FawkesEvaluationConfig, study.run, "--toy", f"--workdir={tmp_path}"
+    )
+    assert complete
     assert [row["method"] for row in result["nearest"]] == ["none", "noise", "fawkes"]
     assert result["people_enrolled"] == 5 and not result["not_handled"]
+
+
+def test_old_names_of_flags_hold_and_budgets_keep_their_steps():
+    config = program.parse(
+        study.FawkesEvaluationConfig,
+        ["--peer_python=python3", "--budgets=0.012,0.004", "--num_steps=3,5"],
+    )
+    assert config.references.reference_python == "python3"
+    assert [config.steps_of(budget) for budget in (0.004, 0.012)] == [5, 3]

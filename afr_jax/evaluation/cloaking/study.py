@@ -172,10 +172,10 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
             "--data is needed: a folder with a folder of photos for each person"
         )
     try:
+        _ = [pipeline.find_extractor(name) for name in config.trackers]
         sets = _surrogate_sets(config)
         plan = cells.all_cells(config.methods, sets, config.budgets)
         steps = {cell: config.steps_of(cell.budget) for cell in plan if cell.surrogates}
-        _ = [pipeline.find_extractor(name) for name in config.trackers]
     except (FileNotFoundError, ValueError) as error:
         raise options.UsageError(str(error)) from error
     needs_package = any(cell.method == "fawkes_pypi" for cell in plan)
