@@ -16,6 +16,8 @@ _HOMES = {
     "afr_jax.evaluation.attackers.victims": ("train_victim", "VictimOptions"),
     "afr_jax.evaluation.metrics.misdetection": ("misdetection",),
     "afr_jax.evaluation.recognition.identify": ("identify",),
+    "afr_jax.methods.cloaking.fawkes": ("FawkesConfig",),
+    "afr_jax.methods.cloaking.workflow": ("cloak",),
     "afr_jax.methods.patches.config": ("PatchConfig",),
     "afr_jax.methods.patches.training": ("train_patches",),
     "afr_jax.methods.unlearnable.recipes": (

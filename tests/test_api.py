@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 import afr_jax as afr
-from afr_jax.core import parallel
+from afr_jax.core import parallel, program
 from afr_jax.data import photos
+from afr_jax.evaluation.cloaking import cloak_files
 from afr_jax.methods.patches import scenes
 
 _PEOPLE = ("Ai_Sugiyama", "Allyson_Felix", "Arminio_Fraga")
@@ -218,3 +219,50 @@ def test_unlearnable_examples(faces, tmp_path):
     assert victim.peak_accuracy >= victim.last_accuracy
     by_class = afr.make_unlearnable(data, config=afr.RandomNoise(granularity="class"))
     assert by_class.names == data.classes
+
+
+@pytest.mark.shared
+def test_cloak(recognizer, pair, tmp_path):
+    """The program makes the same bytes."""
+    config = afr.FawkesConfig(dssim_budget=0.012, num_steps=3)
+    cloaked = afr.cloak(recognizer, pair, config=config, key=0)
+    assert [photo.status for photo in cloaked] == ["cloaked", "cloaked"]
+    for photo, original in zip(cloaked, afr.read_photos(pair), strict=True):
+        (face,), (found,) = photo.faces, photo.distances
+        assert 0 < face["dssim"] <= 0.012 and np.any(photo.pixels != original.pixels)
+        verdict = afr.verify(recognizer, original.pixels, photo.pixels)["dlib"]
+        # Another smallest face gives the detector other landmarks.
+        assert found["dlib"]["distance"] == pytest.approx(verdict.distance, rel=0.2)
+        assert found["dlib"]["same_person"] == (found["dlib"]["distance"] < 0.6)
+    cloaked[0].save(tmp_path / "a_cloaked.png")
+    (written,) = afr.read_photos(tmp_path / "a_cloaked.png")
+    np.testing.assert_array_equal(written.pixels, cloaked[0].pixels)
+    with pytest.raises(ValueError, match="written as .png"):
+        cloaked[0].save(tmp_path / "a.jpg")
+    flags = [f"--images={','.join(map(str, pair))}", "--num_steps=3", "--mode=high"]
+    outcome = cloak_files.run(
+        program.parse(cloak_files.CloakConfig, [*flags, f"--output_dir={tmp_path / 'out'}"])
+    )
+    assert outcome.complete
+    for path, photo in zip(pair, cloaked, strict=True):
+        assert (tmp_path / "out" / f"{path.stem}_cloaked.png").read_bytes() == photo.png
+
+
+@pytest.mark.shared
+def test_photos_that_are_not_cloaked_say_why(recognizer, pair, tmp_path):
+    (tmp_path / "notes.txt").write_text("no photo")
+    (tmp_path / "half.jpg").write_bytes(pair[0].read_bytes()[:2000])
+    black = np.zeros((80, 80, 3), np.uint8)
+    config = afr.FawkesConfig(num_steps=1)
+    half, empty, picture = afr.cloak(
+        recognizer, [tmp_path, black, Image.fromarray(black)], config=config
+    )
+    assert (half.image, half.status) == ("half.jpg", "unreadable") and half.reason
+    assert (empty.status, empty.reason) == ("no_face", "no face was found")
+    assert picture.pixels is None and picture.distances == []
+    with pytest.raises(ValueError, match="photo_1 is not cloaked: no_face"):
+        empty.save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="must be among the extractors: dlib"):
+        afr.cloak(recognizer, black, surrogates=["sface"])
+    with pytest.raises(ValueError, match="needs a gallery"):
+        afr.cloak(recognizer, black, target="farthest")

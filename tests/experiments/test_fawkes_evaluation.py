@@ -287,7 +287,7 @@ def test_wrong_usage_is_named(people, trained_folder, tmp_path):
         ),
         "each once": small("--surrogates=toy_a+toy_a"),
         "needs two trackers": small("--trackers=toy_a"),
-        "--reference_python is needed": small("--methods=fawkes_pypi"),
+        "needs --reference_python": small("--methods=fawkes_pypi"),
         "must have one name": small(f"--trackers=toy_a,toy_b,{trained_folder},{namesake}"),
         "must be NAME=FILE": small("--weights=x.npz", f"--workdir={tmp_path / 'd'}"),
     }

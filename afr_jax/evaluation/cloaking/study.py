@@ -179,8 +179,8 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
     except (FileNotFoundError, ValueError) as error:
         raise options.UsageError(str(error)) from error
     needs_package = any(cell.method == "fawkes_pypi" for cell in plan)
-    if needs_package:
-        config.references.require()
+    if needs_package and config.references.reference_python is None:
+        raise options.UsageError("--methods=fawkes_pypi needs --reference_python")
     names = list(dict.fromkeys([*config.trackers, *(n for cell in plan for n in cell.surrogates)]))
     if len({cells.file_name(name) for name in names}) < len(names):
         raise options.UsageError(f"each of {', '.join(names)} must have one name of its own")
@@ -202,7 +202,7 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
     unseen = table.without_faces(setup)
     problems += [{"image": name, "reason": pipeline.NO_FACE} for name in unseen]
     rows, made = [], []
-    package_of = config.references.open if needs_package else contextlib.nullcontext
+    package_of = config.references.start if needs_package else contextlib.nullcontext
     with package_of(fawkes_package.DRIVER if needs_package else None) as package:
         for number, cell in enumerate(progress.track(plan, description="cells")):
             start = time.perf_counter()

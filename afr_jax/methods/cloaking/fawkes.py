@@ -109,8 +109,9 @@ class FawkesSearch:
 
     def rules(self, face: face_cloaks.Face, reference: ssim.SsimReference) -> loop.Rules:
         """See `face_cloaks.CloakSearch.rules`."""
+        # Of so few steps that the average would be of one change, the best is kept.
         ema_decay = 1 - 1 / max(_AVERAGED * self.num_steps, 1)
-        return face_cloaks.rules(step(self, face, reference), face, ema_decay=ema_decay)
+        return face_cloaks.rules(step(self, face, reference), face, ema_decay=ema_decay or None)
 
     def problem(
         self,
