@@ -336,19 +336,19 @@ def own_names(recognizer: pipeline.Recognizer) -> pipeline.Recognizer:
     return recognizer._replace(extractors=extractors, variables=variables)
 
 
-def _read(source: photos.Source) -> photos.Photo:
+def _read(source: photos.PhotoSource) -> photos.Photo:
     if source.problem is not None:
         raise photos.PhotoError(source.problem)
     return photos.as_photo(source.photo)
 
 
-def _readable_pixels(sources: Sequence[photos.Source]) -> Iterator[np.ndarray]:
+def _readable_pixels(sources: Sequence[photos.PhotoSource]) -> Iterator[np.ndarray]:
     for source in sources:
         with contextlib.suppress(photos.PhotoError):
             yield _read(source).pixels
 
 
-def _load(flow: Workflow, source: photos.Source) -> Found | CloakedPhoto | None:
+def _load(flow: Workflow, source: photos.PhotoSource) -> Found | CloakedPhoto | None:
     """Reads a photo and finds its faces; None for a file in a folder that is no photo."""
     try:
         return flow.find_faces(source.name, _read(source))
