@@ -13,13 +13,14 @@ import concurrent.futures
 import functools
 import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import chex
 import jax
 import numpy as np
 
-Tree = chex.ArrayTree
+# Any nest of containers with arrays as leaves (a pytree); type checkers cannot say more of it.
+PyTree = Any
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Backend = Literal["jit", "pmap"]
@@ -52,7 +53,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def pad_batch(tree: Tree, multiple: int) -> tuple[Tree, np.ndarray]:
+def pad_batch(tree: PyTree, multiple: int) -> tuple[PyTree, np.ndarray]:
     """Repeats the last row until the number of rows is a multiple.
 
     Args:
@@ -74,7 +75,7 @@ def pad_batch(tree: Tree, multiple: int) -> tuple[Tree, np.ndarray]:
     return jax.tree.map(lambda leaf: leaf[rows], tree), mask
 
 
-def shard_batch(tree: Tree, mesh: Mesh) -> Tree:
+def shard_batch(tree: PyTree, mesh: Mesh) -> PyTree:
     """Places a batch on the mesh, its rows split over the devices.
 
     Args:
@@ -91,7 +92,7 @@ def shard_batch(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
 
 
-def replicate(tree: Tree, mesh: Mesh) -> Tree:
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Places a whole copy on every device; with several processes the values must be equal."""
     return jax.device_put(tree, replicated(mesh))
 
@@ -113,7 +114,7 @@ def thread_map(
         return list(pool.map(fn, items))
 
 
-def local_rows(tree: Tree) -> Tree:
+def local_rows(tree: PyTree) -> PyTree:
     """Returns this process's rows of what `shard_batch` or a sharded function returned.
 
     Args:
@@ -133,7 +134,7 @@ def local_rows(tree: Tree) -> Tree:
 
 
 def map_batches(
-    fn: Callable[..., Tree],
+    fn: Callable[..., PyTree],
     mesh: Mesh,
     *,
     in_axes: Sequence[Literal[0] | None],
@@ -141,7 +142,7 @@ def map_batches(
     of: Literal["image", "batch"] = "image",
     backend: Backend | Literal["host"] = "jit",
     static: Mapping[str, Hashable] | None = None,
-) -> Callable[..., Tree]:
+) -> Callable[..., PyTree]:
     """Maps a function over any number of rows, in batches that are split over the devices.
 
     Rows must not influence each other, and what is random must have a key for each row: then the
@@ -189,7 +190,7 @@ def map_batches(
     named = tuple(sorted((static or {}).items()))
     runner = _RUNNERS[backend](_Mapped(fn, mesh, in_axes, of, named))
 
-    def run(*arguments: Tree) -> Tree:
+    def run(*arguments: PyTree) -> PyTree:
         if len(arguments) != len(in_axes):
             raise TypeError(f"got {len(arguments)} arguments, but in_axes has {len(in_axes)}")
         arguments = tuple(
@@ -230,33 +231,33 @@ def _cut(count: int, sizes: tuple[int, ...], num_devices: int) -> Iterator[tuple
         yield begin, end, -(-size // num_devices) * num_devices
 
 
-def _fetch(outputs: Tree, count: int) -> Tree:
+def _fetch(outputs: PyTree, count: int) -> PyTree:
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], outputs)
 
 
 class _Mapped(NamedTuple):
     """What a compiled program depends on, hashable."""
 
-    fn: Callable[..., Tree]
+    fn: Callable[..., PyTree]
     mesh: Mesh
     in_axes: tuple[Literal[0] | None, ...]
     of: str
     static: tuple[tuple[str, Hashable], ...]
 
-    def batch_fn(self) -> Callable[..., Tree]:
+    def batch_fn(self) -> Callable[..., PyTree]:
         named = functools.partial(self.fn, **dict(self.static))
         return jax.vmap(named, in_axes=self.in_axes) if self.of == "image" else named
 
 
 # Few are in use at a time, and each may hold what its function closes over.
 @functools.lru_cache(maxsize=32)
-def _jit_runner(mapped: _Mapped) -> Callable[..., Tree]:
+def _jit_runner(mapped: _Mapped) -> Callable[..., PyTree]:
     mesh = mapped.mesh
     # What lies on devices of other processes cannot be fetched.
     results = replicated(mesh) if mesh.is_multi_process else batch_sharding(mesh)
     batch_fn = jax.jit(mapped.batch_fn(), out_shardings=results)
 
-    def run(*arguments: Tree) -> Tree:
+    def run(*arguments: PyTree) -> PyTree:
         return batch_fn(
             *(
                 replicate(argument, mesh)
@@ -270,11 +271,11 @@ def _jit_runner(mapped: _Mapped) -> Callable[..., Tree]:
 
 
 @functools.lru_cache(maxsize=32)
-def _pmap_runner(mapped: _Mapped) -> Callable[..., Tree]:
+def _pmap_runner(mapped: _Mapped) -> Callable[..., PyTree]:
     mesh, in_axes, batch_fn = mapped.mesh, mapped.in_axes, mapped.batch_fn()
     num_local = len(mesh.local_devices)
 
-    def gathered(*arguments: Tree) -> Tree:
+    def gathered(*arguments: PyTree) -> PyTree:
         outputs = batch_fn(*arguments)
         return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, AXIS, tiled=True), outputs)
 
@@ -285,7 +286,7 @@ def _pmap_runner(mapped: _Mapped) -> Callable[..., Tree]:
     def split(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
         return leaf.reshape(num_local, leaf.shape[0] // num_local, *leaf.shape[1:])
 
-    def run(*arguments: Tree) -> Tree:
+    def run(*arguments: PyTree) -> PyTree:
         return run_all(
             *(
                 argument if axis is None else jax.tree.map(split, _own_rows(argument, mesh))
@@ -296,14 +297,14 @@ def _pmap_runner(mapped: _Mapped) -> Callable[..., Tree]:
     return run
 
 
-def _host_runner(mapped: _Mapped) -> Callable[..., Tree]:
+def _host_runner(mapped: _Mapped) -> Callable[..., PyTree]:
     return mapped.batch_fn()
 
 
 _RUNNERS = {"jit": _jit_runner, "pmap": _pmap_runner, "host": _host_runner}
 
 
-def _own_rows(tree: Tree, mesh: Mesh) -> Tree:
+def _own_rows(tree: PyTree, mesh: Mesh) -> PyTree:
     """The rows of a batch that belong on the devices of this process."""
     if not mesh.is_multi_process:
         return tree
@@ -313,7 +314,7 @@ def _own_rows(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda leaf: leaf[own], tree)
 
 
-def _num_rows(tree: Tree) -> int:
+def _num_rows(tree: PyTree) -> int:
     leaves = jax.tree.leaves(tree)
     if not leaves:
         raise ValueError("a batch without arrays")

@@ -13,14 +13,13 @@ function.
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
+from afr_jax.core.parallel import PyTree
 from afr_jax.perturb import stepping
 
-Tree = chex.ArrayTree
 Metrics = Mapping[str, jax.Array]
 
 
@@ -47,8 +46,8 @@ class Penalties(NamedTuple):
         update: `(weights, Evaluation) -> weights`.
     """
 
-    init: Callable[[], Tree]
-    update: Callable[[Tree, Evaluation], Tree]
+    init: Callable[[], PyTree]
+    update: Callable[[PyTree, Evaluation], PyTree]
 
 
 def no_penalties() -> Penalties:
@@ -72,7 +71,7 @@ class Rules(NamedTuple):
     """
 
     tx: optax.GradientTransformation
-    project_fn: Callable[[Tree], Tree]
+    project_fn: Callable[[PyTree], PyTree]
     penalties: Penalties = no_penalties()
     keep: Literal["best", "average", "last"] = "best"
     ema_decay: float = 0.0
@@ -87,7 +86,7 @@ class Problem(NamedTuple):
         rules: How delta moves and what is kept.
     """
 
-    loss_fn: Callable[[Tree, Tree, jax.Array, jax.Array], Evaluation]
+    loss_fn: Callable[[PyTree, PyTree, jax.Array, jax.Array], Evaluation]
     rules: Rules
 
 
@@ -104,21 +103,21 @@ class State(NamedTuple):
     """
 
     step: jax.Array
-    delta: Tree
-    opt_state: Tree
-    penalties: Tree
-    kept: Tree
+    delta: PyTree
+    opt_state: PyTree
+    penalties: PyTree
+    kept: PyTree
     score: jax.Array
 
 
 class Result(NamedTuple):
     """The variable that was kept (`Rules.keep`), and its score."""
 
-    delta: Tree
+    delta: PyTree
     score: jax.Array
 
 
-def start(rules: Rules, delta: Tree) -> State:
+def start(rules: Rules, delta: PyTree) -> State:
     """The state before the first step, from a start that is projected first."""
     delta = rules.project_fn(delta)
     return State(
@@ -158,7 +157,7 @@ def advance(
     rules = problem.rules
 
     def one(state: State, _: None) -> tuple[State, Metrics]:
-        def loss_fn(delta: Tree) -> tuple[jax.Array, Evaluation]:
+        def loss_fn(delta: PyTree) -> tuple[jax.Array, Evaluation]:
             step_key = jax.random.fold_in(key, state.step)
             evaluation = problem.loss_fn(delta, state.penalties, step_key, state.step)
             return evaluation.loss, evaluation
@@ -183,7 +182,9 @@ def best(state: State) -> Result:
     return Result(state.delta if is_last else state.kept, state.score)
 
 
-def run(key: jax.Array, problem: Problem, delta: Tree, *, num_steps: int) -> tuple[Result, Metrics]:
+def run(
+    key: jax.Array, problem: Problem, delta: PyTree, *, num_steps: int
+) -> tuple[Result, Metrics]:
     """A whole run in one traced function.
 
     Args:
@@ -202,7 +203,7 @@ def run(key: jax.Array, problem: Problem, delta: Tree, *, num_steps: int) -> tup
     return best(state), metrics
 
 
-def _keep(rules: Rules, state: State, evaluation: Evaluation) -> tuple[Tree, jax.Array]:
+def _keep(rules: Rules, state: State, evaluation: Evaluation) -> tuple[PyTree, jax.Array]:
     """What is kept after an evaluation of `state.delta`; ties and NaN keep the older."""
     if rules.keep == "last":
         return (), jnp.asarray(evaluation.score, jnp.float32)

@@ -25,13 +25,13 @@ A typical chunk:
 from collections.abc import Callable
 from typing import TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afr_jax.core.parallel import PyTree
+
 State = TypeVar("State")
-Tree = chex.ArrayTree
 
 
 def chunk_length() -> int:
@@ -40,14 +40,14 @@ def chunk_length() -> int:
 
 
 def drive(
-    chunk_fn: Callable[[State, range], tuple[State, Tree]],
+    chunk_fn: Callable[[State, range], tuple[State, PyTree]],
     state: State,
     *,
     steps: range,
     length: int | None = None,
     axis: int = 0,
     report_fn: Callable[[int], None] | None = None,
-) -> tuple[State, Tree]:
+) -> tuple[State, PyTree]:
     """Takes the steps of a run from the host, chunk after chunk.
 
     Args:
@@ -94,13 +94,13 @@ def drive(
 
 
 def take(
-    step_fn: Callable[[State, Tree], tuple[State, Tree]],
+    step_fn: Callable[[State, PyTree], tuple[State, PyTree]],
     state: State,
-    xs: Tree | None,
+    xs: PyTree | None,
     *,
     length: int,
     count: jax.Array | int | None = None,
-) -> tuple[State, Tree]:
+) -> tuple[State, PyTree]:
     """Takes the steps of one chunk; to be traced.
 
     Args:
@@ -122,13 +122,13 @@ def take(
     if count is None:
         return jax.lax.scan(step_fn, state, xs, length=length)
 
-    def entry(index: jax.Array | int) -> Tree:
+    def entry(index: jax.Array | int) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[index], xs)
 
     _, shapes = jax.eval_shape(lambda state: step_fn(state, entry(0)), state)
     outputs = jax.tree.map(lambda one: jnp.zeros((length, *one.shape), one.dtype), shapes)
 
-    def body(index: jax.Array, carry: tuple[State, Tree]) -> tuple[State, Tree]:
+    def body(index: jax.Array, carry: tuple[State, PyTree]) -> tuple[State, PyTree]:
         state, outputs = carry
         state, found = step_fn(state, entry(index))
         return state, jax.tree.map(lambda all_, one: all_.at[index].set(one), outputs, found)

@@ -2,10 +2,11 @@
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
+
+from afr_jax.core.parallel import PyTree
 
 # Step sizes and momenta of the MTCNN patch attack over its 2,000 iterations: Kaziakhmedov et al.
 # 2019, "Real-world attack on MTCNN face detection system", in the authors' code.
@@ -18,7 +19,7 @@ class MomentState(NamedTuple):
     """Number of steps taken, and the moment of every leaf."""
 
     count: jax.Array
-    moment: chex.ArrayTree
+    moment: PyTree
 
 
 def mi_fgsm(

@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Literal
 
-import chex
 import jax
 import optax
+
+from afr_jax.core.parallel import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,6 @@ def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
     )
 
 
-def _is_kernel(params: chex.ArrayTree) -> chex.ArrayTree:
+def _is_kernel(params: PyTree) -> PyTree:
     """Which leaves are decayed: matrices and kernels."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

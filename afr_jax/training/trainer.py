@@ -35,12 +35,11 @@ import optax
 
 from afr_jax.core import images as image_ops
 from afr_jax.core import parallel
+from afr_jax.core.parallel import PyTree
 from afr_jax.data import augmentation as data_augmentation
 from afr_jax.data import sampling
 from afr_jax.perturb import stepping
 from afr_jax.training import optimizers
-
-Tree = chex.ArrayTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +76,8 @@ class TrainState(NamedTuple):
 
     step: jax.Array
     params: dict
-    batch_stats: Tree
-    opt_state: Tree
+    batch_stats: PyTree
+    opt_state: PyTree
 
 
 class Metrics(NamedTuple):
@@ -131,13 +130,13 @@ def place_data(images: np.ndarray, labels: np.ndarray, mesh: parallel.Mesh) -> D
 
 def forward(
     params: dict,
-    batch_stats: Tree,
+    batch_stats: PyTree,
     images: jax.Array,
     *,
     recipe: Recipe,
     train: bool = False,
     dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, Tree]:
+) -> tuple[jax.Array, PyTree]:
     """Embeddings (or logits) of the network, without the head.
 
     Args:
@@ -211,7 +210,7 @@ def train_step(
 
 
 def apply_gradient(
-    state: TrainState, gradient: dict, batch_stats: Tree, *, recipe: Recipe
+    state: TrainState, gradient: dict, batch_stats: PyTree, *, recipe: Recipe
 ) -> TrainState:
     """Moves the parameters of a state by a gradient of its `params`; for losses of one's own.
 

@@ -8,18 +8,18 @@ import dataclasses
 import functools
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from afr_jax.core import images as image_ops
 from afr_jax.core import parallel
+from afr_jax.core.parallel import PyTree
 from afr_jax.data import augmentation, sampling
 from afr_jax.perturb import sign_descent, stepping
 from afr_jax.training import trainer
 
-Theta = tuple[chex.ArrayTree, chex.ArrayTree]
+Theta = tuple[PyTree, PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
