@@ -15,9 +15,11 @@ from collections.abc import Sequence
 PROGRAMS = {
     "attack_detector": ("afr_jax.evaluation.patches.study", "AttackConfig"),
     "benchmark": ("afr_jax.benchmark.program", "BenchmarkConfig"),
+    "cloak": ("afr_jax.evaluation.cloaking.cloak_files", "CloakConfig"),
     "collect": ("afr_jax.recognition.tasks.collect_photos", "CollectConfig"),
     "detect": ("afr_jax.recognition.tasks.detect_photos", "DetectConfig"),
     "enroll": ("afr_jax.recognition.tasks.enroll_gallery", "EnrollConfig"),
+    "fawkes_evaluation": ("afr_jax.evaluation.cloaking.study", "FawkesEvaluationConfig"),
     "harden_extractor": (
         "afr_jax.evaluation.recognition.harden_extractor",
         "HardenExtractorConfig",

@@ -18,53 +18,6 @@ from afr_jax.recognition import detect, embed
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STUB_DRIVER = pathlib.Path(__file__).resolve().parent / "stub_driver.py"
 
-# Answers several command lines in one process, each with a line of JSON: [result, exit code], or
-# the message of a usage error. Arguments: module.function, the command lines, code to run first.
-_DRIVER = """
-import contextlib, importlib, json, sys
-from absl import flags
-from absl.testing import flagsaver
-from afr_jax.core import files, program
-
-name, function = sys.argv[1].split(".")
-module = importlib.import_module(f"experiments.{name}")
-program_module = program
-program = module  # What the code of tests calls it.
-exec(sys.argv[3])
-program = program_module
-program.define_flags()
-flags.FLAGS(["program"])
-for line in json.loads(sys.argv[2]):
-    with flagsaver.flagsaver(), contextlib.redirect_stdout(sys.stderr):
-        flags.FLAGS(["program", *line])
-        try:
-            answer = getattr(module, function)()
-        except program.UsageError as error:
-            answer = str(error)
-    print(json.dumps(files.to_jsonable(answer)))
-"""
-
-# Code to run first: a detector and an extractor that need no compilation. There is one face in
-# every photo that is not black; its embedding is the color of the photo's first pixel.
-STAND_INS = """
-import numpy as np
-from afr_jax.recognition import detect, embed
-
-def detect_faces(variables, pixels, *, options):
-    found = detect.Faces(
-        np.array([[1, 2, 9, 8]], np.float32),
-        np.ones(1, np.float32),
-        np.arange(10, dtype=np.float32).reshape(1, 5, 2),
-    )
-    return found if pixels.max() else detect.no_faces()
-
-def embed_faces(extractor, variables, faces):
-    vectors = [np.resize(pixels[0, 0], extractor.embedding_size) for pixels, _ in faces]
-    return np.array(vectors, np.float32).reshape(-1, extractor.embedding_size)
-
-detect.detect_faces, embed.embed_faces = detect_faces, embed_faces
-"""
-
 
 def run(module, *flags):
     """The finished process of `python -m experiments.<module>`, and its result or None."""
@@ -76,24 +29,6 @@ def run(module, *flags):
         text=True,
     )
     return done, json.loads(done.stdout) if done.stdout else None
-
-
-def command(program, *lines, setup=""):
-    """The command of a process that answers command lines; see `drive`."""
-    lines = json.dumps([[str(flag) for flag in line] for line in lines])
-    return [sys.executable, "-c", _DRIVER, program, lines, setup]
-
-
-def drive(program, *lines, setup=""):
-    """What "module.function" answers to each list of flags: [result, exit code], or a message."""
-    return answers(command(program, *lines, setup=setup))
-
-
-def answers(command):
-    """The lines of JSON that a process prints."""
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def call(config_class, run_fn, *flags):
@@ -140,13 +75,6 @@ def stand_in(monkeypatch):
 
     monkeypatch.setattr(detect, "detect_faces", detect_faces)
     monkeypatch.setattr(embed, "embed_faces", embed_faces)
-
-
-def assert_refused(program, cases):
-    """Asserts that each (flags, part) is wrong usage with a message that has the part."""
-    answers = drive(program, *(flags for flags, _ in cases))
-    for answer, (flags, part) in zip(answers, cases, strict=True):
-        assert isinstance(answer, str) and part in answer, (flags, answer)
 
 
 def save_photo(path, color, *, size=(24, 24)):

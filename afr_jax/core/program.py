@@ -21,7 +21,7 @@ import os
 import pathlib
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags, logging
@@ -41,68 +41,12 @@ _OWN_FLAGS = {
 }
 _Config = TypeVar("_Config", bound=options.Config)
 
-# Flags defined here belong to the program that calls `define_flags`, so that its --help lists them.
-flags.disclaim_key_flags()
-
-
 _DEFINERS = {
     str: flags.DEFINE_string,
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     bool: flags.DEFINE_bool,
 }
-
-
-def define_flags() -> None:
-    """Defines the flags of all programs: --workdir, --seed, --toy, --one_process_per_node."""
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "folder for config.json, metrics.jsonl, result.json; resumed if it has them",
-    )
-    flags.DEFINE_integer("seed", 0, "seed of all randomness of the run")
-    flags.DEFINE_bool("toy", False, "shrink data, networks and steps: seconds on a CPU")
-    flags.DEFINE_bool(
-        "one_process_per_node", False, "under SLURM: one process drives all GPUs of its node"
-    )
-
-
-def main_of_flags(
-    run_fn: Callable[[], tuple[Mapping[str, Any], int]], *, argv: Sequence[str] | None = None
-) -> NoReturn:
-    """Runs an experiment as a program and exits.
-
-    Parses the flags, settles compiler options and memory, joins the cluster if there is one,
-    switches the compilation cache on, calls `run_fn` and prints its result as one JSON line, the
-    last of standard output. Exit codes: what `run_fn` returns; 2 for wrong flags, extra arguments
-    or a `UsageError`; 130 when interrupted; 1 with a traceback for everything else.
-
-    Args:
-      run_fn: reads its flags and returns (result, exit code).
-      argv: the command line with the program's name first; default `sys.argv`.
-    """
-
-    def call(_: Sequence[str]) -> int:
-        try:
-            backend.choose_compiler_options()
-            backend.keep_freed_memory()
-            _join_cluster()
-            backend.enable_compilation_cache()
-            with contextlib.redirect_stdout(sys.stderr):
-                result, exit_code = run_fn()
-        except UsageError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return EXIT_USAGE
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return _EXIT_INTERRUPTED
-        if distributed.is_primary():
-            print(json.dumps(files.to_jsonable(result), allow_nan=False), flush=True)
-        return exit_code
-
-    logging.get_absl_logger().addFilter(_is_worth_showing)
-    app.run(call, argv=None if argv is None else list(argv), flags_parser=_parse_flags)
-    raise AssertionError("absl.app.run returned")
 
 
 def main(
@@ -205,24 +149,22 @@ def help_text(config_class: type[options.Config], name: str) -> str:
     return "\n".join(lines)
 
 
-def provenance(module: str, *, config: options.Config | None = None) -> dict[str, Any]:
+def provenance(module: str, *, config: options.Config) -> dict[str, Any]:
     """Says how the result of this program came about; see `provenance.provenance`.
 
     Paths below $AFR_SHARED, of --workdir and of --reference_python appear under these names.
 
     Args:
       module: the program, "experiments.benchmark" say.
-      config: its options; None reads the flags of a program that has none.
+      config: its options.
     """
-    names = {"AFR_SHARED": os.environ.get("AFR_SHARED")}
-    if config is None:
-        values = flags.FLAGS
-        names["WORKDIR"] = values.workdir
-        names["REFERENCE_PYTHON"] = values.peer_python if "peer_python" in values else None
-    else:
-        named = {leaf.path[-1]: leaf.path for leaf in options.leaves(type(config))}
-        for name in {"workdir", "reference_python"} & named.keys():
-            names[name.upper()] = functools.reduce(getattr, named[name], config)
+    named = {leaf.path[-1]: leaf.path for leaf in options.leaves(type(config))}
+    names = {
+        name.upper(): functools.reduce(getattr, named[name], config)
+        for name in ("workdir", "reference_python")
+        if name in named
+    }
+    names["AFR_SHARED"] = os.environ.get("AFR_SHARED")
     return provenance_lib.provenance(module, sys.argv[1:], names=names)
 
 

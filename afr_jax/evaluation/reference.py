@@ -182,7 +182,3 @@ class ReferenceOptions:
     def open(self, driver: str) -> contextlib.AbstractContextManager[ReferenceProcess | None]:
         """As `start`, but gives None without `reference_python`."""
         return contextlib.nullcontext() if self.reference_python is None else self.start(driver)
-
-
-# The former names, until everything that uses them has moved.
-Peer, PeerError = ReferenceProcess, ReferenceProcessError

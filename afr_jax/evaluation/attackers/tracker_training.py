@@ -2,7 +2,7 @@
 
 The network starts from the extractor's weights, the head from logistic regression on its
 embeddings. BatchNorm keeps its running statistics: with a few photos of each person those of a
-batch would say little. All extractors of the zoo can be trained so.
+batch would say little. All extractors of the registry can be trained so.
 """
 
 import dataclasses

@@ -54,8 +54,8 @@ def surrogate_sets(asked: Sequence[str], trackers: Sequence[str]) -> tuple[tuple
     """Sets of surrogates, each once.
 
     Args:
-        asked: names joined by "+"; "all" for every tracker that is of the zoo; "leave_one_out" for
-            each of these all others.
+        asked: names joined by "+"; "all" for every tracker that was not trained here;
+            "leave_one_out" for each of these all others.
         trackers: names and folders of the trackers' extractors.
 
     Raises:
@@ -72,7 +72,7 @@ def surrogate_sets(asked: Sequence[str], trackers: Sequence[str]) -> tuple[tuple
         if not all(names) or not names or len(set(names)) < len(names):
             raise ValueError(
                 f"surrogates {'+'.join(names)!r}: a set has one extractor or more, each once; "
-                f"leave_one_out needs two trackers of the zoo, all needs one"
+                f"leave_one_out needs two trackers of the registry, all needs one"
             )
     return tuple({frozenset(names): names for names in found}.values())
 

@@ -43,7 +43,7 @@ class CloakConfig(options.Config):
         python -m experiments.cloak --images=photos --check=facenet_casia --weights=FILE
 
     With another --check a finished run measures its files again and leaves them as they are.
-    --surrogates and --check take names of the zoo and folders of trained or hardened extractors.
+    --surrogates and --check take names of extractors and folders of trained or hardened extractors.
 
     Expected on two CPU cores: four seconds a face after half a minute of compilation in the first
     run; on the sample portrait a dlib distance of 0.9 at DSSIM 0.007 (below 0.6 dlib takes two

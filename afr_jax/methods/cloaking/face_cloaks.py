@@ -24,7 +24,7 @@ from afr_jax.recognition import align
 
 
 class Surrogate(NamedTuple):
-    """An extractor that a cloak is made against (static): zoo entry and the warp's box average."""
+    """An extractor that a cloak is made against (static), and the warp's box average."""
 
     extractor: registry.Extractor
     pool: int
