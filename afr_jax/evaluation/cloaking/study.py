@@ -51,10 +51,10 @@ class FawkesEvaluationConfig(options.Config):
     (Gaussian, of equal DSSIM), `fawkes` (ours), `lowkey`, `fawkes_pypi` (the optimizer of PyPI
     `fawkes` with dlib's net); `lowkey@0.007` is made at that budget alone. --surrogates: sets of
     extractors joined by `+`; `all` is every tracker of the registry, `leave_one_out` for each of
-    them all others. --trackers: names of extractors, or folders of trained and hardened ones (adaptive
-    trackers). For each: the nearest enrolled photo, with and without the extractor's threshold; a
-    vote of the 5 nearest; a linear head; with --end_to_end=N the whole network, trained for the
-    first N people.
+    them all others. --trackers: names of extractors, or folders of trained and hardened ones
+    (adaptive trackers). For each: the nearest enrolled photo, with and without the extractor's
+    threshold; a vote of the 5 nearest; a linear head; with --end_to_end=N the whole network,
+    trained for the first N people.
 
     Published photos go through each of --countermeasures before the tracker sees them. --leaks are
     shares of the published photos that the tracker has clean, spread evenly: of five photos a
