@@ -7,6 +7,7 @@ import signal
 import subprocess
 
 import jax
+import jaxlib
 import pytest
 from absl import flags
 
@@ -19,6 +20,11 @@ _SHARED = pathlib.Path(os.environ.get("AFR_SHARED") or _ROOT.parent / "shared")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "xla"))
 
+# Four devices share the cores of the machine. Where other work delays one of them, XLA takes the
+# others' waiting for a deadlock after 40 s and aborts. It also aborts at options it does not know.
+if jaxlib.__version__.startswith("0.10."):
+    patience = "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}".strip()
 backend.choose_compiler_options()
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 4)
