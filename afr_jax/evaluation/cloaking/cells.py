@@ -5,11 +5,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from afr_jax.methods.cloaking import face_cloaks, fawkes, lowkey
+from afr_jax.methods.cloaking import fawkes, lowkey
 from afr_jax.models.extractors import registry
 
 # The cloaks that are made here, and the options of each.
-CLOAKS: dict[str, type[face_cloaks.CloakMethod]] = {
+CLOAKS: dict[str, type[fawkes.FawkesConfig | lowkey.LowKeyConfig]] = {
     "fawkes": fawkes.FawkesConfig,
     "lowkey": lowkey.LowKeyConfig,
 }
@@ -118,7 +118,9 @@ def parse_method(text: str) -> tuple[str, float | None]:
     return method, float(own) if own else None
 
 
-def cloak_method(method: str, budget: float, *, num_steps: int | None) -> face_cloaks.CloakMethod:
+def cloak_method(
+    method: str, budget: float, *, num_steps: int | None
+) -> fawkes.FawkesConfig | lowkey.LowKeyConfig:
     """The options of a cloak.
 
     Args:
@@ -126,8 +128,8 @@ def cloak_method(method: str, budget: float, *, num_steps: int | None) -> face_c
         budget: DSSIM of a face.
         num_steps: None for the method's own number.
     """
-    steps = {} if num_steps is None else {"num_steps": num_steps}
-    return CLOAKS[method](dssim_budget=budget, **steps)
+    config = CLOAKS[method](dssim_budget=budget)
+    return config if num_steps is None else dataclasses.replace(config, num_steps=num_steps)
 
 
 def cloak_options() -> dict[str, dict[str, object]]:

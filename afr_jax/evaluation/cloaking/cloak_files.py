@@ -40,7 +40,7 @@ class CloakConfig(options.Config):
     Every face is measured on the written file, and on it after JPEG of quality 75, by the
     extractors it was made against and by those of --check, which had no part in it:
 
-        python -m experiments.cloak --images=photos --check=facenet_casia --weights=FILE
+        python -m experiments.cloak --images=photos --check=sface
 
     With another --check a finished run measures its files again and leaves them as they are.
     --surrogates and --check take names of extractors and folders of trained or hardened extractors.

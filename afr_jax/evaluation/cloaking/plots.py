@@ -6,7 +6,7 @@ Every figure is one PNG with a panel for each extractor, which shows one cell (`
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -218,7 +218,7 @@ def plot_distances(path: str | os.PathLike[str], found: Sequence[Distances]) -> 
         parts = {name: (v[np.isfinite(v)], color) for name, (v, color) in parts.items()}
         high = max([v.max() for v, _ in parts.values() if len(v)], default=1.0)
         for name, (values, color) in parts.items():
-            bins = np.linspace(0, 1.02 * high, 30)
+            bins = np.linspace(0, 1.02 * high, 30).tolist()
             panel.hist(values, bins=bins, color=color, alpha=0.55, label=name)
         panel.axvline(item.threshold, color="black", linestyle="--", linewidth=1, label="threshold")
         panel.set_title(item.title, fontsize=9)
@@ -246,7 +246,7 @@ def _budget_line(
     line: Sequence[scores.Row],
     style: str,
     label: str | None,
-    marker: Mapping[str, str],
+    marker: dict[str, Any],
 ) -> None:
     color = _METHOD_COLORS[line[0]["method"]]
     share = 100 * np.array([row["protection"] for row in line])

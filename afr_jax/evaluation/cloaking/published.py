@@ -31,7 +31,7 @@ ProtectFn = Callable[[Sequence[photo_cloaks.PhotoFaces]], Protected]
 _GROUP = 60
 
 
-class PhotoRecord(TypedDict):
+class PublishedRecord(TypedDict):
     """What was done to a photo.
 
     Attributes:
@@ -69,28 +69,31 @@ def protect_fn(
         num_steps: of a cloak, None for the method's own number.
         seed: of all randomness.
 
+    Raises:
+        ValueError: the method is `none`.
+
     Returns:
         A function of photos with their faces to what `photo_cloaks.cloak_photos` returns.
     """
+    if cell.budget is None:
+        raise ValueError(f"{cell.name} has no budget to protect photos within")
+    limit: float = cell.budget
     extractors = tuple(recognizer.extractors[name] for name in cell.surrogates)
     variables = tuple(recognizer.variables[name] for name in cell.surrogates)
 
     def protect(faces: Sequence[photo_cloaks.PhotoFaces]) -> Protected:
         if cell.method == "noise":
-            return [
-                noise.add_noise(face, covered, dssim_budget=cell.budget, seed=seed)
-                for face in faces
-            ]
+            return [noise.add_noise(face, covered, dssim_budget=limit, seed=seed) for face in faces]
         if cell.method == "fawkes_pypi":
-            steps = cells.cloak_method("fawkes", cell.budget, num_steps=num_steps).num_steps
+            steps = cells.cloak_method("fawkes", limit, num_steps=num_steps).num_steps
             return fawkes_package.cloak(
-                package, folder, faces, extractors[0], cell.budget, num_steps=steps, seed=seed
+                package, folder, faces, extractors[0], limit, num_steps=steps, seed=seed
             )
         return photo_cloaks.cloak_photos(
             jax.random.key(seed),
             photo_cloaks.Surrogates(extractors, variables),
             faces,
-            config=cells.cloak_method(cell.method, cell.budget, num_steps=num_steps),
+            config=cells.cloak_method(cell.method, limit, num_steps=num_steps),
         )
 
     return protect
@@ -104,7 +107,7 @@ def write_photos(
     *,
     group: int = _GROUP,
     report_fn: Callable[[int], None] | None = None,
-) -> tuple[list[pathlib.Path], list[PhotoRecord]]:
+) -> tuple[list[pathlib.Path], list[PublishedRecord]]:
     """Protects photos that are not there yet.
 
     Only the main face of a photo is protected. A photo without one, or with one that is too small,

@@ -8,7 +8,7 @@ over people.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from afr_jax.models.extractors import registry
 from afr_jax.recognition import match
 
 # A row of the table, as JSON and CSV have it.
-Row = dict[str, str | float | list[float] | None]
+Row = dict[str, Any]
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _RANKS = (1, 5, 50)

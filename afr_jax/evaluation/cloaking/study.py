@@ -202,8 +202,12 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
     unseen = table.without_faces(setup)
     problems += [{"image": name, "reason": pipeline.NO_FACE} for name in unseen]
     rows, made = [], []
-    package_of = config.references.start if needs_package else contextlib.nullcontext
-    with package_of(fawkes_package.DRIVER if needs_package else None) as package:
+    package_of: contextlib.AbstractContextManager[reference.ReferenceProcess | None] = (
+        config.references.start(fawkes_package.DRIVER)
+        if needs_package
+        else contextlib.nullcontext()
+    )
+    with package_of as package:
         for number, cell in enumerate(progress.track(plan, description="cells")):
             start = time.perf_counter()
             photos_of, records = _publish(
@@ -326,7 +330,7 @@ def _publish(
     *,
     num_steps: int | None,
     seed: int,
-) -> tuple[table.CellPhotos, list[published.PhotoRecord]]:
+) -> tuple[table.CellPhotos, list[published.PublishedRecord]]:
     """A cell's photos with their records; none for clean ones."""
     folder = work.path / "cells" / cell.name
     if cell.method == "none":
@@ -351,7 +355,7 @@ def _rows(
     config: FawkesEvaluationConfig,
     setup: table.Setup,
     photos_of: table.CellPhotos,
-    records: Sequence[published.PhotoRecord],
+    records: Sequence[published.PublishedRecord],
 ) -> list[scores.Row]:
     """Rows of the table for a cell, and the file of its matches."""
     rows = table.score_cell(

@@ -87,7 +87,8 @@ def count_moved(images: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for name, entries in found.items():
         compressed = [after for entry in entries if (after := after_jpeg(entry)) is not None]
-        thresholds = {_number(entry.get("threshold")) for entry in entries} - {None}
+        found_thresholds = {_number(entry.get("threshold")) for entry in entries}
+        thresholds = [each for each in found_thresholds if each is not None]
         rows.append(
             {
                 "name": name,
@@ -300,15 +301,16 @@ def _face(
         "extractors": [],
     }
     if dssim is not None:
-        view["dssim"] = {"value": f"{dssim:.5f}", "budget": None}
+        shown: dict[str, Any] = {"value": f"{dssim:.5f}", "budget": None}
         if budget is not None and budget > 0:
             scale = max(budget, dssim) * 1.02
-            view["dssim"] |= {
+            shown |= {
                 "budget": f"{budget:.5f}",
                 "over": dssim > budget,
                 "bar": _percent(dssim / scale),
                 "mark": _percent(budget / scale),
             }
+        view["dssim"] = shown
     if view["cloaked"]:
         view["extractors"] = [
             _extractor(name, entry, axis) for name, entry in (face.get("extractors") or {}).items()

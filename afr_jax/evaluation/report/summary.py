@@ -26,7 +26,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
                 continue
             yield f"  face {number}: DSSIM {face['dssim']:.4f}"
             for name, entry in face["extractors"].items():
-                after = report_lib.after_jpeg(entry)
+                after = report_lib.after_jpeg(entry) or {"reason": "not looked at"}
                 yield (
                     f"    {name} ({_role(entry['surrogate'])}): {_verdict(entry)}; "
                     f"after JPEG 75: {_verdict(after)}"

@@ -65,7 +65,7 @@ class CloakVerdict(TypedDict):
     after_jpeg75: Reencoded
 
 
-class FaceRecord(TypedDict):
+class CloakRecord(TypedDict):
     """A face in report.json; the last four only where it was to be cloaked.
 
     Attributes:
@@ -106,7 +106,7 @@ def check_photo(
     surrogates: Collection[str],
     dssim_budget: float,
     options: detect.DetectorOptions,
-) -> list[FaceRecord]:
+) -> list[CloakRecord]:
     """Measures every cloaked face of a photo on its final pixels.
 
     Args:
@@ -135,7 +135,7 @@ def check_photo(
         y0, x0, y1, x1 = face.region
         change = final[y0:y1, x0:x1].astype(np.int32) - photo.pixels[y0:y1, x0:x1]
         dssim = budget.face_dssim(photo.pixels, final, face.region, face.box)
-        record: FaceRecord = {
+        record: CloakRecord = {
             **_place(photo.faces, number, face.region),
             "status": "cloaked",
             "reason": None,
@@ -158,11 +158,11 @@ def judge_again(
     pixels: np.ndarray,
     faces: detect.Faces,
     final: np.ndarray,
-    records: Sequence[FaceRecord],
+    records: Sequence[CloakRecord],
     *,
     surrogates: Collection[str],
     options: detect.DetectorOptions,
-) -> list[FaceRecord]:
+) -> list[CloakRecord]:
     """Records of `check_photo` with verdicts of other extractors in place of the old ones.
 
     Args:
@@ -191,7 +191,7 @@ def judge_again(
 
 def skipped_faces(
     faces: detect.Faces, kept: np.ndarray, *, min_confidence: float
-) -> list[FaceRecord]:
+) -> list[CloakRecord]:
     """Records, as in report.json, of the faces of a photo that are not to be cloaked.
 
     Args:
@@ -252,16 +252,17 @@ def _judge(
             for _, again in versions
         )
         for number, entries in enumerate(results):
-            if entries is not None:
-                entries[name] = {
-                    "distance": written[number],
-                    "distance_before_budget": before_budget[number].get(name),
-                    "threshold": extractor.threshold,
-                    "metric": "l2",
-                    "same_person": written[number] < extractor.threshold,
-                    "surrogate": name in surrogates,
-                    "after_jpeg75": _after(after[number], extractor.threshold),
-                }
+            distance = written[number]
+            if entries is not None and distance is not None:
+                entries[name] = CloakVerdict(
+                    distance=distance,
+                    distance_before_budget=before_budget[number].get(name),
+                    threshold=extractor.threshold,
+                    metric="l2",
+                    same_person=distance < extractor.threshold,
+                    surrogate=name in surrogates,
+                    after_jpeg75=_after(after[number], extractor.threshold),
+                )
     return results
 
 

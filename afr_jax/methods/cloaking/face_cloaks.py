@@ -80,8 +80,15 @@ class CloakSearch(Protocol):
             embedding has no gradient at zero).
     """
 
-    num_steps: int
-    start_noise: float
+    @property
+    def num_steps(self) -> int:
+        """See the class."""
+        ...
+
+    @property
+    def start_noise(self) -> float:
+        """See the class."""
+        ...
 
     def rules(self, face: Face, reference: ssim.SsimReference) -> loop.Rules:
         """How the change `[S, S, 3]` of one face moves; mostly `face_cloaks.rules`.
@@ -121,8 +128,15 @@ class CloakMethod(CloakSearch, Protocol):
         linf_limit: Largest change of a pixel, in [0, 1] units.
     """
 
-    dssim_budget: float
-    linf_limit: float
+    @property
+    def dssim_budget(self) -> float:
+        """See the class."""
+        ...
+
+    @property
+    def linf_limit(self) -> float:
+        """See the class."""
+        ...
 
     @property
     def search(self) -> CloakSearch:

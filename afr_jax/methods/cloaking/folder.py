@@ -154,7 +154,7 @@ class FolderRun:
             return
         pixels = photos.read_photo(job.source.path).pixels
         found = detect.Faces(
-            **{name: np.array(rows, np.float32) for name, rows in known["found"].items()}
+            **{name: np.array(rows, np.float32) for name, rows in (known["found"] or {}).items()}
         )
         faces = check.judge_again(
             self.flow.recognizer,

@@ -54,7 +54,7 @@ class ImageRecord(TypedDict):
     output: str | None
     status: str
     reason: str | None
-    faces: list[check.FaceRecord]
+    faces: list[check.CloakRecord]
 
 
 class Record(TypedDict):
@@ -119,7 +119,7 @@ def write(
     job: Job,
     status: str,
     reason: str | None,
-    faces: Sequence[check.FaceRecord],
+    faces: Sequence[check.CloakRecord],
     *,
     sha256: str | None,
     output_sha256: str | None = None,
@@ -182,7 +182,7 @@ def is_done(job: Job) -> bool:
 def publish(
     job: Job,
     data: bytes,
-    faces: Sequence[check.FaceRecord],
+    faces: Sequence[check.CloakRecord],
     *,
     overwrite: bool,
     sha256: str,

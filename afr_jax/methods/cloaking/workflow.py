@@ -69,7 +69,7 @@ class Found(NamedTuple):
 
     photo: photos.Photo
     task: photo_cloaks.PhotoFaces
-    skipped: list[check.FaceRecord]
+    skipped: list[check.CloakRecord]
     options: detect.DetectorOptions
 
 
@@ -93,7 +93,7 @@ class CloakedPhoto:
     image: str
     status: str
     reason: str | None = None
-    faces: list[check.FaceRecord] = dataclasses.field(default_factory=list)
+    faces: list[check.CloakRecord] = dataclasses.field(default_factory=list)
     pixels: np.ndarray | None = dataclasses.field(default=None, repr=False)
     png: bytes | None = dataclasses.field(default=None, repr=False)
 
