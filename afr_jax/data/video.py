@@ -113,10 +113,8 @@ def _pillow_frames(path: pathlib.Path) -> list[Frame]:
 
 def _film_frames(path: pathlib.Path) -> tuple[list[Frame], str | None]:
     """Frames up to where the film breaks off, and why it does."""
-    try:
-        import av  # Optional: only films need it.
-    except ImportError as error:
-        raise VideoError("reading films takes PyAV: pip install av") from error
+    import av  # Late: its libraries take time to load, and few runs read films.
+
     frames: list[Frame] = []
     try:
         with av.open(str(path)) as film:
