@@ -239,14 +239,14 @@ def _cloak(
         canvas = images.to_float(jnp.asarray(chips[start : start + batch]))
         count = len(canvas)
         nothing = jnp.zeros((count, extractor.embedding_size))
-        view = face_cloaks.FaceView(
+        crop = face_cloaks.FaceCrop(
             jnp.tile(jnp.eye(2, 3), (count, 1, 1)), own=nothing, to_person=nothing, target=nothing
         )
         faces = face_cloaks.Face(
             image=canvas,
             limit=jnp.full((count, side, side), _LINF),
             boxes=jnp.tile(jnp.array([0, 0, side, side]), (count, 2, 1)),
-            views=(view,),
+            crops=(crop,),
             has_target=jnp.zeros(count),
             gray=jnp.zeros(count),
         )

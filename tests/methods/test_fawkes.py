@@ -80,7 +80,7 @@ def _image(number: int) -> np.ndarray:
     return np.clip(image, 0, 1).astype(np.float32)
 
 
-def _face(number: int, *, views: int = 1, gray: bool = False, **changes) -> face_cloaks.Face:
+def _face(number: int, *, crops: int = 1, gray: bool = False, **changes) -> face_cloaks.Face:
     image = _image(number)
     if gray:
         image = np.repeat(image.mean(axis=-1, keepdims=True), 3, axis=-1)
@@ -99,7 +99,7 @@ def _face(number: int, *, views: int = 1, gray: bool = False, **changes) -> face
         image=image,
         limit=limit,
         boxes=np.array([_REGION, _BOX], np.int32),
-        views=(face_cloaks.FaceView(_transform(number), blank, blank, blank),) * views,
+        crops=(face_cloaks.FaceCrop(_transform(number), blank, blank, blank),) * crops,
         has_target=np.float32(0),
         gray=np.float32(gray),
     )
@@ -166,12 +166,12 @@ def cloaks(faces):
 def test_faces_move_away_from_themselves(faces, cloaks):
     deltas, distances = cloaks
     assert deltas.shape == faces.image.shape and distances.shape == (4, 1)
-    moved = _distances(faces.image + deltas, faces.image, faces.views[0].transform)
+    moved = _distances(faces.image + deltas, faces.image, faces.crops[0].transform)
     np.testing.assert_allclose(distances[:, 0], moved, rtol=1e-4)
     # Far more than noise of the start's size does.
     noise = np.random.default_rng(0).uniform(-1, 1, deltas.shape).astype(np.float32)
     noise *= np.minimum(_CONFIG.start_noise, faces.limit[..., None])
-    drifted = _distances(faces.image + noise, faces.image, faces.views[0].transform)
+    drifted = _distances(faces.image + noise, faces.image, faces.crops[0].transform)
     assert np.all(moved > 10 * drifted)
 
 
@@ -218,12 +218,12 @@ def test_gray_faces_stay_gray(cloaks):
 
 def test_a_target_draws_the_face(faces, cloaks):
     """The first two of four faces have one: another image seen as they are."""
-    transforms = faces.views[0].transform
+    transforms = faces.crops[0].transform
     other = np.stack([_image(7)] * 4)
     target = np.asarray(_embeddings(_variables(), other, transforms))
-    view = faces.views[0]._replace(target=target)
+    crop = faces.crops[0]._replace(target=target)
     has_target = np.array([1, 1, 0, 0], np.float32)
-    deltas, _ = _cloak(faces._replace(views=(view,), has_target=has_target))
+    deltas, _ = _cloak(faces._replace(crops=(crop,), has_target=has_target))
 
     def left(deltas):
         return _distances(faces.image + deltas, other, transforms)
@@ -235,8 +235,8 @@ def test_a_target_draws_the_face(faces, cloaks):
 
 
 def test_a_target_that_does_not_count_changes_nothing(faces, cloaks):
-    views = tuple(view._replace(target=view.target + 3.0) for view in faces.views)
-    np.testing.assert_array_equal(_cloak(faces._replace(views=views))[0], cloaks[0])
+    crops = tuple(crop._replace(target=crop.target + 3.0) for crop in faces.crops)
+    np.testing.assert_array_equal(_cloak(faces._replace(crops=crops))[0], cloaks[0])
 
 
 def test_two_surrogates_are_both_moved_and_random_views_are_for_the_steps_only():
@@ -244,11 +244,11 @@ def test_two_surrogates_are_both_moved_and_random_views_are_for_the_steps_only()
     config = dataclasses.replace(
         _CONFIG, align_shift=0.01, align_turn=0.01, blur_px=0.5, jpeg_quality=(80, 95)
     )
-    faces = _batch(_face(0, views=2), _face(1, views=2))
+    faces = _batch(_face(0, crops=2), _face(1, crops=2))
     deltas, distances = _cloak(faces, surrogates=_SURROGATES * 2, config=config)
     assert distances.shape == (2, 2)
     for number in (0, 1):
-        transforms = faces.views[number].transform
+        transforms = faces.crops[number].transform
         moved = _distances(faces.image + deltas, faces.image, transforms, seed=number)
         np.testing.assert_allclose(distances[:, number], moved, rtol=1e-4)
         assert np.all(moved > 0.05)
@@ -345,15 +345,15 @@ def test_the_objective(size, fits, has_target):
     rng = np.random.default_rng(0)
     delta = np.clip(size * rng.normal(size=face.image.shape), -face.image, 1 - face.image)
     delta = delta.astype(np.float32)
-    transform = face.views[0].transform
+    transform = face.crops[0].transform
     embeddings = _embeddings(
         _variables(), np.stack([face.image, face.image + delta]), np.stack([transform] * 2)
     )
     own, cloaked = np.asarray(embeddings, np.float64)
     to_person, target = 0.3 * rng.normal(size=own.shape), rng.normal(size=own.shape)
     vectors = [vector.astype(np.float32) for vector in (own, to_person, target)]
-    view = face_cloaks.FaceView(transform, *vectors)
-    face = face._replace(views=(view,), has_target=np.float32(has_target), budget=np.float32(0.02))
+    crop = face_cloaks.FaceCrop(transform, *vectors)
+    face = face._replace(crops=(crop,), has_target=np.float32(has_target), budget=np.float32(0.02))
     reference = ssim.ssim_reference(jnp.asarray(face.image))
     config = dataclasses.replace(_CONFIG, repel_weight=0.5, attract_weight=2.0)
     found = _evaluate_fn(config)(
@@ -372,7 +372,7 @@ def test_the_objective(size, fits, has_target):
 
 def test_small_budgets_see_milder_blur_and_balance_more_sharply():
     """Half of 0.007: half of the blur, four times the sharpness; above 0.007 as configured."""
-    face = _face(0, views=2)
+    face = _face(0, crops=2)
     delta = 0.02 * np.random.default_rng(0).normal(size=face.image.shape).astype(np.float32)
     reference = ssim.ssim_reference(jnp.asarray(face.image))
     variables = (_variables(0), _variables(1))

@@ -41,15 +41,15 @@ def test_the_objective(size, fits):
     rng = np.random.default_rng(0)
     delta = np.clip(size * rng.normal(size=face.image.shape), -face.image, 1 - face.image)
     delta = delta.astype(np.float32)
-    transform = face.views[0].transform
+    transform = face.crops[0].transform
     warp = functools.partial(align.warp, transform=transform, size=_TOY.input_px)
     plain = np.asarray(warp(jnp.asarray(face.image + delta)))
     chips = np.stack([np.asarray(warp(jnp.asarray(face.image))), plain, _blurred(plain)])
     embed = registry.embed(_TOY, _variables(), jnp.asarray(chips, jnp.float32))
     own, *moved = np.asarray(embed, np.float64)
     gain = np.mean([np.sum((one - own) ** 2) for one in moved]) / np.sum(own**2)
-    view = face.views[0]._replace(own=own.astype(np.float32))
-    face = face._replace(views=(view,), budget=np.float32(0.02))
+    crop = face.crops[0]._replace(own=own.astype(np.float32))
+    face = face._replace(crops=(crop,), budget=np.float32(0.02))
     reference = ssim.ssim_reference(jnp.asarray(face.image))
     found = _evaluate_fn()(delta, jnp.float32(3.0), (_variables(),), face, reference)
     dssim = max(_dssim(face.image + delta, face.image, box) for box in (_REGION, _BOX))

@@ -30,7 +30,7 @@ class Surrogate(NamedTuple):
     pool: int
 
 
-class FaceView(NamedTuple):
+class FaceCrop(NamedTuple):
     """How one surrogate sees one face.
 
     Attributes:
@@ -56,7 +56,7 @@ class Face(NamedTuple):
         boxes: `[2, 4]` int (y0, x0, y1, x1) on the canvas: the region that may change, and the
             detector's box inside it. The budget holds for both, so that a wide region cannot dilute
             the distortion of the face.
-        views: one for each surrogate.
+        crops: one for each surrogate.
         has_target: float, 1 where `target` counts, else 0.
         gray: float, 1 where the change must be equal in all channels, else 0.
         budget: float, largest DSSIM; `cloak_faces` fills it in.
@@ -65,7 +65,7 @@ class Face(NamedTuple):
     image: jax.Array
     limit: jax.Array
     boxes: jax.Array
-    views: tuple[FaceView, ...]
+    crops: tuple[FaceCrop, ...]
     has_target: jax.Array
     gray: jax.Array
     budget: jax.Array | float = 0.0
@@ -168,7 +168,7 @@ def cloak_faces(
     Args:
         keys: `[B]`, one for each face: a face's result depends on its own key alone.
         variables: of each surrogate's module.
-        faces: the batch; the views' `own` embeddings and `budget` need not be filled in, they are
+        faces: the batch; the crops' `own` embeddings and `budget` need not be filled in, they are
             computed here and taken from the config.
         surrogates: static; compiled programs are shared by all batches of one shape.
         config: the method.
@@ -181,9 +181,9 @@ def cloak_faces(
     chex.assert_rank(faces.image, 4)
     chex.assert_equal_shape_prefix([keys, faces.image, faces.limit, faces.boxes], 1)
     own = embed_faces(variables, faces, surrogates)
-    views = [view._replace(own=vector) for view, vector in zip(faces.views, own, strict=True)]
+    crops = [crop._replace(own=vector) for crop, vector in zip(faces.crops, own, strict=True)]
     budgets = jnp.full(len(faces.image), config.dssim_budget, jnp.float32)
-    faces = faces._replace(views=tuple(views), budget=budgets)
+    faces = faces._replace(crops=tuple(crops), budget=budgets)
     references, search = _references(faces.image), config.search
     state = _start(keys, faces, references, search)
     length, reported = stepping.chunk_length(), 0
@@ -225,8 +225,8 @@ def embed_faces(
         surrogates: static.
     """
     found = []
-    for surrogate, params, view in zip(surrogates, variables, faces.views, strict=True):
-        chips = jax.vmap(functools.partial(chip, surrogate))(faces.image, view.transform)
+    for surrogate, params, crop in zip(surrogates, variables, faces.crops, strict=True):
+        chips = jax.vmap(functools.partial(chip, surrogate))(faces.image, crop.transform)
         found.append(registry.embed(surrogate.extractor, params, chips))
     return tuple(found)
 

@@ -187,10 +187,10 @@ def evaluate(
     ease = jnp.minimum(face.budget / MODES["mid"], 1.0)
     seen = transformations.random_view(view_key, cloaked, config.views(), blur_share=ease)
     distances, gains = [], []
-    for number, (surrogate, params, view) in enumerate(
-        zip(surrogates, variables, face.views, strict=True)
+    for number, (surrogate, params, crop) in enumerate(
+        zip(surrogates, variables, face.crops, strict=True)
     ):
-        transform = view.transform
+        transform = crop.transform
         if config.align_shift > 0 or config.align_turn > 0:
             transform = align.jitter_transform(
                 jax.random.fold_in(align_key, number),
@@ -201,8 +201,8 @@ def evaluate(
             )
         chip = face_cloaks.chip(surrogate, seen, transform)
         embedding = registry.embed(surrogate.extractor, params, chip[None])[0]
-        away = registry.distance(embedding, view.own + view.to_person)
-        left = registry.distance(embedding, view.target)
+        away = registry.distance(embedding, crop.own + crop.to_person)
+        left = registry.distance(embedding, crop.target)
         distances.append(away)
         gain = config.repel_weight * away - config.attract_weight * face.has_target * left
         gains.append(gain / surrogate.extractor.reach)

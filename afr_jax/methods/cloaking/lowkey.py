@@ -112,10 +112,10 @@ def evaluate(
     cloaked = face.image + delta
     dssim = face_cloaks.dssim(cloaked, face, reference)
     gains = []
-    for surrogate, params, view in zip(surrogates, variables, face.views, strict=True):
-        chip = face_cloaks.chip(surrogate, cloaked, view.transform)
+    for surrogate, params, crop in zip(surrogates, variables, face.crops, strict=True):
+        chip = face_cloaks.chip(surrogate, cloaked, crop.transform)
         pair = jnp.stack([chip, transformations.blur(chip, _BLUR_SIGMA_PX)])
-        moved = registry.embed(surrogate.extractor, params, pair) - view.own[None]
-        gains.append(jnp.mean(jnp.sum(moved**2, axis=-1)) / jnp.sum(view.own**2))
+        moved = registry.embed(surrogate.extractor, params, pair) - crop.own[None]
+        gains.append(jnp.mean(jnp.sum(moved**2, axis=-1)) / jnp.sum(crop.own**2))
     gain = sum(gains) / len(gains)
     return face_cloaks.within_budget(gain, dssim, weight, face)

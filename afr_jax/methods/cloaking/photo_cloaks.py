@@ -225,20 +225,20 @@ def _plan(extractors, photo, index, number, targets, config) -> _Plan:
     canvas = align.cut_canvas(photo.pixels, region, factor=factor, bucket_sizes=_CANVAS_SIZES)
     side = canvas.image.shape[0]
     limit = _limit(photo, number, region, factor) * config.linf_limit
-    views, pools = [], []
+    crops, pools = [], []
     for extractor, transform in zip(extractors, transforms, strict=True):
         moved = align.canvas_transform(transform, canvas)
         pools.append(align.pool_factor(align.transform_scale(moved) - _SHARPER))
         empty = np.zeros(extractor.embedding_size, np.float32)
         target = empty if targets is None else np.asarray(targets[extractor.name], np.float32)
-        views.append(face_cloaks.FaceView(moved.astype(np.float32), empty, empty, target))
+        crops.append(face_cloaks.FaceCrop(moved.astype(np.float32), empty, empty, target))
     inner = np.concatenate([box[:2] - region[:2], box[2:] - region[:2]])
     boxes = np.array([[0, 0, *canvas.size], _canvas_box(inner, factor, canvas.size)], np.int32)
     face = face_cloaks.Face(
         image=canvas.image,
         limit=images.pad_to(limit, (side, side)),
         boxes=boxes,
-        views=tuple(views),
+        crops=tuple(crops),
         has_target=np.float32(targets is not None),
         gray=np.float32(photo.gray),
     )
@@ -331,11 +331,11 @@ def _introduce(surrogates: Surrogates, plans: list[_Plan], mesh: parallel.Mesh) 
     steps = [(share @ vectors - vectors).astype(np.float32) for vectors in embeddings]
     introduced = []
     for number, plan in enumerate(plans):
-        views = tuple(
-            view._replace(to_person=step[number])
-            for view, step in zip(plan.face.views, steps, strict=True)
+        crops = tuple(
+            crop._replace(to_person=step[number])
+            for crop, step in zip(plan.face.crops, steps, strict=True)
         )
-        introduced.append(plan._replace(face=plan.face._replace(views=views)))
+        introduced.append(plan._replace(face=plan.face._replace(crops=crops)))
     return introduced
 
 
