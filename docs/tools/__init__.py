@@ -1,0 +1,1 @@
+"""Tools of the documentation: tables of results, the tutorial's notebook, the site's hooks."""

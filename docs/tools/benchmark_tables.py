@@ -1,0 +1,132 @@
+"""Tables of speed, and the README's table of headline results."""
+
+from docs.tools import markdown
+from docs.tools.markdown import number, percent, percents, spread, table
+
+
+@table("benchmark_photos", "benchmark_detection.json", "benchmark_cloaking.json")
+def benchmark_photos() -> str:
+    """Detection and cloaking beside public implementations."""
+    names = {
+        "benchmark_detection": ("ms a photo", "PyPI `mtcnn`"),
+        "benchmark_cloaking": ("ms a face and step", "PyPI `fawkes`"),
+    }
+    lines = []
+    for file, (unit, peer) in names.items():
+        row = markdown.result(file)["rows"][0]
+        lines.append(
+            [
+                f"{row['row']}, {unit}",
+                peer,
+                *(spread(row[key]) for key in ("ours", "peer", "ratio")),
+            ]
+        )
+    return markdown.render(("", "beside", "ours", "theirs", "ratio"), lines, right=3)
+
+
+@table("benchmark_embedding", "benchmark_embedding.json")
+def benchmark_embedding() -> str:
+    """Embedding aligned faces."""
+    peers = {
+        "dlib": ("dlib's ResNet", "dlib 20.0"),
+        "facenet_casia": ("FaceNet, Inception-ResNet-v1", "facenet-pytorch's module"),
+        "mobilefacenet": ("MobileFaceNet", "our torch version"),
+    }
+    lines = []
+    for row in markdown.result("benchmark_embedding")["rows"]:
+        name, peer = peers[row["row"].split(", ")[1]]
+        lines.append([name, peer, *(spread(row[key]) for key in ("ours", "peer", "ratio"))])
+    head = ("ms a face, batches of 16", "beside", "ours", "theirs", "ratio")
+    return markdown.render(head, lines, right=3)
+
+
+@table("benchmark_database", "benchmark_database.json")
+def benchmark_database() -> str:
+    """The reference database by size."""
+    sizes: dict[str, dict[str, str]] = {}
+    for row in markdown.result("benchmark_database")["rows"]:
+        value = row["ours"]["median"] if isinstance(row["ours"], dict) else row["ours"]
+        sizes.setdefault(row["row"].split()[1], {})[row["quantity"]] = value
+    columns = {
+        "enrolment, vectors per second": "enrolled, vectors/s",
+        "upkeep and index, seconds": "upkeep and index, s",
+        "query exact, in a group, ms": "exact query in groups of 256, ms",
+        "query exact, one by one, ms": "exact query alone, ms",
+        "query index, one by one, ms": "query through the index, ms",
+        "recall@1 of the index": "recall@1 of the index",
+    }
+    known = {name for values in sizes.values() for name in values}
+    lines = [
+        [
+            size,
+            *(
+                markdown.short(values[name]) if name in values else ""
+                for name in columns
+                if name in known
+            ),
+        ]
+        for size, values in sizes.items()
+    ]
+    head = ("vectors", *(text for name, text in columns.items() if name in known))
+    return markdown.render(head, lines, right=len(head))
+
+
+@table(
+    "headline",
+    "protection_lfw.json",
+    "attack_cheeks.json",
+    "unlearnable_cifar10.json",
+    "lfw_pairs.json",
+    "benchmark_detection.json",
+    "benchmark_cloaking.json",
+    has_source_line=False,
+)
+def headline() -> str:
+    """A line for each part of the project."""
+    rows = markdown.result("protection_lfw")["table"]
+    missed = [
+        row["protection"]
+        for row in rows
+        if row["method"] == "fawkes"
+        and row["tracker"] == "nearest"
+        and row["budget"] == 0.007
+        and row["countermeasure"] == "none"
+        and row["transfer"]
+    ]
+    variants = markdown.result("attack_cheeks")["test"]["variants"]
+    noise = {row["data"]: row for row in markdown.result("unlearnable_cifar10")["rows"]}
+    pairs = markdown.result("lfw_pairs")
+    accuracies = [pairs[name]["accuracy"] for name in markdown.EXTRACTORS]
+    ratios = [
+        markdown.result(name)["rows"][0]["ratio"]
+        for name in ("benchmark_detection", "benchmark_cloaking")
+    ]
+    lines = [
+        [
+            "cloak, DSSIM 0.007: clean probes missed by a tracker whose network had no part",
+            f"{percents(*sorted(missed))} %, by tracker",
+            "0 %",
+        ],
+        [
+            "cheek patches: frames in which MTCNN misses the face",
+            percent(variants["trained"]["mean"]),
+            f"0 %; plain black {percent(variants['black']['mean'])}",
+        ],
+        [
+            "unlearnable noise of 8/255, CIFAR-10, ResNet-18: accuracy on clean test images",
+            f"{percent(noise['error_min sample']['last_accuracy'], digits=1)} by sample, "
+            f"{percent(noise['error_min class']['last_accuracy'], digits=1)} by class",
+            percent(noise["clean"]["last_accuracy"], digits=1),
+        ],
+        [
+            "recognition: accuracy on 3,000 LFW pairs, by extractor",
+            f"{' / '.join(number(100 * value, digits=1) for value in sorted(accuracies))} %",
+            f"dlib itself {percent(pairs['dlib_itself']['accuracy'], digits=1)}",
+        ],
+        [
+            "speed on two CPU cores: detection; a step of a cloak",
+            "; ".join(number(ratio["median"], digits=1) for ratio in ratios) + " times",
+            "PyPI `mtcnn`; PyPI `fawkes`",
+        ],
+    ]
+    return markdown.render(("what was measured", "result", "without, or beside"), lines)

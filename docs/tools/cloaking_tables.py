@@ -1,0 +1,312 @@
+"""Tables of cloaking: who misses whom, against which tracker, at which budget."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from docs.tools import markdown
+from docs.tools.markdown import percent, percents, table
+
+_PAIRS = ("facenet_casia+mobilefacenet", "dlib+mobilefacenet", "dlib+facenet_casia")
+_SURROGATES = (*_PAIRS, "dlib+facenet_casia+mobilefacenet")
+_BUDGETS = (0.004, 0.007, 0.012)
+_UNSEEN = {
+    "facenet_casia+mobilefacenet": "dlib",
+    "dlib+mobilefacenet": "facenet_casia",
+    "dlib+facenet_casia": "mobilefacenet",
+}
+_TRACKERS = tuple(markdown.EXTRACTORS)
+_TRACKER_HEAD = ("made against", "DSSIM", *markdown.EXTRACTORS.values())
+_COUNTERMEASURES = {
+    "none": "as published (PNG)",
+    "jpeg75": "JPEG 75",
+    "jpeg50": "JPEG 50",
+    "blur": "blur",
+    "half_size": "half size",
+    "grayscale": "grayscale",
+}
+
+
+def _cell(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> float:
+    """The share of missed probes of the one row that has these values."""
+    wanted = {"tracker": "nearest", "countermeasure": "none", **wanted}
+    found = [row for row in rows if all(_same(row[key], wanted[key]) for key in wanted)]
+    assert len(found) == 1, (wanted, len(found))
+    return float(found[0]["protection"])
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, float) and value not in ("", None):
+        return float(value) == wanted
+    return value == wanted
+
+
+def _png_and_jpeg(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> str:
+    return percents(*(_cell(rows, countermeasure=name, **wanted) for name in ("none", "jpeg75")))
+
+
+def _trackers(rows: Sequence[Mapping[str, Any]], surrogates: str, **wanted: Any) -> Iterator[str]:
+    """The cells of a row with all three trackers; those with no part in the cloak are bold."""
+    for extractor in _TRACKERS:
+        text = _png_and_jpeg(rows, surrogates=surrogates, extractor=extractor, **wanted)
+        yield markdown.bold(text, extractor not in surrogates.split("+"))
+
+
+@table("protection", "protection_lfw.json", "protection_low.json")
+def protection() -> str:
+    """Missed probes by surrogates, budget and tracker."""
+    rows = markdown.result("protection_lfw")["table"]
+    low = markdown.result("protection_low")["table"]
+    lines = []
+    for surrogates in _SURROGATES:
+        for budget in _BUDGETS:
+            cells = _trackers(rows, surrogates, method="fawkes", budget=budget)
+            lines.append([markdown.extractors(surrogates), str(budget), *cells])
+            if surrogates == _SURROGATES[-1] and budget == _BUDGETS[0]:
+                cells = _trackers(low, surrogates, budget=budget, steps=200)
+                lines.append([markdown.extractors(surrogates), f"{budget}, 200 steps", *cells])
+    for method, budgets in (("noise", _BUDGETS), ("none", (None,))):
+        for budget in budgets:
+            cells = _trackers(rows, "", method=method, budget=budget)
+            plain = [cell.strip("*") for cell in cells]
+            name = "nobody: noise" if method == "noise" else "nobody: clean photos"
+            lines.append([name, str(budget or "0"), *plain])
+    return markdown.render(_TRACKER_HEAD, lines, right=3)
+
+
+@table("protection_one_extractor", "protection_low.json")
+def protection_one_extractor() -> str:
+    """Cloaks made against a single extractor."""
+    rows = markdown.result("protection_low")["table"]
+    lines = [
+        [
+            markdown.extractors(surrogates),
+            f"{budget}, {steps} steps",
+            *_trackers(rows, surrogates, budget=budget, steps=steps),
+        ]
+        for surrogates, budget, steps in (
+            ("dlib", 0.004, 100),
+            ("dlib", 0.007, 50),
+            ("facenet_casia", 0.004, 100),
+            ("mobilefacenet", 0.004, 100),
+        )
+    ]
+    return markdown.render(_TRACKER_HEAD, lines, right=3)
+
+
+@table("protection_second_draw", "protection_second_draw.json")
+def protection_second_draw() -> str:
+    """Another draw of twelve people."""
+    rows = markdown.result("protection_second_draw")["table"]
+    lines = [
+        [
+            markdown.extractors(surrogates),
+            "0.007",
+            *_trackers(rows, surrogates, method="fawkes", budget=0.007),
+        ]
+        for surrogates in _PAIRS
+    ]
+    return markdown.render(_TRACKER_HEAD, lines, right=3)
+
+
+@table("protection_methods", "protection_lfw.json", "protection_peers.json")
+def protection_methods() -> str:
+    """Other methods on the same photos."""
+    ours = markdown.result("protection_lfw")["table"]
+    others = markdown.result("protection_peers")["table"]
+    lines = []
+    for surrogates in _PAIRS:
+        for name, method, rows in (("ours", "fawkes", ours), ("LowKey", "lowkey", others)):
+            cells = _trackers(rows, surrogates, method=method, budget=0.007)
+            lines.append([name, markdown.extractors(surrogates), *cells])
+    cells = _trackers(others, "dlib", method="fawkes_pypi", budget=0.007)
+    lines.append(["PyPI `fawkes`", "dlib", *cells])
+    head = ("method", "made against", *markdown.EXTRACTORS.values())
+    return markdown.render(head, lines, right=3)
+
+
+@table("protection_countermeasures", "protection_lfw.csv")
+def protection_countermeasures() -> str:
+    """What a tracker does to the published photos first."""
+    rows = markdown.records("protection_lfw")
+    lines = []
+    for countermeasure, name in _COUNTERMEASURES.items():
+        cells = [
+            percent(
+                _cell(
+                    rows,
+                    method="fawkes",
+                    budget=0.007,
+                    leak="0",
+                    countermeasure=countermeasure,
+                    surrogates=surrogates,
+                    extractor=_UNSEEN[surrogates],
+                )
+            )
+            for surrogates in _PAIRS
+        ]
+        lines.append([name, *cells])
+    unseen = [f"{markdown.EXTRACTORS[_UNSEEN[surrogates]]}, unseen" for surrogates in _PAIRS]
+    return markdown.render(("photos that the tracker enrolls", *unseen), lines, right=3)
+
+
+@table("protection_low_mode", "protection_lfw.csv")
+def protection_low_mode() -> str:
+    """The low mode after blur, half size and grayscale."""
+    rows = markdown.records("protection_lfw")
+    lines = []
+    for countermeasure, name in _COUNTERMEASURES.items():
+        cells = [
+            percent(
+                _cell(
+                    rows,
+                    method="fawkes",
+                    budget=0.004,
+                    leak="0",
+                    countermeasure=countermeasure,
+                    surrogates=_PAIRS[0],
+                    extractor=extractor,
+                )
+            )
+            for extractor in _TRACKERS
+        ]
+        lines.append([name, markdown.bold(cells[0]), *cells[1:]])
+    head = ("photos that the tracker enrolls", *markdown.EXTRACTORS.values())
+    return markdown.render(head, lines, right=3)
+
+
+@table("protection_leaks", "protection_lfw.csv")
+def protection_leaks() -> str:
+    """What clean photos in the tracker's database cost."""
+    rows = markdown.records("protection_lfw")
+    shares = {"0": "none", "0.1": "every tenth", "0.25": "every fourth", "0.5": "every second"}
+    lines = []
+    for leak, name in shares.items():
+        for budget in _BUDGETS:
+            cells = [
+                percent(
+                    _cell(
+                        rows,
+                        method="fawkes",
+                        budget=budget,
+                        leak=leak,
+                        surrogates=surrogates,
+                        extractor=_UNSEEN[surrogates],
+                    )
+                )
+                for surrogates in _PAIRS
+            ]
+            lines.append([name, str(budget), *cells])
+    unseen = [f"{markdown.EXTRACTORS[_UNSEEN[surrogates]]}, unseen" for surrogates in _PAIRS]
+    return markdown.render(("clean among the published", "DSSIM", *unseen), lines, right=3)
+
+
+@table("protection_trackers", "protection_lfw.json", "protection_end_to_end.json")
+def protection_trackers() -> str:
+    """Kinds of trackers, each with an extractor that had no part in the cloak."""
+    rows = markdown.result("protection_lfw")["table"]
+    names = {
+        "nearest": "nearest neighbor",
+        "nearest_threshold": "nearest neighbor below the threshold",
+        "knn_vote": "vote of neighbors",
+        "linear_head": "linear head trained on the published photos",
+    }
+    lines = []
+    for tracker, name in names.items():
+        cells = [
+            percent(
+                _cell(
+                    rows,
+                    method="fawkes",
+                    budget=0.007,
+                    tracker=tracker,
+                    surrogates=surrogates,
+                    extractor=_UNSEEN[surrogates],
+                )
+            )
+            for surrogates in _PAIRS
+        ]
+        lines.append([name, *cells])
+    trained = markdown.result("protection_end_to_end")["table"]
+    missed = _cell(trained, method="fawkes", tracker="end_to_end", extractor="mobilefacenet")
+    lines.append(["the network trained on the published photos", "", "", percent(missed)])
+    unseen = [f"{markdown.EXTRACTORS[_UNSEEN[surrogates]]}, unseen" for surrogates in _PAIRS]
+    return markdown.render(("tracker", *unseen), lines, right=3)
+
+
+@table("protection_adaptive", "protection_adaptive.json")
+def protection_adaptive() -> str:
+    """A tracker that was trained on public cloaks of other people."""
+    rows = markdown.result("protection_adaptive")["table"]
+    lines = [
+        [
+            markdown.extractors(surrogates),
+            *(
+                _png_and_jpeg(
+                    rows, method="fawkes", budget=0.007, surrogates=surrogates, extractor=extractor
+                )
+                for extractor in ("dlib", "adaptive_dlib")
+            ),
+        ]
+        for surrogates in _SURROGATES
+    ]
+    clean = (
+        _png_and_jpeg(rows, method="none", extractor=extractor)
+        for extractor in ("dlib", "adaptive_dlib")
+    )
+    lines.append(["nobody: clean photos", *clean])
+    return markdown.render(("made against", "dlib", "dlib, adapted"), lines, right=2)
+
+
+@table("protection_hardened", "protection_hardened.json")
+def protection_hardened() -> str:
+    """A hardened extractor as the tracker."""
+    rows = markdown.result("protection_hardened")["table"]
+    lines = [
+        [
+            markdown.extractors(surrogates),
+            _png_and_jpeg(rows, method="fawkes", surrogates=surrogates, extractor="hardened_dlib"),
+        ]
+        for surrogates in _PAIRS
+    ]
+    clean = _png_and_jpeg(rows, method="none", extractor="hardened_dlib")
+    lines.append(["nobody: clean photos", clean])
+    return markdown.render(("made against", "dlib, hardened"), lines, right=1)
+
+
+@table("hardening", "harden_dlib.json")
+def hardening() -> str:
+    """What hardening costs and brings."""
+    stages = markdown.result("harden_dlib")["stages"]
+    lines = [_hardening_row("dlib", stages[0]["before"])]
+    for index, stage in enumerate(stages):
+        lines.append(_hardening_row(f"after stage {index + 1}", stage["after"]))
+    head = ("network", "accuracy on LFW pairs", "accuracy under attack", "attacked pairs")
+    return markdown.render(head, lines, right=3)
+
+
+def _hardening_row(name: str, measured: Mapping[str, Any]) -> list[str]:
+    pairs = measured["verification"]
+    return [
+        name,
+        percent(pairs["accuracy"], digits=1),
+        percent(pairs["attacked_accuracy"]),
+        str(pairs["attacked_pairs"]),
+    ]
+
+
+@table("cloak_20_faces", "cloak_20_faces.json")
+def cloak_20_faces() -> str:
+    """Cloaks of 20 aligned faces beside PyPI fawkes."""
+    measured = markdown.result("cloak_20_faces")
+    lines = [
+        [
+            name,
+            markdown.number(row["mean"], digits=2),
+            markdown.number(row["least"], digits=2),
+            markdown.number(row["mean_dssim"], digits=4),
+            markdown.number(row["largest_dssim"], digits=4),
+        ]
+        for name, row in (("ours", measured["ours"]), ("PyPI `fawkes`", measured["fawkes"]))
+    ]
+    head = ("method", "mean distance", "least distance", "mean DSSIM", "largest DSSIM")
+    return markdown.render(head, lines, right=4)

@@ -1,0 +1,194 @@
+"""Tables of detector patches: in which share of frames the detector misses the face."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from docs.tools import markdown
+from docs.tools.markdown import number, percent, table
+
+_FACTORS = ("0.709", "0.82", "0.9", "0.95")
+_UPRIGHT = {
+    "attack_cheeks": "man, cheeks",
+    "attack_mask": "man, mask",
+    "attack_cheeks_second_person": "woman, cheeks",
+    "attack_cheeks_head_pose": "turned and tilted head, cheeks",
+}
+_POSES = {
+    "attack_cheeks_turned": "turned head, cheeks",
+    "attack_wide_cheeks_turned": "turned head, wide cheeks",
+    "attack_cheeks_tilted": "tilted head, cheeks of the upright one",
+}
+_VARIANTS = {
+    "trained": "trained patches",
+    "clean": "nothing",
+    "black": "plain black",
+    "white": "white",
+    "noise": "noise",
+    "untrained": "untrained start",
+}
+
+
+def _over_factors(by_factor: Mapping[str, Any]) -> str:
+    """Mean over the pyramid factors, range of the four, how far the intervals reach."""
+    rows = [by_factor[factor] for factor in _FACTORS]
+    rates = [100 * row["rate"] for row in rows]
+    low, high = 100 * min(row["low"] for row in rows), 100 * max(row["high"] for row in rows)
+    if max(rates) == 0:
+        return f"0 % (up to {number(high)})"
+    mean = percent(by_factor["mean"], digits=int(by_factor["mean"] < 0.01))
+    factors = f"{number(min(rates))}-{number(max(rates))}"
+    return f"{mean} ({factors}; {number(low)}-{number(high)})"
+
+
+def _misses(files: Mapping[str, str]) -> str:
+    found = {name: markdown.result(name) for name in files}
+    lines = [
+        ["epochs", *(f"{data['training']['epochs']:,}" for data in found.values())],
+        ["one patch, mm", *(_paper(data["pictures"]["paper_mm"]) for data in found.values())],
+        ["frames; with plain patches", *(_frames(data["test"]) for data in found.values())],
+    ]
+    for variant, name in _VARIANTS.items():
+        cells = [_over_factors(data["test"]["variants"][variant]) for data in found.values()]
+        lines.append([name, *cells])
+    return markdown.render(("", *files.values()), lines)
+
+
+def _paper(paper_mm: Mapping[str, Sequence[float]]) -> str:
+    sizes = {tuple(round(side) for side in size) for size in paper_mm.values()}
+    return ", ".join(f"{height} x {width}" for height, width in sorted(sizes))
+
+
+def _frames(test: Mapping[str, Any]) -> str:
+    return f"{test['num_frames']}; {test['num_control_frames']}"
+
+
+@table("patches", *(f"{name}.json" for name in _UPRIGHT))
+def patches() -> str:
+    """Missed frames by person and placement."""
+    return _misses(_UPRIGHT)
+
+
+@table("patches_poses", *(f"{name}.json" for name in _POSES))
+def patches_poses() -> str:
+    """Missed frames of a head that turns and tilts."""
+    return _misses(_POSES)
+
+
+@table(
+    "patches_package",
+    "attack_cheeks.json",
+    "attack_mask.json",
+    "attack_cheeks_turned.json",
+    "attack_wide_cheeks_turned.json",
+)
+def patches_package() -> str:
+    """What the package `mtcnn` itself misses."""
+    names = {**_UPRIGHT, **_POSES}
+    lines = []
+    for file in (
+        "attack_cheeks",
+        "attack_mask",
+        "attack_cheeks_turned",
+        "attack_wide_cheeks_turned",
+    ):
+        peer = markdown.result(file)["peer"]
+        for variant in ("clean", "trained"):
+            cells = [str(peer[variant][factor]["missed"]) for factor in _FACTORS]
+            lines.append([names[file], _VARIANTS[variant], str(peer["num_frames"]), *cells])
+    head = ("", "patches", "frames", *(f"factor {factor}" for factor in _FACTORS))
+    return markdown.render(head, lines, right=5)
+
+
+@table(
+    "patches_views", "attack_cheeks.json", "attack_mask.json", "attack_cheeks_second_person.json"
+)
+def patches_views() -> str:
+    """Missed frames under other light, turned, resized and compressed."""
+    files = ("attack_cheeks", "attack_mask", "attack_cheeks_second_person")
+    found = [markdown.result(name)["robustness"] for name in files]
+    views = [key for key, value in found[0].items() if isinstance(value, Mapping)]
+    lines = [
+        [
+            view,
+            *(
+                f"{data[view]['trained']['missed']} of {data[view]['trained']['total']}"
+                for data in found
+            ),
+        ]
+        for view in views
+    ]
+    return markdown.render(("view", *(_UPRIGHT[name] for name in files)), lines, right=3)
+
+
+@table("patches_detectors", "attack_cheeks.json", "attack_mask.json")
+def patches_detectors() -> str:
+    """What other detectors miss."""
+    names = {"lbp_cascade": "OpenCV's LBP cascade", "dlib_hog": "dlib's HOG detector"}
+    lines = []
+    for file in ("attack_cheeks", "attack_mask"):
+        for detector, name in names.items():
+            found = markdown.result(file)["other_detectors"][detector]
+            for variant, row in found.items():
+                lines.append(
+                    [
+                        _UPRIGHT[file],
+                        name,
+                        _VARIANTS.get(variant, variant),
+                        f"{row['missed']} of {row['total']}",
+                    ]
+                )
+    return markdown.render(("", "detector", "patches", "missed"), lines, right=1)
+
+
+@table("patches_transfer", "attack_cheeks.json")
+def patches_transfer() -> str:
+    """Patches on a person whom they were not trained for."""
+    lines = []
+    for found in markdown.result("attack_cheeks")["transfer"].values():
+        for variant in ("clean", "trained"):
+            cells = [percent(found[variant][factor]["rate"]) for factor in _FACTORS]
+            lines.append([_VARIANTS[variant], str(found["num_frames"]), *cells])
+    head = ("patches of the man on the woman", "frames", *(f"factor {name}" for name in _FACTORS))
+    return markdown.render(head, lines, right=5)
+
+
+@table("patch_ablation", "patch_ablation.json")
+def patch_ablation() -> str:
+    """The method taken apart."""
+    lines = []
+    for name, row in markdown.result("patch_ablation")["rows"].items():
+        interval = markdown.percent_range(row["rate"], row["low"], row["high"])
+        gray = row.get("mean_grey", row.get("mean_gray"))
+        lines.append(
+            [
+                {"clean": "no patch", "full": "all parts", "black": "plain black"}.get(
+                    name, name.replace("colour_cast", "color cast")
+                ),
+                interval,
+                "" if gray is None else number(gray, digits=2),
+            ]
+        )
+    return markdown.render(("variant", "missed (95 % interval)", "mean gray"), lines, right=2)
+
+
+@table("patch_speed", "patch_speed.json", "patch_starts_h200.json", "attack_cheeks.json")
+def patch_speed() -> str:
+    """Seconds an epoch."""
+    lines = []
+    for row in markdown.result("patch_speed")["rows"]:
+        if row["quantity"] == "s per epoch":
+            peer, ratio = (
+                markdown.spread(row[key]) if row[key] else "" for key in ("peer", "ratio")
+            )
+            lines.append(
+                [f"{row['row']}; one pair, CPU", markdown.spread(row["ours"]), peer, ratio]
+            )
+    seconds = markdown.result("attack_cheeks")["training"]["seconds_per_epoch"]
+    lines.append(
+        ["the 2,000 epochs of the first table; one pair, CPU", markdown.short(seconds), "", ""]
+    )
+    side = markdown.result("patch_starts_h200")
+    seconds = markdown.short(side["seconds_per_epoch"])
+    lines.append([f"{side['starts']} pairs side by side, H200", seconds, "", ""])
+    head = ("s an epoch of 20 frames", "ours", "eager PyTorch", "ratio")
+    return markdown.render(head, lines, right=3)

@@ -1,0 +1,110 @@
+"""Tables of unlearnable examples: what victims know of clean images."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from docs.tools import markdown
+from docs.tools.markdown import percent, percent_range, table
+
+_NOISES = {
+    "random": "random noise",
+    "error_max": "error-maximizing",
+    "error_min": "error-minimizing",
+}
+# Huang, Ma, Erfani, Bailey and Wang 2021, table 1: ResNet-18 on CIFAR-10.
+_PUBLISHED = {
+    "clean": "94.8 %",
+    "error_min sample": "19.9 %",
+    "error_min class": "16.4 %",
+}
+
+
+def _accuracies(name: str) -> Mapping[str, Mapping[str, Any]]:
+    return {row["data"]: row for row in markdown.result(name)["rows"]}
+
+
+def _accuracy(row: Mapping[str, Any]) -> str:
+    last, best = row["last_accuracy"], percent(row["peak_accuracy"], digits=1)
+    if row["seeds"] == 1:
+        return f"{percent(last, digits=1)}; best {best}"
+    return f"{percent_range(last, *row['last_spread'], digits=1)}; best {best}"
+
+
+@table("unlearnable_reduced", "unlearnable_reduced.json")
+def unlearnable_reduced() -> str:
+    """A small victim of a part of CIFAR-10."""
+    rows = _accuracies("unlearnable_reduced")
+    lines = [["clean data", _accuracy(rows["clean"]), _accuracy(rows["clean"])]]
+    for noise, name in _NOISES.items():
+        cells = [_accuracy(rows[f"{noise} {granularity}"]) for granularity in ("sample", "class")]
+        lines.append([name, *cells])
+    head = ("accuracy on clean test images", "noise by sample", "noise by class")
+    return markdown.render(head, lines, right=2)
+
+
+@table("unlearnable_cifar10", "unlearnable_cifar10.json")
+def unlearnable_cifar10() -> str:
+    """ResNet-18 on all of CIFAR-10."""
+    rows = _accuracies("unlearnable_cifar10")
+    names = {
+        "clean": "clean data",
+        "random sample": "random, by sample",
+        "random class": "random, by class",
+        "error_min sample": "error-minimizing, by sample",
+        "error_min class": "error-minimizing, by class",
+    }
+    lines = [
+        [
+            text,
+            percent(rows[name]["last_accuracy"], digits=1),
+            percent(rows[name]["peak_accuracy"], digits=1),
+            _PUBLISHED.get(name, ""),
+        ]
+        for name, text in names.items()
+    ]
+    head = ("noise", "last epoch", "best epoch", "published (Huang et al. 2021)")
+    return markdown.render(head, lines, right=3)
+
+
+@table("unlearnable_faces", "unlearnable_faces.json")
+def unlearnable_faces() -> str:
+    """The face study."""
+    measured = markdown.result("unlearnable_faces")
+    names = {"clean": "nobody", "partial": "the four", "full": "all sixteen"}
+    lines = []
+    for setting, name in names.items():
+        row = measured["settings"][setting]
+        accuracies = [
+            percent_range(*(row[key][part] for part in ("mean", "low", "high")))
+            for key in ("accuracy_of_protected_people", "accuracy_of_other_people")
+        ]
+        lines.append([name, *accuracies, _auc(row["auc"])])
+    lines.append(["an untrained network", "", "", _auc(measured["untrained"]["auc"])])
+    head = ("noise on", "accuracy of four people", "of the twelve others", "AUC of LFW pairs")
+    return markdown.render(head, lines, right=3)
+
+
+def _auc(spread: Mapping[str, float]) -> str:
+    mean, low, high = (markdown.number(spread[key], digits=3) for key in ("mean", "low", "high"))
+    return f"{mean} ({low}-{high})"
+
+
+@table("unlearnable_speed", "unlearnable_speed_cpu.json", "unlearnable_speed_h200.json")
+def unlearnable_speed() -> str:
+    """The same algorithm beside plain PyTorch."""
+    h200 = markdown.result("unlearnable_speed_h200")
+    settings = {
+        "small ResNet, two CPU cores, batches of 128": markdown.result("unlearnable_speed_cpu"),
+        "ResNet-18, H200, bfloat16, batches of 512": h200["beside PyTorch"],
+    }
+    lines = []
+    for name, measured in settings.items():
+        for row in measured["rows"]:
+            if row["peer"] is not None:
+                cells = [markdown.spread(row[key]) for key in ("ours", "peer", "ratio")]
+                lines.append([name, row["row"], *cells])
+    for row in h200["without the peer"]["rows"]:
+        if row["quantity"] == "share of peak":
+            text = f"{percent(row['ours'])} of the peak"
+            lines.append(["ResNet-18, H200, alone", row["row"], text, "", ""])
+    return markdown.render(("setting", "what", "ours, s", "PyTorch, s", "ratio"), lines, right=3)
