@@ -11,7 +11,7 @@ All networks take RGB scaled by (x - 127.5) / 128 from 0..255 (`normalize`).
 import io
 import pathlib
 import pickle
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -27,6 +27,9 @@ from afr_jax.models.weights import installed
 _LOW = -1e6
 
 
+_Pixels = TypeVar("_Pixels", jax.Array, np.ndarray)
+
+
 class Variables(NamedTuple):
     """Variables of the three networks, `{"params": ...}` each."""
 
@@ -39,18 +42,19 @@ class PNet(nn.Module):
     """Proposal network: a 12 x 12 face classifier slid over an image with stride 2."""
 
     @nn.compact
-    def __call__(self, images: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, images: jax.Array, extent: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Face probability and box regression at every cell.
 
         Args:
             images: `[B, H, W, 3]` normalized, zero-padded behind their true size.
-            sizes: `[B, 2]` int, true rows and columns.
+            extent: `[B, 2]` int, true rows and columns; or, where several images share a canvas,
+                `[B, H - 2, W - 2]` bool, which places of the first convolution are an image's own.
 
         Returns:
             Probabilities `[B, h, w]` and regressions `[B, h, w, 4]` (x0, y0, x1, y1 in cells of 11
-            px), with h = ceil((H - 2) / 2) - 4; cells past `map_size(sizes)` are meaningless.
+            px), with h = ceil((H - 2) / 2) - 4; cells past `map_size` of an image are meaningless.
         """
-        x = _first_pool(images, sizes, _Weights(10, name="conv_1")(), _Slope(name="prelu_1")(10))
+        x = _first_pool(images, extent, _Weights(10, name="conv_1")(), _Slope(name="prelu_1")(10))
         x = layers.PReLU(name="prelu_2")(_conv(16, 3, "conv_2")(x))
         x = layers.PReLU(name="prelu_3")(_conv(32, 3, "conv_3")(x))
         boxes = _conv(4, 1, "boxes")(x)
@@ -143,9 +147,9 @@ _FILES = {
 }
 
 
-def normalize(pixels: jax.Array) -> jax.Array:
-    """The networks' input range from RGB in [0, 255]."""
-    return (pixels - 127.5) / 128.0
+def normalize(pixels: _Pixels) -> _Pixels:
+    """The networks' input range from RGB in [0, 255]; NumPy arrays stay such."""
+    return (pixels - 127.5) / 128.0  # pyrefly: ignore[bad-return]  A float32 array stays one.
 
 
 def map_size(size: jax.Array | int) -> jax.Array | int:
@@ -209,7 +213,7 @@ def read_weights(folder: pathlib.Path | str) -> Variables:
     return Variables(**variables)
 
 
-def _first_pool(images, sizes, weights, slope):
+def _first_pool(images, extent, weights, slope):
     """Convolution 3 x 3, PReLU and 2 x 2 max pooling of `[B, H, W, 3]`, in one pass.
 
     A convolution of few channels is slow on every machine. Here blocks of 2 x 2 pixels become
@@ -237,16 +241,22 @@ def _first_pool(images, sizes, weights, slope):
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     values = values.reshape(batch, rows, columns, 2, 2, channels)
+    if extent.ndim == 3:
+        extent = jnp.pad(extent, [(0, 0), (0, 2 * rows + 2 - height), (0, 2 * columns + 2 - width)])
+        extent = extent.reshape(batch, rows, 2, columns, 2)
     pooled = None
     for i in range(2):
         for j in range(2):
             value = values[:, :, :, i, j] + bias.reshape(1, 1, 1, -1)
             value = jnp.maximum(value, 0) + slope.reshape(1, 1, 1, -1) * jnp.minimum(value, 0)
             # Padding must not win the last pooling window of an image of odd size.
-            inside_rows = (2 * jnp.arange(rows) + i)[None] < sizes[:, :1] - 2
-            inside_columns = (2 * jnp.arange(columns) + j)[None] < sizes[:, 1:] - 2
-            inside = (inside_rows[:, :, None] & inside_columns[:, None, :])[..., None]
-            value = jnp.where(inside, value, _LOW)
+            if extent.ndim == 5:
+                inside = extent[:, :, i, :, j]
+            else:
+                inside_rows = (2 * jnp.arange(rows) + i)[None] < extent[:, :1] - 2
+                inside_columns = (2 * jnp.arange(columns) + j)[None] < extent[:, 1:] - 2
+                inside = inside_rows[:, :, None] & inside_columns[:, None, :]
+            value = jnp.where(inside[..., None], value, _LOW)
             pooled = value if pooled is None else jnp.maximum(pooled, value)
     return pooled
 

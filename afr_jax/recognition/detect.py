@@ -1,9 +1,8 @@
 """Stage 2a of face recognition: MTCNN, from a photo to face boxes, confidences and five landmarks.
 
 The cascade follows the PyPI `mtcnn` 1.0 package (same levels, thresholds and suppression), so that
-its results agree face by face; unlike it, photos are padded to few bucket shapes, so a folder of
-many sizes shares its compiled programs, and the stages behind P-Net are one program that loops over
-as many candidates as there are.
+its results agree face by face. Pyramid levels are packed into tiles of one size, so three compiled
+programs, one a network, serve photos of all sizes; what lies between them is NumPy and OpenCV.
 
 Boxes are `[y0, x0, y1, x1]` in pixels, landmarks `[5, 2]` as (y, x): eye, eye, nose, mouth corner,
 mouth corner, the person's right (the picture's left) first.
@@ -11,29 +10,43 @@ mouth corner, the person's right (the picture's left) first.
 
 import dataclasses
 import functools
+import itertools
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.core import images, parallel
 from afr_jax.core import options as options_lib
+from afr_jax.core import parallel
 from afr_jax.data import photos as data_photos
 from afr_jax.models import mtcnn
 
-# Photo sides are padded to these; beyond the last, to its multiples.
-_SIDE_BUCKETS = (160, 256, 320, 384, 448, 512, 576, 640, 800, 1024, 1280, 1536, 2048)
-# Numbers of P-Net's proposals are padded to these; beyond the last, to its multiples.
-_PROPOSAL_BUCKETS = (256, 1024, 2048, 4096)
-# Candidates that one step of a stage takes: a stage loops over the real ones, so that no shape
-# depends on their number and no time goes into empty places.
-_CELL, _STRIDE = 12, 2
 MIN_FACE_HELP = "side of the smallest face looked for, pixels"
-_REFINE_CHUNK, _OUTPUT_CHUNK, _SUPPRESS_CHUNK = 64, 16, 64
+
+# A cell of P-Net looks at a square of 12 px; its neighbor at one 2 px further on.
+_CELL, _STRIDE = 12, 2
+# Pyramid levels are cut into pieces that P-Net sees in square tiles of this side, small ones
+# several to a tile.
+_TILE_PX = 256
+_TILE_CELLS = (_TILE_PX - 2 + 1) // 2 - 4
+_SUPPRESSED_AT_ONCE = 256
+
+
+class _Batches(NamedTuple):
+    """How many inputs one call of each network takes; the last call is filled up."""
+
+    tiles: int
+    rnet: int
+    onet: int
+
+
+_CPU_BATCHES = _Batches(tiles=1, rnet=64, onet=16)
+_ACCELERATOR_BATCHES = _Batches(tiles=32, rnet=512, onet=128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +100,29 @@ class Stages(NamedTuple):
     faces: Faces
 
 
-class _Candidates(NamedTuple):
-    """A fixed number of boxes `[K, 4]`, falling scores `[K]`, and `[K]` bool: which are real."""
+class _Piece(NamedTuple):
+    """A part of a pyramid level, and where it lies in a tile; rows and columns in pixels.
 
-    boxes: jax.Array
-    scores: jax.Array
-    mask: jax.Array
+    Attributes:
+        level: number of the level.
+        start: (row, column) of its first pixel in the level.
+        size: rows and columns.
+        tile: number of the tile.
+        place: (row, column) of its first pixel in the tile, even numbers.
+    """
+
+    level: int
+    start: tuple[int, int]
+    size: tuple[int, int]
+    tile: int
+    place: tuple[int, int]
+
+
+class _Candidates(NamedTuple):
+    """Boxes `[K, 4]` and falling scores `[K]`, float32 arrays of the host."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
 
 
 def pyramid_scales(height: int, width: int, options: DetectorOptions) -> tuple[float, ...]:
@@ -153,28 +183,34 @@ def detect_stages(
     """
     chex.assert_rank(pixels, 3)
     chex.assert_type(pixels, np.uint8)
-    height, width = pixels.shape[:2]
-    scales = pyramid_scales(height, width, options)
-    if not scales:
+    batches = _CPU_BATCHES if jax.default_backend() == "cpu" else _ACCELERATOR_BATCHES
+    height, width, _ = pixels.shape
+    if not pyramid_scales(height, width, options):
         return _nothing()
-    bucket = images.bucket_size(height, _SIDE_BUCKETS), images.bucket_size(width, _SIDE_BUCKETS)
-    size = jnp.array([height, width], jnp.int32)
-    canvas = jnp.asarray(images.pad_to(pixels, bucket))
-    bucket_scales = pyramid_scales(*bucket, options)
-    # Levels that only the bucket is large enough for have size 0 and propose nothing.
-    sizes = level_sizes(height, width, scales) + ((0, 0),) * (len(bucket_scales) - len(scales))
-    image, maps = _propose(
-        variables.pnet, canvas, size, jnp.array(sizes, jnp.int32), bucket_scales, options
+    found, levels = _propose(variables.pnet, pixels, batches.tiles, options)
+    found = _take(found, _survivors(found.boxes, options.overlaps[0], groups=levels))
+    found = _take(found, _survivors(found.boxes, options.overlaps[1]))
+    proposed = found = found._replace(boxes=_square(found.boxes))
+
+    scores, regression = _in_batches(
+        _rnet, variables.rnet, _crops(pixels, found.boxes, 24), batches.rnet
     )
-    if not (num := int(maps.count)):
-        return _nothing()
-    num = images.bucket_size(num, _PROPOSAL_BUCKETS)
-    proposed, refined, candidates, landmarks = jax.device_get(
-        _cascade(variables.rnet, variables.onet, image, size, maps, num, options)
+    found = _ranked(_move(found.boxes, regression), scores, options.thresholds[1])[0]
+    found = _take(found, _survivors(found.boxes, options.overlaps[2]))
+    refined = found = found._replace(boxes=_square(found.boxes))
+
+    scores, regression, points = _in_batches(
+        _onet, variables.onet, _crops(pixels, found.boxes, 48), batches.onet
     )
-    kept = candidates.mask
-    faces = Faces(candidates.boxes[kept], candidates.scores[kept], landmarks[kept])
-    return Stages(proposed.boxes[proposed.mask], refined.boxes[refined.mask], faces)
+    low = found.boxes[:, None, :2]
+    sides = found.boxes[:, None, 2:] - low + 1
+    landmarks = points.reshape(-1, 2, 5).transpose(0, 2, 1)[..., ::-1] * sides + low - 1
+    found, order = _ranked(_move(found.boxes, regression), scores, options.thresholds[2])
+    kept = _survivors(found.boxes, options.overlaps[3], of_smaller=True)
+    limit = np.array([height, width, height, width], np.float32) - 1
+    boxes = np.clip(found.boxes[kept], 0, limit)
+    faces = Faces(boxes, found.scores[kept], landmarks[order][kept].astype(np.float32))
+    return Stages(proposed.boxes, refined.boxes, faces)
 
 
 def detect_photos(
@@ -246,10 +282,12 @@ def overlap(
         `[N, M]` in [0, 1]; 0 where both areas vanish. Also takes and returns NumPy arrays.
     """
     xp = np if isinstance(boxes, np.ndarray) else jnp
-    low = xp.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = xp.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    shared = xp.prod(xp.maximum(high - low, 0.0), axis=-1)
-    area, other_area = (xp.prod(b[:, 2:] - b[:, :2], axis=-1) for b in (boxes, others))
+    shared: Any = 1.0
+    for low, high in ((0, 2), (1, 3)):
+        start = xp.maximum(boxes[:, None, low], others[None, :, low])
+        end = xp.minimum(boxes[:, None, high], others[None, :, high])
+        shared = xp.maximum(end - start, 0.0) * shared
+    area, other_area = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (boxes, others))
     if of_smaller:
         whole = xp.minimum(area[:, None], other_area[None, :])
     else:
@@ -257,170 +295,227 @@ def overlap(
     return xp.where(whole > 0, shared / xp.where(whole > 0, whole, 1.0), 0.0)
 
 
-class _Maps(NamedTuple):
-    """P-Net's output over all levels, one entry a cell, and how many scores pass the threshold.
+def _propose(
+    variables: Mapping[str, Any], pixels: np.ndarray, batch: int, options: DetectorOptions
+) -> tuple[_Candidates, np.ndarray]:
+    """P-Net's proposals on all levels of a photo, best first, and the level of each."""
+    height, width, _ = pixels.shape
+    scales = pyramid_scales(height, width, options)
+    sizes = level_sizes(height, width, scales)
+    pieces, num_tiles = _layout(sizes)
+    num_tiles = -(-num_tiles // batch) * batch
+    tiles = np.zeros((num_tiles, _TILE_PX, _TILE_PX, 3), np.float32)
+    own = np.zeros((num_tiles, _TILE_PX - 2, _TILE_PX - 2), bool)
+    image = pixels.astype(np.float32)
+    level, number = image, -1
+    for piece in pieces:
+        if piece.level != number:
+            number = piece.level
+            level = _resize(image, sizes[number])
+        (row, column), (rows, columns), (y, x) = piece.start, piece.size, piece.place
+        part = level[row : row + rows, column : column + columns]
+        tiles[piece.tile, y : y + rows, x : x + columns] = part
+        own[piece.tile, y : y + rows - 2, x : x + columns - 2] = True
+    outputs = [
+        _pnet(variables, tiles[start : start + batch], own[start : start + batch])
+        for start in range(0, num_tiles, batch)
+    ]
+    maps = [
+        (np.zeros(shape, np.float32), np.zeros((*shape, 4), np.float32))
+        for shape in (tuple(int(mtcnn.map_size(side)) for side in size) for size in sizes)
+    ]
+    scores, regressions = (
+        np.concatenate([np.asarray(leaf) for leaf in leaves])
+        for leaves in zip(*outputs, strict=True)
+    )
+    for piece in pieces:
+        rows, columns = (int(mtcnn.map_size(side)) for side in piece.size)
+        from_cells = piece.tile, *_cells(piece.place, rows, columns)
+        to_cells = _cells(piece.start, rows, columns)
+        for whole, part in zip(maps[piece.level], (scores, regressions), strict=True):
+            whole[to_cells] = part[from_cells]
+    found = [_of_level(*level, scale, options) for level, scale in zip(maps, scales, strict=True)]
+    levels = np.repeat(np.arange(len(found)), [len(candidates.scores) for candidates in found])
+    boxes, scores = (np.concatenate(leaves) for leaves in zip(*found, strict=True))
+    ranked, order = _ranked(boxes, scores, options.thresholds[0])
+    return ranked, levels[order]
 
-    scores `[P]` (0 outside the photo), boxes `[P, 4]`, levels `[P]`, count a scalar.
-    """
 
-    scores: jax.Array
-    boxes: jax.Array
-    levels: jax.Array
-    count: jax.Array
+def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A level of the pyramid `[h, w, 3]`, normalized, by averaging areas of a float image."""
+    level = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+    return mtcnn.normalize(np.asarray(level))
 
 
-@functools.partial(jax.jit, static_argnames=("scales", "options"))
-def _propose(params, canvas, size, sizes, scales, options):
-    """Normalized float image `[H, W, 3]` and P-Net's proposals on all levels."""
-    height, width, _ = canvas.shape
-    image = mtcnn.normalize(canvas.astype(jnp.float32))
-    shapes = level_sizes(height, width, scales)
-    scores, boxes, levels = [], [], []
-    for index, (shape, scale) in enumerate(zip(shapes, scales, strict=True)):
-        level = images.resize_area(image, shape, in_size=size, out_size=sizes[index])
-        score, box = _level_proposals(params, level, sizes[index], scale)
-        scores.append(score)
-        boxes.append(box)
-        levels.append(jnp.full(score.shape, index, jnp.int32))
-    scores = jnp.concatenate(scores)
-    count = jnp.sum(scores > options.thresholds[0])
-    return image, _Maps(scores, jnp.concatenate(boxes), jnp.concatenate(levels), count)
-
-
-def _level_proposals(params, level, size, scale):
-    """Scores `[P]` and boxes `[P, 4]` (photo pixels) of all cells of one level `[h, w, 3]`."""
-    found: Any = mtcnn.PNet().apply(params, level[None], size[None])
-    scores, regression = found[0][0], found[1][0]
-    rows, columns = scores.shape
-    cells = jnp.stack(jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij"), -1)
-    inside = jnp.all(cells < jnp.asarray(mtcnn.map_size(size))[None, None], axis=-1)
+def _of_level(
+    scores: np.ndarray, regression: np.ndarray, scale: float, options: DetectorOptions
+) -> _Candidates:
+    """The cells `[h, w]` of a level above the threshold, as boxes in pixels of the photo."""
+    cells = np.argwhere(scores > options.thresholds[0])
     # A cell covers [2 i + 1, 2 i + 12]; the regression is (x0, y0, x1, y1) in units of that side.
-    low, high = cells * _STRIDE + 1.0, cells * _STRIDE + float(_CELL)
-    side = _CELL - 1.0
-    corners = jnp.concatenate([low, high], -1) + regression[..., jnp.array([1, 0, 3, 2])] * side
-    return jnp.where(inside, scores, 0.0).ravel(), (corners / scale).reshape(-1, 4)
+    corners = np.concatenate([cells * _STRIDE + 1, cells * _STRIDE + _CELL], axis=1)
+    found = regression[*cells.T]
+    boxes = (corners + found[:, [1, 0, 3, 2]] * (_CELL - 1)) / scale
+    return _Candidates(boxes.astype(np.float32), scores[*cells.T])
 
 
-@functools.partial(jax.jit, static_argnames=("num", "options"))
-def _cascade(rnet, onet, image, size, maps, num, options):
-    """Suppression of proposals, R-Net and O-Net: what each leaves, and landmarks `[K, 5, 2]`."""
-    num = min(num, maps.scores.size)
-    scores, index = jax.lax.top_k(maps.scores, num)
-    boxes, levels = maps.boxes[index], maps.levels[index]
-    found = _Candidates(boxes, scores, scores > options.thresholds[0])
-    found = found._replace(mask=_suppress(found, options.overlaps[0], groups=levels))
-    found = _sorted(found)
-    found = found._replace(mask=_suppress(found, options.overlaps[1]))
-    found = proposed = _sorted(found._replace(boxes=_square(found.boxes)))
-
-    def refine(boxes):
-        return mtcnn.RNet().apply(rnet, _crops(image, size, boxes, 24))
-
-    scores, regression = _in_chunks(refine, found, _REFINE_CHUNK)
-    mask = found.mask & (scores > options.thresholds[1])
-    found = _sorted(_Candidates(_move(found.boxes, regression), scores, mask))
-    found = found._replace(mask=_suppress(found, options.overlaps[2]))
-    found = refined = _sorted(found._replace(boxes=_square(found.boxes)))
-
-    def output(boxes):
-        return mtcnn.ONet().apply(onet, _crops(image, size, boxes, 48))
-
-    scores, regression, points = _in_chunks(output, found, _OUTPUT_CHUNK)
-    mask = found.mask & (scores > options.thresholds[2])
-    low = found.boxes[:, None, :2]
-    sides = found.boxes[:, None, 2:] - low + 1
-    landmarks = points.reshape(-1, 2, 5).transpose(0, 2, 1)[..., ::-1] * sides + low - 1
-    moved = _Candidates(_move(found.boxes, regression), scores, mask)
-    order = _order(moved)
-    found = _take(moved, order)
-    found = found._replace(mask=_suppress(found, options.overlaps[3], of_smaller=True))
-    limit = jnp.concatenate([size, size])[None] - 1.0
-    final = found._replace(boxes=jnp.clip(found.boxes, 0.0, limit))
-    return proposed, refined, final, landmarks[order]
+def _cells(start: tuple[int, int], rows: int, columns: int) -> tuple[slice, slice]:
+    """The cells of a piece that begins at a pixel."""
+    row, column = (pixel // _STRIDE for pixel in start)
+    return slice(row, row + rows), slice(column, column + columns)
 
 
-def _in_chunks(net_fn, candidates, size):
-    """A network on the real candidates (in front), `size` at a time; zeros for the others."""
-    count = candidates.scores.size
-    size = min(size, count)
-    num_chunks = (jnp.sum(candidates.mask) + size - 1) // size
+@functools.lru_cache(maxsize=256)
+def _layout(sizes: tuple[tuple[int, int], ...]) -> tuple[tuple[_Piece, ...], int]:
+    """Cuts levels into pieces and packs them into tiles, the tall ones first, shelf by shelf.
 
-    def one(number, outputs):
-        start = jnp.minimum(number * size, count - size)
-        chunk = net_fn(jax.lax.dynamic_slice_in_dim(candidates.boxes, start, size))
-        return jax.tree.map(
-            lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0),
-            outputs,
-            chunk,
-        )
+    Neighbors overlap, so that every cell of a level lies in one piece whole. Places are even, so
+    that cells of a piece are cells of the tile.
 
-    shapes = jax.eval_shape(net_fn, candidates.boxes)
-    outputs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.fori_loop(0, num_chunks, one, outputs)
+    Args:
+        sizes: rows and columns of each level.
 
-
-def _suppress(candidates, limit, *, groups=None, of_smaller=False):
-    """Mask `[K]` without those that overlap a better candidate (of its group) by more than `limit`.
-
-    As in the PyPI package, a candidate that is itself dropped still suppresses: a product of masks,
-    no sequence. Candidates come in falling order of their scores; work ends with the last real one.
+    Returns:
+        The pieces in the order of their levels, and the number of tiles.
     """
-    count = candidates.scores.size
-    size = min(_SUPPRESS_CHUNK, count)
-    index = jnp.arange(count)
-    last = jnp.max(jnp.where(candidates.mask, index + 1, 0))
-    groups = jnp.zeros_like(index) if groups is None else groups
+    step = _TILE_CELLS * _STRIDE
+    parts = []
+    for level, (height, width) in enumerate(sizes):
+        starts = [range(0, max(side - (_CELL - 2), 1), step) for side in (height, width)]
+        for row, column in itertools.product(*starts):
+            size = min(_TILE_PX, height - row), min(_TILE_PX, width - column)
+            if min(size) >= _CELL - 1:
+                parts.append((level, (row, column), size))
+    parts.sort(key=lambda part: part[2], reverse=True)
+    shelves: list[list[int]] = []  # Tile, first row, rows, first free column.
+    used: list[int] = []  # Rows of each tile that shelves have taken.
+    pieces = []
+    for level, start, size in parts:
+        rows, columns = (side + side % 2 for side in size)
+        for shelf in shelves:
+            if rows <= shelf[2] and shelf[3] + columns <= _TILE_PX:
+                break
+        else:
+            tile = next((i for i, taken in enumerate(used) if taken + rows <= _TILE_PX), len(used))
+            if tile == len(used):
+                used.append(0)
+            shelf = [tile, used[tile], rows, 0]
+            shelves.append(shelf)
+            used[tile] += rows
+        pieces.append(_Piece(level, start, size, shelf[0], (shelf[1], shelf[3])))
+        shelf[3] += columns
+    return tuple(sorted(pieces)), len(used)
 
-    def one(number, kept):
-        start = jnp.minimum(number * size, count - size)
 
-        def cut(x):
-            return jax.lax.dynamic_slice_in_dim(x, start, size)
-
-        hit = overlap(cut(candidates.boxes), candidates.boxes, of_smaller=of_smaller) > limit
-        better = index[None] < cut(index)[:, None]
-        hit &= candidates.mask[None] & better & (groups[None] == cut(groups)[:, None])
-        alive = cut(candidates.mask) & ~jnp.any(hit, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(kept, alive, start, 0)
-
-    return jax.lax.fori_loop(0, (last + size - 1) // size, one, jnp.zeros(count, bool))
+@jax.jit
+def _pnet(variables: Mapping[str, Any], tiles: jax.Array, own: jax.Array):
+    return mtcnn.PNet().apply(variables, tiles, own)
 
 
-def _order(candidates):
-    """Real candidates first, by falling score."""
-    return jnp.argsort(jnp.where(candidates.mask, -candidates.scores, jnp.inf), stable=True)
+@jax.jit
+def _rnet(variables: Mapping[str, Any], crops: jax.Array):
+    return mtcnn.RNet().apply(variables, crops)
 
 
-def _take(candidates, index):
+@jax.jit
+def _onet(variables: Mapping[str, Any], crops: jax.Array):
+    return mtcnn.ONet().apply(variables, crops)
+
+
+def _in_batches(
+    net_fn: Callable[..., Any], variables: Mapping[str, Any], crops: np.ndarray, batch: int
+) -> tuple[np.ndarray, ...]:
+    """What a network makes of any number of crops, so many at a time."""
+    count = len(crops)
+    filled = np.concatenate([crops, np.zeros((-count % batch, *crops.shape[1:]), np.float32)])
+    filled = filled if len(filled) else np.zeros((batch, *crops.shape[1:]), np.float32)
+    outputs = [
+        net_fn(variables, filled[start : start + batch]) for start in range(0, len(filled), batch)
+    ]
+    return tuple(
+        np.concatenate([np.asarray(leaf) for leaf in leaves])[:count]
+        for leaves in zip(*outputs, strict=True)
+    )
+
+
+def _ranked(
+    boxes: np.ndarray, scores: np.ndarray, threshold: float
+) -> tuple[_Candidates, np.ndarray]:
+    """The boxes whose score is above the threshold, best first, and their index."""
+    order = np.argsort(-scores, kind="stable")
+    order = order[scores[order] > threshold]
+    return _Candidates(boxes[order], scores[order]), order
+
+
+def _survivors(
+    boxes: np.ndarray, limit: float, *, groups: np.ndarray | None = None, of_smaller: bool = False
+) -> np.ndarray:
+    """Index of the boxes that overlap no better one (of their group) by more than `limit`.
+
+    As in the PyPI package, a box that is itself dropped still suppresses. Boxes come best first.
+    """
+    groups = np.zeros(len(boxes), int) if groups is None else groups
+    kept = np.ones(len(boxes), bool)
+    for group in np.unique(groups):
+        index = np.flatnonzero(groups == group)
+        for start in range(0, len(index), _SUPPRESSED_AT_ONCE):
+            some = index[start : start + _SUPPRESSED_AT_ONCE]
+            better = index[: start + len(some)]
+            hit = overlap(boxes[some], boxes[better], of_smaller=of_smaller) > limit
+            hit &= better[None] < some[:, None]
+            kept[some] = ~hit.any(axis=1)
+    return np.flatnonzero(kept)
+
+
+def _take(candidates: _Candidates, index: np.ndarray) -> _Candidates:
     return _Candidates(*(field[index] for field in candidates))
 
 
-def _sorted(candidates):
-    return _take(candidates, _order(candidates))
-
-
-def _square(boxes):
+def _square(boxes: np.ndarray) -> np.ndarray:
     """Boxes widened to squares about their centers."""
     low, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
-    side = jnp.max(sides, axis=1, keepdims=True)
+    side = np.max(sides, axis=1, keepdims=True, initial=0)
     low = low + (sides - side) / 2
-    return jnp.concatenate([low, low + side], axis=1)
+    return np.concatenate([low, low + side], axis=1)
 
 
-def _move(boxes, regression):
+def _move(boxes: np.ndarray, regression: np.ndarray) -> np.ndarray:
     """Adds a network's regression (x0, y0, x1, y1, in box sides plus one pixel) to boxes."""
     sides = boxes[:, 2:] - boxes[:, :2] + 1
-    return boxes + regression[:, jnp.array([1, 0, 3, 2])] * jnp.tile(sides, (1, 2))
+    return boxes + regression[:, [1, 0, 3, 2]] * np.tile(sides, (1, 2))
 
 
-@functools.partial(jax.jit, static_argnames="side")
-def _crops(image, size, boxes, side):
-    """Crops `[K, side, side, 3]` as TensorFlow's `crop_and_resize`, gray (0) outside the photo."""
-    steps = jnp.arange(side, dtype=jnp.float32) / (side - 1)
-    shrink = ((size - 1.0) / size)[None]
-    low, high = boxes[:, :2] * shrink, boxes[:, 2:] * shrink
-    grid = low[:, :, None] + (high - low)[:, :, None] * steps[None, None]
-    return images.bilinear_crops(image, grid[:, 0], grid[:, 1], size)
+def _crops(pixels: np.ndarray, boxes: np.ndarray, side: int) -> np.ndarray:
+    """Crops `[K, side, side, 3]`, normalized, as TensorFlow's `crop_and_resize` makes them.
+
+    Bilinear, with the corners of a box in the middles of the outer pixels; gray (0) outside of the
+    photo.
+    """
+    size = np.array(pixels.shape[:2], np.float32)
+    steps = np.arange(side, dtype=np.float32) / (side - 1)
+    low, high = (corner * ((size - 1) / size) for corner in (boxes[:, :2], boxes[:, 2:]))
+    at = low[:, :, None] + (high - low)[:, :, None] * steps  # [K, 2, side]
+    limit = size.astype(int)[:, None] - 1
+    first = np.clip(np.floor(at).astype(int), 0, limit)
+    second = np.minimum(first + 1, limit)
+    part = (at - first).astype(np.float32)
+    inside = (at >= 0) & (at <= limit)
+    # A pixel is fetched as one number of 32 bits, which is several times faster than as three.
+    packed = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA).view(np.uint32)[..., 0]
+
+    def mixed_by_column(rows: np.ndarray) -> np.ndarray:
+        left, right = (
+            packed[rows[:, :, None], columns[:, None, :]][..., None].view(np.uint8)[..., :3]
+            for columns in (first[:, 1], second[:, 1])
+        )
+        left = left.astype(np.float32)
+        return left + (right - left) * part[:, 1, None, :, None]
+
+    top, bottom = mixed_by_column(first[:, 0]), mixed_by_column(second[:, 0])
+    crops = mtcnn.normalize(top + (bottom - top) * part[:, 0, :, None, None])
+    return np.where(
+        (inside[:, 0, :, None] & inside[:, 1, None, :])[..., None], crops, np.float32(0)
+    )
 
 
 def _nothing() -> Stages:

@@ -1,7 +1,9 @@
-"""The detector against the PyPI package it follows, its padding, and its parts against NumPy."""
+"""The detector against the PyPI package it follows, and its parts against NumPy."""
 
 import json
 
+import chex
+import cv2
 import jax
 import jax.numpy as jnp
 import make_references
@@ -9,17 +11,8 @@ import numpy as np
 import pytest
 import skimage.data
 
-from afr_jax.core import images
 from afr_jax.models import mtcnn
 from afr_jax.recognition import detect
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_bucket():
-    """All photos in one bucket: one program to compile, in seconds, instead of one for each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(detect, "_SIDE_BUCKETS", (512,))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +58,12 @@ def test_the_portrait_has_its_face_where_it_is(variables):
         assert isinstance(field, np.ndarray) and field.dtype == np.float32
 
 
-def test_padding_does_not_change_the_faces(variables, face_photo, monkeypatch):
-    options = detect.DetectorOptions(min_face_px=100)  # Three levels: quick to compile.
-    found = []
-    for side in (240, 272):
-        monkeypatch.setattr(detect, "_SIDE_BUCKETS", (side,))
-        found.append(detect.detect_faces(variables, face_photo, options=options))
-    assert len(found[0].boxes) == 1
-    # The starts of a level's pixels are known to about 1e-4 px.
-    _assert_same_faces(*found, pixels=0.005, confidence=1e-5)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_filling_up_batches_does_not_change_the_faces(variables, face_photo, monkeypatch, batch):
+    whole = detect.detect_faces(variables, face_photo)
+    monkeypatch.setattr(detect, "_CPU_BATCHES", detect._Batches(batch, 7 * batch, 3 * batch))
+    faces = detect.detect_faces(variables, face_photo)
+    _assert_same_faces(faces, whole, pixels=0.001, confidence=1e-6)
 
 
 @pytest.mark.parametrize("rows, columns", [(230, 200), (201, 240), (180, 190)])
@@ -97,11 +87,19 @@ def test_a_shifted_crop_shifts_the_face(variables, face_photo):
     _assert_same_faces(moved, whole, pixels=4.0, confidence=0.02)
 
 
-def test_another_photo_of_the_bucket_does_not_compile_again(variables, face_photo, no_compilation):
-    detect.detect_faces(variables, face_photo)
-    with no_compilation():
-        detect.detect_faces(variables, face_photo[3:, :-5].copy())
-        detect.detect_faces(variables, face_photo[:, ::-1].copy())
+def test_photos_of_any_size_share_three_programs(variables, face_photo):
+    networks = {name: getattr(detect, name) for name in ("_pnet", "_rnet", "_onet")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, network in networks.items():
+            traced = chex.assert_max_traces(network.__wrapped__, n=1)
+            patch.setattr(detect, name, jax.jit(traced))
+        rng = np.random.default_rng(0)
+        for height, width in [(230, 240), (97, 401), (640, 333), (13, 700), (300, 300)]:
+            photo = rng.integers(0, 255, (height, width, 3), np.uint8)
+            photo[: min(height, 230), : min(width, 240)] = face_photo[:height, :width]
+            for factor in (0.709, 0.9):
+                options = detect.DetectorOptions(scale_factor=factor)
+                detect.detect_faces(variables, photo, options=options)
 
 
 def test_a_mirrored_photo_has_mirrored_faces(variables, face_photo):
@@ -291,60 +289,97 @@ def test_overlap_of_two_boxes_without_area_is_zero():
 def test_suppression(count, limit, of_smaller, grouped):
     rng = np.random.default_rng(2)
     boxes = _random_boxes(count, seed=3)
-    scores = np.sort(rng.random(count).astype(np.float32))[::-1].copy()
-    mask = rng.random(count) < 0.8
     groups = rng.integers(0, 3, count) if grouped else None
-    suppress = jax.jit(detect._suppress, static_argnames=("limit", "of_smaller"))
-    kept = suppress(
-        detect._Candidates(boxes, scores, mask), limit=limit, groups=groups, of_smaller=of_smaller
-    )
-    expected = mask.copy()
+    kept = detect._survivors(boxes, limit, groups=groups, of_smaller=of_smaller)
+    expected = np.ones(count, bool)
     for i in range(count):
         for j in range(i):
-            # Candidate j counts whether or not it is itself dropped, but not where it is filling.
+            # Box j counts whether or not it is itself dropped.
             same = not grouped or groups[i] == groups[j]
-            if mask[j] and same and _overlap(boxes[i], boxes[j], of_smaller) > limit:
+            if same and _overlap(boxes[i], boxes[j], of_smaller) > limit:
                 expected[i] = False
-    assert count == 1 or 0 < expected.sum() < mask.sum()
-    np.testing.assert_array_equal(kept, expected)
+    assert count == 1 or 0 < expected.sum() < count
+    np.testing.assert_array_equal(kept, np.flatnonzero(expected))
 
 
-def test_a_suppressed_candidate_still_suppresses():
+def test_a_suppressed_box_still_suppresses():
     """A chain: the second is dropped by the first, the third overlaps only the second."""
-    boxes = jnp.array([[0.0, 0, 10, 10], [0, 4, 10, 14], [0, 8, 10, 18]])
-    candidates = detect._Candidates(boxes, jnp.array([0.9, 0.8, 0.7]), jnp.ones(3, bool))
-    kept = jax.jit(detect._suppress, static_argnums=1)(candidates, 0.3)
-    np.testing.assert_array_equal(kept, [True, False, False])
+    boxes = np.float32([[0, 0, 10, 10], [0, 4, 10, 14], [0, 8, 10, 18]])
+    np.testing.assert_array_equal(detect._survivors(boxes, 0.3), [0])
 
 
-def test_cells_behind_the_photo_propose_nothing(variables, face_photo):
-    """A face in the padding of a level, which a true canvas does not have, is not seen."""
-    scale = 12 / 80
-    level = images.resize_area(mtcnn.normalize(jnp.float32(face_photo)), (34, 36))
-    propose = jax.jit(detect._level_proposals)
-    seen, boxes = propose(variables.pnet, level, jnp.array([34, 36]), scale)
-    assert seen.size == 12 * 13 and seen.max() > 0.6
-    # The cell's box is that of the face, in pixels of the photo.
-    best = boxes[jnp.argmax(seen)]
-    face = jnp.array([[53.7, 71.6, 161.1, 154.6]])
-    assert detect.overlap(best[None], face)[0, 0] > 0.4
-    hidden, _ = propose(variables.pnet, level, jnp.array([14, 36]), scale)
-    hidden = np.asarray(hidden).reshape(12, 13)
-    assert np.all(hidden[2:] == 0) and np.any(hidden[:2] > 0)
+# The pyramid.
 
 
-def test_ordering_puts_real_candidates_first():
-    scores, mask = jnp.array([0.2, 0.9, 0.5, 0.7]), jnp.array([True, False, True, True])
-    candidates = detect._Candidates(_random_boxes(4), scores, mask)
-    ordered = detect._sorted(candidates)
-    np.testing.assert_allclose(ordered.scores, [0.7, 0.5, 0.2, 0.9])
-    np.testing.assert_array_equal(ordered.mask, [True, True, True, False])
-    np.testing.assert_array_equal(ordered.boxes, candidates.boxes[np.array([3, 2, 0, 1])])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ((12, 12),),
+        ((256, 256), (255, 257), (13, 1000), (11, 300)),
+        ((503, 747), (356, 529), (253, 375), (179, 266), (127, 188), (90, 133), (17, 25), (12, 17)),
+        ((1024, 768), (12, 4000)),
+    ],
+)
+def test_every_cell_of_every_level_lies_in_one_piece_and_no_pieces_overlap(sizes):
+    pieces, num_tiles = detect._layout(sizes)
+    cells = [np.zeros([max(int(mtcnn.map_size(side)), 0) for side in size], int) for size in sizes]
+    tiles = np.zeros((num_tiles, detect._TILE_PX, detect._TILE_PX), int)
+    for piece in pieces:
+        rows, columns = (int(mtcnn.map_size(side)) for side in piece.size)
+        cells[piece.level][detect._cells(piece.start, rows, columns)] += 1
+        (y, x), (height, width) = piece.place, piece.size
+        assert y % 2 == x % 2 == piece.start[0] % 2 == piece.start[1] % 2 == 0
+        assert np.all(np.add(piece.start, piece.size) <= sizes[piece.level])
+        # An odd side keeps a line free, which pooling looks at.
+        assert y + height + height % 2 <= detect._TILE_PX
+        assert x + width + width % 2 <= detect._TILE_PX
+        tiles[piece.tile, y : y + height + height % 2, x : x + width + width % 2] += 1
+    assert tiles.max() == 1 and np.all(tiles.any(axis=(1, 2)))
+    for size, counted in zip(sizes, cells, strict=True):
+        assert counted.size == 0 or min(size) < 12 or (counted == 1).all()
+
+
+@pytest.mark.parametrize("tile_px", [256, 64])
+def test_proposals_are_those_of_whole_levels(variables, face_photo, monkeypatch, tile_px):
+    """P-Net on each level by itself, sides odd and even, against the tiles."""
+    photo = face_photo[:201, :178]
+    options = detect.DetectorOptions(min_face_px=30, thresholds=(0.2, 0.7, 0.8))
+    monkeypatch.setattr(detect, "_TILE_PX", tile_px)
+    monkeypatch.setattr(detect, "_TILE_CELLS", (tile_px - 1) // 2 - 4)
+    detect._layout.cache_clear()
+    found, levels = detect._propose(variables.pnet, photo, 1, options)
+    detect._layout.cache_clear()
+    scales = detect.pyramid_scales(*photo.shape[:2], options)
+    expected_boxes, expected_scores, expected_levels = [], [], []
+    for number, scale in enumerate(scales):
+        ((height, width),) = detect.level_sizes(*photo.shape[:2], (scale,))
+        level = cv2.resize(np.float32(photo), (width, height), interpolation=cv2.INTER_AREA)
+        outputs = jax.jit(mtcnn.PNet().apply)(
+            variables.pnet, mtcnn.normalize(level)[None], jnp.array([[height, width]])
+        )
+        scores, regression = (np.asarray(leaf) for leaf in outputs)
+        for row, column in np.argwhere(scores[0] > options.thresholds[0]):
+            x0, y0, x1, y1 = regression[0, row, column].astype(float) * 11
+            low, high = 2 * np.array([row, column]) + 1, 2 * np.array([row, column]) + 12
+            box = [low[0] + y0, low[1] + x0, high[0] + y1, high[1] + x1]
+            expected_boxes.append(np.array(box) / scale)
+            expected_scores.append(float(scores[0, row, column]))
+            expected_levels.append(number)
+    assert len(expected_scores) > 20
+    order = np.argsort(-np.array(expected_scores), kind="stable")
+    np.testing.assert_allclose(found.scores, np.array(expected_scores)[order], atol=1e-5)
+    # Equal scores may change places.
+    by_box = np.lexsort(np.round(found.boxes.T, 1))
+    by_expected = np.lexsort(np.round(np.array(expected_boxes).T, 1))
+    np.testing.assert_allclose(
+        found.boxes[by_box], np.array(expected_boxes)[by_expected], atol=0.01
+    )
+    np.testing.assert_array_equal(np.sort(levels), expected_levels)
 
 
 def test_square_keeps_centres_and_the_longer_side():
     boxes = _random_boxes(20)
-    squares = np.asarray(detect._square(boxes))
+    squares = detect._square(boxes)
     np.testing.assert_allclose(
         squares[:, :2] + squares[:, 2:], boxes[:, :2] + boxes[:, 2:], atol=1e-4
     )
@@ -355,27 +390,26 @@ def test_square_keeps_centres_and_the_longer_side():
 
 def test_move_adds_shares_of_the_sides():
     """x and y have different sides, so a swap would show."""
-    moved = detect._move(jnp.array([[10.0, 20, 29, 59]]), jnp.array([[0.1, 0.2, 0.3, 0.4]]))
+    moved = detect._move(np.float32([[10, 20, 29, 59]]), np.float32([[0.1, 0.2, 0.3, 0.4]]))
     # Sides of 20 rows and 40 columns, counted in pixels; the network says x0, y0, x1, y1.
     np.testing.assert_allclose(
         moved, [[10 + 0.2 * 20, 20 + 0.1 * 40, 29 + 0.4 * 20, 59 + 0.3 * 40]]
     )
 
 
-@pytest.mark.parametrize("count, num_real", [(5, 0), (5, 3), (8, 8), (20, 7), (20, 8), (21, 19)])
-def test_a_network_sees_all_real_candidates_in_chunks(count, num_real):
-    """Chunks of 8; the last one begins earlier where the number is no multiple."""
-    boxes = jnp.asarray(_random_boxes(count))
-    mask = jnp.arange(count) < num_real
-    candidates = detect._Candidates(boxes, jnp.linspace(1.0, 0.5, count), mask)
+@pytest.mark.parametrize("count", [0, 1, 8, 19])
+def test_a_network_sees_all_crops_in_batches(count):
+    crops = np.random.default_rng(0).normal(size=(count, 3, 3, 3)).astype(np.float32)
+    seen = []
 
-    def net_fn(boxes):
-        return jnp.sum(boxes, axis=1), 2 * boxes
+    def net_fn(scale, batch):
+        seen.append(len(batch))
+        return scale * batch.sum(axis=(1, 2, 3)), batch[:, 0, 0]
 
-    sums, doubled = jax.jit(lambda found: detect._in_chunks(net_fn, found, 8))(candidates)
-    assert sums.shape == (count,) and doubled.shape == (count, 4)
-    np.testing.assert_allclose(sums[:num_real], np.sum(boxes[:num_real], axis=1), rtol=1e-6)
-    np.testing.assert_array_equal(doubled[:num_real], 2 * boxes[:num_real])
+    sums, corners = detect._in_batches(net_fn, 2.0, crops, 8)
+    assert set(seen) == {8}
+    np.testing.assert_allclose(sums, 2 * crops.sum(axis=(1, 2, 3)), rtol=1e-6)
+    np.testing.assert_array_equal(corners, crops[:, 0, 0])
 
 
 # Crops.
@@ -399,13 +433,13 @@ def _crop_and_resize(image, box, side):
 
 
 def test_crops_are_those_of_tensorflow():
-    image = np.random.default_rng(0).normal(size=(37, 50, 3))
-    canvas = np.full((48, 64, 3), 99.0, np.float32)
-    canvas[:37, :50] = image
+    photo = np.random.default_rng(0).integers(0, 256, (37, 50, 3), np.uint8)
     # Inside, enlarged, over each edge, wholly outside.
     boxes = np.float32(
         [[3, 4, 30, 31], [5.3, 8, 12, 14], [-6, -8, 20, 18], [20, 30, 60, 70], [90, 90, 99, 99]]
     )
-    crops = detect._crops(canvas, jnp.array([37, 50]), boxes, 24)
+    crops = detect._crops(photo, boxes, 24)
+    image = mtcnn.normalize(photo.astype(float))
     expected = [_crop_and_resize(image, box.astype(float), 24) for box in boxes]
     np.testing.assert_allclose(crops, expected, atol=2e-4)
+    assert crops.dtype == np.float32 and not crops[4].any()
