@@ -127,6 +127,12 @@ def test_pages_do_not_name_machines_or_hosts():
             assert word not in page.read_text(), (page, word)
 
 
+def test_links_lead_somewhere_in_the_repository():
+    for page in pages.pages():
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.relative_to(_ROOT)}: {link}"
+
+
 def test_each_requirement_has_its_reason_in_the_docs():
     text = (_ROOT / "docs" / "development.md").read_text()
     for file in ("requirements.txt", "requirements-test.txt", "requirements-docs.txt"):
@@ -191,6 +197,8 @@ def small_world(shared, tmp_path, monkeypatch):
         small = functools.partial(_small, config_class, smaller)
         monkeypatch.setattr(afr_jax, name, small, raising=False)
     for name, defaults in (
+        # Against one extractor, so that all pages share a compiled program.
+        ("cloak", {"surrogates": ("dlib",)}),
         ("train_victim", {"options": afr_jax.VictimOptions()}),
         ("misdetection", {"scale_factors": (0.709,)}),
     ):
