@@ -295,6 +295,8 @@ def _judge(
             )
 
         return "our net", embed_fn
+    # Of the library's compiled part the checker sees nothing.
+    # pyrefly: ignore[missing-attribute]
     model = dlib.face_recognition_model_v1(str(dlib_resnet.find_weights()))
 
     def dlib_fn(chips):

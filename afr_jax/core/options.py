@@ -18,10 +18,13 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Self, TypeVar
+from collections.abc import Generator, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
-_Options = TypeVar("_Options")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Options = TypeVar("_Options", bound="DataclassInstance")
 
 WORKDIR_HELP = "folder for config.json, metrics.jsonl, result.json; resumed if it has them"
 
@@ -139,7 +142,7 @@ class Config:
 
 
 @contextlib.contextmanager
-def usage(what: str) -> Iterator[None]:
+def usage(what: str) -> Generator[None]:
     """Says of a file that is missing or wrong which flag named it.
 
     Args:

@@ -13,7 +13,7 @@ import concurrent.futures
 import functools
 import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import chex
 import jax
@@ -21,6 +21,9 @@ import numpy as np
 
 # Any nest of containers with arrays as leaves (a pytree); type checkers cannot say more of it.
 PyTree = Any
+# An array of the host or of a device.
+AnyArray = jax.Array | np.ndarray
+Tree = TypeVar("Tree")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Backend = Literal["jit", "pmap"]
@@ -53,7 +56,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def pad_batch(tree: PyTree, multiple: int) -> tuple[PyTree, np.ndarray]:
+def pad_batch(tree: Tree, multiple: int) -> tuple[Tree, np.ndarray]:
     """Repeats the last row until the number of rows is a multiple.
 
     Args:
@@ -75,6 +78,10 @@ def pad_batch(tree: PyTree, multiple: int) -> tuple[PyTree, np.ndarray]:
     return jax.tree.map(lambda leaf: leaf[rows], tree), mask
 
 
+@overload
+def shard_batch(tree: AnyArray, mesh: Mesh) -> jax.Array: ...
+@overload
+def shard_batch(tree: Tree, mesh: Mesh) -> Tree: ...
 def shard_batch(tree: PyTree, mesh: Mesh) -> PyTree:
     """Places a batch on the mesh, its rows split over the devices.
 
@@ -92,6 +99,10 @@ def shard_batch(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
 
 
+@overload
+def replicate(tree: AnyArray, mesh: Mesh) -> jax.Array: ...
+@overload
+def replicate(tree: Tree, mesh: Mesh) -> Tree: ...
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Places a whole copy on every device; with several processes the values must be equal."""
     return jax.device_put(tree, replicated(mesh))
@@ -114,7 +125,7 @@ def thread_map(
         return list(pool.map(fn, items))
 
 
-def local_rows(tree: PyTree) -> PyTree:
+def local_rows(tree: Tree) -> Tree:
     """Returns this process's rows of what `shard_batch` or a sharded function returned.
 
     Args:
@@ -198,7 +209,8 @@ def map_batches(
             for argument, axis in zip(arguments, in_axes, strict=True)
         )
         batched = [item for item, axis in zip(arguments, in_axes, strict=True) if axis == 0]
-        parts, waiting = [], None
+        parts: list[PyTree] = []
+        waiting: tuple[PyTree, int] | None = None
         count = _num_rows(batched)
         if count < 1:
             raise ValueError("no rows to map over")
@@ -217,7 +229,8 @@ def map_batches(
             if waiting is not None:
                 parts.append(_fetch(*waiting))
             waiting = outputs, end - begin
-        parts.append(_fetch(*waiting))
+        if waiting is not None:
+            parts.append(_fetch(*waiting))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
     return run
@@ -283,7 +296,7 @@ def _pmap_runner(mapped: _Mapped) -> Callable[..., PyTree]:
         gathered, AXIS, in_axes=in_axes, out_axes=None, devices=list(mesh.devices.flat)
     )
 
-    def split(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    def split(leaf: AnyArray) -> AnyArray:
         return leaf.reshape(num_local, leaf.shape[0] // num_local, *leaf.shape[1:])
 
     def run(*arguments: PyTree) -> PyTree:
@@ -304,7 +317,7 @@ def _host_runner(mapped: _Mapped) -> Callable[..., PyTree]:
 _RUNNERS = {"jit": _jit_runner, "pmap": _pmap_runner, "host": _host_runner}
 
 
-def _own_rows(tree: PyTree, mesh: Mesh) -> PyTree:
+def _own_rows(tree: Tree, mesh: Mesh) -> Tree:
     """The rows of a batch that belong on the devices of this process."""
     if not mesh.is_multi_process:
         return tree

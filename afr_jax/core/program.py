@@ -13,10 +13,10 @@ standard error. With several processes only process 0 writes files and the line.
 """
 
 import contextlib
-import functools
 import inspect
 import json
 import logging as std_logging
+import operator
 import os
 import pathlib
 import sys
@@ -159,8 +159,8 @@ def provenance(module: str, *, config: options.Config) -> dict[str, Any]:
       config: its options.
     """
     named = {leaf.path[-1]: leaf.path for leaf in options.leaves(type(config))}
-    names = {
-        name.upper(): functools.reduce(getattr, named[name], config)
+    names: dict[str, str | None] = {
+        name.upper(): operator.attrgetter(".".join(named[name]))(config)
         for name in ("workdir", "reference_python")
         if name in named
     }

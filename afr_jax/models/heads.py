@@ -6,7 +6,8 @@ network and dropped afterwards. All arithmetic is float32, whatever the network 
 """
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, cast
 
 import chex
 import flax.linen as nn
@@ -142,6 +143,13 @@ class Triplet(nn.Module):
     def __call__(self, embeddings: jax.Array, labels: jax.Array) -> Judged:
         """Judges embeddings `[B, D]` by labels `[B]`."""
         return triplet_loss(embeddings, labels, margin=self.margin, mining=self.mining)
+
+
+def judge(
+    head: nn.Module, params: Mapping[str, Any], embeddings: jax.Array, labels: jax.Array
+) -> Judged:
+    """What a head with its parameters says of embeddings `[B, D]` and labels `[B]`."""
+    return cast(Judged, head.apply({"params": params}, embeddings, labels))
 
 
 def with_margin(own: jax.Array, *, angle: float = 0.5, cosine: float = 0.0) -> jax.Array:

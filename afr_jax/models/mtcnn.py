@@ -11,7 +11,8 @@ All networks take RGB scaled by (x - 127.5) / 128 from 0..255 (`normalize`).
 import io
 import pathlib
 import pickle
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -26,16 +27,16 @@ from afr_jax.models.weights import installed
 # into NaN.
 _LOW = -1e6
 
-
 _Pixels = TypeVar("_Pixels", jax.Array, np.ndarray)
+_Size = TypeVar("_Size", int, jax.Array)
 
 
 class Variables(NamedTuple):
     """Variables of the three networks, `{"params": ...}` each."""
 
-    pnet: dict[str, Any]
-    rnet: dict[str, Any]
-    onet: dict[str, Any]
+    pnet: Mapping[str, Any]
+    rnet: Mapping[str, Any]
+    onet: Mapping[str, Any]
 
 
 class PNet(nn.Module):
@@ -80,6 +81,13 @@ class _Slope(nn.Module):
     @nn.compact
     def __call__(self, channels: int) -> jax.Array:
         return self.param("slope", nn.initializers.constant(0.25), (channels,))
+
+
+def propose(
+    variables: Mapping[str, Any], images: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What `PNet` with its variables returns."""
+    return cast(tuple[jax.Array, jax.Array], PNet().apply(variables, images, sizes))
 
 
 class RNet(nn.Module):
@@ -152,7 +160,7 @@ def normalize(pixels: _Pixels) -> _Pixels:
     return (pixels - 127.5) / 128.0  # pyrefly: ignore[bad-return]  A float32 array stays one.
 
 
-def map_size(size: jax.Array | int) -> jax.Array | int:
+def map_size(size: _Size) -> _Size:
     """Number of P-Net cells along an axis of `size` pixels (12 px field, stride 2)."""
     return -((2 - size) // 2) - 4
 

@@ -40,10 +40,12 @@ def mi_fgsm(
         The transformation, which descends.
     """
 
-    def init(params):
+    def init(params: PyTree) -> MomentState:
         return MomentState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
-    def update(gradients, state, params=None):
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, MomentState]:
         del params
         momentum = momentum_fn(state.count)
 
@@ -52,10 +54,10 @@ def mi_fgsm(
             unit = gradient / jnp.where(norm > 0, norm, 1.0)
             return (momentum * moment + unit).astype(moment.dtype)
 
-        moment = jax.tree.map(moved, state.moment, gradients)
+        moment = jax.tree.map(moved, state.moment, updates)
         size = step_size_fn(state.count)
-        updates = jax.tree.map(lambda m: (-size * jnp.sign(m)).astype(m.dtype), moment)
-        return updates, MomentState(state.count + 1, moment)
+        steps = jax.tree.map(lambda m: (-jnp.sign(m) * size).astype(m.dtype), moment)
+        return steps, MomentState(state.count + 1, moment)
 
     return optax.GradientTransformation(init, update)
 

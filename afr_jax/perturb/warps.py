@@ -13,10 +13,18 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from afr_jax.core.parallel import AnyArray
+
 _TINY = 1e-6
 
 
-def turn_grid(grid: jax.Array, angles: jax.Array, *, scale=1.0, shift=0.0) -> jax.Array:
+def turn_grid(
+    grid: AnyArray,
+    angles: jax.Array,
+    *,
+    scale: jax.Array | float = 1.0,
+    shift: jax.Array | float = 0.0,
+) -> jax.Array:
     """Turns, scales and shifts a grid about its center (weak perspective: depth is dropped later).
 
     Args:
@@ -28,13 +36,14 @@ def turn_grid(grid: jax.Array, angles: jax.Array, *, scale=1.0, shift=0.0) -> ja
     Returns:
         Points of the same shape.
     """
-    center = jnp.mean(grid.reshape(-1, 3), axis=0)
+    points = jnp.reshape(grid, (-1, 3))
+    center = jnp.mean(points, axis=0)
     (sin_p, sin_y, sin_r), (cos_p, cos_y, cos_r) = jnp.sin(angles), jnp.cos(angles)
     zero, one = jnp.zeros_like(sin_p), jnp.ones_like(sin_p)
     pitch = jnp.array([[cos_p, zero, -sin_p], [zero, one, zero], [sin_p, zero, cos_p]])
     yaw = jnp.array([[one, zero, zero], [zero, cos_y, sin_y], [zero, -sin_y, cos_y]])
     roll = jnp.array([[cos_r, sin_r, zero], [-sin_r, cos_r, zero], [zero, zero, one]])
-    flat = (grid.reshape(-1, 3) - center[None]) @ (roll @ yaw @ pitch).T
+    flat = (points - center[None]) @ (roll @ yaw @ pitch).T
     shift = jnp.concatenate([jnp.broadcast_to(jnp.asarray(shift, grid.dtype), (2,)), zero[None]])
     return (scale * flat + (center + shift)[None]).reshape(grid.shape)
 
@@ -80,7 +89,7 @@ def paste(
     grid: jax.Array,
     *,
     window: tuple[int, int] | None = None,
-    origin: jax.Array | None = None,
+    origin: AnyArray | None = None,
 ) -> jax.Array:
     """Draws a texture onto an image.
 

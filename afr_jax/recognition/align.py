@@ -8,6 +8,8 @@ Coordinates are (y, x) in pixels, 0 at the center of the first pixel. A transfor
 point (y, x, 1) to photo point (y, x).
 """
 
+import functools
+import operator
 from typing import NamedTuple
 
 import chex
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.core import images
+from afr_jax.core import images, parallel
 from afr_jax.models.extractors import registry
 
 
@@ -178,7 +180,7 @@ def jitter_transform(
     return jnp.concatenate([linear @ matrix, (linear @ offset + transform[:, 2])[:, None]], axis=1)
 
 
-def warp(image: jax.Array, transform: jax.Array, *, size: int, pool: int = 1) -> jax.Array:
+def warp(image: jax.Array, transform: parallel.AnyArray, *, size: int, pool: int = 1) -> jax.Array:
     """Resamples an image to a chip: box average over `pool` pixels, then bilinear; black outside.
 
     Args:
@@ -212,7 +214,7 @@ def _bilinear(image: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
     height, width, channels = image.shape
     low_y, low_x = jnp.floor(y), jnp.floor(x)
     flat = image.reshape(height * width, channels)
-    total = 0.0
+    corners = []
     for step_y in (0, 1):
         for step_x in (0, 1):
             at_y, at_x = low_y + step_y, low_x + step_x
@@ -221,5 +223,5 @@ def _bilinear(image: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
             at_y = jnp.clip(at_y, 0, height - 1).astype(jnp.int32)
             at_x = jnp.clip(at_x, 0, width - 1).astype(jnp.int32)
             taken = jnp.take(flat, at_y * width + at_x, axis=0, mode="clip")
-            total = total + taken * jnp.where(inside, weight, 0.0)[..., None]
-    return total
+            corners.append(taken * jnp.where(inside, weight, 0.0)[..., None])
+    return functools.reduce(operator.add, corners)

@@ -269,8 +269,8 @@ def overlap(boxes: jax.Array, others: jax.Array, *, of_smaller: bool = ...) -> j
 
 
 def overlap(
-    boxes: np.ndarray | jax.Array, others: np.ndarray | jax.Array, *, of_smaller: bool = False
-) -> np.ndarray | jax.Array:
+    boxes: parallel.AnyArray, others: parallel.AnyArray, *, of_smaller: bool = False
+) -> parallel.AnyArray:
     """Intersection over union of every pair of boxes (or over the smaller area).
 
     Args:

@@ -72,7 +72,7 @@ class Attack:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class HardeningRecipe:
     """All of a run that is not an array; hashable, static under jit.
 
     Attributes:
@@ -99,7 +99,7 @@ class Recipe:
         self.extractor.threshold  # noqa: B018
 
 
-class State(NamedTuple):
+class HardeningState(NamedTuple):
     """A run between two steps: steps taken (int32 scalar), parameters, state of the optimizer."""
 
     step: jax.Array
@@ -107,7 +107,7 @@ class State(NamedTuple):
     opt_state: optax.OptState
 
 
-class Batch(NamedTuple):
+class HardeningBatch(NamedTuple):
     """Chips of a step: images and perturbations `[B, S, S, 3]`, anchors `[B, D]` of the original.
 
     Images are float in [0, 1]; a perturbed image lies there, too, once it is clipped.
@@ -118,7 +118,7 @@ class Batch(NamedTuple):
     anchors: jax.Array
 
 
-class Metrics(NamedTuple):
+class HardeningMetrics(NamedTuple):
     """Of a step, before it moved: scalars, or stacked `[steps]`.
 
     Attributes:
@@ -134,7 +134,9 @@ class Metrics(NamedTuple):
     gradient_norm: jax.Array
 
 
-def init_state(variables: conversion.Variables, recipe: Recipe, *, mesh: parallel.Mesh) -> State:
+def init_state(
+    variables: conversion.Variables, recipe: HardeningRecipe, *, mesh: parallel.Mesh
+) -> HardeningState:
     """A state before the first step, a copy on each device.
 
     Args:
@@ -145,7 +147,7 @@ def init_state(variables: conversion.Variables, recipe: Recipe, *, mesh: paralle
     # A copy: the state is donated, and the original stays in use.
     params = jax.tree.map(jnp.array, variables["params"])
     opt_state = optimizers.make_optimizer(recipe.optimizer).init(params)
-    return parallel.replicate(State(jnp.zeros((), jnp.int32), params, opt_state), mesh)
+    return parallel.replicate(HardeningState(jnp.zeros((), jnp.int32), params, opt_state), mesh)
 
 
 def with_params(
@@ -299,8 +301,8 @@ def draw_batch(
     chips: jax.Array,
     rows: jax.Array,
     *,
-    recipe: Recipe,
-) -> Batch:
+    recipe: HardeningRecipe,
+) -> HardeningBatch:
     """The chips of a step, augmented, with the embeddings of the original.
 
     Args:
@@ -321,23 +323,23 @@ def draw_batch(
     images = change(image_ops.to_float(chosen[:, 0]))
     anchors = registry.embed(recipe.extractor, original, images)
     if chips.shape[1] == 1:
-        return Batch(images, jnp.zeros_like(images), anchors)
+        return HardeningBatch(images, jnp.zeros_like(images), anchors)
     version = jnp.broadcast_to(
         (1 + rows % versions)[:, None, None, None, None], chosen[:, :1].shape
     )
     perturbed = jnp.take_along_axis(chosen, version, axis=1)[:, 0]
-    return Batch(images, change(image_ops.to_float(perturbed)) - images, anchors)
+    return HardeningBatch(images, change(image_ops.to_float(perturbed)) - images, anchors)
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "mesh"), donate_argnames="state")
 def harden_batch(
-    state: State,
+    state: HardeningState,
     original: conversion.Variables,
-    batch: Batch,
+    batch: HardeningBatch,
     *,
-    recipe: Recipe,
+    recipe: HardeningRecipe,
     mesh: parallel.Mesh,
-) -> tuple[State, Metrics]:
+) -> tuple[HardeningState, HardeningMetrics]:
     """One optimizer step on one batch with its perturbations.
 
     Args:
@@ -355,8 +357,7 @@ def harden_batch(
 
     def squares(params: conversion.Variables, images: jax.Array) -> jax.Array:
         variables = with_params(original, params)
-        options = {"extractor": recipe.extractor, "bfloat16": recipe.bfloat16}
-        embeddings = embed(variables, images, **options)
+        embeddings = embed(variables, images, extractor=recipe.extractor, bfloat16=recipe.bfloat16)
         return jnp.sum((embeddings - batch.anchors) ** 2, axis=-1) / unit**2
 
     def loss_fn(params: conversion.Variables) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -368,26 +369,28 @@ def harden_batch(
             clean_shift = jnp.mean(jnp.sqrt(jax.lax.stop_gradient(clean)))
         return loss, (jnp.mean(jnp.sqrt(jax.lax.stop_gradient(perturbed))), clean_shift)
 
-    (loss, shifts), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    optimizer = optimizers.make_optimizer(recipe.optimizer)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    after = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, (shift, clean_shift)), gradient = value_and_grad(state.params)
+    params, opt_state = optimizers.step(
+        gradient, state.opt_state, state.params, options=recipe.optimizer
+    )
+    after = HardeningState(state.step + 1, params, opt_state)
     after = jax.lax.with_sharding_constraint(after, parallel.replicated(mesh))
-    return after, Metrics(loss, *shifts, optax.tree.norm(gradient))
+    return after, HardeningMetrics(loss, shift, clean_shift, optax.tree.norm(gradient))
 
 
 def run_steps(
     key: jax.Array,
-    state: State,
+    state: HardeningState,
     original: conversion.Variables,
     chips: jax.Array,
     *,
-    recipe: Recipe,
+    recipe: HardeningRecipe,
     mesh: parallel.Mesh,
     batches: sampling.Batches,
     num_steps: int,
     report_fn: Callable[[int], None] | None = None,
-) -> tuple[State, Metrics]:
+) -> tuple[HardeningState, HardeningMetrics]:
     """Takes steps from the host; metrics are fetched once, at the end.
 
     Args:
@@ -410,7 +413,7 @@ def run_steps(
     """
     first = int(state.step)
 
-    def advance(state: State, steps: range) -> tuple[State, Metrics]:
+    def advance(state: HardeningState, steps: range) -> tuple[HardeningState, HardeningMetrics]:
         rows = trainer.local_rows(batches.rows(steps.start), mesh)
         rows = parallel.shard_batch(rows, mesh)
         change_key, start_key = jax.random.split(jax.random.fold_in(key, steps.start))

@@ -1,12 +1,14 @@
 """Optimizers and learning rates of training runs, from options that can be compared and printed."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import optax
+from jax.typing import ArrayLike
 
 from afr_jax.core.parallel import PyTree
+from afr_jax.models.weights import conversion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ def learning_rate_fn(options: OptimizerOptions) -> optax.Schedule:
     if not options.warmup_steps:
         return main
 
-    def ramp(step: jax.Array) -> jax.Array:
+    def ramp(step: ArrayLike) -> ArrayLike:
         # The first step already moves: the ramp reaches the full rate at its last step.
         return options.learning_rate * (step + 1) / options.warmup_steps
 
@@ -80,6 +82,28 @@ def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
         optax.add_decayed_weights(options.weight_decay, mask=_is_kernel),
         optax.sgd(rate, momentum=options.momentum or None),
     )
+
+
+def step(
+    gradient: conversion.Variables,
+    opt_state: optax.OptState,
+    params: conversion.Variables,
+    *,
+    options: OptimizerOptions,
+) -> tuple[conversion.Variables, optax.OptState]:
+    """One step of the optimizer of the options.
+
+    Args:
+        gradient: of the loss, like the parameters.
+        opt_state: of `make_optimizer`.
+        params: to be moved.
+        options: of the optimizer.
+
+    Returns:
+        The parameters and the optimizer's state after it.
+    """
+    updates, opt_state = make_optimizer(options).update(gradient, opt_state, params)
+    return cast(conversion.Variables, optax.apply_updates(params, updates)), opt_state
 
 
 def _is_kernel(params: PyTree) -> PyTree:

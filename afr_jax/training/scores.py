@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from afr_jax.core import parallel
+from afr_jax.models import heads
 from afr_jax.training import trainer
 
 
@@ -101,7 +102,7 @@ def _judge(params, batch_stats, data, rows, *, recipe):
     """Whether each example of the rows `[B]` is told correctly, and its loss."""
     outputs = _outputs(params, batch_stats, data, rows, recipe=recipe)
     labels = jnp.take(data.labels, rows, axis=0, mode="clip")
-    judged = recipe.head.apply({"params": params["head"]}, outputs, labels)
+    judged = heads.judge(recipe.head, params["head"], outputs, labels)
     return judged.correct, judged.losses
 
 

@@ -24,7 +24,7 @@ Images are float RGB in [0, 1] or uint8; what the network itself wants is `Recip
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import chex
 import flax.linen as nn
@@ -35,9 +35,10 @@ import optax
 
 from afr_jax.core import images as image_ops
 from afr_jax.core import parallel
-from afr_jax.core.parallel import PyTree
 from afr_jax.data import augmentation as data_augmentation
 from afr_jax.data import sampling
+from afr_jax.models import heads
+from afr_jax.models.weights import conversion
 from afr_jax.perturb import stepping
 from afr_jax.training import optimizers
 
@@ -75,9 +76,9 @@ class TrainState(NamedTuple):
     """
 
     step: jax.Array
-    params: dict
-    batch_stats: PyTree
-    opt_state: PyTree
+    params: conversion.Variables
+    batch_stats: conversion.Variables
+    opt_state: optax.OptState
 
 
 class Metrics(NamedTuple):
@@ -100,7 +101,7 @@ def init_state(
     key: jax.Array,
     recipe: Recipe,
     *,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     mesh: parallel.Mesh | None = None,
 ) -> TrainState:
     """A state before the first step.
@@ -111,7 +112,7 @@ def init_state(
         image_shape: (H, W, 3).
         mesh: where to place copies of it; None leaves it on the default device.
     """
-    state = _init_state(key, recipe, tuple(image_shape))
+    state: TrainState = _init_state(key, recipe, tuple(image_shape))
     return state if mesh is None else parallel.replicate(state, mesh)
 
 
@@ -125,18 +126,21 @@ def place_data(images: np.ndarray, labels: np.ndarray, mesh: parallel.Mesh) -> D
     """
     if len(images) != len(labels) or not len(labels):
         raise ValueError(f"{len(images)} images and {len(labels)} labels")
-    return parallel.replicate(Data(np.asarray(images), np.asarray(labels, np.int32)), mesh)
+    return Data(
+        parallel.replicate(np.asarray(images), mesh),
+        parallel.replicate(np.asarray(labels, np.int32), mesh),
+    )
 
 
 def forward(
-    params: dict,
-    batch_stats: PyTree,
+    params: conversion.Variables,
+    batch_stats: conversion.Variables,
     images: jax.Array,
     *,
     recipe: Recipe,
     train: bool = False,
     dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, PyTree]:
+) -> tuple[jax.Array, conversion.Variables]:
     """Embeddings (or logits) of the network, without the head.
 
     Args:
@@ -154,11 +158,10 @@ def forward(
     inputs = images * recipe.input_scale + recipe.input_offset
     variables = {"params": params["net"], "batch_stats": batch_stats}
     if not train:
-        return recipe.net.apply(variables, inputs, train=False), batch_stats
+        return cast(jax.Array, recipe.net.apply(variables, inputs, train=False)), batch_stats
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    outputs, moved = recipe.net.apply(
-        variables, inputs, train=True, mutable=["batch_stats"], rngs=rngs
-    )
+    found = recipe.net.apply(variables, inputs, train=True, mutable=["batch_stats"], rngs=rngs)
+    outputs, moved = cast(tuple[jax.Array, conversion.Variables], found)
     return outputs, moved.get("batch_stats", batch_stats)
 
 
@@ -183,7 +186,9 @@ def train_step(
     images = image_ops.to_float(images) if images.dtype == jnp.uint8 else images
     images = data_augmentation.augment_batch(augment_key, images, options=recipe.augmentation)
 
-    def loss_fn(params):
+    def loss_fn(
+        params: conversion.Variables,
+    ) -> tuple[jax.Array, tuple[jax.Array, conversion.Variables]]:
         outputs, batch_stats = forward(
             params,
             state.batch_stats,
@@ -192,7 +197,7 @@ def train_step(
             train=True,
             dropout_key=dropout_key,
         )
-        judged = recipe.head.apply({"params": params["head"]}, outputs, labels)
+        judged = heads.judge(recipe.head, params["head"], outputs, labels)
         return jnp.mean(judged.losses), (judged.correct, batch_stats)
 
     (loss, (correct, batch_stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -210,7 +215,11 @@ def train_step(
 
 
 def apply_gradient(
-    state: TrainState, gradient: dict, batch_stats: PyTree, *, recipe: Recipe
+    state: TrainState,
+    gradient: conversion.Variables,
+    batch_stats: conversion.Variables,
+    *,
+    recipe: Recipe,
 ) -> TrainState:
     """Moves the parameters of a state by a gradient of its `params`; for losses of one's own.
 
@@ -220,9 +229,9 @@ def apply_gradient(
         batch_stats: new running statistics.
         recipe: the run.
     """
-    optimizer = optimizers.make_optimizer(recipe.optimizer)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = optimizers.step(
+        gradient, state.opt_state, state.params, options=recipe.optimizer
+    )
     return TrainState(state.step + 1, params, batch_stats, opt_state)
 
 
@@ -361,7 +370,7 @@ def _init_state(key: jax.Array, recipe: Recipe, image_shape: tuple[int, ...]) ->
     net_key, head_key = jax.random.split(key)
     # Two examples: some BatchNorm implementations divide by the number less one.
     images = jnp.zeros((2, *image_shape), jnp.float32)
-    variables = recipe.net.init(net_key, images, train=False)
+    variables: conversion.Variables = recipe.net.init(net_key, images, train=False)
     # The head's parameters depend on the shape alone; running the network on constants here would
     # be worked out by the compiler, slowly.
     outputs = jax.eval_shape(lambda v: recipe.net.apply(v, images, train=False), variables)

@@ -72,7 +72,7 @@ def _pixels(count, *, versions=1, seed=0):
 def _recipe(extractor, **options):
     optimizer = optimizers.OptimizerOptions("adamw", 5e-3, 40)
     attack = hardening.Attack(8 / 255, 3)
-    return hardening.Recipe(extractor, optimizer, **{"attack": attack, **options})
+    return hardening.HardeningRecipe(extractor, optimizer, **{"attack": attack, **options})
 
 
 def _one_device():
@@ -148,7 +148,7 @@ def test_the_loss_is_in_squared_thresholds(clean_weight):
     rng = np.random.default_rng(2)
     delta = rng.uniform(-0.3, 0.3, images.shape).astype(np.float32)
     anchors = rng.normal(size=(2, _SIZE)).astype(np.float32)
-    batch = hardening.Batch(images, delta, anchors)
+    batch = hardening.HardeningBatch(images, delta, anchors)
     state = hardening.init_state(variables, recipe, mesh=mesh)
     after, metrics = hardening.harden_batch(state, variables, batch, recipe=recipe, mesh=mesh)
     matrix = np.asarray(variables["params"]["fc"]["kernel"], np.float64)

@@ -14,6 +14,7 @@ import numpy as np
 from afr_jax.core import parallel
 from afr_jax.evaluation.attackers import victims
 from afr_jax.evaluation.metrics import learnability
+from afr_jax.models import heads
 from afr_jax.perturb import stepping
 from afr_jax.training import trainer
 
@@ -48,20 +49,20 @@ def train_many(
     Returns:
         The curve of each run, equal to those of `victims.train_victim` but by rounding.
     """
-    image_sets = np.stack([options.stored(images) for images in image_sets])
+    stored = np.stack([options.stored(images) for images in image_sets])
     test_images = options.tested(test_images)
-    num_runs, num_examples = len(set_of_run), image_sets.shape[1]
-    shape = image_sets.shape[2:]
+    num_runs, num_examples = len(set_of_run), stored.shape[1]
+    shape = stored.shape[2:]
     recipe = victims.make_recipe(
         options, num_classes=num_classes, num_examples=num_examples, image_px=shape[0]
     )
     numbers, _ = parallel.pad_batch(np.arange(num_runs), mesh.devices.size)
     sets = np.asarray(set_of_run, np.int32)[numbers]
-    starts = [victims.init_run(int(seed_of_run[n]), num_examples, options) for n in numbers]
+    starts = [victims.init_run(int(seed_of_run[int(n)]), num_examples, options) for n in numbers]
     keys = jnp.stack([key for key, _ in starts])
     states = jax.vmap(lambda k: trainer.init_state(k, recipe, image_shape=shape))(keys)
     keys, states, sets = parallel.shard_batch((keys, states, sets), mesh)
-    data = parallel.replicate((image_sets, np.asarray(labels, np.int32)), mesh)
+    data = parallel.replicate((stored, np.asarray(labels, np.int32)), mesh)
     per_epoch, length = starts[0][1].steps_per_epoch, stepping.chunk_length()
     static = {"recipe": recipe, "countermeasure": options.in_training}
     curves = np.full((2, options.num_epochs, num_runs), np.nan, np.float32)
@@ -128,6 +129,6 @@ def _many_correct(states, images, labels, *, recipe):
 
     def one(state):
         outputs, _ = trainer.forward(state.params, state.batch_stats, images, recipe=recipe)
-        return recipe.head.apply({"params": state.params["head"]}, outputs, labels).correct
+        return heads.judge(recipe.head, state.params["head"], outputs, labels).correct
 
     return jax.vmap(one, out_axes=1)(states)

@@ -103,7 +103,8 @@ def _lbp() -> Detector:
 def _hog() -> Detector:
     import dlib  # Optional.
 
-    detector = dlib.get_frontal_face_detector()
+    # Of the library's compiled part the checker sees nothing.
+    detector = dlib.get_frontal_face_detector()  # pyrefly: ignore[missing-attribute]
 
     def detect(pixels):
         # Enlarged once: its window is 80 px.
@@ -119,7 +120,8 @@ def _yunet(path: str | None) -> Detector:
 
 
 def _haar(path: str) -> Detector:
-    cascade = cv2.CascadeClassifier(path)
+    # The types that come with the library lack the class.
+    cascade = cv2.CascadeClassifier(path)  # pyrefly: ignore[missing-attribute]
 
     def detect(pixels):
         gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)

@@ -132,7 +132,4 @@ def _step(params, state, frozen, chips, labels, *, extractor, options):
         logits = _judge(params, frozen, chips, extractor=extractor)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
-    updates, state = optimizers.make_optimizer(options).update(
-        jax.grad(loss_fn)(params), state, params
-    )
-    return optax.apply_updates(params, updates), state
+    return optimizers.step(jax.grad(loss_fn)(params), state, params, options=options)

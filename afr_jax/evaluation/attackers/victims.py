@@ -228,9 +228,8 @@ def victim_step(
             train=True,
             dropout_key=dropout_key,
         )
-        head = {"params": params["head"]}
-        first = recipe.head.apply(head, outputs, labels)
-        second = recipe.head.apply(head, outputs, labels[mixed.other])
+        first = heads.judge(recipe.head, params["head"], outputs, labels)
+        second = heads.judge(recipe.head, params["head"], outputs, labels[mixed.other])
         losses = mixed.share * first.losses + (1 - mixed.share) * second.losses
         return jnp.mean(losses), (first.correct, batch_stats)
 
@@ -361,5 +360,5 @@ def _steps(key, state, data, rows, count, *, recipe, countermeasure):
 def _summed_loss(state, images, labels, recipe):
     """Sum of the losses with running statistics."""
     outputs, _ = trainer.forward(state.params, state.batch_stats, images, recipe=recipe)
-    judged = recipe.head.apply({"params": state.params["head"]}, outputs, labels)
+    judged = heads.judge(recipe.head, state.params["head"], outputs, labels)
     return jnp.sum(judged.losses)

@@ -39,6 +39,13 @@ class Rate(TypedDict):
     survival: NotRequired[dict[str, float]]
 
 
+class SizeRate(Rate):
+    """The rate among faces whose side lies between two, in pixels."""
+
+    from_px: float
+    to_px: float
+
+
 # Rates by scale factor, and under "mean" the mean of their shares.
 RateTable = dict[str, Rate | float | None]
 
@@ -192,7 +199,7 @@ def is_found(found: np.ndarray, box: np.ndarray) -> bool:
 
 def rate(misses: np.ndarray) -> Rate:
     """Share of missed frames `[N]` bool, with its Wilson interval of 95 %."""
-    missed, total = int(np.sum(misses)), int(np.size(misses))
+    missed, total = int(np.sum(misses)), np.size(misses)
     low, high = intervals.wilson_interval(missed, total)
     share = missed / total if total else None
     return {"missed": missed, "total": total, "rate": share, "low": low, "high": high}
@@ -220,10 +227,10 @@ def summarize(judged: Mapping[str, np.ndarray]) -> RateTable:
     return table
 
 
-def by_size(judged: Mapping[str, np.ndarray], sides: np.ndarray) -> list[dict[str, float | None]]:
+def by_size(judged: Mapping[str, np.ndarray], sides: np.ndarray) -> list[SizeRate]:
     """Rates of one variant by thirds of the faces' sides `[N]` px, over all factors."""
     edges = np.quantile(sides, [0, 1 / 3, 2 / 3, 1])
-    rows = []
+    rows: list[SizeRate] = []
     for number, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
         inside = (sides >= low) & ((sides < high) if number < 2 else (sides <= high))
         misses = np.concatenate([~found[inside, -1] for found in judged.values()])

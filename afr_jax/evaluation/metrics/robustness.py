@@ -79,16 +79,15 @@ def attacked_embeddings(
     def attacked(
         numbers: np.ndarray, chips: np.ndarray, anchors: np.ndarray, directions: np.ndarray
     ) -> jax.Array:
-        chips, anchors, directions = parallel.shard_batch((chips, anchors, directions), mesh)
-        images = image_ops.to_float(chips)
+        images = image_ops.to_float(parallel.shard_batch(chips, mesh))
         delta = hardening.worst_case(
             jax.random.fold_in(key, numbers[0]),
             variables,
             images,
-            anchors,
+            parallel.shard_batch(anchors, mesh),
             extractor=extractor,
             attack=attack,
-            directions=directions,
+            directions=parallel.shard_batch(directions, mesh),
         )
         return _embed(variables, jnp.clip(images + delta, 0.0, 1.0), extractor=extractor)
 

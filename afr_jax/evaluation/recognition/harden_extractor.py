@@ -236,9 +236,11 @@ def _toy_extractor(work: workdir.Workdir) -> pathlib.Path:
     return trained.write_extractor(folder, card, variables).parent
 
 
-def _recipe(config: HardenExtractorConfig, extractor: registry.Extractor) -> hardening.Recipe:
+def _recipe(
+    config: HardenExtractorConfig, extractor: registry.Extractor
+) -> hardening.HardeningRecipe:
     with options.usage(""):
-        return hardening.Recipe(
+        return hardening.HardeningRecipe(
             extractor,
             config.update.over(config.num_steps, warmup_steps=config.warmup_steps),
             hardening.Attack(config.epsilon / 255, config.attack_steps),
@@ -322,9 +324,9 @@ def _train(
     work: workdir.Workdir,
     mesh: parallel.Mesh,
     faces: _Faces,
-    recipe: hardening.Recipe,
+    recipe: hardening.HardeningRecipe,
     original: conversion.Variables,
-) -> tuple[hardening.State, dict[str, float]]:
+) -> tuple[hardening.HardeningState, dict[str, float]]:
     """Trains from the newest checkpoint to the last step; the state, and the last metrics."""
     key = jax.random.key(config.seed)
     images = parallel.replicate(faces.images[faces.training], mesh)

@@ -435,4 +435,4 @@ def _printable(value: Any) -> Any:
 
 def _sha256(text: str) -> str:
     """The hash by which the page's content policy admits its own style and script."""
-    return base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode("ascii")
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

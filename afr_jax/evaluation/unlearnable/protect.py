@@ -104,8 +104,8 @@ class MakeUnlearnableConfig(options.Config):
         kind = recipes.METHODS[self.method]
         if not issubclass(kind, recipes.SearchedNoise):
             return small
-        full = dataclasses.asdict(kind(granularity=self.granularity).published())
-        limits = {name: min(limit, full[name]) for name, limit in _TOY_SEARCH.items()}
+        full = kind(granularity=self.granularity).published()
+        limits = {name: min(limit, getattr(full, name)) for name, limit in _TOY_SEARCH.items()}
         return options.fill_defaults(small, limits)
 
     def noise(self) -> recipes.NoiseConfig:

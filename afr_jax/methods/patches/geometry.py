@@ -175,7 +175,8 @@ def _surface(area: Area) -> np.ndarray:
     points = np.zeros((rows + 1, columns + 1, 3))
     for row, share in enumerate(waist):
         reach = _REACH * radii[0] * share
-        fine = np.linspace(*np.clip([area.left_mm, area.right_mm], -reach, reach), 257)
+        first, last = np.clip([area.left_mm, area.right_mm], -reach, reach)
+        fine = np.linspace(first, last, 257)
         bent = np.sqrt(np.maximum(1 - (fine / (radii[0] * share)) ** 2, 1e-4))
         depth = radii[2] * share * bent
         arc = np.concatenate([[0], np.cumsum(np.hypot(np.diff(fine), np.diff(depth)))])

@@ -12,6 +12,8 @@ size only made the later networks reject it.
 A patch is `[h, w]` float in [0, 1], 0 black and 1 the paper's white.
 """
 
+import functools
+import operator
 from typing import NamedTuple
 
 import chex
@@ -115,16 +117,17 @@ def loss_parts(
     for crops in groups:
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), crops)
         pixels = mtcnn.normalize(255.0 * flat.pixels)
-        scores, _ = mtcnn.PNet().apply(variables.pnet, pixels, flat.sizes)
+        scores = mtcnn.propose(variables.pnet, pixels, flat.sizes)[0]
         cells = jnp.arange(scores.shape[1])[None, :]
         inside = mtcnn.map_size(flat.sizes)[:, :, None] > cells[:, None, :]
         masks = flat.masks & inside[:, 0, :, None] & inside[:, 1, None, :]
         costs.append(_mean(excess(scores, masks, config), mask))
+    printed = patches.values()
     return Parts(
-        pnet=sum(costs) / len(costs),
+        pnet=functools.reduce(operator.add, costs) / len(costs),
         stages=_mean(stages, mask),
-        variation=sum(map(total_variation, patches.values())) / len(patches),
-        black=sum(map(blackness, patches.values())) / len(patches),
+        variation=functools.reduce(operator.add, map(total_variation, printed)) / len(patches),
+        black=functools.reduce(operator.add, map(blackness, printed)) / len(patches),
     )
 
 

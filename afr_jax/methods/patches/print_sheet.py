@@ -50,7 +50,13 @@ def pdf(
         page.drawString(_MARGIN_MM * units.mm, top * units.mm, line)
         low = top - 2 - tall
         image = utils.ImageReader(Image.fromarray(np.ascontiguousarray(picture, np.uint8)))
-        page.drawImage(image, *(length * units.mm for length in (_MARGIN_MM, low, wide, tall)))
+        page.drawImage(
+            image,
+            x=_MARGIN_MM * units.mm,
+            y=low * units.mm,
+            width=wide * units.mm,
+            height=tall * units.mm,
+        )
         top = low - _GAP_MM
     page.showPage()
     page.save()

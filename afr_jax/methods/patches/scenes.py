@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from afr_jax.core import images, options
+from afr_jax.core import images, options, parallel
 from afr_jax.methods.patches import placement
 from afr_jax.recognition import detect
 
@@ -81,15 +81,15 @@ class Scene(NamedTuple):
         counts: How many of them are real, for each group.
     """
 
-    region: jax.Array
-    origin: jax.Array
-    size: jax.Array
-    center: jax.Array
-    side: jax.Array
-    grids: dict[str, jax.Array]
-    paper: jax.Array
-    levels: tuple[jax.Array, ...]
-    counts: tuple[jax.Array, ...]
+    region: parallel.AnyArray
+    origin: parallel.AnyArray
+    size: parallel.AnyArray
+    center: parallel.AnyArray
+    side: parallel.AnyArray
+    grids: dict[str, parallel.AnyArray]
+    paper: parallel.AnyArray
+    levels: tuple[parallel.AnyArray, ...]
+    counts: tuple[parallel.AnyArray, ...]
 
 
 def make_scenes(placed: Sequence[placement.Placed], level_options: LevelOptions) -> Scene:
@@ -128,11 +128,11 @@ def make_scenes(placed: Sequence[placement.Placed], level_options: LevelOptions)
                 origin=origin.astype(np.float32),
                 size=size.astype(np.float32),
                 center=center.astype(np.float32),
-                side=np.float32(side),
+                side=np.asarray(side, np.float32),
                 grids=dict(item.grids),
                 paper=item.paper,
                 levels=tuple(np.resize(levels, (length, 2)) for levels in table),
-                counts=tuple(np.int32(len(levels)) for levels in table),
+                counts=tuple(np.asarray(len(levels), np.int32) for levels in table),
             )
         )
     return jax.tree.map(lambda *leaves: np.stack(leaves), *scenes)

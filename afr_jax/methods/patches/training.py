@@ -7,6 +7,7 @@ levels of each group. A patch is `[h, w]` float in [0, 1], 0 black and 1 the pap
 import contextlib
 import dataclasses
 import functools
+import operator
 import os
 import pathlib
 import tempfile
@@ -240,7 +241,8 @@ def make_trainer(
 
     def judge_all(patches):
         keys = jax.random.split(judge_key, num_judged)
-        return sum(judge(patches, variables, batch, mask, one) for one in keys) / num_judged
+        costs = (judge(patches, variables, batch, mask, one) for one in keys)
+        return functools.reduce(operator.add, costs) / num_judged
 
     return Trainer(start_fn=start, advance_fn=advance_some, judge_fn=judge_all)
 
@@ -281,7 +283,8 @@ def train(
     start_key, train_key = jax.random.split(key)
     mesh = parallel.make_mesh(devices=jax.local_devices())
     batch, mask = parallel.pad_batch(scenes.make_scenes(placed, config.levels), mesh.devices.size)
-    batch, mask = parallel.shard_batch((batch, None if mask.all() else mask), mesh)
+    batch = parallel.shard_batch(batch, mesh)
+    mask = None if mask.all() else parallel.shard_batch(mask, mesh)
     variables = parallel.replicate(variables, mesh)
     trainer = make_trainer(train_key, variables, batch, config, mask=mask)
     states = parallel.replicate(trainer.start_fn(start_key, config.starts), mesh)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.core import images
+from afr_jax.core import images, parallel
 from afr_jax.methods.patches import scenes
 from afr_jax.models import mtcnn
 from afr_jax.perturb import transformations, warps
@@ -87,16 +87,16 @@ def view(
         sizes: What `view_sizes` says of the batch that the scene is of.
     """
     keys = jax.random.split(key, 6)
-    region = scene.region.astype(jnp.float32) / 255.0
+    region = jnp.astype(scene.region, jnp.float32) / 255.0
     low = _low(scene, region.shape[0], sizes.inner)
     inner = jax.lax.dynamic_slice(region, (low[0], low[1], 0), (sizes.inner, sizes.inner, 3))
     angles = jnp.deg2rad(turns.turn_degrees) * _even(keys[0], (3,))
     scale = 1 + turns.scale * _even(keys[1])
-    shift = turns.shift * scene.side * _even(keys[2], (2,))
+    shift = turns.shift * jnp.asarray(scene.side) * _even(keys[2], (2,))
     ends = turns.print_contrast * jax.random.uniform(keys[3], (2,))
     origin, window = scene.origin + low, (sizes.window, sizes.window)
     # In units of the paper's color a patch is gray: one channel to draw instead of three.
-    paper = scene.paper.reshape(1, 1, 3)
+    paper = jnp.reshape(scene.paper, (1, 1, 3))
     inner = inner / paper
     for name in sorted(patches):
         shown = ends[0] + (1 - ends[0] - ends[1]) * patches[name]
@@ -198,7 +198,7 @@ class _Cut(NamedTuple):
     sizes: jax.Array
     masks: jax.Array
 
-    def apply(self, part: jax.Array, origin: jax.Array) -> jax.Array:
+    def apply(self, part: jax.Array, origin: parallel.AnyArray) -> jax.Array:
         """The cuts `[K, n, n, 3]` of a photo that is zero outside a part `[s, s, 3]` of it."""
 
         def weights(start, ratio, low):
@@ -229,7 +229,7 @@ def _cut_level(shapes, scene, side):
         reach = 0.5 * scene.side + scenes.BEYOND * scenes.CELL * ratio
         near.append(jnp.abs(centers - scene.center[axis]) <= reach)
     sizes = jnp.minimum(shapes - first, side).astype(jnp.int32)
-    return _Cut(*starts, ratios, sizes, near[0][:, :, None] & near[1][:, None, :])
+    return _Cut(starts[0], starts[1], ratios, sizes, near[0][:, :, None] & near[1][:, None, :])
 
 
 def _low(scene, whole, part):

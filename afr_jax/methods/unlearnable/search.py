@@ -19,6 +19,7 @@ the noise is found with the running ones.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -175,7 +176,10 @@ def search(
         number = int(state.round)
         errors = np.array(state.errors)
         errors[number] = error
-        state = parallel.replicate(state._replace(round=np.int32(number + 1), errors=errors), mesh)
+        state = state._replace(
+            round=parallel.replicate(np.asarray(number + 1, np.int32), mesh),
+            errors=parallel.replicate(errors, mesh),
+        )
         if checkpoints is not None:
             checkpoints.save(number + 1, state)
         if report_fn is not None:
@@ -205,10 +209,13 @@ def init_search(
     """
     shape = data.images.shape[1:]
     key = jax.random.key(seed)
-    theta = trainer.init_state(key, recipe, image_shape=shape)
+    theta = trainer.init_state(key, recipe, image_shape=shape, mesh=mesh)
     noise = np.zeros((num_rows, *shape), np.float32)
     errors = np.full(options.max_rounds, np.nan, np.float32)
-    return parallel.replicate(SearchState(key, np.int32(0), theta, noise, errors), mesh)
+    key, number, noise, errors = (
+        parallel.replicate(part, mesh) for part in (key, np.zeros((), np.int32), noise, errors)
+    )
+    return SearchState(key, number, theta, noise, errors)
 
 
 def refine(
@@ -283,7 +290,7 @@ def refine(
     return state._replace(noise=noise)
 
 
-class Batch(NamedTuple):
+class NoiseBatch(NamedTuple):
     """Noise at work, of each image of a batch.
 
     Attributes:
@@ -357,12 +364,12 @@ def start_batch(
     target_of: jax.Array,
     *,
     options: source.NoiseOptions,
-) -> Batch:
+) -> NoiseBatch:
     """Looks up the images of `rows` `[B]` and their noise."""
     mask = rows < len(data.labels)
     images, labels = (jnp.take(leaf, rows, axis=0, mode="clip") for leaf in data)
     deltas = source.noise_of(noise, rows, labels, options)
-    return Batch(image_ops.to_float(images), labels, target_of[labels], mask, deltas)
+    return NoiseBatch(image_ops.to_float(images), labels, target_of[labels], mask, deltas)
 
 
 @functools.partial(
@@ -371,13 +378,13 @@ def start_batch(
 def advance_batch(
     key: jax.Array,
     theta: source.Theta,
-    work: Batch,
+    work: NoiseBatch,
     first_step: jax.Array,
     *,
     recipe: trainer.Recipe,
     options: source.NoiseOptions,
     num_steps: int = 1,
-) -> Batch:
+) -> NoiseBatch:
     """Takes signed steps; a pass can be cut between any two, since a step has its own key.
 
     Args:
@@ -391,17 +398,17 @@ def advance_batch(
     """
     direction = -1.0 if options.ascend else 1.0
 
-    def loss_fn(delta, key):
+    def loss_fn(delta: jax.Array, key: jax.Array) -> jax.Array:
         shown = sign_descent.seen(work.images, delta)
         if not options.views:
             return direction * source.summed_loss(theta, shown, work.targets, recipe=recipe)
-        total = 0.0
+        losses = []
         for view_key in jax.random.split(key, options.views):
             view = source.robust_view(
                 view_key, theta, shown, work.targets, direction, recipe=recipe, options=options
             )
-            total += direction * source.summed_loss(theta, view, work.targets, recipe=recipe)
-        return total / options.views
+            losses.append(direction * source.summed_loss(theta, view, work.targets, recipe=recipe))
+        return functools.reduce(operator.add, losses) / options.views
 
     problem = sign_descent.problem(loss_fn, limit=options.epsilon, step_size=options.step_size)
     state = loop.start(problem.rules, work.deltas)._replace(step=jnp.asarray(first_step, jnp.int32))
@@ -412,7 +419,7 @@ def advance_batch(
 @functools.partial(jax.jit, static_argnames=("options", "mesh"), donate_argnames="noise")
 def store_batch(
     noise: jax.Array,
-    work: Batch,
+    work: NoiseBatch,
     rows: jax.Array,
     *,
     options: source.NoiseOptions,

@@ -14,12 +14,13 @@ import numpy as np
 
 from afr_jax.core import images as image_ops
 from afr_jax.core import parallel
-from afr_jax.core.parallel import PyTree
 from afr_jax.data import augmentation, sampling
+from afr_jax.models import heads
+from afr_jax.models.weights import conversion
 from afr_jax.perturb import sign_descent, stepping
 from afr_jax.training import trainer
 
-Theta = tuple[PyTree, PyTree]
+Theta = tuple[conversion.Variables, conversion.Variables]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,8 +251,9 @@ def summed_loss(
     theta: Theta, images: jax.Array, labels: jax.Array, *, recipe: trainer.Recipe
 ) -> jax.Array:
     """The sum of the losses of images `[B, H, W, 3]` in [0, 1], with running statistics."""
-    outputs, _ = trainer.forward(*theta, images, recipe=recipe)
-    judged = recipe.head.apply({"params": theta[0]["head"]}, outputs, labels)
+    params, batch_stats = theta
+    outputs, _ = trainer.forward(params, batch_stats, images, recipe=recipe)
+    judged = heads.judge(recipe.head, params["head"], outputs, labels)
     return jnp.sum(judged.losses)
 
 
@@ -259,6 +261,7 @@ def _correct(theta, data, noise, rows, target_of, *, recipe, options):
     """Whether noisy images of the rows `[B]` are taken for their targets, `[B]`."""
     images, labels = (jnp.take(leaf, rows, axis=0, mode="clip") for leaf in data)
     noisy = jnp.clip(image_ops.to_float(images) + noise_of(noise, rows, labels, options), 0.0, 1.0)
-    outputs, _ = trainer.forward(*theta, noisy, recipe=recipe)
-    judged = recipe.head.apply({"params": theta[0]["head"]}, outputs, target_of[labels])
+    params, batch_stats = theta
+    outputs, _ = trainer.forward(params, batch_stats, noisy, recipe=recipe)
+    judged = heads.judge(recipe.head, params["head"], outputs, target_of[labels])
     return judged.correct

@@ -103,7 +103,7 @@ def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:
     if kind != "onnx":
         raise ValueError(f"{path} is no ONNX file, the only form of SFace that is read")
     for name, expected in (("scalar_op1", INPUT_MEAN), ("scalar_op2", INPUT_SCALE)):
-        if not np.array_equal(arrays.pop(name, None), [expected]):
+        if name not in arrays or not np.array_equal(arrays.pop(name), [expected]):
             raise ValueError(f"{path} is not SFace: its {name} is not {expected}")
 
     def entry(leaf, shape):

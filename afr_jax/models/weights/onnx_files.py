@@ -26,7 +26,7 @@ _QUANTIZED = "_quantized"
 # Type of an array's values (`TensorProto.DataType`) -> NumPy's type, and the field that holds the
 # values where they are not raw.
 _FLOATS, _INT32S, _INT64S, _DOUBLES = 4, 5, 7, 10
-_TYPES = {
+_TYPES: dict[int, tuple[np.dtype, int]] = {
     1: (np.dtype("<f4"), _FLOATS),
     2: (np.dtype("u1"), _INT32S),
     3: (np.dtype("i1"), _INT32S),
