@@ -20,6 +20,9 @@ _FLOORS = {
     "experiments": 7,
 }
 
+# Modules of a package, side by side.
+_MOST_MODULES = 12
+
 # What is used -> the modules that may use it (a prefix ending in a dot stands for a package).
 _DOORS = {
     "jax.distributed": ("afr_jax.core.distributed",),
@@ -149,6 +152,27 @@ def test_every_module_lies_on_a_floor():
     roots = ("afr_jax", "afr_jax.cli")
     homeless = [name for name in _MODULES if _package(name) is None and name not in roots]
     assert not homeless
+
+
+def test_no_package_is_crowded():
+    counts: dict[str, int] = {}
+    for name, path in _MODULES.items():
+        if path.name != "__init__.py" and name.startswith("afr_jax."):
+            package = name.rpartition(".")[0]
+            counts[package] = counts.get(package, 0) + 1
+    crowded = {package: count for package, count in counts.items() if count > _MOST_MODULES}
+    assert not crowded
+
+
+def test_a_class_name_stands_for_one_thing():
+    homes: dict[str, set[str]] = {}
+    for module, path in _MODULES.items():
+        if module.startswith("afr_jax."):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    homes.setdefault(node.name, set()).add(module)
+    shared = {name: sorted(modules) for name, modules in homes.items() if len(modules) > 1}
+    assert not shared
 
 
 @pytest.mark.parametrize("module", sorted(_MODULES))

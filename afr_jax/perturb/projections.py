@@ -8,13 +8,15 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from afr_jax.core.parallel import AnyArray
 
-def linf_box(delta: jax.Array, limit: jax.Array | float) -> jax.Array:
+
+def linf_box(delta: jax.Array, limit: AnyArray | float) -> jax.Array:
     """Clips to [-limit, limit]; `limit` is a number or broadcasts against delta (one per pixel)."""
     return jnp.clip(delta, -limit, limit)
 
 
-def image_box(delta: jax.Array, image: jax.Array) -> jax.Array:
+def image_box(delta: jax.Array, image: AnyArray) -> jax.Array:
     """Clips so that image + delta lies in [0, 1]; image and delta have one shape."""
     chex.assert_equal_shape([delta, image])
     return jnp.clip(delta, -image, 1.0 - image)

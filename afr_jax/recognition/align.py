@@ -10,6 +10,7 @@ point (y, x, 1) to photo point (y, x).
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
@@ -60,7 +61,7 @@ def cut_canvas(
     return Canvas(images.pad_to(piece, (side, side)), (int(low[0]), int(low[1])), factor, size)
 
 
-def integer_bounds(bounds: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def integer_bounds(bounds: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """First and one-past-last (row, column) of a rectangle, rounded outwards, within `shape`."""
     limit = np.array(shape[:2])
     low = np.clip(np.floor(np.asarray(bounds)[:2]).astype(int), 0, limit - 1)
@@ -155,7 +156,7 @@ def pool_factor(scale: float) -> int:
 
 
 def jitter_transform(
-    key: jax.Array, transform: jax.Array, size: int, *, shift: float, turn: float
+    key: jax.Array, transform: parallel.AnyArray, size: int, *, shift: float, turn: float
 ) -> jax.Array:
     """A chip-to-photo transform as slightly different landmarks would give it.
 
@@ -180,7 +181,9 @@ def jitter_transform(
     return jnp.concatenate([linear @ matrix, (linear @ offset + transform[:, 2])[:, None]], axis=1)
 
 
-def warp(image: jax.Array, transform: parallel.AnyArray, *, size: int, pool: int = 1) -> jax.Array:
+def warp(
+    image: parallel.AnyArray, transform: parallel.AnyArray, *, size: int, pool: int = 1
+) -> jax.Array:
     """Resamples an image to a chip: box average over `pool` pixels, then bilinear; black outside.
 
     Args:
@@ -209,7 +212,7 @@ def warp(image: jax.Array, transform: parallel.AnyArray, *, size: int, pool: int
     return _bilinear(image, (y - (pool - 1) / 2) / pool, (x - (pool - 1) / 2) / pool)
 
 
-def _bilinear(image: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+def _bilinear(image: parallel.AnyArray, y: jax.Array, x: jax.Array) -> jax.Array:
     """Samples `[H, W, C]` at points `[R, S]`; beyond the outermost centers it fades to zero."""
     height, width, channels = image.shape
     low_y, low_x = jnp.floor(y), jnp.floor(x)

@@ -58,7 +58,7 @@ def train_many(
     )
     numbers, _ = parallel.pad_batch(np.arange(num_runs), mesh.devices.size)
     sets = np.asarray(set_of_run, np.int32)[numbers]
-    starts = [victims.init_run(int(seed_of_run[int(n)]), num_examples, options) for n in numbers]
+    starts = [victims.init_run(seed_of_run[n], num_examples, options) for n in numbers.tolist()]
     keys = jnp.stack([key for key, _ in starts])
     states = jax.vmap(lambda k: trainer.init_state(k, recipe, image_shape=shape))(keys)
     keys, states, sets = parallel.shard_batch((keys, states, sets), mesh)

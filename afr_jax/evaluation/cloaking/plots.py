@@ -130,8 +130,15 @@ def draw(
             before.append(clean.to_published[rows][:, clean.owners == number].min(axis=1))
             after.append(apart[:, labels == number].min(axis=1))
             others.append(apart[:, labels != number].min(axis=1))
-        parts = (np.concatenate(part) for part in (before, after, others))
-        found.append(Distances(title, *parts, clean.extractor.threshold))
+        found.append(
+            Distances(
+                title,
+                before=np.concatenate(before),
+                after=np.concatenate(after),
+                others=np.concatenate(others),
+                threshold=clean.extractor.threshold,
+            )
+        )
     plot_embeddings(folder / "embeddings.png", clouds)
     plot_distances(folder / "distances.png", found)
 

@@ -70,13 +70,15 @@ def protect_fn(
         seed: of all randomness.
 
     Raises:
-        ValueError: the method is `none`.
+        ValueError: the method is `none`, or there is no driver for `fawkes_pypi`.
 
     Returns:
         A function of photos with their faces to what `photo_cloaks.cloak_photos` returns.
     """
     if cell.budget is None:
         raise ValueError(f"{cell.name} has no budget to protect photos within")
+    if cell.method == "fawkes_pypi" and package is None:
+        raise ValueError(f"{cell.name} needs the driver of PyPI `fawkes`")
     limit: float = cell.budget
     extractors = tuple(recognizer.extractors[name] for name in cell.surrogates)
     variables = tuple(recognizer.variables[name] for name in cell.surrogates)
@@ -84,7 +86,7 @@ def protect_fn(
     def protect(faces: Sequence[photo_cloaks.PhotoFaces]) -> Protected:
         if cell.method == "noise":
             return [noise.add_noise(face, covered, dssim_budget=limit, seed=seed) for face in faces]
-        if cell.method == "fawkes_pypi":
+        if package is not None and cell.method == "fawkes_pypi":
             steps = cells.cloak_method("fawkes", limit, num_steps=num_steps).num_steps
             return fawkes_package.cloak(
                 package, folder, faces, extractors[0], limit, num_steps=steps, seed=seed

@@ -270,6 +270,6 @@ def _cut(
     rows = np.flatnonzero(seen.found & wanted)
     cut = [
         chips.extractor_chip(extractor, photos.read_photo(paths[i]).pixels, seen.landmarks[i])
-        for i in rows
+        for i in rows.tolist()
     ]
     return np.stack(cut) if cut else np.zeros((0, side, side, 3), np.uint8)

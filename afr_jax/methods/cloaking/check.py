@@ -199,8 +199,8 @@ def skipped_faces(
         kept: `[N]` bool, which of them are cloaked.
         min_confidence: below which a face is not; the others are too small.
     """
-    records = []
-    for number in np.flatnonzero(~kept):
+    records: list[CloakRecord] = []
+    for number in np.flatnonzero(~kept).tolist():
         box, confidence = faces.boxes[number], faces.confidences[number]
         region = np.concatenate([np.floor(box[:2]), np.ceil(box[2:])]).astype(int)
         reason = "it is too small to be recognized"

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax.typing import VariableDict
 
-from afr_jax.core import ssim
+from afr_jax.core import parallel, ssim
 from afr_jax.models.extractors import registry
 from afr_jax.perturb import loop, penalties, projections, stepping
 from afr_jax.recognition import align
@@ -41,10 +41,10 @@ class FaceCrop(NamedTuple):
         target: `[D]`, embedding of another person.
     """
 
-    transform: jax.Array
-    own: jax.Array
-    to_person: jax.Array
-    target: jax.Array
+    transform: parallel.AnyArray
+    own: parallel.AnyArray
+    to_person: parallel.AnyArray
+    target: parallel.AnyArray
 
 
 class Face(NamedTuple):
@@ -62,13 +62,13 @@ class Face(NamedTuple):
         budget: float, largest DSSIM; `cloak_faces` fills it in.
     """
 
-    image: jax.Array
-    limit: jax.Array
-    boxes: jax.Array
+    image: parallel.AnyArray
+    limit: parallel.AnyArray
+    boxes: parallel.AnyArray
     crops: tuple[FaceCrop, ...]
-    has_target: jax.Array
-    gray: jax.Array
-    budget: jax.Array | float = 0.0
+    has_target: parallel.AnyArray
+    gray: parallel.AnyArray
+    budget: parallel.AnyArray | float = 0.0
 
 
 class CloakSearch(Protocol):
@@ -288,7 +288,7 @@ def project(delta: jax.Array, face: Face) -> jax.Array:
     return projections.image_box(delta, face.image)
 
 
-def chip(surrogate: Surrogate, image: jax.Array, transform: jax.Array) -> jax.Array:
+def chip(surrogate: Surrogate, image: parallel.AnyArray, transform: parallel.AnyArray) -> jax.Array:
     """The chip `[side, side, 3]` that a surrogate sees of a canvas `[S, S, 3]`."""
     return align.warp(image, transform, size=surrogate.extractor.input_px, pool=surrogate.pool)
 

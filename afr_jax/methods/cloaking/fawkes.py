@@ -181,7 +181,7 @@ def evaluate(
         loss = weight * dssim / budget - gain, score = -gain within the budget and inf outside,
         metrics `dssim`, `spent`, `gain` and `distances` from the person `[number of surrogates]`.
     """
-    cloaked = face.image + delta
+    cloaked = delta + face.image
     dssim = face_cloaks.dssim(cloaked, face, reference)
     view_key, align_key = jax.random.split(key)
     ease = jnp.minimum(face.budget / MODES["mid"], 1.0)

@@ -12,6 +12,8 @@ lives on the photo's pixels instead of a 112 px chip; the last iterate is not ta
 """
 
 import dataclasses
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +111,7 @@ def evaluate(
         plain and blurred chip, of the squared distance in units of the clean embedding's squared
         length; score = -gain within the budget and inf outside; metrics of `within_budget`.
     """
-    cloaked = face.image + delta
+    cloaked = delta + face.image
     dssim = face_cloaks.dssim(cloaked, face, reference)
     gains = []
     for surrogate, params, crop in zip(surrogates, variables, face.crops, strict=True):
@@ -117,5 +119,5 @@ def evaluate(
         pair = jnp.stack([chip, transformations.blur(chip, _BLUR_SIGMA_PX)])
         moved = registry.embed(surrogate.extractor, params, pair) - crop.own[None]
         gains.append(jnp.mean(jnp.sum(moved**2, axis=-1)) / jnp.sum(crop.own**2))
-    gain = sum(gains) / len(gains)
+    gain = functools.reduce(operator.add, gains) / len(gains)
     return face_cloaks.within_budget(gain, dssim, weight, face)

@@ -141,7 +141,8 @@ def cloak_photos(
     ]
     mesh = parallel.make_mesh() if mesh is None else mesh
     plans = _introduce(surrogates, plans, mesh)
-    deltas, distances = [None] * len(plans), [None] * len(plans)
+    deltas: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    distances: dict[int, dict[str, float]] = {}
     for batch in _batches(plans, mesh.size):
         some = [plans[i] for i in batch.indices]
         found = _cloak_batch(key, surrogates, some, batch.size, config, mesh, report_fn)
@@ -239,8 +240,8 @@ def _plan(extractors, photo, index, number, targets, config) -> _Plan:
         limit=images.pad_to(limit, (side, side)),
         boxes=boxes,
         crops=tuple(crops),
-        has_target=np.float32(targets is not None),
-        gray=np.float32(photo.gray),
+        has_target=np.asarray(targets is not None, np.float32),
+        gray=np.asarray(photo.gray, np.float32),
     )
     seed = (zlib.crc32(photo.name.encode("utf-8", "surrogateescape")), number)
     return _Plan(index, region, box, canvas, tuple(pools), face, seed)
@@ -382,7 +383,9 @@ def _to_photo_size(plan, photo, delta, config) -> tuple[np.ndarray, np.ndarray]:
     limit = _limit(photo, plan.seed[1], plan.region, 1)[..., None] * config.linf_limit
     if factor > 1:
         planes = [
-            Image.fromarray(plane).resize((columns * factor, rows * factor), Image.BICUBIC)
+            Image.fromarray(plane).resize(
+                (columns * factor, rows * factor), Image.Resampling.BICUBIC
+            )
             for plane in np.moveaxis(delta, -1, 0)
         ]
         delta = np.stack([np.asarray(plane) for plane in planes], -1)[:height, :width]
@@ -412,6 +415,6 @@ def _grown(box: np.ndarray, margin: float) -> np.ndarray:
 def _canvas_box(box: np.ndarray, factor: int, size: tuple[int, int]) -> np.ndarray:
     """A box of the region on the canvas, rounded outwards, at least a window wide where it fits."""
     low, high = box[:2] // factor, -(-box[2:] // factor)
-    size = np.array(size)
+    whole = np.array(size)
     low = np.maximum(np.minimum(low, high - ssim.WINDOW), 0)
-    return np.concatenate([low, np.minimum(np.maximum(high, low + ssim.WINDOW), size)])
+    return np.concatenate([low, np.minimum(np.maximum(high, low + ssim.WINDOW), whole)])

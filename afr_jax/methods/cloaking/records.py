@@ -165,6 +165,9 @@ def is_done(job: Job) -> bool:
     try:
         known = read(job)
         image = known["image"]
+    except (OSError, ValueError, KeyError):
+        return False
+    try:
         if image["status"] == "failed" or known.get("pending"):
             return False
         if job.source.problem is None:

@@ -69,7 +69,7 @@ def choose(
     check(target, gallery)
     if target == "repel":
         return None
-    if target == "farthest":
+    if gallery is not None:
         return farthest_in_gallery(recognizer, gallery, images, options_fn=options_fn)
     centroids = folder_centroids(recognizer, target, options_fn=options_fn)
     return Target(pathlib.Path(target).name, centroids)

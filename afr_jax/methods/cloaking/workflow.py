@@ -181,7 +181,7 @@ class Workflow:
         *,
         target: targets.Target | None = None,
         report_fn: Callable[[int], None] | None = None,
-    ) -> list[Outcome]:
+    ) -> Sequence[Outcome]:
         """Cloaks photos together; if that fails, one at a time.
 
         Args:

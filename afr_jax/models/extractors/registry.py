@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from afr_jax.core.parallel import AnyArray
 from afr_jax.models.extractors import (
     deepface,
     dlib_resnet,
@@ -371,7 +372,7 @@ def embed(extractor: Extractor, variables: conversion.Variables, chips: jax.Arra
     return embeddings
 
 
-def distance(embeddings: jax.Array, others: jax.Array) -> jax.Array:
+def distance(embeddings: jax.Array, others: AnyArray) -> jax.Array:
     """L2 distance `[...]` of embeddings `[..., D]`; the gradient is zero where they coincide."""
     squared = jnp.sum((embeddings - others) ** 2, axis=-1)
     apart = squared > 0
