@@ -13,9 +13,9 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-import make_extractor_references as references  # noqa: E402
+import make_extractor_references as references
 
-from afr_jax.models.extractors import sface  # noqa: E402
+from afr_jax.models.extractors import sface
 
 SFACE = references.REFERENCES / "sface.npz"
 

@@ -50,7 +50,7 @@ def call_alone(config_class, run_fn, *flags):
     slow where few cores are free.
     """
     one = parallel.make_mesh(devices=jax.devices()[:1])
-    with mock.patch.object(parallel, "make_mesh", lambda **_: one):
+    with mock.patch.object(parallel, "make_mesh", return_value=one):
         return call(config_class, run_fn, *flags)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "experiments" / "reference"))
 
-import serving  # noqa: E402
+import serving
 
 
 def detect(paths, **options):

@@ -239,7 +239,7 @@ def test_cloak(recognizer, pair, tmp_path):
     cloaked[0].save(tmp_path / "a_cloaked.png")
     (written,) = afr.read_photos(tmp_path / "a_cloaked.png")
     np.testing.assert_array_equal(written.pixels, cloaked[0].pixels)
-    with pytest.raises(ValueError, match="written as .png"):
+    with pytest.raises(ValueError, match=r"written as .png"):
         cloaked[0].save(tmp_path / "a.jpg")
     flags = [f"--images={','.join(map(str, pair))}", "--num_steps=3", "--mode=high"]
     outcome = cloak_files.run(

@@ -83,6 +83,8 @@ def _errors(name, function):
     for parameter in parameters:
         if parameter.kind in _POSITIONAL and parameter.default is not inspect.Parameter.empty:
             yield f"{name}: {parameter.name} has a default and is not keyword-only"
+        if parameter.annotation is inspect.Parameter.empty:
+            yield f"{name}: {parameter.name} has no type"
 
 
 @pytest.mark.parametrize("module_name", list(_module_names()))
@@ -111,29 +113,40 @@ def test_the_walk_finds_functions_and_methods():
     } <= names
 
 
-def _good(key, params, image, *, scale=1.0):
+def _good(key: int, params: int, image: int, *, scale: float = 1.0):
     """Documented."""
 
 
-def _undocumented(image):
+def _undocumented(image: int):
     pass
 
 
-def _late_key(image, key):
+def _late_key(image: int, key: int):
     """Documented."""
 
 
-def _rng(rng, image):
+def _rng(rng: int, image: int):
     """Documented."""
 
 
-def _positional_default(image, scale=1.0):
+def _untyped(image):
+    """Documented."""
+
+
+def _positional_default(image: int, scale: float = 1.0):
     """Documented."""
 
 
 @pytest.mark.parametrize(
     "function, count",
-    [(_good, 0), (_undocumented, 1), (_late_key, 1), (_rng, 1), (_positional_default, 1)],
+    [
+        (_good, 0),
+        (_undocumented, 1),
+        (_late_key, 1),
+        (_rng, 1),
+        (_untyped, 1),
+        (_positional_default, 1),
+    ],
 )
 def test_the_rules_themselves(function, count):
     assert len(list(_errors("f", function))) == count

@@ -8,10 +8,12 @@ that a run resumes on another number of devices.
 import os
 import pathlib
 import types
-from typing import Any, Self
+from typing import Self, cast
 
 import jax
 import orbax.checkpoint as ocp
+
+from afr_jax.core.parallel import PyTree, Tree
 
 
 class Checkpoints:
@@ -20,7 +22,7 @@ class Checkpoints:
     With several processes all of them call every method, with the same arguments.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, num_kept: int = 2):
+    def __init__(self, folder: str | os.PathLike[str], *, num_kept: int = 2) -> None:
         """Opens the folder, or creates it.
 
         Args:
@@ -42,7 +44,7 @@ class Checkpoints:
         self.wait()
         return self._manager.latest_step()
 
-    def save(self, step: int, tree: Any) -> None:
+    def save(self, step: int, tree: PyTree) -> None:
         """Saves in the background; the tree may be donated or changed as soon as this returns.
 
         Saving the newest step once more has no effect, so a resumed run that has nothing left to do
@@ -59,7 +61,7 @@ class Checkpoints:
             raise ValueError(f"step {step} comes before the newest checkpoint, step {latest}")
         self._manager.save(step, args=ocp.args.StandardSave(tree))
 
-    def restore(self, example: Any) -> tuple[int, Any] | None:
+    def restore(self, example: Tree) -> tuple[int, Tree] | None:
         """Restores the newest checkpoint.
 
         Args:
@@ -79,7 +81,7 @@ class Checkpoints:
         tree = self._manager.restore(
             step, args=ocp.args.StandardRestore(jax.tree.map(_placed, example))
         )
-        return step, tree
+        return step, cast(Tree, tree)
 
     def wait(self) -> None:
         """Returns when everything saved so far is complete on disk."""
@@ -104,7 +106,7 @@ class Checkpoints:
         self.close()
 
 
-def _placed(leaf: Any) -> Any:
+def _placed(leaf: PyTree) -> PyTree:
     # Without a sharding Orbax would read the one in the file, whose devices may be gone.
     if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -51,7 +51,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Writes a JSON file so that readers see the old one or the new one, never a part.
 
     Args:
@@ -79,7 +79,7 @@ def write_csv(
     write_atomically(path, text.getvalue().encode(), overwrite=True)
 
 
-def to_jsonable(value: Any) -> Any:
+def to_jsonable(value: object) -> Any:  # noqa: ANN401  # What JSON can say.
     """Turns a value into what JSON can say.
 
     Arrays become lists, scalars Python numbers, NaN and infinities null, dataclasses and

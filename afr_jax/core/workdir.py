@@ -50,7 +50,7 @@ class Workdir:
 
 
 def open_workdir(
-    path: str | os.PathLike[str] | None, config: Any, *, resumable: Iterable[str] | None = None
+    path: str | os.PathLike[str] | None, config: object, *, resumable: Iterable[str] | None = None
 ) -> Workdir:
     """Creates or reopens the folder of a run and makes sure that it is the same run.
 
@@ -87,7 +87,7 @@ def open_workdir(
     return Workdir(folder, resumed=old is not None)
 
 
-def load_or_compute(path: str | os.PathLike[str], compute_fn: Callable[[], Any]) -> Any:
+def load_or_compute(path: str | os.PathLike[str], compute_fn: Callable[[], object]) -> Any:  # noqa: ANN401  # What JSON can say.
     """The value of a JSON file; if there is none yet, what a function returns, which is written.
 
     So a study keeps its cells: what a killed run has finished is not computed again.
@@ -108,7 +108,7 @@ def load_or_compute(path: str | os.PathLike[str], compute_fn: Callable[[], Any])
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def _flatten(config: object, prefix: str = "") -> dict[str, Any]:
     if not isinstance(config, Mapping) or not config:
         return {prefix: config}
     flat = {}

@@ -50,7 +50,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         features: Mapping[str, tfds.features.FeatureConnector],
         splits: Mapping[str, Iterable[tuple[str, Mapping[str, Any]]]],
         metadata: Mapping[str, Any] | None = None,
-    ):
+    ) -> None:
         """Takes what is to be written; see `write_records`."""
         self.name = dataset_name
         self._features, self._splits, self._metadata = features, splits, metadata

@@ -30,7 +30,7 @@ class ExampleSource(Protocol):
 class FileSource(ExampleSource):
     """The photos of a listing, decoded when they are asked for, as squares."""
 
-    def __init__(self, listing: identities.Listing, side: int):
+    def __init__(self, listing: identities.Listing, side: int) -> None:
         """Takes a listing whose photos can all be read.
 
         Args:
@@ -50,7 +50,7 @@ class FileSource(ExampleSource):
 class RecordSource(ExampleSource):
     """The examples of a TFDS data source (`array_records.open_source`), as squares."""
 
-    def __init__(self, examples: Sequence[dict], side: int):
+    def __init__(self, examples: Sequence[dict], side: int) -> None:
         """Takes the data source.
 
         Args:

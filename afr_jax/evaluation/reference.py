@@ -42,7 +42,7 @@ class ReferenceProcess:
             ReferenceProcessError: it does not start.
         """
         self._name = pathlib.Path(script).name
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # Closed by `close`.
         # Neither our modules and compiler options nor another interpreter's library may get into
         # its way: TensorFlow's XLA stops at options that it does not know.
         environment = {
@@ -103,10 +103,9 @@ class ReferenceProcess:
         if self._errors.closed:
             return
         for pipe in (self._stdin, self._stdout):
-            try:
+            # What was still to be written is of no interest.
+            with contextlib.suppress(OSError):
                 pipe.close()
-            except OSError:
-                pass  # What was still to be written is of no interest.
         try:
             self._process.wait(timeout=_END_SECONDS)
         except subprocess.TimeoutExpired:

@@ -303,7 +303,7 @@ class _ArrayRecord:
 class _Stream:
     """A reader without `peek`, so that the unpickler consumes no byte beyond its own records."""
 
-    def __init__(self, data: bytes):
+    def __init__(self, data: bytes) -> None:
         stream = io.BytesIO(data)
         self.read, self.readline, self.readinto = stream.read, stream.readline, stream.readinto
 
@@ -311,7 +311,7 @@ class _Stream:
 class _ArrayUnpickler(pickle.Unpickler):
     """Admits the three names that a joblib dump of plain arrays needs: nothing foreign can run."""
 
-    def __init__(self, stream: _Stream):
+    def __init__(self, stream: _Stream) -> None:
         super().__init__(stream)
         self._record = type("_BoundArrayRecord", (_ArrayRecord,), {"stream": stream})
 

@@ -59,7 +59,7 @@ class ViewOptions:
     blur_px: float = 0.8
     jpeg_quality: tuple[int, int] | None = (50, 95)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("light", "contrast", "color_cast"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must lie in [0, 1)")

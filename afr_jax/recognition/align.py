@@ -55,7 +55,7 @@ def cut_canvas(
     size = -(-piece.shape[0] // factor), -(-piece.shape[1] // factor)
     if factor > 1:
         extra = [(0, n * factor - m) for n, m in zip(size, piece.shape[:2], strict=True)]
-        piece = np.pad(piece, extra + [(0, 0)], mode="edge")
+        piece = np.pad(piece, [*extra, (0, 0)], mode="edge")
         piece = piece.reshape(size[0], factor, size[1], factor, 3).mean(axis=(1, 3))
     side = images.bucket_size(max(size), bucket_sizes)
     return Canvas(images.pad_to(piece, (side, side)), (int(low[0]), int(low[1])), factor, size)

@@ -11,6 +11,7 @@ Listings of photos come from `afr_jax.data.identities`.
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -191,7 +192,7 @@ def near_pairs(bits: np.ndarray, max_distance: int) -> np.ndarray:
     bits = np.asarray(bits, np.uint64)
     edges = np.linspace(0, 64, max_distance + 2).astype(int)
     found = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         mask = np.uint64(((1 << int(high - low)) - 1) << int(low))
         band = bits & mask
         order = np.argsort(band, kind="stable")

@@ -37,7 +37,9 @@ _MAX_PARTITIONS = 4096
 class Database:
     """A table of enrolled faces; from `open_database`."""
 
-    def __init__(self, connection: lancedb.DBConnection, table: lancedb.table.Table, uri: str):
+    def __init__(
+        self, connection: lancedb.DBConnection, table: lancedb.table.Table, uri: str
+    ) -> None:
         """Reads what made the table's embeddings."""
         self.uri = uri
         self._connection = connection

@@ -136,7 +136,7 @@ class _Keras:
         for missing in ("gdown", "deepface.modules.verification"):
             sys.modules.setdefault(missing, types.ModuleType(missing))
         self._seed, self._whole = seed, None
-        module, last = _DEEPFACE[name]
+        module, _ = _DEEPFACE[name]
         utilities = importlib.import_module("deepface.commons.weight_utils")
         utilities.download_weights_if_necessary = lambda **_: ""
         utilities.load_model_weights = self._fill

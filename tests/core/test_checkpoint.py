@@ -111,14 +111,14 @@ def test_resumes_on_another_number_of_devices(tmp_path, num_before, num_after):
 def test_another_shape_is_an_error(tmp_path):
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"a": jnp.zeros(3)})
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="not compatible"):
             checkpoints.restore({"a": jnp.zeros(4)})
 
 
 def test_another_structure_is_an_error(tmp_path):
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"a": jnp.zeros(3)})
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="do not match"):
             checkpoints.restore({"b": jnp.zeros(3)})
 
 

@@ -172,7 +172,7 @@ def test_pad_to_appends_zeros(shape):
 
 
 def test_pad_to_does_not_cut():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="negative"):
         images.pad_to(_noise(4, 5, 3), (3, 9))
 
 

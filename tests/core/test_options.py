@@ -37,7 +37,7 @@ def test_built_values_replace_defaults_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    "values, message",
     [
         ({("mode",): "c"}, "mode is 'c', must be one of a, b"),
         ({("inner", "rate"): -1.0}, "rate is -1.0, must be at least 0"),
@@ -80,6 +80,6 @@ def test_defaults_are_filled_but_what_is_said_stays():
 
 
 def test_what_a_flag_named_is_blamed_on_the_flag():
-    with pytest.raises(options.UsageError, match="--data=x: nothing there"):
-        with options.usage("--data=x"):
-            raise FileNotFoundError("nothing there")
+    message = "--data=x: nothing there"
+    with pytest.raises(options.UsageError, match=message), options.usage("--data=x"):
+        raise FileNotFoundError("nothing there")

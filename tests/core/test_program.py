@@ -78,7 +78,7 @@ def test_main_prints_one_json_line_and_exits_with_the_code(command):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments, message",
     [
         (["--no_such_flag=1"], "no_such_flag"),
         (["--seed=many"], "seed"),
@@ -159,7 +159,7 @@ def test_a_command_line_becomes_a_config():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments, message",
     [
         (["--factors=a"], "--factors"),
         (["--factors=0.5,1.5"], "--factors is 1.5, must be at most 1"),

@@ -436,7 +436,7 @@ def test_damaged_exif_does_not_harm(exif):
 def test_partly_damaged_exif_still_tells_the_orientation():
     fields = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHII", 0x010F, 2, 255, 9999)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + fields + bytes(4)
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="Skipping tag"):
         assert _exif_of(_bytes(_blocks(), "JPEG", exif=exif))[0x0112] == 6
     assert photos.decode_photo(_bytes(_blocks(), "PNG", exif=exif)).pixels.shape == (48, 32, 3)
 
@@ -560,9 +560,11 @@ def test_threads_decode_alike_and_leave_the_warning_filters():
     filters, failures = list(warnings.filters), []
 
     def work(kind):
-        for _ in range(20):
-            if not np.array_equal(photos.decode_photo(data[kind]).pixels, expected[kind]):
-                failures.append(kind)
+        failures.extend(
+            kind
+            for _ in range(20)
+            if not np.array_equal(photos.decode_photo(data[kind]).pixels, expected[kind])
+        )
 
     threads = [threading.Thread(target=work, args=(kind,)) for kind in ("TIFF", "JPEG") * 2]
     interval = sys.getswitchinterval()
@@ -677,7 +679,7 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch, where, existing):
         monkeypatch.setattr(pathlib.Path, "open", lambda path, mode: _FullDisk(path, mode[0]))
     else:
         monkeypatch.setattr(os, "fsync", _full)
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match="disk full") as caught:
         files.write_atomically(path, b"new", overwrite=existing)
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()

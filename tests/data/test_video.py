@@ -43,7 +43,7 @@ def test_films_by_pyav_and_one_that_breaks_off(tmp_path):
     reds = [frame.pixels[..., 0].mean() for frame in found.frames]
     assert np.all(np.diff(reds) > 20)
     (tmp_path / "torn.mkv").write_bytes(path.read_bytes()[:60])
-    with pytest.raises(video.VideoError, match="torn.mkv"):
+    with pytest.raises(video.VideoError, match=r"torn.mkv"):
         video.read_frames([tmp_path / "torn.mkv"])
 
 
@@ -63,7 +63,7 @@ def test_missing_empty_and_unreadable_paths_are_told_apart(tmp_path):
     with pytest.raises(video.VideoError, match="it is empty"):
         video.read_frames([tmp_path])
     (tmp_path / "bad.gif").write_bytes(b"GIF89a and no more")
-    with pytest.raises(video.VideoError, match="bad.gif"):
+    with pytest.raises(video.VideoError, match=r"bad.gif"):
         video.read_frames([tmp_path / "bad.gif"])
     with pytest.raises(ValueError, match="max_frames is 0"):
         video.read_frames([tmp_path], max_frames=0)

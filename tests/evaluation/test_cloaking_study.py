@@ -261,7 +261,7 @@ def test_a_method_may_have_a_budget_of_its_own():
     found = cells.all_cells(methods, [("dlib",)], [0.004, 0.012])
     assert [cell.name for cell in found] == ["none", "lowkey-dlib-0.007"]
     for wrong in ("lowkey@0", "lowkey@high", "magic"):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"budget|to float|no method"):
             cells.all_cells([wrong], [("dlib",)], [0.004])
 
 

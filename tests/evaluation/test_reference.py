@@ -27,7 +27,7 @@ def test_a_reference_answers_and_its_prints_do_no_harm():
 
 def test_a_reference_that_ends_is_reported_with_its_last_words():
     with reference.ReferenceProcess(sys.executable, programs.STUB_DRIVER) as other:
-        with pytest.raises(reference.ReferenceProcessError, match="has ended:\n(.*\n)*last words"):
+        with pytest.raises(reference.ReferenceProcessError, match=r"has ended:\n(.*\n)*last words"):
             other.call("crash")
         with pytest.raises(reference.ReferenceProcessError, match="has ended"):
             other.call("noise")

@@ -163,7 +163,7 @@ def test_identical_files_are_called_uncloaked():
 
 
 @pytest.mark.parametrize(
-    ("entry", "expected"),
+    "entry, expected",
     [
         (_extractor(1.02, same_person=False), False),
         (_extractor(0.60), False),
@@ -361,7 +361,7 @@ def test_every_photo_is_there_and_loaded_lazily_one_at_a_time():
 
 
 @pytest.mark.parametrize(
-    ("pair", "message"),
+    "pair, message",
     [(None, "could not be read again"), ((_pair()[0], _pair(height=33)[1]), "differ in size")],
 )
 def test_a_pair_that_cannot_be_shown_leaves_the_figures(pair, message):

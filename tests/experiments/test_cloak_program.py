@@ -145,9 +145,9 @@ def test_mode_profile_and_alpha_are_kept(folder):
         assert gray.mode == "L"
     alpha = _pixels(written / records["alpha.png"]["output"], "RGBA")[..., 3]
     np.testing.assert_array_equal(alpha, _pixels(photos / "alpha.png", "RGBA")[..., 3])
-    with Image.open(written / records["a.png"]["output"]) as final:
-        with Image.open(photos / "a.png") as original:
-            assert final.info["icc_profile"] == original.info["icc_profile"]
+    output = written / records["a.png"]["output"]
+    with Image.open(output) as final, Image.open(photos / "a.png") as original:
+        assert final.info["icc_profile"] == original.info["icc_profile"]
 
 
 def test_second_run_changes_nothing_and_does_no_work(folder, monkeypatch):

@@ -256,12 +256,12 @@ def test_no_photos_and_photos_without_faces(surrogates):
 
 def test_zero_steps_still_obey(surrogates):
     config = dataclasses.replace(_CONFIG, num_steps=0)
-    ((pixels, faces),) = _cloak(surrogates, [_photo()], config)
+    ((_, faces),) = _cloak(surrogates, [_photo()], config)
     assert faces[0].dssim <= config.dssim_budget
 
 
 @pytest.mark.parametrize(
-    ("boxes", "expected"),
+    "boxes, expected",
     [([[0, 0, 30, 20]], [True]), ([[0, 0, 23, 20]], [False]), ([[0, 0, 60, 11]], [False])],
 )
 def test_smallest_faces(boxes, expected):

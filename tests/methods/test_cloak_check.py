@@ -166,7 +166,7 @@ def test_a_face_lost_in_the_written_file_fails(recognizer, photo):
 
 
 @pytest.mark.parametrize(
-    ("budget", "leak", "reason"),
+    "budget, leak, reason",
     [(1e-6, 0, "exceeds the budget 1e-06"), (0.9, 1, "pixels outside the face regions changed")],
 )
 def test_broken_promises_fail(recognizer, photo, budget, leak, reason):

@@ -85,7 +85,7 @@ def test_landmarks_that_fall_together_are_refused():
         geometry.estimate_pose(np.zeros((5, 2)))
 
 
-@pytest.mark.parametrize(("name", "height"), [("cheeks", 54), ("wide_cheeks", 64)])
+@pytest.mark.parametrize("name, height", [("cheeks", 54), ("wide_cheeks", 64)])
 def test_cheeks_lie_below_the_eyes_beside_the_mouth_and_mirror(name, height):
     points = geometry.LANDMARKS_MM[:, :2] + 200
     pose = geometry.estimate_pose(points[:, ::-1])

@@ -44,7 +44,7 @@ def test_no_frames_and_no_faces(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("frames", "names"),
+    "frames, names",
     [
         (np.zeros((2, 4, 4, 3), np.uint8), ["0000", "0001"]),
         ([video.Frame("a", np.zeros((4, 4, 3), np.uint8))], ["a"]),

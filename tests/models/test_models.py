@@ -338,9 +338,8 @@ _DAMAGES = {
 def test_damaged_mtcnn_files_are_refused(folder, mtcnn_variables, damage):
     path = folder / "pnet.lz4"
     path.write_bytes(_DAMAGES[damage](mtcnn_variables))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(str(path))):
         mtcnn.read_weights(folder)
-    assert str(path) in str(error.value)
 
 
 class _Call:
@@ -381,7 +380,7 @@ def test_a_missing_mtcnn_file_is_named(folder, name):
 
 
 def test_a_missing_dlib_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.dat"):
+    with pytest.raises(FileNotFoundError, match=r"none.dat"):
         dlib_resnet.read_weights(tmp_path / "none.dat")
 
 

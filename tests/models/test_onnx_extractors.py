@@ -223,7 +223,7 @@ def test_nodes_that_do_nothing_are_passed(tmp_path):
     nodes[1] = onnx.node("PRelu", ["c0", "slope"], _outputs(nodes[1]))
     slope = _inputs(export.nodes[-1])[1]
     nodes[-1] = onnx.node(
-        "BatchNormalization", [*_inputs(nodes[-1])[:1], "w"] + _inputs(nodes[-1])[2:], ["y"]
+        "BatchNormalization", [*_inputs(nodes[-1])[:1], "w", *_inputs(nodes[-1])[2:]], ["y"]
     )
     nodes = [
         onnx.node("Cast", ["x"], ["x0"], to=1),

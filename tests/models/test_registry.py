@@ -95,7 +95,7 @@ def test_an_unknown_threshold_is_an_error():
 
 
 def test_unknown_extractors_are_named():
-    with pytest.raises(ValueError, match="no extractor 'nobody'; there are: .*dlib"):
+    with pytest.raises(ValueError, match=r"no extractor 'nobody'; there are: .*dlib"):
         registry.get("nobody")
 
 
@@ -151,7 +151,7 @@ def test_a_foreign_file_goes_to_the_extractors_reader(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.pt"):
+    with pytest.raises(FileNotFoundError, match=r"none.pt"):
         registry.load_variables(_toy(), tmp_path / "none.pt")
 
 

@@ -4,6 +4,7 @@ import importlib
 import io
 import pathlib
 import pickle
+import re
 import zipfile
 
 import flax.linen as nn
@@ -113,9 +114,8 @@ def test_damaged_torch_files_are_refused(tmp_path, damage):
     original, change = _TORCH_DAMAGES[damage]
     path = tmp_path / "conversion.pt"
     path.write_bytes(change(original.read_bytes()))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(str(path))):
         formats.read_arrays(path)
-    assert str(path) in str(error.value)
 
 
 def _tensor_index(offset=0, shape=(2, 3), strides=(3, 1), size=6, kind="FloatStorage") -> bytes:
@@ -170,7 +170,7 @@ def test_the_tests_own_writer_writes_good_files(tmp_path):
 def test_arrays_that_reach_outside_their_values_are_refused(tmp_path, fields):
     path = tmp_path / "conversion.pt"
     path.write_bytes(_torch_zip(_tensor_index(**fields), np.arange(6, dtype="<f4").tobytes()))
-    with pytest.raises(ValueError, match="conversion.pt"):
+    with pytest.raises(ValueError, match=r"conversion.pt"):
         torch_files.read_state_dict(path)
 
 
@@ -232,9 +232,8 @@ def _npz_with_objects(path: pathlib.Path, marker: pathlib.Path) -> None:
 def test_other_files_are_refused(tmp_path, write):
     path = tmp_path / "weights.npz"
     write(path)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(str(path))):
         formats.read_arrays(path)
-    assert str(path) in str(error.value)
     assert not (tmp_path / "marker").exists()
 
 
@@ -243,12 +242,12 @@ def test_other_files_are_refused(tmp_path, write):
     [(iresnet.read_weights, _KERAS), (openface.read_weights, _TORCH)],
 )
 def test_a_file_of_another_library_is_refused(read_fn, path):
-    with pytest.raises(ValueError, match="the only forms? "):
+    with pytest.raises(ValueError, match=r"the only forms? "):
         read_fn(path)
 
 
 def test_the_file_of_another_network_is_refused():
-    with pytest.raises(ValueError, match="missing .*conv2d_1a.conv.weight.* extra .*fc.weight"):
+    with pytest.raises(ValueError, match=r"missing .*conv2d_1a.conv.weight.* extra .*fc.weight"):
         inception_resnet.read_weights(_TORCH)
 
 
@@ -289,7 +288,7 @@ def test_all_differences_are_listed():
     arrays["logits.weight"] = arrays.pop("norm.bias")
     arrays["norm.weight"] = np.zeros((4, 1))
     arrays["conv.weight"] = np.zeros((3, 3, 3, 4))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=r"^some/file") as error:
         conversion.fill(
             "some/file",
             conversion.shapes(_Net(), 8),
@@ -298,7 +297,6 @@ def test_all_differences_are_listed():
             ignore_fn=lambda name: name.startswith("logits"),
         )
     text = str(error.value)
-    assert text.startswith("some/file")
     assert "2 missing (conv.bias, norm.bias)" in text
     assert "1 extra (other.weight)" in text
     assert "norm.weight [4, 1], not [4]" in text
@@ -307,7 +305,7 @@ def test_all_differences_are_listed():
 
 def test_arrays_of_other_types_are_refused():
     arrays = _arrays() | {"conv.bias": np.zeros(4, np.int64)}
-    with pytest.raises(ValueError, match="conv.bias holds int64"):
+    with pytest.raises(ValueError, match=r"conv.bias holds int64"):
         conversion.fill("file", conversion.shapes(_Net(), 8), arrays, _entry)
 
 

@@ -1,6 +1,7 @@
 """The perturbation loop on problems with known answers, its projections and its penalties."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import chex
@@ -118,7 +119,7 @@ def test_the_best_score_never_rises_and_belongs_to_the_best_delta():
     states = _states(problem, jnp.zeros(_SHAPE), 12, jax.random.key(0))
     scores = [float(state.score) for state in states]
     assert scores[0] == np.inf and scores[1] < np.inf
-    assert all(after <= before for before, after in zip(scores, scores[1:], strict=False))
+    assert all(after <= before for before, after in itertools.pairwise(scores))
     assert scores[-1] < scores[1]
     score_fn = jax.jit(
         lambda delta, k: (

@@ -73,7 +73,7 @@ def test_another_extractor_or_other_weights_are_refused(filled):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change, message",
     [
         ({"identities": ["ann", ""]}, "without a name"),
         ({"identities": ["ann", "unknown"]}, "nobody may be called 'unknown'"),

@@ -19,7 +19,7 @@ def _oracle(first, second, metric):
 
 
 @pytest.mark.parametrize("metric", registry.METRICS)
-@pytest.mark.parametrize(("num_rows", "k"), [(1, 3), (7, 7), (1500, 5), (9000, 40)])
+@pytest.mark.parametrize("num_rows, k", [(1, 3), (7, 7), (1500, 5), (9000, 40)])
 def test_top_k_by_numpy(metric, num_rows, k):
     rng = np.random.default_rng(num_rows)
     gallery = rng.normal(size=(num_rows, 16)).astype(np.float32)
@@ -69,7 +69,7 @@ def test_distances_of_pairs(metric):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change, message",
     [
         ({"k": 0}, "k is 0"),
         ({"gallery": np.zeros((0, 4), np.float32)}, r"gallery of shape \(0, 4\)"),
@@ -84,9 +84,13 @@ def test_bad_arguments(change, message):
         "k": 1,
         "metric": "euclidean",
     } | change
-    with pytest.raises(ValueError, match=message):
+
+    def search():
         gallery = match.place(arguments["gallery"], metric=arguments["metric"])
         match.top_k(arguments["probes"], gallery, k=arguments["k"])
+
+    with pytest.raises(ValueError, match=message):
+        search()
 
 
 def test_known_thresholds_only():

@@ -137,7 +137,7 @@ def test_verdicts_of_all_extractors(recognizer, tmp_path):
     assert (found["b"].threshold, found["b"].same_person) == (None, None)
     strict = pipeline.verify(recognizer, first, second, metric="euclidean", threshold=7.5)
     assert strict["a"].same_person is False
-    with pytest.raises(ValueError, match="absent.png: the file does not exist"):
+    with pytest.raises(ValueError, match=r"absent.png: the file does not exist"):
         pipeline.verify(recognizer, first, tmp_path / "absent.png")
 
 

@@ -55,7 +55,7 @@ def test_a_doubtful_face_counts_by_its_confidence():
     confidence = yunet.load()(portrait).confidences[0]
     assert len(yunet.load(min_confidence=confidence - 0.01)(portrait).boxes) == 1
     assert len(yunet.load(min_confidence=confidence + 0.01)(portrait).boxes) == 0
-    with pytest.raises(ValueError, match="min_confidence is 1.5"):
+    with pytest.raises(ValueError, match=r"min_confidence is 1.5"):
         yunet.load(min_confidence=1.5)
 
 
@@ -70,12 +70,12 @@ def test_threads_share_a_detector(detect_fn):
 
 
 def test_wrong_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.onnx"):
+    with pytest.raises(FileNotFoundError, match=r"none.onnx"):
         yunet.load(path=tmp_path / "none.onnx")
     path = tmp_path / "cut.onnx"
     for data in (b"", b"no network", yunet.find_weights().read_bytes()[:50_000]):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match="cut.onnx is not a readable YuNet"):
+        with pytest.raises(ValueError, match=r"cut.onnx is not a readable YuNet"):
             yunet.load(path=path)
     with pytest.raises(ValueError, match="is not a readable YuNet"):
         yunet.load(path=sface.find_weights())

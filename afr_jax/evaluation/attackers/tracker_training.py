@@ -35,7 +35,7 @@ class TrainingOptions:
     batch_size: int = 16
     learning_rate: float = 1e-4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Checks the ranges."""
         if self.num_epochs < 0 or self.batch_size < 1 or not self.learning_rate > 0:
             raise ValueError(f"{self}: epochs from 0, batches from 1, a rate above 0")

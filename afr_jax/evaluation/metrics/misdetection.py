@@ -6,6 +6,7 @@ clean frame by `MIN_OVERLAP`.
 
 import dataclasses
 import io
+import itertools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -231,7 +232,7 @@ def by_size(judged: Mapping[str, np.ndarray], sides: np.ndarray) -> list[SizeRat
     """Rates of one variant by thirds of the faces' sides `[N]` px, over all factors."""
     edges = np.quantile(sides, [0, 1 / 3, 2 / 3, 1])
     rows: list[SizeRate] = []
-    for number, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for number, (low, high) in enumerate(itertools.pairwise(edges)):
         inside = (sides >= low) & ((sides < high) if number < 2 else (sides <= high))
         misses = np.concatenate([~found[inside, -1] for found in judged.values()])
         rows.append({"from_px": float(low), "to_px": float(high), **rate(misses)})

@@ -3,10 +3,14 @@
 import io
 import os
 import types
+from typing import TYPE_CHECKING
 
 import matplotlib
 
 from afr_jax.core import files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _DPI = 120
 
@@ -19,7 +23,7 @@ def pyplot() -> types.ModuleType:
     return module
 
 
-def save(figure, path: str | os.PathLike[str]) -> None:
+def save(figure: "Figure", path: str | os.PathLike[str]) -> None:
     """Writes a figure as PNG, over an earlier one if there is one, and closes it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=_DPI, format="png")

@@ -170,9 +170,9 @@ def is_done(job: Job) -> bool:
     try:
         if image["status"] == "failed" or known.get("pending"):
             return False
-        if job.source.problem is None:
-            if known["sha256"] != sha256_of(photos.read_photo_bytes(job.source.path)):
-                return False
+        is_readable = job.source.problem is None
+        if is_readable and known["sha256"] != sha256_of(photos.read_photo_bytes(job.source.path)):
+            return False
         if image["status"] == "cloaked":
             return sha256_of(job.output.read_bytes()) == known["output_sha256"]
         return True

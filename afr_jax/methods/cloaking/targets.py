@@ -160,9 +160,9 @@ def farthest_in_gallery(
     """
     centroids = {}
     for folder in sorted(pathlib.Path(gallery).iterdir()):
-        if folder.is_dir() and not folder.name.startswith("."):
-            if faces := _faces_below(recognizer, folder, options_fn):
-                centroids[folder.name] = _centroids(recognizer, faces)
+        is_person = folder.is_dir() and not folder.name.startswith(".")
+        if is_person and (faces := _faces_below(recognizer, folder, options_fn)):
+            centroids[folder.name] = _centroids(recognizer, faces)
     own = []
     for pixels in images:
         found = _detect(recognizer, pixels, options_fn)

@@ -44,7 +44,7 @@ class LevelOptions:
     draws: int = 2
     scale_jitter: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         rising = all(a < b for a, b in itertools.pairwise(self.window_ratios))
         if len(self.window_ratios) < 2 or not rising or not self.window_ratios[0] > 0:
             raise ValueError(f"window_ratios is {self.window_ratios}, must rise from above 0")

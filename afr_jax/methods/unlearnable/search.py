@@ -156,10 +156,7 @@ def search(
         return state._replace(train=theta)
 
     found = checkpoints.restore(state) if checkpoints is not None else None
-    if found is not None:
-        state = found[1]
-    else:
-        state = train_source(state, options.source_steps, clean=True)
+    state = found[1] if found is not None else train_source(state, options.source_steps, clean=True)
     while not _is_done(state, options):
         state = train_source(state, options.train_steps)
         state = refine(state, data, target_of, recipe=recipe, options=options, seed=seed, mesh=mesh)

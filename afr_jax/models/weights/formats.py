@@ -113,7 +113,7 @@ def _read_keras(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Keras's own layout: the groups name their layers, the layers their arrays, in order."""
     try:
         with h5py.File(path, "r") as file:
-            root = file["model_weights"] if "model_weights" in file else file
+            root = file.get("model_weights", file)
             if "layer_names" not in root.attrs:
                 raise ValueError("it holds no Keras weights")
             arrays = {}

@@ -14,7 +14,7 @@ import pathlib
 import pickle
 import zipfile
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -107,7 +107,7 @@ def _rebuild_parameter(tensor, *_) -> _Tensor:
 class _Unpickler(pickle.Unpickler):
     """Admits the names that a state dict needs: nothing foreign can run."""
 
-    _NAMES = {
+    _NAMES: ClassVar = {
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
         ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
@@ -135,9 +135,9 @@ def _read_zip(data: bytes) -> Any:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         (index,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         folder = index.removesuffix("data.pkl")
-        if f"{folder}byteorder" in archive.namelist():
-            if archive.read(f"{folder}byteorder") != b"little":
-                raise ValueError("its arrays are big-endian")
+        order = f"{folder}byteorder"
+        if order in archive.namelist() and archive.read(order) != b"little":
+            raise ValueError("its arrays are big-endian")
 
         def find_storage(dtype: np.dtype, key: str, size: int) -> _Storage:
             name = f"{folder}data/{key}"
