@@ -84,10 +84,10 @@ class _Slope(nn.Module):
 
 
 def propose(
-    variables: Mapping[str, Any], images: jax.Array, sizes: jax.Array
+    variables: Mapping[str, Any], images: jax.Array, extent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What `PNet` with its variables returns."""
-    return cast(tuple[jax.Array, jax.Array], PNet().apply(variables, images, sizes))
+    """What `PNet` with its variables says of images; see its call."""
+    return cast(tuple[jax.Array, jax.Array], PNet().apply(variables, images, extent))
 
 
 class RNet(nn.Module):

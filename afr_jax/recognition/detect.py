@@ -322,14 +322,14 @@ def _propose(
     ]
     maps = [
         (np.zeros(shape, np.float32), np.zeros((*shape, 4), np.float32))
-        for shape in (tuple(int(mtcnn.map_size(side)) for side in size) for size in sizes)
+        for shape in (tuple(mtcnn.map_size(side) for side in size) for size in sizes)
     ]
     scores, regressions = (
         np.concatenate([np.asarray(leaf) for leaf in leaves])
         for leaves in zip(*outputs, strict=True)
     )
     for piece in pieces:
-        rows, columns = (int(mtcnn.map_size(side)) for side in piece.size)
+        rows, columns = (mtcnn.map_size(side) for side in piece.size)
         from_cells = piece.tile, *_cells(piece.place, rows, columns)
         to_cells = _cells(piece.start, rows, columns)
         for whole, part in zip(maps[piece.level], (scores, regressions), strict=True):
@@ -407,9 +407,7 @@ def _layout(sizes: tuple[tuple[int, int], ...]) -> tuple[tuple[_Piece, ...], int
     return tuple(sorted(pieces)), len(used)
 
 
-@jax.jit
-def _pnet(variables: Mapping[str, Any], tiles: jax.Array, own: jax.Array):
-    return mtcnn.PNet().apply(variables, tiles, own)
+_pnet = jax.jit(mtcnn.propose)
 
 
 @jax.jit
