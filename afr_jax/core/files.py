@@ -63,7 +63,7 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
 
 
 def write_csv(
-    path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Sequence[Any]]
+    path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Sequence[object]]
 ) -> None:
     """Writes a CSV file (UTF-8, lines end in a line feed) whole or not at all.
 

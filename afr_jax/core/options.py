@@ -157,7 +157,7 @@ def usage(what: str) -> Generator[None]:
         raise UsageError(f"{what}: {error}" if what else str(error)) from error
 
 
-def fill_defaults(values: _Options, others: Mapping[str, Any]) -> _Options:
+def fill_defaults(values: _Options, others: Mapping[str, object]) -> _Options:
     """The same options with other values where a field still has its default, for `Config.toy`.
 
     Args:
@@ -195,7 +195,7 @@ def leaves(options_class: type) -> Iterator[Leaf]:
     yield from _leaves(options_class, options_class, (), None)
 
 
-def check(values: Any) -> None:
+def check(values: object) -> None:
     """Checks the options of an instance against their ranges and choices; groups check themselves.
 
     Raises:
@@ -209,7 +209,7 @@ def check(values: Any) -> None:
             _check_item(leaf, item)
 
 
-def build(options_class: type, values: Mapping[tuple[str, ...], Any]) -> Any:
+def build(options_class: type[_Options], values: Mapping[tuple[str, ...], object]) -> _Options:
     """An instance from values by `Leaf.path`; what is not given keeps its default.
 
     Raises:
@@ -223,7 +223,7 @@ def resumable(options_class: type) -> tuple[str, ...]:
     return tuple(".".join(leaf.path) for leaf in leaves(options_class) if leaf.spec.resumable)
 
 
-def _replaced(values: Any, new: Mapping[tuple[str, ...], Any]) -> Any:
+def _replaced(values: _Options, new: Mapping[tuple[str, ...], object]) -> _Options:
     changes: dict[str, Any] = {path[0]: value for path, value in new.items() if len(path) == 1}
     for name in {path[0] for path in new if len(path) > 1}:
         inner = {path[1:]: value for path, value in new.items() if path[0] == name}

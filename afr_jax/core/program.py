@@ -22,7 +22,7 @@ import pathlib
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from absl import app, flags, logging
 
@@ -149,7 +149,7 @@ def help_text(config_class: type[options.Config], name: str) -> str:
     return "\n".join(lines)
 
 
-def provenance(module: str, *, config: options.Config) -> dict[str, Any]:
+def provenance(module: str, *, config: options.Config) -> dict[str, object]:
     """Says how the result of this program came about; see `provenance.provenance`.
 
     Paths below $AFR_SHARED, of --workdir and of --reference_python appear under these names.

@@ -22,7 +22,7 @@ class Workdir:
     path: pathlib.Path
     resumed: bool = False
 
-    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+    def append_metrics(self, metrics: Mapping[str, object]) -> None:
         """Appends one line to metrics.jsonl; by convention it has an integer "step"."""
         if distributed.is_primary():
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -43,7 +43,7 @@ class Workdir:
             text = "".join(json.dumps(line) + "\n" for line in kept)
             files.write_atomically(self.path / "metrics.jsonl", text.encode(), overwrite=True)
 
-    def write_result(self, result: Mapping[str, Any]) -> None:
+    def write_result(self, result: Mapping[str, object]) -> None:
         """Writes result.json."""
         if distributed.is_primary():
             files.write_json(self.path / "result.json", result)

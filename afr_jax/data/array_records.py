@@ -48,8 +48,8 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         data_dir: str | os.PathLike[str],
         dataset_name: str,
         features: Mapping[str, tfds.features.FeatureConnector],
-        splits: Mapping[str, Iterable[tuple[str, Mapping[str, Any]]]],
-        metadata: Mapping[str, Any] | None = None,
+        splits: Mapping[str, Iterable[tuple[str, Mapping[str, object]]]],
+        metadata: Mapping[str, object] | None = None,
     ) -> None:
         """Takes what is to be written; see `write_records`."""
         self.name = dataset_name
@@ -74,12 +74,12 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def write_records(
-    splits: Mapping[str, Iterable[tuple[str, Mapping[str, Any]]]],
+    splits: Mapping[str, Iterable[tuple[str, Mapping[str, object]]]],
     features: Mapping[str, tfds.features.FeatureConnector],
     data_dir: str | os.PathLike[str],
     *,
     name: str,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, object] | None = None,
     num_shards: int | None = None,
 ) -> pathlib.Path:
     """Writes a data set of any features; the same examples give the same bytes.

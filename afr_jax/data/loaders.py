@@ -7,8 +7,8 @@ same steps as a run with the data set on the device. Grain does the threads, the
 position. Small data sets are better loaded whole (`load_all`).
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -50,7 +50,7 @@ class FileSource(ExampleSource):
 class RecordSource(ExampleSource):
     """The examples of a TFDS data source (`array_records.open_source`), as squares."""
 
-    def __init__(self, examples: Sequence[dict], side: int) -> None:
+    def __init__(self, examples: Sequence[Mapping[str, Any]], side: int) -> None:
         """Takes the data source.
 
         Args:

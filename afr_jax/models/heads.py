@@ -6,14 +6,15 @@ network and dropped afterwards. All arithmetic is float32, whatever the network 
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+
+from afr_jax.models.weights import conversion
 
 
 class Judged(NamedTuple):
@@ -146,7 +147,7 @@ class Triplet(nn.Module):
 
 
 def judge(
-    head: nn.Module, params: Mapping[str, Any], embeddings: jax.Array, labels: jax.Array
+    head: nn.Module, params: conversion.Variables, embeddings: jax.Array, labels: jax.Array
 ) -> Judged:
     """What a head with its parameters says of embeddings `[B, D]` and labels `[B]`."""
     return cast(Judged, head.apply({"params": params}, embeddings, labels))

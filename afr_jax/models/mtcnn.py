@@ -21,7 +21,7 @@ import lz4.frame
 import numpy as np
 
 from afr_jax.models import layers
-from afr_jax.models.weights import installed
+from afr_jax.models.weights import conversion, installed
 
 # Stands in for minus infinity below every activation: finite, so that masked places cannot turn
 # into NaN.
@@ -34,9 +34,9 @@ _Size = TypeVar("_Size", int, jax.Array)
 class Variables(NamedTuple):
     """Variables of the three networks, `{"params": ...}` each."""
 
-    pnet: Mapping[str, Any]
-    rnet: Mapping[str, Any]
-    onet: Mapping[str, Any]
+    pnet: conversion.Variables
+    rnet: conversion.Variables
+    onet: conversion.Variables
 
 
 class PNet(nn.Module):
@@ -84,7 +84,7 @@ class _Slope(nn.Module):
 
 
 def propose(
-    variables: Mapping[str, Any], images: jax.Array, extent: jax.Array
+    variables: conversion.Variables, images: jax.Array, extent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """What `PNet` with its variables says of images; see its call."""
     return cast(tuple[jax.Array, jax.Array], PNet().apply(variables, images, extent))
@@ -214,7 +214,7 @@ def read_weights(folder: pathlib.Path | str) -> Variables:
         found = [a.shape[2:] if a.ndim == 3 and a.shape[:2] == (1, 1) else a.shape for a in arrays]
         if found != expected:
             raise ValueError(f"{path}: arrays {found} do not fit {name}, expected {expected}")
-        params: dict = {}
+        params: dict[str, dict[str, np.ndarray]] = {}
         for (layer, leaf), shape, array in zip(leaves, expected, arrays, strict=True):
             params.setdefault(layer, {})[leaf] = np.asarray(array, np.float32).reshape(shape)
         variables[name] = {"params": params}
@@ -286,7 +286,7 @@ class _ArrayRecord:
     shape: tuple[int, ...]
     order: Literal["C", "F"]
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: Mapping[str, object]) -> None:
         self.__dict__.update(state)
         if getattr(self, "subclass", None) is not np.ndarray:
             raise ValueError("only plain arrays are read")

@@ -6,7 +6,7 @@ A cell is one victim; curves come from `learnability.Curve`. Host code.
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
@@ -48,7 +48,21 @@ class VictimCell(NamedTuple):
         return f"{data}-{self.countermeasure}-{self.architecture}-seed{self.seed}.json"
 
 
-def rows_of(curves: Mapping[VictimCell, learnability.Curve]) -> list[dict[str, Any]]:
+class MatrixRow(TypedDict):
+    """A row of the table: means over seeds, ends of the last accuracies, epochs of the peaks."""
+
+    data: str
+    countermeasure: str
+    architecture: str
+    seeds: int
+    last_accuracy: float
+    last_spread: list[float]
+    peak_accuracy: float
+    peak_epochs: list[int]
+    train_accuracy: float
+
+
+def rows_of(curves: Mapping[VictimCell, learnability.Curve]) -> list[MatrixRow]:
     """Rows of the table: cells that differ in their seed alone, put together.
 
     Args:
@@ -59,7 +73,7 @@ def rows_of(curves: Mapping[VictimCell, learnability.Curve]) -> list[dict[str, A
         peak_accuracy (means over seeds of clean test accuracy), the spread of the last, the epochs
         of the peaks and the mean training accuracy.
     """
-    rows = []
+    rows: list[MatrixRow] = []
     keys = dict.fromkeys((c.data_name, c.countermeasure, c.architecture) for c in curves)
     for data_name, change, architecture in keys:
         summaries = [
@@ -80,13 +94,13 @@ def rows_of(curves: Mapping[VictimCell, learnability.Curve]) -> list[dict[str, A
                 "last_spread": [float(last.min()), float(last.max())],
                 "peak_accuracy": peak.mean(),
                 "peak_epochs": [summary.peak_epoch for summary in summaries],
-                "train_accuracy": np.mean([s.last_train_accuracy for s in summaries]),
+                "train_accuracy": float(np.mean([s.last_train_accuracy for s in summaries])),
             }
         )
     return rows
 
 
-def verdict(rows: Sequence[Mapping[str, Any]], chance: float) -> dict[str, bool]:
+def verdict(rows: Sequence[MatrixRow], chance: float) -> dict[str, bool]:
     """Whether clean data is learned (twice chance), and error_min data is not, with controls.
 
     Not learned: the last accuracy is below halfway from chance to that of clean data. Only rows
@@ -118,7 +132,7 @@ def verdict(rows: Sequence[Mapping[str, Any]], chance: float) -> dict[str, bool]
 def write(
     folder: str | os.PathLike[str],
     curves: Mapping[VictimCell, learnability.Curve],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[MatrixRow],
     *,
     title: str,
 ) -> None:

@@ -262,7 +262,7 @@ def _batches(plans: Sequence[_Plan], num_devices: int) -> list[_Batch]:
     """
     on_cpu = jax.default_backend() == "cpu"
     most = max((8 if on_cpu else 64) // num_devices, 1) * num_devices
-    buckets: dict[tuple, list[int]] = {}
+    buckets: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for i, plan in enumerate(plans):
         buckets.setdefault((plan.canvas.image.shape[0], plan.pools), []).append(i)
     batches = []

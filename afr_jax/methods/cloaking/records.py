@@ -65,7 +65,7 @@ class Record(TypedDict):
     sha256: str | None
     output_sha256: str | None
     pending: bool
-    found: dict[str, list] | None
+    found: dict[str, list[object]] | None
     judges: dict[str, str] | None
     image: ImageRecord
 

@@ -253,7 +253,7 @@ def _torch_names() -> dict[tuple[str, ...], str]:
     return names
 
 
-def _add_torch_block(names: dict, kind: str, ours: str, theirs: str) -> None:
+def _add_torch_block(names: dict[tuple[str, ...], str], kind: str, ours: str, theirs: str) -> None:
     names[ours, "Conv2d_1x1"] = f"{theirs}.conv2d"
     for number, branch in enumerate(_BRANCHES[kind]):
         for index, unit in enumerate(branch):
