@@ -90,9 +90,9 @@ def rows_of(curves: Mapping[VictimCell, learnability.Curve]) -> list[MatrixRow]:
                 "countermeasure": change,
                 "architecture": architecture,
                 "seeds": len(summaries),
-                "last_accuracy": last.mean(),
+                "last_accuracy": float(last.mean()),
                 "last_spread": [float(last.min()), float(last.max())],
-                "peak_accuracy": peak.mean(),
+                "peak_accuracy": float(peak.mean()),
                 "peak_epochs": [summary.peak_epoch for summary in summaries],
                 "train_accuracy": float(np.mean([s.last_train_accuracy for s in summaries])),
             }
@@ -118,14 +118,14 @@ def verdict(rows: Sequence[MatrixRow], chance: float) -> dict[str, bool]:
     if "clean" not in plain:
         return {}
     halfway = (chance + plain["clean"]) / 2
-    judged = {"clean is learned": bool(plain["clean"] > 2 * chance)}
+    judged = {"clean is learned": plain["clean"] > 2 * chance}
     for name, accuracy in plain.items():
         if name.startswith("error_min") and "%" not in name:
-            judged[f"{name} is not learned"] = bool(accuracy < halfway)
+            judged[f"{name} is not learned"] = accuracy < halfway
             for other in ("random", "error_max"):
                 between = plain.get(name.replace("error_min", other))
                 if between is not None:
-                    judged[f"{name} is below {other}"] = bool(accuracy < between)
+                    judged[f"{name} is below {other}"] = accuracy < between
     return judged
 
 
