@@ -60,8 +60,8 @@ def main(
     Parses the flags into a config, settles compiler options and memory, joins the cluster if there
     is one, switches the compilation cache on, calls `run_fn` and prints its result as one JSON
     line, the last of standard output. Exit codes: 0; 3 if the outcome is not complete; 2 for wrong
-    flags, extra arguments or an `options.UsageError`; 130 when interrupted; 1 with a traceback for
-    everything else.
+    flags, extra arguments, an `options.UsageError` or a path without permission; 130 when
+    interrupted; 1 with a traceback for everything else.
 
     Args:
       config_class: the program's options; its docstring is the program's help.
@@ -82,6 +82,9 @@ def main(
         except options.UsageError as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_USAGE
+        except (PermissionError, NotADirectoryError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_USAGE
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return _EXIT_INTERRUPTED
@@ -93,7 +96,8 @@ def main(
         print(help_text(config_class, pathlib.Path(argv[0]).stem))
         sys.exit(EXIT_OK)
     _define(config_class, flags.FLAGS)
-    logging.get_absl_logger().addFilter(_is_worth_showing)
+    for logger in (logging.get_absl_logger(), std_logging.getLogger("jax._src.xla_bridge")):
+        logger.addFilter(_is_worth_showing)
     app.run(call, argv=argv, flags_parser=_parse_flags)
     raise AssertionError("absl.app.run returned")
 
@@ -189,6 +193,9 @@ def _read(config_class: type[_Config], values: flags.FlagValues) -> _Config:
     given = {}
     for leaf in options.leaves(config_class):
         value = values[leaf.flag].value
+        if values[leaf.flag].present and (value == "" or (value == [] and not leaf.default)):
+            # A shell's variable that is not set; the default would be work on other files.
+            raise options.UsageError(f"--{leaf.flag} has an empty value")
         if leaf.is_tuple and value is not None:
             try:
                 value = tuple(leaf.kind(item) for item in value)
@@ -220,8 +227,9 @@ def _join_cluster() -> None:
 
 
 def _is_worth_showing(record: std_logging.LogRecord) -> bool:
-    # Orbax logs some 50 lines of level INFO around each checkpoint.
-    return record.levelno >= std_logging.WARNING or "orbax" not in record.pathname
+    # Of level INFO, Orbax logs some 50 lines around each checkpoint, and JAX that there is no TPU.
+    is_noise = "orbax" in record.pathname or record.name == "jax._src.xla_bridge"
+    return record.levelno >= std_logging.WARNING or not is_noise
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

@@ -73,17 +73,18 @@ def open_workdir(
         resumable = (*options.resumable(type(config)), "workdir") if is_options else ()
     folder = pathlib.Path(path).expanduser().absolute()
     new = files.to_jsonable(config)
+    known = folder / "config.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        old = None
+        old = json.loads(known.read_text(encoding="utf-8")) if known.exists() else None
+        if old is not None:
+            _check_same_run(folder, _flatten(old), _flatten(new), frozenset(resumable))
+        if distributed.is_primary():
+            files.write_json(known, new)
+    except options.UsageError:
+        raise
     except (OSError, ValueError) as error:
         raise options.UsageError(f"cannot use the work directory {folder}: {error}") from error
-    if old is not None:
-        _check_same_run(folder, _flatten(old), _flatten(new), frozenset(resumable))
-    if distributed.is_primary():
-        files.write_json(folder / "config.json", new)
     return Workdir(folder, resumed=old is not None)
 
 

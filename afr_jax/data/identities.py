@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from afr_jax.core import parallel
-from afr_jax.data import photo_files, photos
+from afr_jax.data import photos
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +57,12 @@ class Listing:
     Attributes:
         samples: sorted by sample id; no id twice.
         problems: what was left out.
+        num_skipped: files in folders that are no photos.
     """
 
     samples: tuple[Sample, ...]
     problems: tuple[Omission, ...] = ()
+    num_skipped: int = 0
 
     @functools.cached_property
     def identities(self) -> tuple[str, ...]:
@@ -82,7 +84,7 @@ class Listing:
         """The listing without the samples that the problems name, and with these problems."""
         names = {problem.name for problem in problems}
         kept = tuple(sample for sample in self.samples if sample.sample_id not in names)
-        return Listing(kept, (*self.problems, *problems))
+        return Listing(kept, (*self.problems, *problems), self.num_skipped)
 
     def with_photos(self, min_photos: int) -> "Listing":
         """The identities with at least so many photos; the others become problems."""
@@ -90,7 +92,7 @@ class Listing:
         rare = {str(n): int(c) for n, c in zip(names, counts, strict=True) if c < min_photos}
         kept = tuple(sample for sample in self.samples if sample.identity not in rare)
         reasons = [Omission(n, f"has {c} photos, fewer than {min_photos}") for n, c in rare.items()]
-        return Listing(kept, (*self.problems, *reasons))
+        return Listing(kept, (*self.problems, *reasons), self.num_skipped)
 
 
 def list_people(
@@ -112,8 +114,8 @@ def list_people(
 def list_tree(root: str | os.PathLike[str]) -> Listing:
     """Lists a folder with one folder per identity, at any depth.
 
-    Files that are no photos are listed, too: their content is looked at when they are read. Left
-    out with a reason: files directly in the root, identity folders without files, links that lead
+    Files that are no photos by name and content are only counted (`photos.list_photos`). Left out
+    with a reason: files directly in the root, identity folders without files, links that lead
     out of the root. Names of identities are put into Unicode's composed form (NFC), so that a data
     set has the same identities on every file system.
 
@@ -124,7 +126,8 @@ def list_tree(root: str | os.PathLike[str]) -> Listing:
     root = pathlib.Path(root)
     _check_folder(root)
     samples, problems, filled = [], [], set()
-    for item in photo_files.list_photos([root]):
+    found = photos.list_photos([root])
+    for item in found.inputs:
         name = item.relative.as_posix()
         filled.update(item.relative.parents)
         if item.problem is not None:
@@ -141,7 +144,8 @@ def list_tree(root: str | os.PathLike[str]) -> Listing:
             problems.append(Omission(relative.as_posix(), "the folder holds no photos"))
     if not samples:
         raise ValueError(f"{root} holds no photo in a folder of its identity")
-    return Listing(tuple(sorted(samples, key=lambda s: s.sample_id)), tuple(problems))
+    samples.sort(key=lambda sample: sample.sample_id)
+    return Listing(tuple(samples), tuple(problems), found.num_skipped)
 
 
 def list_csv(table: str | os.PathLike[str], root: str | os.PathLike[str]) -> Listing:

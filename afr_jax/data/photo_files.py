@@ -11,7 +11,7 @@ import stat
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
-_JUNK_NAMES = ("thumbs.db", "desktop.ini")
+_SYSTEM_NAMES = (".ds_store", "thumbs.db", "desktop.ini")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,19 +22,29 @@ class PhotoInput:
         path: Absolute path of the file.
         relative: Path below the folder it was found in; the name of a file given by itself.
         problem: Why it must not be read, or None.
+        in_folder: Whether it was found in a folder, rather than given by itself.
     """
 
     path: pathlib.Path
     relative: pathlib.PurePosixPath
     problem: str | None = None
+    in_folder: bool = False
+
+    @property
+    def is_of_the_system(self) -> bool:
+        """Whether an operating system put it into the folder, beside the photos."""
+        return self.in_folder and self.path.name.casefold() in _SYSTEM_NAMES
 
 
 def list_photos(
-    paths: Sequence[str | os.PathLike[str]], *, exclude: Sequence[str | os.PathLike[str]] = ()
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    exclude: Sequence[str | os.PathLike[str]] = (),
+    with_system_files: bool = False,
 ) -> list[PhotoInput]:
     """Lists the files among and below the given paths, photos or not.
 
-    Left out below folders: hidden files and folders, the files that Windows puts beside photos,
+    Left out below folders: hidden files and folders, the files that systems put beside photos,
     special files and linked folders. A link to a file is listed, with a problem if it is broken or
     leads out of the folder. A file that is reached twice is listed once, where it comes first. A
     folder that cannot be read is listed itself, with that problem.
@@ -43,6 +53,7 @@ def list_photos(
         paths: Files and folders; folders are searched with all folders below them.
         exclude: Files to leave out, and folders to leave out where they lie strictly inside one of
             the given folders. Paths that do not exist are allowed.
+        with_system_files: Whether .DS_Store, Thumbs.db and desktop.ini are listed.
 
     Returns:
         The files, in the order of `paths`, within a folder sorted by relative path.
@@ -64,7 +75,7 @@ def list_photos(
             pairs = iter([] if target in excluded else [(target, item)])
         for target, item in sorted(pairs, key=lambda pair: pair[1].relative.as_posix()):
             found.setdefault(target, item)
-    return list(found.values())
+    return [item for item in found.values() if with_system_files or not item.is_of_the_system]
 
 
 def output_paths(
@@ -119,15 +130,16 @@ def _files_below(
             if not name.startswith(".") and here / name not in excluded
         ]
         for name in file_names:
-            if name.startswith(".") or name.casefold() in _JUNK_NAMES:
+            if name.startswith(".") and name.casefold() not in _SYSTEM_NAMES:
                 continue
             path = here / name
             target, problem = _target_of(path, root)
             if target is not None and excluded.isdisjoint((path, target, *target.parents)):
-                yield target, PhotoInput(path, _relative(path, root), problem)
+                yield target, PhotoInput(path, _relative(path, root), problem, in_folder=True)
     for error in unreadable:
         path = pathlib.Path(error.filename)
-        yield path, PhotoInput(path, _relative(path, root), "the folder cannot be read")
+        problem = "the folder cannot be read"
+        yield path, PhotoInput(path, _relative(path, root), problem, in_folder=True)
 
 
 def _target_of(path: pathlib.Path, root: pathlib.Path) -> tuple[pathlib.Path | None, str | None]:

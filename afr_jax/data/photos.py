@@ -17,7 +17,7 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +50,13 @@ _SIGNATURES = (
     ("GIF", rb"GIF8[79]a"),
     ("BMP", rb"BM"),
 )
+# Files with these names are photos that can be damaged or of a format that is not read; others in a
+# folder are photos only if their content is.
+_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".tif", ".tiff"),
+    *(".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+)
 # Pillow's readers are constructed directly: Image.open would read formats that are not meant (EPS
 # runs Ghostscript), and judges sizes by the process-wide Image.MAX_IMAGE_PIXELS. The JPEG reader
 # takes the first frame of an MPO file, as wanted.
@@ -76,10 +83,6 @@ _warnings_lock = threading.Lock()
 
 class PhotoError(Exception):
     """A file that cannot be taken as a photo; the message is a short reason without the path."""
-
-
-class NotAPhotoError(PhotoError):
-    """A file whose first bytes are of no format that is read, or an empty one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,26 +116,71 @@ class PhotoSource(NamedTuple):
     Attributes:
         name: See `Photo.name`.
         photo: What `as_photo` takes.
-        in_folder: Whether it is a file that was found in a folder, rather than given by itself.
         problem: Why it must not be read, or None.
     """
 
     name: str
     photo: PhotoLike
-    in_folder: bool = False
     problem: str | None = None
+
+
+class PhotoFiles(NamedTuple):
+    """The files among and below some paths.
+
+    Attributes:
+        inputs: Photos, readable or not.
+        num_skipped: Files in folders that are no photos, by name and by content.
+    """
+
+    inputs: list[photo_files.PhotoInput]
+    num_skipped: int
 
 
 # One or several, also the path of a folder.
 PhotosLike = PhotoLike | PhotoSource | Iterable[PhotoLike | PhotoSource]
 
 
+def list_photos(
+    paths: Sequence[str | os.PathLike[str]], *, exclude: Sequence[str | os.PathLike[str]] = ()
+) -> PhotoFiles:
+    """Lists the photos among and below the given paths, and counts what lies beside them.
+
+    A file in a folder is a photo if it has the name of one, or the first bytes; others, such as
+    .DS_Store, sidecar files and films, are counted as skipped. A file given by itself is listed.
+
+    Args:
+        paths: Files and folders; see `photo_files.list_photos`.
+        exclude: Likewise.
+
+    Raises:
+        FileNotFoundError: If one of `paths` does not exist.
+    """
+    found = photo_files.list_photos(paths, exclude=exclude, with_system_files=True)
+    inputs = [item for item in found if not _is_skipped(item)]
+    return PhotoFiles(inputs, len(found) - len(inputs))
+
+
+def _is_skipped(item: photo_files.PhotoInput) -> bool:
+    """Whether a file is no photo by its name and by its content."""
+    if not item.in_folder or item.problem is not None:
+        return False
+    if item.is_of_the_system:
+        return True
+    if item.path.suffix.lower() in _SUFFIXES:
+        return False
+    try:
+        with item.path.open("rb") as file:
+            return _known_format(file.read(_HEADER_BYTES)) is None
+    except OSError:  # Readers say what is wrong with it.
+        return False
+
+
 def list_sources(photos: PhotosLike) -> list[PhotoSource]:
-    """Lists photos of any form; only the names of files are looked at.
+    """Lists photos of any form; files are not decoded.
 
     Args:
         photos: One photo or several: arrays `[H, W, 3]` uint8 (several also as `[N, H, W, 3]`),
-            paths of files and folders (`photo_files.list_photos`), PIL images, decoded photos;
+            paths of files and folders (`list_photos`), PIL images, decoded photos;
             sources stay what they are.
 
     Raises:
@@ -143,8 +191,8 @@ def list_sources(photos: PhotosLike) -> list[PhotoSource]:
         if isinstance(photo, (str, os.PathLike)):
             path = pathlib.Path(photo).expanduser()
             found += [
-                PhotoSource(item.relative.as_posix(), item.path, path.is_dir(), item.problem)
-                for item in photo_files.list_photos([path])
+                PhotoSource(item.relative.as_posix(), item.path, item.problem)
+                for item in list_photos([path]).inputs
             ]
         elif isinstance(photo, PhotoSource):
             found.append(photo)
@@ -180,9 +228,6 @@ def read_photos(photos: PhotosLike) -> list[Photo]:
             if source.problem is not None:
                 raise PhotoError(source.problem)
             found.append(dataclasses.replace(as_photo(source.photo), name=source.name))
-        except NotAPhotoError as error:
-            if not source.in_folder:
-                raise PhotoError(f"{source.name}: {error}") from error
         except PhotoError as error:
             raise PhotoError(f"{source.name}: {error}") from error
     return found
@@ -341,11 +386,16 @@ def encode_png(photo: Photo, pixels: np.ndarray, *, keep_metadata: bool = False)
 def _format_of(header: bytes) -> str:
     """Names the format of a file by its first bytes; PhotoError if it is none of ours."""
     if not header:
-        raise NotAPhotoError("the file is empty")
-    for file_format, signature in _SIGNATURES:
-        if re.match(signature, header, re.DOTALL):
-            return file_format
-    raise NotAPhotoError("not a photo in a supported format (JPEG, PNG, WebP, BMP, TIFF, HEIC)")
+        raise PhotoError("the file is empty")
+    if file_format := _known_format(header):
+        return file_format
+    raise PhotoError("not a photo in a supported format (JPEG, PNG, WebP, BMP, TIFF, HEIC)")
+
+
+def _known_format(header: bytes) -> str | None:
+    """Names the format of a file by its first bytes; None if it is none of ours."""
+    formats = (name for name, signature in _SIGNATURES if re.match(signature, header, re.DOTALL))
+    return next(formats, None)
 
 
 def _reader(file_format: str) -> Callable[[io.BytesIO], ImageFile.ImageFile]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import skimage
 
 from afr_jax.core import options
-from afr_jax.data import photo_files
+from afr_jax.data import photos
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect, pipeline
 
@@ -93,8 +93,8 @@ class MetricOptions:
 
 def list_photos(
     paths: Sequence[str], *, flag: str, exclude: Sequence[str | os.PathLike[str]] = ()
-) -> list[photo_files.PhotoInput]:
-    """The files among and below the paths of a flag; see `photo_files.list_photos`.
+) -> photos.PhotoFiles:
+    """The photos among and below the paths of a flag; see `photos.list_photos`.
 
     Args:
         paths: of files and folders.
@@ -102,15 +102,15 @@ def list_photos(
         exclude: files and folders to leave out.
 
     Raises:
-        options.UsageError: a path does not exist, or there is no file.
+        options.UsageError: a path does not exist, or there is no photo.
     """
     with options.usage(f"--{flag}"):
-        inputs = photo_files.list_photos(
+        found = photos.list_photos(
             [pathlib.Path(path).expanduser() for path in paths], exclude=exclude
         )
-    if not inputs:
-        raise options.UsageError(f"--{flag}={','.join(paths)} holds no files")
-    return inputs
+    if not found.inputs:
+        raise options.UsageError(f"--{flag}={','.join(paths)} holds no photos")
+    return found
 
 
 def sample_portrait() -> str:

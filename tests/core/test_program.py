@@ -14,6 +14,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 _PROGRAM = """
 import dataclasses, threading
+import logging as std_logging
 import numpy as np
 from absl import logging
 from afr_jax.core import options, program
@@ -23,7 +24,10 @@ class Config(options.Config):
     '''A program for the test.'''
 
     do: str = options.option(
-        "result", "what to do", choices=("result", "usage", "crash", "wait"), aliases=("task",)
+        "result",
+        "what to do",
+        choices=("result", "usage", "folder", "crash", "wait"),
+        aliases=("task",),
     )
     steps: int = options.option(100, "gradient steps", at_least=1)
 
@@ -33,12 +37,15 @@ class Config(options.Config):
 def run(config):
     if config.do == "usage":
         raise options.UsageError("no photos given")
+    if config.do == "folder":
+        raise PermissionError(13, "Permission denied", "out")
     if config.do == "crash":
         raise ZeroDivisionError("a bug")
     if config.do == "wait":
         print("ready")
         threading.Event().wait()
     print("a stray print")
+    std_logging.getLogger("jax._src.xla_bridge").info("there is no TPU")
     logging.info("a log line")
     return options.Outcome({**dataclasses.asdict(config), "loss": np.float32("nan")}, False)
 
@@ -75,6 +82,7 @@ def test_main_prints_one_json_line_and_exits_with_the_code(command):
     }
     assert done.stdout.count("\n") == 1
     assert "a stray print" in done.stderr and "a log line" in done.stderr
+    assert "there is no TPU" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -82,10 +90,11 @@ def test_main_prints_one_json_line_and_exits_with_the_code(command):
     [
         (["--no_such_flag=1"], "no_such_flag"),
         (["--seed=many"], "seed"),
-        (["--do=dance"], "--do is 'dance', must be one of result, usage, crash, wait"),
+        (["--do=dance"], "--do is 'dance', must be one of result, usage, folder, crash, wait"),
         (["--steps=0"], "--steps is 0, must be at least 1"),
         (["photo.jpg", "--toy"], "unexpected arguments: photo.jpg"),
         (["--do=usage"], "error: no photos given"),
+        (["--do=folder"], "error: [Errno 13] Permission denied: 'out'"),
     ],
 )
 def test_wrong_usage_exits_2_with_a_message(command, arguments, message):
@@ -108,7 +117,7 @@ def test_help_lists_the_flags_and_exits_0(command):
     for part in ("A program for the test.", "--workdir", "--seed=0", "--toy", "--do=result"):
         assert part in done.stdout
     assert "gradient steps; at least 1" in done.stdout
-    assert "result|usage|crash|wait" in done.stdout
+    assert "result|usage|folder|crash|wait" in done.stdout
 
 
 def test_a_bug_exits_1_with_a_traceback(command):
@@ -155,6 +164,7 @@ def test_a_command_line_becomes_a_config():
     config = program.parse(_Config, ["--photos=a.jpg,b.jpg", "--factors=0.5", "--seed=3"])
     assert config == _Config(photos=("a.jpg", "b.jpg"), factors=(0.5,), seed=3)
     assert config.face == _Group(0.25, 4)
+    assert program.parse(_Config, ["--factors="]).factors == ()
     assert program.parse(_Config, ["--margin=0.1"]).face == _Group(0.1, 4)
 
 
@@ -165,6 +175,8 @@ def test_a_command_line_becomes_a_config():
         (["--factors=0.5,1.5"], "--factors is 1.5, must be at most 1"),
         (["--margin=2"], "--margin is 2.0, must be at most 1"),
         (["--hidden=1"], "hidden"),
+        (["--photos="], "--photos has an empty value"),
+        (["--workdir="], "--workdir has an empty value"),
         (["a.jpg"], "unexpected arguments: a.jpg"),
     ],
 )

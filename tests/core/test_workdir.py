@@ -40,6 +40,8 @@ def test_unusable_workdirs_are_wrong_usage(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(options.UsageError, match="cannot use"):
         workdir.open_workdir(tmp_path / "file", {})
+    with pytest.raises(options.UsageError, match="cannot use"):
+        workdir.open_workdir("/proc/none", {})
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(options.UsageError, match="cannot use"):
         workdir.open_workdir(tmp_path, {})

@@ -17,7 +17,7 @@ def _save(path, pixels, mode="RGB"):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Two classes: good images, a gray one, one of another size, half a file, a text, a stray."""
+    """Two classes: good images, a gray one, one of another size, half a file, texts, a stray."""
     generator = np.random.default_rng(0)
     for name in ("cat/a.png", "cat/b.png", "dog/a.png", "dog/c.png"):
         _save(tmp_path / name, generator.integers(0, 256, (16, 16, 3)).astype(np.uint8))
@@ -25,7 +25,8 @@ def tree(tmp_path):
     _save(tmp_path / "dog/large.png", np.full((30, 20, 3), 9, np.uint8))
     _save(tmp_path / "dog/wide.bmp", np.full((16, 16, 3), 200, np.uint8))
     (tmp_path / "cat/half.png").write_bytes((tmp_path / "cat/a.png").read_bytes()[:200])
-    (tmp_path / "cat/notes.txt").write_text("no image")
+    for name in ("cat/notes.txt", "cat/text.png"):
+        (tmp_path / name).write_text("no image")
     (tmp_path / "stray.png").write_bytes((tmp_path / "cat/a.png").read_bytes())
     return tmp_path
 
@@ -39,7 +40,7 @@ def test_a_tree_keeps_what_fits_and_names_the_rest(tree):
     np.testing.assert_array_equal(data.images[0], np.asarray(Image.open(tree / "cat/a.png")))
     reasons = {problem.name: problem.reason for problem in data.problems}
     assert reasons["dog/large.png"] == "is 30 x 20 px, not 16 x 16"
-    assert "damaged" in reasons["cat/half.png"] and "not a photo" in reasons["cat/notes.txt"]
+    assert "damaged" in reasons["cat/half.png"] and "not a photo" in reasons["cat/text.png"]
     assert "stray.png" in reasons and len(reasons) == 4
     resized = image_sets.load_image_folder(tree, resize=True)
     assert "dog/large" in resized.sample_ids and resized.images.shape == (7, 16, 16, 3)
@@ -97,12 +98,12 @@ def test_a_tfds_set_is_the_tree_it_was_made_from(tree, tmp_path_factory):
     """Damaged files, other sizes and gray images included; the order of the records is another."""
     folder = tmp_path_factory.mktemp("sets")
     listing = identities.list_tree(tree)
-    listing = listing.without([identities.Omission("cat/notes.txt", "")])
+    listing = listing.without([identities.Omission("cat/text.png", "")])
     examples = [
         array_records.Example(sample.sample_id, sample.path.read_bytes(), sample.identity)
         for sample in listing.samples
     ]
-    (tree / "cat/notes.txt").unlink()
+    (tree / "cat/text.png").unlink()
     (tree / "stray.png").unlink()
     found = {}
     for name, rows in (("few", slice(None)), ("again", slice(None, None, -1))):

@@ -780,6 +780,20 @@ def test_list_photos_is_recursive_sorted_and_skips_hidden(tmp_path):
     assert all(item.problem is None for item in inputs)
 
 
+def test_files_that_are_no_photos_by_name_and_content_are_skipped(tmp_path):
+    root = _tree(tmp_path, "a.jpg", "b.heic", "page.html", "s/.DS_Store", "s/Thumbs.db", ".hidden")
+    (root / "a.json").write_bytes(b"")
+    (root / "photo").write_bytes(b"\xff\xd8\xff")
+    (root / "s" / "film.MOV").write_bytes(b"\0\0\0\x14ftypqt  ")
+    (root / "s" / "empty.JPG").touch()
+    inputs, num_skipped = photos.list_photos([root])
+    # Damaged files with a photo's name count as photos, as does a photo under any name.
+    assert _relatives(inputs) == ["a.jpg", "b.heic", "photo", "s/empty.JPG"] and num_skipped == 5
+    given, num_skipped = photos.list_photos([root / "page.html", root / "s" / "Thumbs.db"])
+    assert _relatives(given) == ["page.html", "Thumbs.db"] and num_skipped == 0
+    assert [item.name for item in photos.list_sources(root)] == _relatives(inputs)
+
+
 def test_given_order_is_kept_and_duplicates_go(tmp_path, monkeypatch):
     root = _tree(tmp_path, "z/b.jpg", "z/a.jpg", "c/d.jpg", ".hidden.jpg")
     monkeypatch.chdir(root)

@@ -427,7 +427,7 @@ def test_honest_words_are_there_and_soothing_ones_are_not():
     words = _Page(text).words
     for phrase in (
         "What this cloak is and is not worth",
-        "If a tracker enrols these cloaked photos",
+        "If a tracker enrolls these cloaked photos",
         "does not hide these photos, or the person, from a system that already holds clean photos",
         "adaptive tracker undoes it",
         "purifies pictures",

@@ -61,7 +61,8 @@ def folder(tmp_path_factory):
     portrait.rotate(90).save(photos / "turned.jpg", exif=exif.tobytes(), quality=95)
     Image.new("RGB", (64, 64), (90, 120, 200)).save(photos / "sky.bmp")
     (photos / "empty.jpg").touch()
-    (photos / "notes.txt").write_text("no photo")
+    for name in ("text.jpg", "notes.txt", ".DS_Store"):
+        (photos / name).write_text("no photo")
     data = (photos / "a.jpg").read_bytes()
     (photos / "cut.jpg").write_bytes(data[: len(data) // 2])
     result, complete = _run(root, f"--images={photos}")
@@ -91,14 +92,15 @@ def test_statuses_and_names(folder):
         "turned.jpg": "cloaked",
         "sky.bmp": "no_face",
         "empty.jpg": "unreadable",
-        "notes.txt": "unreadable",
+        "text.jpg": "unreadable",
         "cut.jpg": "unreadable",
     }
     assert records["a.jpg"]["output"] != records["a.png"]["output"]
     assert records["nested ünïcode/gray.png"]["output"] == "nested ünïcode/gray_cloaked.png"
+    assert result["skipped"] == 2
     assert {entry["image"] for entry in result["not_handled"]} == {
         "empty.jpg",
-        "notes.txt",
+        "text.jpg",
         "cut.jpg",
     }
     written = {

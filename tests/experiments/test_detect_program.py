@@ -38,6 +38,7 @@ def photos(tmp_path_factory):
     portrait.save(folder / "wörk" / "face.jpg", quality=95)
     Image.new("RGB", (64, 48), (90, 120, 200)).save(folder / "sky.png")
     (folder / "notes.txt").write_text("no photo")
+    (folder / "text.jpg").write_text("no photo")
     (folder / "half.jpg").write_bytes((folder / "wörk" / "face.jpg").read_bytes()[:2000])
     return folder
 
@@ -58,16 +59,16 @@ def test_every_file_gets_its_status_and_the_result_names_the_bad_ones(runs):
     assert {name: record["status"] for name, record in records.items()} == {
         "wörk/face.jpg": "ok",
         "sky.png": "no_face",
-        "notes.txt": "unreadable",
+        "text.jpg": "unreadable",
         "half.jpg": "unreadable",
     }
     assert records["sky.png"]["reason"] is None and records["sky.png"]["faces"] == []
-    assert "not a photo" in records["notes.txt"]["reason"]
+    assert "not a photo" in records["text.jpg"]["reason"]
     assert done.returncode == 3, done.stderr
     assert done.stdout.count("\n") == 1
     result = json.loads(done.stdout)
-    assert (result["num_images"], result["num_faces"]) == (4, 1)
-    assert sorted(item["image"] for item in result["not_handled"]) == ["half.jpg", "notes.txt"]
+    assert (result["num_images"], result["num_faces"], result["skipped"]) == (4, 1, 1)
+    assert sorted(item["image"] for item in result["not_handled"]) == ["half.jpg", "text.jpg"]
 
 
 def test_box_and_landmarks_lie_on_the_face(runs):
@@ -142,6 +143,6 @@ def test_defaults_namesakes_and_wrong_usage(tmp_path, stand_in):
     assert [record["image"] for record in images] == [
         (folder / "a.png").as_posix() for folder in (one, two)
     ]
-    parts = ["missing", "holds no files", "thresholds", "much", "min_face_px", "scale_factor"]
+    parts = ["missing", "holds no photos", "thresholds", "much", "min_face_px", "scale_factor"]
     for message, part in zip(messages, [*parts, "--draw", "a.png"], strict=True):
         assert part in message

@@ -192,7 +192,7 @@ def test_wrong_usage(gallery, tmp_path, stand_in):
         "match": [
             ([f"--queries={gallery}", f"--database={tmp_path / 'no'}"], "there is no database"),
             ([f"--database={tmp_path / 'db'}"], "--queries is needed"),
-            ([f"--queries={tmp_path / 'empty'}", f"--database={tmp_path / 'db'}"], "no files"),
+            ([f"--queries={tmp_path / 'empty'}", f"--database={tmp_path / 'db'}"], "no photos"),
         ],
     }
     doors = {
@@ -214,20 +214,22 @@ def test_from_portraits_to_matches(tmp_path):
     portrait.save(folder / "face.png")
     programs.save_photo(tmp_path / "gallery" / "nobody" / "sky.png", (90, 120, 200), size=(64, 64))
     flags = [f"--gallery={tmp_path / 'gallery'}", f"--database={tmp_path / 'db'}"]
+    (tmp_path / "gallery" / "nobody" / "sky.json").write_text("{}")
     done, result = programs.run("enroll", *flags)
-    assert done.returncode == 3 and result["enrolled"] == 1, done.stderr
+    assert done.returncode == 3 and result["enrolled"] == result["skipped"] == 1, done.stderr
     assert result["not_handled"] == [{"image": "nobody/sky.png", "reason": "no face was found"}]
 
     queries = tmp_path / "queries"
     queries.mkdir()
     portrait.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(queries / "mirrored.jpg")
     programs.save_photo(queries / "sky.png", (90, 120, 200), size=(64, 64))
+    (queries / "film.mp4").write_bytes(b"\0\0\0\x18ftypisom")
     database_flag = f"--database={tmp_path / 'db'}"
     result, complete = _match(
         f"--queries={queries}", database_flag, f"--workdir={tmp_path / 'out'}"
     )
     assert not complete
-    assert result["queries"] == {"ok": 1, "no_face": 1, "unreadable": 0}
+    assert result["queries"] == {"ok": 1, "no_face": 1, "unreadable": 0} and result["skipped"] == 1
     assert result["identified"] == 1 and result["metric"] == "euclidean"
     with open(result["matches"], encoding="utf-8", newline="") as file:
         (row,) = csv.DictReader(file)

@@ -277,7 +277,7 @@ def test_wrong_usage_is_named(people, trained_folder, tmp_path):
         "5 people to protect|needed are 9 such people": small("--people=9", out),
         "no extractor 'vgg'": small("--trackers=toy_a,vgg", f"--workdir={tmp_path / 'b'}"),
         "does not exist": small(f"--data={tmp_path / 'nowhere'}", f"--workdir={tmp_path / 'c'}"),
-        "--data is needed": small("--data="),
+        "--data has an empty value": small("--data="),
         "no method 'magic'; there are none, noise": small("--methods=none,magic"),
         "countermeasures is 'sepia', must be one of none": small("--countermeasures=sepia"),
         "--leaks is 2.0, must be at most 1": small("--leaks=0,2"),

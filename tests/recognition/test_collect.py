@@ -39,7 +39,9 @@ def test_a_tree(tmp_path, prefix):
     for name in ("Ann B/1.png", "Ann B/2.png", "n000002/a.png", "Zo\u0308e/x.png"):
         _save(tmp_path / prefix / name, _picture(0))
     (tmp_path / prefix / "empty").mkdir()
-    (tmp_path / "readme.txt").write_text("no photo")
+    (tmp_path / "readme.jpg").write_text("no photo")
+    for name in ("readme.txt", "Ann B/notes.txt", "Ann B/Thumbs.db"):
+        (tmp_path / prefix / name).write_text("no photo")
     (tmp_path / ".hidden").mkdir()
     listing = identities.list_tree(tmp_path)
     names = ["Ann B/1.png", "Ann B/2.png", "Zo\u0308e/x.png", "n000002/a.png"]
@@ -48,7 +50,7 @@ def test_a_tree(tmp_path, prefix):
     assert listing.identities == ("Ann B", "Z\u00f6e", "n000002")
     np.testing.assert_array_equal(listing.labels, [0, 0, 1, 2])
     problems = _problems(listing)
-    assert "no identity" in problems["readme.txt"]
+    assert "no identity" in problems["readme.jpg"] and listing.num_skipped == 3
     assert "no photos" in problems[f"{prefix}empty"] and len(problems) == 2
     frequent = listing.with_photos(2)
     assert frequent.identities == ("Ann B",)
@@ -257,6 +259,7 @@ def test_the_program(tmp_path):
         _save(data / "Bea" / f"{seed}.png", _picture(seed + 10))
     _save(data / "Bea" / "copy.png", _picture(0))
     (data / "Bea" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    (data / "Bea" / "page.html").write_text("<html>")
     before = {path: path.read_bytes() for path in data.rglob("*.*")}
     flags = [f"--data={data}", f"--output_dir={out}", "--records=people", "--held_out=0.5"]
     result, complete = _run_program(*flags)
@@ -264,7 +267,7 @@ def test_the_program(tmp_path):
     assert (result["photos"], result["kept"], result["identities"]) == (8, 6, 2)
     assert result["repeats"] == {"exact": 1, "near": 0, "of_another_identity": 1}
     (problem,) = result["not_handled"]
-    assert problem["name"] == "Bea/broken.jpg"
+    assert problem["name"] == "Bea/broken.jpg" and result["skipped"] == 1
     with open(out / "repeats.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["image"], row["kept"], row["same_identity"]) == ("Bea/copy.png", "Ann/0.png", "0")

@@ -26,7 +26,7 @@ class CloakConfig(options.Config):
     writes `cloaked/<folders>/<stem>_cloaked.png` for every photo, `report.json` and `report.html`.
     Without flags it cloaks a sample portrait. A second run skips what is done and goes on with what
     was interrupted; originals are never touched. Exit code 3: some photos were not handled, each is
-    named in the report.
+    named in the report. Files in folders that are no photos are counted as skipped.
 
     Photos are worked on in groups of 8, in the order of their names. Faces of one group that show
     the same person are moved away from what they have in common, which carries over better to
@@ -102,9 +102,9 @@ def run(config: CloakConfig) -> options.Outcome:
     work = _open_workdir(records_dir, settings, overwrite=config.overwrite)
     with options.usage("--images"):
         images = config.images or [shared_options.sample_portrait()]
-        jobs = records.list_jobs(images, output_dir, work.path)
+        jobs, num_skipped = records.list_jobs(images, output_dir, work.path)
     if not jobs:
-        raise options.UsageError(f"--images={','.join(config.images)} holds no files")
+        raise options.UsageError(f"--images={','.join(config.images)} holds no photos")
     folder_run = folder.FolderRun(
         flow,
         work,
@@ -117,7 +117,7 @@ def run(config: CloakConfig) -> options.Outcome:
         images = folder_run.cloak(jobs)
     except targets.TargetError as error:
         raise options.UsageError(f"--target={config.target}: {error}") from error
-    report = _report(settings, folder_run, images)
+    report = _report(settings, folder_run, images, num_skipped)
     _write_report(output_dir, report, jobs)
     incomplete = [
         {"image": record["image"], "status": record["status"], "reason": record["reason"]}
@@ -126,6 +126,7 @@ def run(config: CloakConfig) -> options.Outcome:
     ]
     result = {
         "summary": report["summary"],
+        "skipped": num_skipped,
         "not_handled": incomplete,
         "report": "report.html",
         "output_dir": config.output_dir,
@@ -195,6 +196,7 @@ def _report(
     settings: Mapping[str, Any],
     folder_run: folder.FolderRun,
     images: list[records.ImageRecord],
+    num_skipped: int,
 ) -> dict[str, Any]:
     """Content of report.json."""
     flow, identity = folder_run.flow, folder_run.target_identity()
@@ -210,7 +212,7 @@ def _report(
     counts = {
         status: sum(record["status"] == status for record in images) for status in folder.STATUSES
     }
-    return {"images": images, "settings": settings, "summary": counts}
+    return {"images": images, "settings": settings, "summary": counts, "skipped": num_skipped}
 
 
 def _write_report(

@@ -37,7 +37,7 @@ _TOY = {
 }
 _NOTE = (
     "Accuracy is of classification among the victim's people; a low one does not hide a person "
-    "from a matcher that enrols clean photos."
+    "from a matcher that enrolls clean photos."
 )
 
 

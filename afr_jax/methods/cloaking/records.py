@@ -72,8 +72,10 @@ class Record(TypedDict):
 
 def list_jobs(
     images: Sequence[str | pathlib.Path], output_dir: pathlib.Path, workdir: pathlib.Path
-) -> list[Job]:
-    """All inputs with their outputs; products of an earlier run are no inputs.
+) -> tuple[list[Job], int]:
+    """All photos with their outputs, and how many other files lie beside them in folders.
+
+    Products of an earlier run are no inputs.
 
     Args:
         images: photos and folders of photos.
@@ -90,14 +92,14 @@ def list_jobs(
             earlier[known["source"]] = str(output_dir / known["output"])
     own = [pathlib.Path(path) for path in earlier.values()]
     own += [output_dir / name for name in ("report.json", "report.html")]
-    inputs = photo_files.list_photos(images, exclude=[output_dir, *own])
+    inputs, num_skipped = photos.list_photos(images, exclude=[output_dir, *own])
     outputs = photo_files.output_paths(inputs, output_dir, taken=earlier)
     jobs = []
     for source, output in zip(inputs, outputs, strict=True):
         name = output.relative_to(output_dir).as_posix()
         digest = sha256_of(str(source.path).encode("utf-8", "surrogateescape"))
         jobs.append(Job(source, output, name, workdir / FOLDER / f"{digest[:32]}.json"))
-    return jobs
+    return jobs, num_skipped
 
 
 def forget(workdir: pathlib.Path) -> None:

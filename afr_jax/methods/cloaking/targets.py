@@ -38,7 +38,7 @@ def check(target: str, gallery: str | os.PathLike[str] | None) -> None:
         TargetError: one does not go with the other, or a folder is not there.
     """
     if (target == "farthest") != (gallery is not None):
-        raise TargetError("the target 'farthest' needs a gallery, and a gallery that target")
+        raise TargetError("the target 'farthest' needs a gallery, and a gallery needs that target")
     if target not in ("repel", "farthest") and not pathlib.Path(target).is_dir():
         raise TargetError(f"{target} is not repel, farthest or a folder")
     if gallery is not None and not pathlib.Path(gallery).is_dir():

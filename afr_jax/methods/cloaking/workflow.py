@@ -310,7 +310,6 @@ def cloak(
     for start in range(0, len(sources), GROUP):
         group = sources[start : start + GROUP]
         loaded = parallel.thread_map(functools.partial(_load, flow), group)
-        loaded = [item for item in loaded if item is not None]
         found = [item for item in loaded if isinstance(item, Found)]
         outcomes = iter(flow.cloak_group(key, found, target=chosen))
         results += [
@@ -348,11 +347,9 @@ def _readable_pixels(sources: Sequence[photos.PhotoSource]) -> Iterator[np.ndarr
             yield _read(source).pixels
 
 
-def _load(flow: Workflow, source: photos.PhotoSource) -> Found | CloakedPhoto | None:
-    """Reads a photo and finds its faces; None for a file in a folder that is no photo."""
+def _load(flow: Workflow, source: photos.PhotoSource) -> Found | CloakedPhoto:
+    """Reads a photo and finds its faces."""
     try:
         return flow.find_faces(source.name, _read(source))
     except photos.PhotoError as error:
-        if source.in_folder and isinstance(error, photos.NotAPhotoError):
-            return None
         return CloakedPhoto(source.name, "unreadable", str(error))

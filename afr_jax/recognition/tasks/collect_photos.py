@@ -97,6 +97,7 @@ def run(config: CollectConfig) -> options.Outcome:
             "near": sum(not repeat.exact for repeat in found.repeats),
             "of_another_identity": sum(not repeat.same_identity for repeat in found.repeats),
         },
+        "skipped": listing.num_skipped,
         "records": None,
     }
     if config.records is not None:

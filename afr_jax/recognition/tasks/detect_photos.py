@@ -35,7 +35,8 @@ class DetectConfig(options.Config):
          "settings": {...}}
 
     `status` is `ok`, `no_face`, `unreadable` or `failed`, the last two with a reason; the program
-    then goes on, and ends with exit code 3. Boxes are [y0, x0, y1, x1] and landmarks (y, x) in
+    then goes on, and ends with exit code 3. Files in folders that are no photos are counted as
+    skipped in the result line. Boxes are [y0, x0, y1, x1] and landmarks (y, x) in
     pixels of the upright photo: eye, eye, nose, mouth corner, mouth corner, the picture's left
     first. --toy looks for faces from 80 px on, which compiles in seconds.
     """
@@ -96,7 +97,7 @@ def run(config: DetectConfig) -> options.Outcome:
         options.UsageError: photos that do not exist, or an output folder that cannot be used.
     """
     output_dir = pathlib.Path(config.output_dir).expanduser().absolute()
-    inputs = _inputs(config, output_dir)
+    inputs, num_skipped = _inputs(config, output_dir)
     drawings = photo_files.output_paths(inputs, output_dir, suffix="_faces.jpg")
     work = workdir.open_workdir(config.workdir, config) if config.workdir else None
     try:
@@ -129,6 +130,7 @@ def run(config: DetectConfig) -> options.Outcome:
         "num_images": len(records),
         "num_faces": sum(len(record.faces) for record in records),
         "summary": {name: sum(r.status == name for r in records) for name in statuses},
+        "skipped": num_skipped,
         "not_handled": not_handled,
         "faces": "faces.json",
         "output_dir": config.output_dir,
@@ -200,8 +202,8 @@ def draw_faces(pixels: np.ndarray, faces: detect.Faces) -> bytes:
     return buffer.getvalue()
 
 
-def _inputs(config: DetectConfig, output_dir: pathlib.Path) -> list[photo_files.PhotoInput]:
-    """All files to look at; what an earlier run wrote is none of them."""
+def _inputs(config: DetectConfig, output_dir: pathlib.Path) -> photos.PhotoFiles:
+    """All photos to look at; what an earlier run wrote is none of them."""
     paths = config.images or (shared_options.sample_portrait(),)
     resolved = [pathlib.Path(path).expanduser().resolve() for path in paths]
     if config.draw and output_dir.resolve() in resolved:

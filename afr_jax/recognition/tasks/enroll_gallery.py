@@ -105,6 +105,7 @@ def _enroll(config: EnrollConfig, gallery: str, place: str) -> options.Outcome:
         "unchanged": done.unchanged,
         "enrolled": len(done.database),
         "identities": len(done.database.identities()),
+        "skipped": listing.num_skipped,
         "seconds": time.perf_counter() - start,
         "not_handled": [{"image": item.name, "reason": item.reason} for item in done.problems],
     }

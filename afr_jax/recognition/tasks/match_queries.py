@@ -57,7 +57,7 @@ def run(config: MatchConfig) -> options.Outcome:
         raise options.UsageError("--database is needed")
     if not config.queries:
         raise options.UsageError("--queries is needed: photos or folders of photos")
-    inputs = shared_options.list_photos(config.queries, flag="queries")
+    inputs, num_skipped = shared_options.list_photos(config.queries, flag="queries")
     try:
         with options.usage(""):
             reference = database.open_database(config.database)
@@ -96,6 +96,7 @@ def run(config: MatchConfig) -> options.Outcome:
         "metric": found.metric,
         "threshold": found.threshold,
         "queries": {status: statuses.count(status) for status in ("ok", "no_face", "unreadable")},
+        "skipped": num_skipped,
         "faces": len(found.decisions),
         "identified": sum(decision != match.UNKNOWN for decision in found.decisions),
         "unknown": found.decisions.count(match.UNKNOWN),
