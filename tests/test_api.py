@@ -59,8 +59,11 @@ def test_photos_come_in_any_form(tmp_path):
     ):
         with pytest.raises(photos.PhotoError, match=part):
             afr.read_photos(wrong)
-    with pytest.raises(ValueError, match="uint8"):
-        afr.read_photos(pixels / 255)
+    with pytest.raises(ValueError, match="photo_1: a photo must be uint8"):
+        afr.read_photos([pixels, pixels / 255])
+    for value in (3, None, b"abc", [3]):
+        with pytest.raises(TypeError, match="a photo must be an array, a path or a PIL image, got"):
+            afr.read_photos(value)
     with pytest.raises(FileNotFoundError):
         afr.read_photos(tmp_path / "absent")
 

@@ -208,7 +208,13 @@ def _listed(photos: PhotosLike) -> list[PhotoLike | PhotoSource]:
         return [photos]
     if isinstance(photos, np.ndarray):
         return list(photos) if photos.ndim == 4 else [photos]
+    if not isinstance(photos, Iterable):
+        raise TypeError(_wrong_type(photos))
     return list(photos)
+
+
+def _wrong_type(photo: object) -> str:
+    return f"a photo must be an array, a path or a PIL image, got {type(photo).__name__}"
 
 
 def read_photos(photos: PhotosLike) -> list[Photo]:
@@ -225,12 +231,25 @@ def read_photos(photos: PhotosLike) -> list[Photo]:
     found = []
     for source in list_sources(photos):
         try:
-            if source.problem is not None:
-                raise PhotoError(source.problem)
-            found.append(dataclasses.replace(as_photo(source.photo), name=source.name))
+            found.append(dataclasses.replace(read_source(source), name=source.name))
         except PhotoError as error:
             raise PhotoError(f"{source.name}: {error}") from error
     return found
+
+
+def read_source(source: PhotoSource) -> Photo:
+    """Reads one source of `list_sources`.
+
+    Raises:
+        PhotoError: If it must not be read or cannot be decoded.
+        TypeError, ValueError: See `as_photo`; the message begins with the photo's name.
+    """
+    if source.problem is not None:
+        raise PhotoError(source.problem)
+    try:
+        return as_photo(source.photo)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{source.name}: {error}") from error
 
 
 def as_photo(photo: PhotoLike) -> Photo:
@@ -238,6 +257,7 @@ def as_photo(photo: PhotoLike) -> Photo:
 
     Raises:
         PhotoError: If a file or a PIL image cannot be decoded.
+        TypeError: If it is nothing that can be a photo.
         ValueError: If an array is not uint8 [H, W, 3], or empty.
     """
     if isinstance(photo, Photo):
@@ -251,6 +271,8 @@ def as_photo(photo: PhotoLike) -> Photo:
             return _from_pillow(photo.copy())
         except Exception as error:  # As in `decode_photo`.
             raise PhotoError("the image is damaged or incomplete") from error
+    if not isinstance(photo, (str, os.PathLike)):  # The system takes a number for an open file.
+        raise TypeError(_wrong_type(photo))
     return dataclasses.replace(read_photo(photo), name=pathlib.Path(photo).name)
 
 

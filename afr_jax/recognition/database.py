@@ -48,6 +48,10 @@ class Database:
         self._entries: tuple[int, Entries] | None = None
         self._gallery: tuple[Entries, match.Gallery] | None = None
 
+    def __repr__(self) -> str:
+        """The address, the extractor and the number of faces."""
+        return f"Database({self.uri!r}, extractor={self.tag.name!r}, {len(self)} faces)"
+
     def __len__(self) -> int:
         """Number of faces."""
         return self._table.count_rows()

@@ -514,6 +514,9 @@ def _enrollees(
             for source in photos.list_sources(some)
         ]
     else:
+        if not isinstance(gallery, (identities.Listing, str, os.PathLike)):
+            kind = type(gallery).__name__
+            raise TypeError(f"a gallery is a folder, a listing or photos by person, not {kind}")
         if not isinstance(gallery, identities.Listing):
             gallery = identities.list_tree(gallery)
         problems += gallery.problems
@@ -605,9 +608,8 @@ def _find(
 def _read(source: photos.PhotoLike | photos.PhotoSource) -> tuple[np.ndarray, str]:
     """Pixels and digest of a photo."""
     if isinstance(source, photos.PhotoSource):
-        if source.problem is not None:
-            raise photos.PhotoError(source.problem)
-        source = source.photo
+        is_file = source.problem is None and isinstance(source.photo, (str, os.PathLike))
+        source = source.photo if is_file else photos.read_source(source)
     if isinstance(source, (str, os.PathLike)):
         data = photos.read_photo_bytes(source)
         return photos.decode_photo(data).pixels, hashlib.sha256(data).hexdigest()

@@ -102,6 +102,10 @@ def test_wrong_usage_is_named(tmp_path):
         # Each line has a folder of its own: another configuration is refused as well.
         message = _attack(*flags, f"--workdir={tmp_path / str(number)}")
         assert isinstance(message, str) and part in message, (flags, message)
+    # The work directory of a mistyped name can be used with the right one.
+    for flags in ([f"--train={tmp_path / 'mistyped'}"], [f"--transfer={tmp_path / 'x'}", sky]):
+        assert "does not exist" in str(_attack(*flags, f"--workdir={tmp_path / 'out'}"))
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_ablation_measures_its_rows_once(tmp_path, monkeypatch):

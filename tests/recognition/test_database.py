@@ -40,7 +40,7 @@ def test_what_is_appended_is_read_back(filled):
     assert again.identities == entries.identities and again.images == entries.images
     np.testing.assert_array_equal(again.vectors, entries.vectors)
     np.testing.assert_array_equal(again.boxes, entries.boxes)
-    assert filled.identities() == {"ann": 2, "bob": 1}
+    assert filled.identities() == {"ann": 2, "bob": 1} and "3 faces" in repr(filled)
     assert filled.images()["bob/1.jpg"] == (entries.digests[1], "bob")
 
 

@@ -16,6 +16,17 @@ _SAMPLE_PX = 160
 Skipped = list[tuple[str, str]]
 
 
+def check_paths(flag: str, paths: Sequence[str]) -> None:
+    """Checks that all paths of a flag exist.
+
+    Raises:
+        options.UsageError: One does not.
+    """
+    for path in paths:
+        if not pathlib.Path(path).expanduser().exists():
+            raise options.UsageError(f"--{flag}: {path} does not exist")
+
+
 def read_people(
     variables: mtcnn.Variables,
     flag: str,

@@ -127,6 +127,10 @@ def run(config: AttackConfig) -> options.Outcome:
         )
     corners = _corners(config.corners)
     patch_config = config.patches.without(config.off)
+    # Before the work directory takes down a mistyped name.
+    given = {"train": config.train, "test": config.test, "transfer": config.transfer}
+    for flag, paths in given.items():
+        inputs.check_paths(flag, paths)
     work = workdir.open_workdir(config.workdir, config)
     train, train_skipped = _people(config, variables, "train", config.train)
     test, test_skipped = _people(config, variables, "test", config.test)

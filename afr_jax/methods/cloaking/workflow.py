@@ -335,21 +335,15 @@ def own_names(recognizer: pipeline.Recognizer) -> pipeline.Recognizer:
     return recognizer._replace(extractors=extractors, variables=variables)
 
 
-def _read(source: photos.PhotoSource) -> photos.Photo:
-    if source.problem is not None:
-        raise photos.PhotoError(source.problem)
-    return photos.as_photo(source.photo)
-
-
 def _readable_pixels(sources: Sequence[photos.PhotoSource]) -> Iterator[np.ndarray]:
     for source in sources:
         with contextlib.suppress(photos.PhotoError):
-            yield _read(source).pixels
+            yield photos.read_source(source).pixels
 
 
 def _load(flow: Workflow, source: photos.PhotoSource) -> Found | CloakedPhoto:
     """Reads a photo and finds its faces."""
     try:
-        return flow.find_faces(source.name, _read(source))
+        return flow.find_faces(source.name, photos.read_source(source))
     except photos.PhotoError as error:
         return CloakedPhoto(source.name, "unreadable", str(error))
