@@ -47,6 +47,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
             os.replace(partial, path)
         else:
             _publish_new(partial, path)
+    except PermissionError as error:  # It names the hidden file, which says nothing to people.
+        raise PermissionError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 

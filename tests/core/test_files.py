@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -91,3 +92,12 @@ def test_csv_cells_are_read_back_as_they_were(tmp_path):
         ]
     assert b"\r" not in path.read_bytes()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_without_permission_is_told_by_the_name_of_the_file(tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "open", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*/report\.json'"):
+        files.write_json(tmp_path / "report.json", {})

@@ -304,11 +304,14 @@ def test_wrong_usage_is_told_before_any_work(tmp_path, monkeypatch):
         (["--weights=mobilefacenet=no.npz"], "no.npz"),
         (["--target=farthest"], "--gallery"),
         (["--target=nowhere"], "nowhere"),
+        (["--images="], "--images has an empty value"),
+        (["--workdir=/proc/none"], "No such file or directory: '/proc/none'"),
     ]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no downloads"))
     for flags, message in cases:
         answer = _run(tmp_path, *flags)
         assert isinstance(answer, str) and message in answer, (flags, answer)
+        assert "--overwrite" not in answer
     # The folder of records is there once the flags make sense; no photo was looked at.
     assert not [path for path in out.rglob("*") if path.suffix in (".png", ".html")]
 

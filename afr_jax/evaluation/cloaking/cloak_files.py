@@ -183,7 +183,9 @@ def _open_workdir(
     try:
         return workdir.open_workdir(path, settings)
     except options.UsageError as error:
-        if not overwrite or not (path / "config.json").exists():
+        if not (path / "config.json").exists():
+            raise
+        if not overwrite:
             raise options.UsageError(
                 f"{error} (or pass --overwrite to replace its outputs)"
             ) from error
