@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -51,6 +52,19 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
         raise PermissionError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def printable(text: object) -> str:
+    """The text in one line that every stream and every UTF-8 file takes.
+
+    File names on disk need not be valid text, and may hold line ends and controls of terminals;
+    such characters are written as escapes.
+
+    Args:
+        text: A name, a path or a message.
+    """
+    escaped = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], escaped)
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:

@@ -1,4 +1,4 @@
-"""How far a long run is, on standard error: a bar on a terminal, a log line elsewhere."""
+"""What a run says on standard error: how far it is, and which inputs it cannot handle."""
 
 import contextlib
 import sys
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import tqdm
 from absl import logging
 
-from afr_jax.core import distributed
+from afr_jax.core import distributed, files
 
 _Item = TypeVar("_Item")
 
@@ -71,6 +71,17 @@ def counter(
         lines = _Lines(total, description, done, interval_seconds)
         yield lines.advance
         lines.end()
+
+
+@logging.skip_log_prefix
+def warn(subject: object, reason: object) -> None:
+    """Logs in one line why an input was not handled; the others go on.
+
+    Args:
+        subject: The input: a photo's path or name, a person.
+        reason: What is wrong with it.
+    """
+    logging.warning("%s: %s", files.printable(subject), files.printable(reason))
 
 
 class _Lines:

@@ -1,4 +1,5 @@
 import io
+import os
 import sys
 import time
 
@@ -48,3 +49,10 @@ def test_what_is_over_at_once_says_nothing(batch_job):
     with progress.counter(None, description="photos") as advance:
         advance(1)
     assert batch_job() == []
+
+
+def test_a_warning_is_one_line_of_valid_text_whatever_the_name(caplog):
+    progress.warn(os.fsdecode(b"caf\xe9\n\x1b[2J \xe6\x9d\x8e.png"), ValueError("no\rface"))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == r"caf\udce9\n\x1b[2J 李.png: no\rface"
+    assert caplog.records[0].filename == "test_progress.py"

@@ -25,6 +25,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from afr_jax.core import files
 from afr_jax.evaluation.report import pictures
 
 LoadPair = Callable[[Mapping[str, Any]], "tuple[np.ndarray, np.ndarray] | None"]
@@ -425,7 +426,7 @@ def _plain(value: Any) -> str:
 def _printable(value: Any) -> Any:
     """A copy whose strings can be written as UTF-8: file names on disk need not be valid text."""
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+        return files.printable(value)
     if isinstance(value, Mapping):
         return {_printable(key): _printable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from absl import logging
 
+from afr_jax.core import progress
 from afr_jax.data import photo_files, photos
 from afr_jax.recognition import detect, embed, pipeline
 
@@ -183,7 +183,7 @@ def _faces_below(
         try:
             pixels = photos.read_photo(source.path).pixels
         except photos.PhotoError as error:
-            logging.warning("%s: %s", source.path, error)
+            progress.warn(source.path, error)
             continue
         found = _detect(recognizer, pixels, options_fn)
         if len(found.boxes):

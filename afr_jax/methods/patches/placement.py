@@ -11,9 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
-from afr_jax.core import images
+from afr_jax.core import images, progress
 from afr_jax.methods.patches import geometry, markers, people
 from afr_jax.perturb import warps
 
@@ -140,7 +139,7 @@ def place_all(
                 person.pixels, person.box, person.landmarks, placement=placement, grids=grids
             )
         except ValueError as error:
-            logging.warning("%s is left out: %s", person.name, error)
+            progress.warn(person.name, f"left out: {error}")
             skipped.append((person.name, str(error)))
             continue
         found.append(placed._replace(name=person.name, is_altered=person.is_altered))

@@ -166,7 +166,7 @@ def look(
     except photos.PhotoError as error:
         record = PhotoRecord(name, "unreadable", str(error), [])
     except Exception as error:  # One photo's trouble must not cost the others theirs.
-        logging.exception("could not work on %s", source.path)
+        logging.exception("could not work on %s", files.printable(source.path))
         record = PhotoRecord(name, "failed", f"{type(error).__name__}: {error}", [])
     else:
         # What lies beyond is rounding of the processor.
@@ -179,7 +179,7 @@ def look(
             for box, confidence, points in zip(*found, strict=True)
         ]
         return PhotoRecord(name, "ok" if faces else "no_face", None, faces)
-    logging.warning("%s: %s (%s)", source.path, record.status, record.reason)
+    progress.warn(source.path, f"{record.status} ({record.reason})")
     return record
 
 

@@ -3,9 +3,7 @@
 import dataclasses
 import time
 
-from absl import logging
-
-from afr_jax.core import options, workdir
+from afr_jax.core import options, progress, workdir
 from afr_jax.data import identities
 from afr_jax.recognition import database, shared_options
 
@@ -95,7 +93,7 @@ def _enroll(config: EnrollConfig, gallery: str, place: str) -> options.Outcome:
         min_confidence=config.detection.min_confidence,
     )
     for problem in done.problems:
-        logging.warning("%s: %s", problem.name, problem.reason)
+        progress.warn(problem.name, problem.reason)
     result = {
         "database": done.database.uri,
         "extractor": done.database.tag.name,

@@ -2,9 +2,7 @@
 
 import dataclasses
 
-from absl import logging
-
-from afr_jax.core import options, workdir
+from afr_jax.core import options, progress, workdir
 from afr_jax.data import photos
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import database, detect, match, pipeline, shared_options
@@ -88,7 +86,7 @@ def run(config: MatchConfig) -> options.Outcome:
         if query.found.problem
     ]
     for problem in problems:
-        logging.warning("%s: %s", problem["query"], problem["reason"])
+        progress.warn(problem["query"], problem["reason"])
     result = {
         "database": reference.uri,
         "enrolled": len(reference),
