@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import make_extractor_references as references
 import numpy as np
 import pytest
+import torch_writer as torch
 
 from afr_jax.models.extractors import inception_resnet, iresnet, openface
 from afr_jax.models.weights import conversion, formats, torch_files
@@ -118,31 +119,14 @@ def test_damaged_torch_files_are_refused(tmp_path, damage):
         formats.read_arrays(path)
 
 
-def _tensor_index(offset=0, shape=(2, 3), strides=(3, 1), size=6, kind="FloatStorage") -> bytes:
-    """The pickle of a state dict with one array, opcode by opcode."""
-
-    def text(value):
-        return b"X" + len(value).to_bytes(4, "little") + value.encode()
-
-    def integer(value):
-        return b"J" + value.to_bytes(4, "little", signed=True)
-
-    def integers(values):
-        return b"(" + b"".join(map(integer, values)) + b"t"
-
-    storage = b"(" + text("storage") + f"ctorch\n{kind}\n".encode()
-    storage += text("0") + text("cpu") + integer(size) + b"tQ"
-    call = b"ctorch._utils\n_rebuild_tensor_v2\n("
-    call += storage + integer(offset) + integers(shape) + integers(strides) + b"\x89}tR"
-    return b"\x80\x02}" + text("a") + call + b"s."
+def _tensor_index(shape=(2, 3), **fields) -> bytes:
+    """The pickle of a state dict with one array of six values."""
+    fields = {"strides": (3, 1), "size": 6} | fields
+    return torch.index(torch.dictionary({torch.text("a"): torch.tensor("0", shape, **fields)}))
 
 
 def _torch_zip(index: bytes, values: bytes) -> bytes:
-    result = io.BytesIO()
-    with zipfile.ZipFile(result, "w") as file:
-        file.writestr("x/data.pkl", index)
-        file.writestr("x/data/0", values)
-    return result.getvalue()
+    return torch.archive(index, {"0": values})
 
 
 def test_the_tests_own_writer_writes_good_files(tmp_path):
@@ -162,6 +146,8 @@ def test_the_tests_own_writer_writes_good_files(tmp_path):
         {"strides": (300_000_000, 1)},
         {"strides": (-3, 1)},
         {"shape": (2**30, 2**30), "strides": (0, 1)},
+        {"shape": (2**30, 6), "strides": (0, 1)},
+        {"shape": (1,) * 17, "strides": (1,) * 17},
         {"size": 7},
         {"size": -6},
         {"kind": "ComplexFloatStorage"},
@@ -247,7 +233,7 @@ def test_a_file_of_another_library_is_refused(read_fn, path):
 
 
 def test_the_file_of_another_network_is_refused():
-    with pytest.raises(ValueError, match=r"missing .*conv2d_1a.conv.weight.* extra .*fc.weight"):
+    with pytest.raises(ValueError, match=r"missing \(repeat_2.*, \.\.\.\); 7 extra .*fc.weight"):
         inception_resnet.read_weights(_TORCH)
 
 

@@ -14,7 +14,7 @@ import math
 import os
 import pathlib
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,8 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from afr_jax.core import files
 from afr_jax.models.weights import formats
 
+# Arrays that a message names of each kind.
+_MOST_NAMED = 6
 # Keras's names of the arrays of a BatchNorm.
 _KERAS_NORM_LEAVES = {
     "scale": "gamma",
@@ -152,8 +155,8 @@ def fill(
         The variables, float32.
 
     Raises:
-        ValueError: names or shapes differ; the message lists every missing, extra and misshapen
-            array.
+        ValueError: names or shapes differ; the message counts the missing, extra and misshapen
+            arrays and names the first of each.
     """
     variables, missing, misshapen, used = {}, [], [], set()
     needed: Any = flax.traverse_util.flatten_dict(dict(variable_shapes))
@@ -176,10 +179,17 @@ def fill(
             variables[leaf] = np.ascontiguousarray(converted).reshape(expected.shape)
     extra = [name for name in arrays if name not in used and not ignore_fn(name)]
     problems = (("missing", missing), ("extra", extra), ("misshapen", misshapen))
-    found = [f"{len(names)} {kind} ({', '.join(names)})" for kind, names in problems if names]
+    found = [f"{len(names)} {kind} ({_first(names)})" for kind, names in problems if names]
     if found:
-        raise ValueError(f"{path} does not hold this network's arrays: {'; '.join(found)}")
+        reason = files.printable("; ".join(found))
+        raise ValueError(f"{files.printable(path)} does not hold this network's arrays: {reason}")
     return flax.traverse_util.unflatten_dict(variables)
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first few of some names."""
+    shown = ", ".join(name[:120] for name in names[:_MOST_NAMED])
+    return shown if len(names) <= _MOST_NAMED else f"{shown}, ..."
 
 
 def fingerprint(variables: Variables) -> str:

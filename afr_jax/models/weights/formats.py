@@ -4,19 +4,22 @@ The kind of a file is told by its content, not by its name. Which array belongs 
 of the module of each network.
 """
 
+import math
 import os
 import pathlib
 import zipfile
 
 import h5py
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from afr_jax.models.weights import onnx_files, torch_files
+from afr_jax.models.weights import checks, onnx_files, torch_files
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP = b"PK\x03\x04"
+# Filters of HDF5 itself: deflate, shuffle, Fletcher's checksum, szip, n-bit, scale and offset.
+# Another one would be looked for in a library on disk.
+_FILTERS = (1, 2, 3, 4, 5, 6)
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
@@ -46,8 +49,8 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
-        except (zipfile.BadZipFile, OSError, NotImplementedError):
-            # The directory of a zip is at its end: cut off in a truncated one.
+        # The directory of a zip is at its end: cut off in a truncated file, or damaged.
+        except Exception:
             return "torch" if b"data.pkl" in head else "npz"
         return "torch" if any(name.endswith("/data.pkl") for name in names) else "npz"
     return "unknown"
@@ -92,21 +95,38 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     try:
         return safetensors.numpy.load(pathlib.Path(path).read_bytes())
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    except Exception as error:
+        raise checks.unreadable(path, "safetensors file", error) from error
 
 
 def _read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     try:
+        with zipfile.ZipFile(path) as archive:
+            checks.check_archive(archive, os.path.getsize(path))
+            for info in archive.infolist():
+                _check_npy(archive, info)
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        # A member of the archive that is no array comes as bytes.
-        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-            raise ValueError("it holds other things than arrays")
-        return arrays
+            return {name: file[name] for name in file.files}
     # Whatever zip, zlib and the header of an array raise: the file is damaged or no npz.
     except Exception as error:
-        raise ValueError(f"{path} is not a readable npz file: {error}") from error
+        raise checks.unreadable(path, "npz file", error) from error
+
+
+def _check_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+    """Checks that a member of an archive is an array of the size that its header says."""
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        readers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        if version not in readers:
+            raise ValueError(f"{info.filename} is of an unknown version")
+        shape, _, dtype = readers[version](member)
+        if dtype.hasobject:
+            raise ValueError(f"{info.filename} holds objects, which would have to be executed")
+        if math.prod(shape) * dtype.itemsize != info.file_size - member.tell():
+            raise ValueError(f"{info.filename} has not as many values as its shape says")
 
 
 def _read_keras(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -116,15 +136,43 @@ def _read_keras(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             root = file.get("model_weights", file)
             if "layer_names" not in root.attrs:
                 raise ValueError("it holds no Keras weights")
-            arrays = {}
+            found = {}
             for layer in map(_text, root.attrs["layer_names"]):
-                group = root[layer]
+                group = _child(root, layer)
                 for name in map(_text, group.attrs["weight_names"]):
                     leaf = name.rpartition("/")[2].partition(":")[0]
-                    arrays[f"{layer}/{leaf}"] = np.asarray(group[name])
-            return arrays
+                    found[f"{layer}/{leaf}"] = _checked(_child(group, name), name)
+            # A chunk that was never written takes no room in the file.
+            num_bytes = sum(dataset.nbytes for dataset in found.values())
+            checks.check_expansion(num_bytes, os.path.getsize(path))
+            return {name: np.asarray(dataset) for name, dataset in found.items()}
     except Exception as error:
-        raise ValueError(f"{path} is not a readable Keras weight file: {error}") from error
+        raise checks.unreadable(path, "Keras weight file", error) from error
+
+
+def _child(group: h5py.Group | h5py.Dataset, name: str) -> h5py.Group | h5py.Dataset:
+    """What lies in a group under a path, where no part of the path leads out of the file."""
+    found = group
+    for part in filter(None, name.split("/")):
+        if not isinstance(found, h5py.Group) or not isinstance(
+            found.get(part, getlink=True), h5py.HardLink
+        ):
+            raise ValueError(f"{name!r} is missing, or lies in another file")
+        found = found[part]
+    return found
+
+
+def _checked(dataset: h5py.Group | h5py.Dataset, name: str) -> h5py.Dataset:
+    """An array whose values lie in the file and need no plugin to be read."""
+    if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiu":
+        raise ValueError(f"{name!r} is no array of numbers")
+    if dataset.external or dataset.is_virtual:
+        raise ValueError(f"the values of {name!r} lie in another file")
+    made = dataset.id.get_create_plist()
+    filters = {made.get_filter(index)[0] for index in range(made.get_nfilters())}
+    if not filters <= set(_FILTERS):
+        raise ValueError(f"{name!r} is packed by a filter that is not part of HDF5")
+    return dataset
 
 
 def _text(name: bytes | str) -> str:

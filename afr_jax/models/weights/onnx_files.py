@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from afr_jax.models.weights import checks
+
 # Wire types of protobuf: integer, 8 bytes, length and bytes, 4 bytes.
 _INTEGER, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
 _MAX_AXES = 16
@@ -101,7 +103,7 @@ def read_graph(path: str | os.PathLike[str]) -> Graph:
         return _graph(memoryview(data))
     # Damage can surface as nearly any error.
     except Exception as error:
-        raise ValueError(f"{path} is not a readable ONNX file: {error}") from error
+        raise checks.unreadable(path, "ONNX file", error) from error
 
 
 def _graph(data: memoryview) -> Graph:

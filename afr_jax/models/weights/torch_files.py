@@ -2,8 +2,9 @@
 
 Both of torch's formats are pickles beside raw arrays: since 1.6 a zip archive, before one file of
 five pickles and the arrays behind them. Unpickling may call any function that a file names; here it
-may name only what a state dict needs (ordered dictionaries and the rebuilding of arrays, which are
-functions of this module), and everything else is an error.
+calls none. What a state dict needs (ordered dictionaries and the rebuilding of arrays) is part of
+this module; everything else that a file names, as training checkpoints do, becomes an empty
+placeholder that may lie beside the state dict, but not in it.
 """
 
 import collections
@@ -13,15 +14,18 @@ import os
 import pathlib
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from afr_jax.models.weights import checks
+
 # The first pickle of a file in the format before 1.6.
 _MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_MAX_AXES = 16
 _STORAGES = {
     "DoubleStorage": np.dtype("<f8"),
     "FloatStorage": np.dtype("<f4"),
@@ -46,19 +50,33 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
     Args:
         path: a file of `torch.save`, in either format. A state dict under the key "state_dict" or
-            "model" is found; "module." in front of all names is dropped.
+            "model" is found, whatever a training run has noted beside it; "module." in front of all
+            names is dropped.
+
+    Returns:
+        The arrays, which may be views of each other and cannot be written to.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, names anything but arrays, or holds no state dict.
+        ValueError: the file is damaged, or its state dict holds anything but arrays.
     """
     data = pathlib.Path(path).read_bytes()
+    foreign: list[str] = []
     try:
-        value = _read_legacy(data) if is_legacy(data[:64]) else _read_zip(data)
+        value = _read_legacy(data, foreign) if is_legacy(data[:64]) else _read_zip(data, foreign)
         return _state_dict(value)
     # Damage can surface as nearly any error, also from within the unpickler.
     except Exception as error:
-        raise ValueError(f"{path} is not a readable torch state dict: {error}") from error
+        if foreign:
+            more = f"it refers to {foreign[0]}, which a state dict does not need"
+            error = ValueError(f"{error}; {more}")
+        raise checks.unreadable(path, "torch state dict", error) from error
+
+
+class _StorageType(NamedTuple):
+    """A type of values, as the pickle names it; unlike a dtype, it has no state to be set."""
+
+    dtype: np.dtype
 
 
 class _Storage(NamedTuple):
@@ -66,7 +84,7 @@ class _Storage(NamedTuple):
 
     dtype: np.dtype
     size: int
-    load_fn: Callable[[], bytes]
+    load_fn: Callable[[], memoryview]
 
 
 class _Tensor(NamedTuple):
@@ -79,110 +97,173 @@ class _Tensor(NamedTuple):
         numbers = (self.offset, *self.shape, *self.strides)
         if not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError("an array has an impossible shape")
-        if len(self.shape) != len(self.strides):
+        if len(self.shape) != len(self.strides) or len(self.shape) > _MAX_AXES:
             raise ValueError("an array has an impossible shape")
+        count = math.prod(self.shape)
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
-        if math.prod(self.shape) and last >= self.storage.size:
+        if count and last >= self.storage.size:
             raise ValueError("an array reaches past the end of its values")
+        # A step of zero repeats one value without end.
+        if count > self.storage.size:
+            raise ValueError("an array has more places than values")
         values = np.frombuffer(self.storage.load_fn(), self.storage.dtype)
         if values.size != self.storage.size:
             raise ValueError("values are missing: the file is truncated")
-        if not math.prod(self.shape):
+        if not count:
             return np.zeros(self.shape, self.storage.dtype)
         strides = [step * values.itemsize for step in self.strides]
-        view = np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, strides)
-        return np.array(view)
+        return np.lib.stride_tricks.as_strided(
+            values[self.offset :], self.shape, strides, writeable=False
+        )
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *_) -> _Tensor:
-    if not isinstance(storage, _Storage):
-        raise ValueError("an array without values")
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+class _RebuildTensor:
+    """Stands for torch's function; an object without attributes, so that no file can change it."""
+
+    __slots__ = ()
+
+    def __call__(self, storage, offset, shape, strides, *_) -> _Tensor:
+        if not isinstance(storage, _Storage):
+            raise ValueError("an array without values")
+        return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _rebuild_parameter(tensor, *_) -> _Tensor:
-    return tensor
+class _RebuildParameter:
+    """As `_RebuildTensor`, for what was a parameter."""
+
+    __slots__ = ()
+
+    def __call__(self, tensor, *_) -> _Tensor:
+        return tensor
+
+
+class _Foreign:
+    """What a file makes of a class or function that is not looked up: nothing."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_, **__) -> "_Foreign":
+        return object.__new__(cls)
+
+    def __init__(self, *_, **__) -> None:
+        pass
+
+    def __call__(self, *_, **__) -> "_Foreign":
+        return self
+
+    def __setstate__(self, state) -> None:
+        pass
+
+    def __setitem__(self, key, value) -> None:
+        pass
+
+    def append(self, value) -> None:
+        """Takes an item of a list and forgets it."""
+
+    def extend(self, values) -> None:
+        """Takes items of a list and forgets them."""
+
+    def add(self, value) -> None:
+        """Takes an item of a set and forgets it."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits the names that a state dict needs: nothing foreign can run."""
+    """Knows the names that a state dict needs: nothing foreign can run."""
 
     _NAMES: ClassVar = {
         ("collections", "OrderedDict"): collections.OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+        ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+        ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
     }
 
-    def __init__(self, stream: io.BytesIO, find_storage: Callable[..., _Storage]) -> None:
+    def __init__(
+        self, stream: io.BytesIO, find_storage: Callable[..., _Storage], foreign: list[str]
+    ) -> None:
         super().__init__(stream, encoding="utf-8")
         self._find_storage = find_storage
+        self._foreign = foreign
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        if (module, name) not in self._NAMES:
-            raise ValueError(f"it refers to {module}.{name}, which a state dict does not need")
-        return self._NAMES[module, name]
+            return _StorageType(_STORAGES[name])
+        if (module, name) in self._NAMES:
+            return self._NAMES[module, name]
+        self._foreign.append(f"{module}.{name}")
+        return type("Foreign", (_Foreign,), {"__slots__": ()})
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _, size, *_ = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or type(size) is not int:
+        kind, kept, key, _, size, *_ = pid
+        if kind != "storage" or not isinstance(kept, _StorageType) or type(size) is not int:
             raise ValueError("it refers to something that is no array")
-        return self._find_storage(dtype, str(key), size)
+        return self._find_storage(kept.dtype, str(key), size)
 
 
-def _read_zip(data: bytes) -> Any:
+def _read_zip(data: bytes, foreign: list[str]) -> Any:
+    storages: dict[str, _Storage] = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        (index,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        folder = index.removesuffix("data.pkl")
+        checks.check_archive(archive, len(data))
+        indices = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(indices) != 1:
+            raise ValueError(f"it has {len(indices)} indices (data.pkl), not one")
+        folder = indices[0].removesuffix("data.pkl")
         order = f"{folder}byteorder"
         if order in archive.namelist() and archive.read(order) != b"little":
             raise ValueError("its arrays are big-endian")
 
         def find_storage(dtype: np.dtype, key: str, size: int) -> _Storage:
             name = f"{folder}data/{key}"
+            if name in storages:
+                if storages[name][:2] != (dtype, size):
+                    raise ValueError(f"{name} is of two types or sizes")
+                return storages[name]
+            if name not in archive.namelist():
+                raise ValueError(f"{name} is missing")
             # Torch does not compress: a small file cannot stand for a huge array.
             if archive.getinfo(name).file_size != size * dtype.itemsize:
                 raise ValueError(f"{name} has not the size that the index says")
             if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{name} is compressed")
-            return _Storage(dtype, size, lambda: archive.read(name))
+            read: list[memoryview] = []
 
-        return _arrays(_Unpickler(io.BytesIO(archive.read(index)), find_storage).load())
+            def load() -> memoryview:
+                if not read:
+                    with zipfile.ZipFile(io.BytesIO(data)) as again:
+                        read.append(memoryview(again.read(name)))
+                return read[0]
+
+            return storages.setdefault(name, _Storage(dtype, size, load))
+
+        return _Unpickler(io.BytesIO(archive.read(indices[0])), find_storage, foreign).load()
 
 
-def _read_legacy(data: bytes) -> Any:
+def _read_legacy(data: bytes, foreign: list[str]) -> Any:
     stream = io.BytesIO(data)
     storages: dict[str, _Storage] = {}
     offsets: dict[str, int] = {}
 
     def find_storage(dtype: np.dtype, key: str, size: int) -> _Storage:
-        def load() -> bytes:
-            return data[offsets[key] : offsets[key] + size * dtype.itemsize]
+        def load_values() -> memoryview:
+            return memoryview(data)[offsets[key] : offsets[key] + size * dtype.itemsize]
 
-        return storages.setdefault(key, _Storage(dtype, size, load))
+        return storages.setdefault(key, _Storage(dtype, size, load_values))
 
     def load() -> Any:
-        return _Unpickler(stream, find_storage).load()
+        return _Unpickler(stream, find_storage, foreign).load()
 
     magic, protocol, system = load(), load(), load()
-    if magic != _MAGIC or protocol != _LEGACY_PROTOCOL or not system.get("little_endian"):
+    is_little = isinstance(system, dict) and system.get("little_endian")
+    if magic != _MAGIC or protocol != _LEGACY_PROTOCOL or not is_little:
         raise ValueError("it is of an unknown version, or big-endian")
     value, keys = load(), load()
     for key in keys:
         size = int.from_bytes(stream.read(8), "little")
-        if size != storages[key].size:
+        if key not in storages or size != storages[key].size:
             raise ValueError("an array has not the size that the index says")
         offsets[key] = stream.tell()
         stream.seek(size * storages[key].dtype.itemsize, io.SEEK_CUR)
-    return _arrays(value)
-
-
-def _arrays(value: Any) -> Any:
-    """Arrays in the place of their descriptions, at any depth of dictionaries."""
-    if isinstance(value, dict):
-        return {name: _arrays(item) for name, item in value.items()}
-    return value.array() if isinstance(value, _Tensor) else value
+    if storages.keys() - offsets.keys():
+        raise ValueError("arrays are missing: the file is truncated")
+    return value
 
 
 def _state_dict(value: Any) -> dict[str, np.ndarray]:
@@ -191,10 +272,14 @@ def _state_dict(value: Any) -> dict[str, np.ndarray]:
             value = value[key]
     if not isinstance(value, dict) or not value:
         raise ValueError("it holds no state dict")
-    for name, array in value.items():
-        if not isinstance(name, str) or not isinstance(array, np.ndarray):
-            raise ValueError(f"{name!r} is no array")
-    prefix = "module."
-    if all(name.startswith(prefix) for name in value):
-        return {name.removeprefix(prefix): array for name, array in value.items()}
-    return value
+    for name, item in value.items():
+        if not isinstance(name, str) or not isinstance(item, _Tensor):
+            raise ValueError(f"{repr(name)[:80]} is no array")
+    return without_prefix({name: item.array() for name, item in value.items()}, "module.")
+
+
+def without_prefix(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays with their names shortened, if all names begin with the prefix; else as is."""
+    if all(name.startswith(prefix) for name in arrays):
+        return {name.removeprefix(prefix): array for name, array in arrays.items()}
+    return dict(arrays)
