@@ -202,7 +202,7 @@ def worst_case(
     """Perturbations that take embeddings far from anchors, or near; called from the host.
 
     Args:
-        key: of the random starts.
+        key: of the random starts: one of all images, or `[B]`, one of each.
         variables: of the extractor under attack.
         images: `[B, S, S, 3]` float in [0, 1], placed by `parallel.shard_batch` or the like.
         anchors: `[B, D]` float32.
@@ -290,7 +290,13 @@ def climb(
 
 @functools.partial(jax.jit, static_argnames="attack")
 def _start(key, images, *, attack):
-    delta = jax.random.uniform(key, images.shape, images.dtype, -attack.limit, attack.limit)
+    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jax.random.uniform(key, shape, images.dtype, -attack.limit, attack.limit)
+
+    if key.ndim:
+        delta = jax.vmap(lambda one: draw(one, images.shape[1:]))(key)
+    else:
+        delta = draw(key, images.shape)
     return loop.start(sign_descent.rules(limit=attack.limit, step_size=attack.step), delta)
 
 

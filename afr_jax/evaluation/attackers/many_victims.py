@@ -4,7 +4,6 @@ A run takes the steps of `victims.victim_step` from the start of `victims.init_r
 that of `victims.train_victim` but by rounding.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -30,6 +29,7 @@ def train_many(
     num_classes: int,
     options: victims.VictimOptions,
     mesh: parallel.Mesh,
+    backend: parallel.Backend = "jit",
     report_fn: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[learnability.Curve]:
     """Trains R small victims at once: the step vmapped over runs, the runs split over the devices.
@@ -43,7 +43,8 @@ def train_many(
         seed_of_run: `[R]`.
         num_classes: of the data.
         options: of all victims.
-        mesh: of the runs; R is filled up to a multiple of its devices with repeated runs.
+        mesh: of the devices, which share the runs in training and the images in testing.
+        backend: As of `parallel.map_batches`.
         report_fn: called after each epoch with its number and the test accuracies `[R]`.
 
     Returns:
@@ -56,25 +57,37 @@ def train_many(
     recipe = victims.make_recipe(
         options, num_classes=num_classes, num_examples=num_examples, image_px=shape[0]
     )
-    numbers, _ = parallel.pad_batch(np.arange(num_runs), mesh.devices.size)
-    sets = np.asarray(set_of_run, np.int32)[numbers]
-    starts = [victims.init_run(seed_of_run[n], num_examples, options) for n in numbers.tolist()]
+    starts = [victims.init_run(seed, num_examples, options) for seed in seed_of_run]
     keys = jnp.stack([key for key, _ in starts])
     states = jax.vmap(lambda k: trainer.init_state(k, recipe, image_shape=shape))(keys)
-    keys, states, sets = parallel.shard_batch((keys, states, sets), mesh)
+    sets = np.asarray(set_of_run, np.int32)
     data = parallel.replicate((stored, np.asarray(labels, np.int32)), mesh)
+    test_labels = np.asarray(test_labels, np.int32)
     per_epoch, length = starts[0][1].steps_per_epoch, stepping.chunk_length()
-    static = {"recipe": recipe, "countermeasure": options.in_training}
     curves = np.full((2, options.num_epochs, num_runs), np.nan, np.float32)
+    steps_fn = parallel.map_batches(
+        _steps,
+        mesh,
+        in_axes=(0, 0, 0, 0, None, None),
+        batch_size=num_runs,
+        backend=backend,
+        static={"recipe": recipe, "countermeasure": options.in_training},
+    )
+    correct_fn = parallel.map_batches(
+        _correct,
+        mesh,
+        in_axes=(None, 0, 0),
+        batch_size=512,
+        of="batch",
+        backend=backend,
+        static={"recipe": recipe},
+    )
 
-    def advance(states: trainer.TrainState, steps: range) -> tuple[trainer.TrainState, jax.Array]:
-        # [R, B, length]
-        rows = np.stack(
-            [np.stack([batches.rows(s) for s in steps], axis=1) for _, batches in starts]
-        )
-        rows = np.pad(rows, ((0, 0), (0, 0), (0, length - len(steps))), mode="edge")
-        rows = parallel.shard_batch(rows, mesh)
-        return _many_steps(keys, states, sets, data, rows, np.int32(len(steps)), **static)
+    def advance(states: trainer.TrainState, steps: range) -> tuple[trainer.TrainState, np.ndarray]:
+        # [R, length, B]
+        rows = np.stack([np.stack([batches.rows(s) for s in steps]) for _, batches in starts])
+        rows = np.pad(rows, ((0, 0), (0, length - len(steps)), (0, 0)), mode="edge")
+        return steps_fn(keys, states, sets, rows, data, np.int32(len(steps)))
 
     for epoch in range(options.num_epochs):
         states, accuracies = stepping.drive(
@@ -85,49 +98,42 @@ def train_many(
             axis=1,
         )
         trained = accuracies.mean(axis=1)
-        scores = _many_scores(states, test_images, test_labels, recipe, mesh)
-        curves[0, epoch], curves[1, epoch] = trained[:num_runs], scores[:num_runs]
+        scores = correct_fn(states, test_images, test_labels).mean(axis=0)
+        curves[0, epoch], curves[1, epoch] = trained, scores
         if report_fn is not None:
-            report_fn(epoch + 1, scores[:num_runs])
+            report_fn(epoch + 1, scores)
     return [learnability.Curve(curves[0, :, run], curves[1, :, run]) for run in range(num_runs)]
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "countermeasure"), donate_argnames="states")
-def _many_steps(keys, states, sets, data, rows, count, *, recipe, countermeasure):
-    """The first `count` steps of R runs on rows `[R, B, length]`; accuracies `[R, length]`."""
+def _steps(
+    key: jax.Array,
+    state: trainer.TrainState,
+    number: jax.Array,
+    rows: jax.Array,
+    data: tuple[jax.Array, jax.Array],
+    count: jax.Array,
+    *,
+    recipe: trainer.Recipe,
+    countermeasure: str,
+) -> tuple[trainer.TrainState, jax.Array]:
+    """The first `count` steps of a run on rows `[length, B]` of one set; accuracies `[length]`."""
     all_images, all_labels = data
 
-    def run(key, state, number, run_rows):
-        def one(state, row):
-            images = all_images[number, row]
-            labels = all_labels[row]
-            return victims.victim_step(
-                key, state, images, labels, recipe=recipe, countermeasure=countermeasure
-            )
+    def one(state: trainer.TrainState, row: jax.Array) -> tuple[trainer.TrainState, jax.Array]:
+        images, labels = all_images[number, row], all_labels[row]
+        return victims.victim_step(
+            key, state, images, labels, recipe=recipe, countermeasure=countermeasure
+        )
 
-        return stepping.take(one, state, run_rows.T, length=run_rows.shape[1], count=count)
-
-    return jax.vmap(run)(keys, states, sets, rows)
+    return stepping.take(one, state, rows, length=len(rows), count=count)
 
 
-def _many_scores(states, images, labels, recipe, mesh, batch_size=512) -> np.ndarray:
-    """Test accuracy of each run, `[R]`; the devices share the runs, each sees all images."""
-
-    def correct(states, images, labels):
-        placed = parallel.replicate((images, labels), mesh)
-        return _many_correct(states, *placed, recipe=recipe)
-
-    map_fn = parallel.map_batches(
-        correct, mesh, in_axes=(None, 0, 0), batch_size=batch_size, of="batch", backend="host"
-    )
-    return map_fn(states, images, np.asarray(labels, np.int32)).sum(axis=0) / len(images)
-
-
-@functools.partial(jax.jit, static_argnames="recipe")
-def _many_correct(states, images, labels, *, recipe):
+def _correct(
+    states: trainer.TrainState, images: jax.Array, labels: jax.Array, *, recipe: trainer.Recipe
+) -> jax.Array:
     """Whether each of R runs is right about each image, `[B, R]`."""
 
-    def one(state):
+    def one(state: trainer.TrainState) -> jax.Array:
         outputs, _ = trainer.forward(state.params, state.batch_stats, images, recipe=recipe)
         return heads.judge(recipe.head, state.params["head"], outputs, labels).correct
 

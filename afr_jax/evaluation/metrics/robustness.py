@@ -61,6 +61,7 @@ def attacked_embeddings(
     attack: hardening.Attack,
     mesh: parallel.Mesh,
     batch_size: int = 16,
+    backend: parallel.Backend = "jit",
 ) -> np.ndarray:
     """Embeddings `[N, D]` float32 of chips under the worst perturbation.
 
@@ -74,34 +75,60 @@ def attacked_embeddings(
         attack: the search.
         mesh: of the devices.
         batch_size: Chips of one call, filled up to a multiple of the devices.
+        backend: As of `parallel.map_batches`.
     """
-
-    def attacked(
-        numbers: np.ndarray, chips: np.ndarray, anchors: np.ndarray, directions: np.ndarray
-    ) -> jax.Array:
-        images = image_ops.to_float(parallel.shard_batch(chips, mesh))
-        delta = hardening.worst_case(
-            jax.random.fold_in(key, numbers[0]),
-            variables,
-            images,
-            parallel.shard_batch(anchors, mesh),
-            extractor=extractor,
-            attack=attack,
-            directions=parallel.shard_batch(directions, mesh),
-        )
-        return _embed(variables, jnp.clip(images + delta, 0.0, 1.0), extractor=extractor)
-
-    # The search is driven from the host. The start of a chip depends on the number of its batch and
-    # its place in it, not on the devices.
+    # The search is driven from the host, where chunks of steps are short on CPUs; `pmap` takes it
+    # as one program.
+    on_host = backend == "jit"
     map_fn = parallel.map_batches(
-        attacked, mesh, in_axes=(0, 0, 0, 0), batch_size=batch_size, of="batch", backend="host"
+        _attacked,
+        mesh,
+        in_axes=(None, None, 0, 0, 0, 0),
+        batch_size=batch_size,
+        of="batch",
+        backend="host" if on_host else backend,
+        static={"extractor": extractor, "attack": attack, "mesh": mesh if on_host else None},
     )
     return map_fn(
-        np.arange(len(chips)) // batch_size,
+        key,
+        variables,
+        np.arange(len(chips)),
         chips,
         np.asarray(anchors, np.float32),
         np.asarray(directions, np.float32),
     )
+
+
+def _attacked(
+    key: jax.Array,
+    variables: conversion.Variables,
+    numbers: jax.Array,
+    chips: jax.Array,
+    anchors: jax.Array,
+    directions: jax.Array,
+    *,
+    extractor: registry.Extractor,
+    attack: hardening.Attack,
+    mesh: parallel.Mesh | None,
+) -> jax.Array:
+    """Embeddings of a batch under attack; every chip's number decides its start.
+
+    Without a mesh the batch is traced, and the search is one chunk.
+    """
+    rows = (numbers, chips, anchors, directions)
+    numbers, chips, anchors, directions = rows if mesh is None else parallel.shard_batch(rows, mesh)
+    images = image_ops.to_float(chips)
+    delta = hardening.worst_case(
+        jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers),
+        variables,
+        images,
+        anchors,
+        extractor=extractor,
+        attack=attack,
+        directions=directions,
+        chunk=attack.num_steps if mesh is None else None,
+    )
+    return _embed(variables, jnp.clip(images + delta, 0.0, 1.0), extractor=extractor)
 
 
 def shift_scores(
@@ -215,6 +242,8 @@ def _spread(mask: np.ndarray, count: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames="extractor")
-def _embed(variables, images, *, extractor):
+def _embed(
+    variables: conversion.Variables, images: jax.Array, *, extractor: registry.Extractor
+) -> jax.Array:
     images = image_ops.to_float(images) if images.dtype == jnp.uint8 else images
     return registry.embed(extractor, variables, images)
