@@ -1,5 +1,6 @@
 """The public names of the package, used as a researcher would type them."""
 
+import ast
 import pathlib
 import shutil
 import subprocess
@@ -27,6 +28,15 @@ def test_importing_the_package_imports_nothing_else():
     assert "afr_jax" in loaded
     heavy = {"jax", "jaxlib", "flax", "numpy", "scipy", "sklearn", "cv2", "PIL", "lancedb", "absl"}
     assert not loaded & heavy
+
+
+def test_type_checkers_see_the_public_names():
+    """The imports under TYPE_CHECKING are those that are made when a name is used."""
+    tree = ast.parse(pathlib.Path(afr.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING" and not block.orelse
+    seen = {alias.asname: (node.module, alias.name) for node in block.body for alias in node.names}
+    assert seen == {name: (module, name) for name, module in afr._MODULES.items()}
 
 
 def test_every_public_name_is_there():
@@ -66,6 +76,26 @@ def test_photos_come_in_any_form(tmp_path):
             afr.read_photos(value)
     with pytest.raises(FileNotFoundError):
         afr.read_photos(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "call, error, part",
+    [
+        (lambda: afr.train_patches(None, []), ValueError, "frames: there is none"),
+        (lambda: afr.train_patches(None, 3), TypeError, "frames must be .* got int"),
+        (lambda: afr.train_patches(None, [3]), TypeError, "frames: int is not"),
+        (lambda: afr.make_unlearnable(3), TypeError, "data must be an ImageSet, .* got int"),
+        (lambda: afr.train_victim(None, 3), TypeError, "train_set must be an ImageSet"),
+        (
+            lambda: afr.misdetection(None, [], None),
+            TypeError,
+            "patches must be what `train_patches` returns, got NoneType",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(call, error, part):
+    with pytest.raises(error, match=part):
+        call()
 
 
 @pytest.fixture(scope="module")

@@ -115,10 +115,23 @@ def _package(name):
     return next((package for package in _FLOORS if f"{name}.".startswith(f"{package}.")), None)
 
 
+def _without_types(tree):
+    """The module as it runs: without what only type checkers import."""
+    tree.body = [
+        node
+        for node in tree.body
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    return tree
+
+
 def _floor_errors(source, module, *, is_package=False):
     own = _package(module)
+    tree = ast.parse(source)
+    # The root package names for type checkers what it loads when it is used.
+    tree = _without_types(tree) if own is None else tree
     errors = []
-    for name in sorted(full for _, full in _imports(ast.parse(source), module, is_package)):
+    for name in sorted(full for _, full in _imports(tree, module, is_package)):
         other = _package(name)
         if other in (None, own):
             if own == "experiments" and other == own:

@@ -41,7 +41,7 @@ class ImageSet(NamedTuple):
 
     def not_handled(self) -> list[dict[str, str]]:
         """The problems as results of programs name them."""
-        return [{"image": problem.name, "reason": problem.reason} for problem in self.problems]
+        return [problem.as_result() for problem in self.problems]
 
     def save(self, folder: str | os.PathLike[str], *, num_threads: int = 4) -> None:
         """Writes the images as lossless `<folder>/<sample id>.png`, each atomically.
@@ -166,6 +166,18 @@ def synthetic(
     order = np.argsort(ids, kind="stable")
     ordered = tuple(ids[row] for row in order)
     return ImageSet(ordered, images[order], labels[order].astype(np.int32), classes)
+
+
+def check(data: ImageSet, *, name: str) -> None:
+    """Raises a TypeError that says what an argument must be, where it is no image set.
+
+    Args:
+        data: What a caller gave.
+        name: Of the argument.
+    """
+    if not isinstance(data, ImageSet):
+        kind = type(data).__name__
+        raise TypeError(f"{name} must be an ImageSet, as `load_image_folder` returns, got {kind}")
 
 
 def take(data: ImageSet, rows: Sequence[int] | np.ndarray) -> ImageSet:

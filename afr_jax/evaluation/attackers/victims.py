@@ -260,8 +260,11 @@ def train_victim(
         report_fn: Called after each epoch with its number, training and test accuracy.
 
     Raises:
+        TypeError: A set is something else.
         ValueError: The sets do not fit together.
     """
+    image_sets.check(train_set, name="train_set")
+    image_sets.check(test_set, name="test_set")
     if (train_set.classes, train_set.images.shape[1:]) != (
         test_set.classes,
         test_set.images.shape[1:],

@@ -107,8 +107,12 @@ def misdetection(
         Rates with their intervals, and the frames.
 
     Raises:
+        TypeError: `frames` or `patches` is something else.
         ValueError: No frame shows a face that the patches can be placed on.
     """
+    if not isinstance(patches, training.TrainedPatches):
+        kind = type(patches).__name__
+        raise TypeError(f"patches must be what `train_patches` returns, got {kind}")
     shown, lost = people.find_person(detector, people.as_frames(frames), is_film=is_film)
     placed, left_out = placement.place_all(shown, patches.placement)
     skipped = [*lost, *left_out]

@@ -5,7 +5,7 @@ code around the detector; photos are `[H, W, 3]` uint8, boxes `[4]` (y0, x0, y1,
 `[5, 2]` (y, x) in pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,12 +48,24 @@ def as_frames(frames: video.Frames | Sequence[video.Frame] | np.ndarray) -> list
             uint8, whose frames are named after their numbers.
 
     Raises:
-        ValueError: An array that is not `[N, H, W, 3]` uint8.
+        TypeError: Something else.
+        ValueError: An array that is not `[N, H, W, 3]` uint8, or no frame.
     """
-    if isinstance(frames, video.Frames):
-        return frames.frames
+    if isinstance(frames, Iterable) and not isinstance(frames, np.ndarray):
+        named = list(frames.frames if isinstance(frames, video.Frames) else frames)
+        wrong = next((each for each in named if not isinstance(each, video.Frame)), None)
+        if wrong is not None:
+            raise TypeError(f"frames: {type(wrong).__name__} is not a `video.Frame`")
+        if not named:
+            raise ValueError("frames: there is none")
+        return named
     if not isinstance(frames, np.ndarray):
-        return list(frames)
+        raise TypeError(
+            "frames must be what `read_frames` returns, a list of frames or an array, "
+            f"got {type(frames).__name__}"
+        )
+    if not len(frames):
+        raise ValueError("frames: there is none")
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         shape = list(frames.shape)
         raise ValueError(f"frames are {frames.dtype} {shape}, must be uint8 [N, H, W, 3]")

@@ -361,6 +361,7 @@ def train_patches(
         The patches.
 
     Raises:
+        TypeError: `frames` is something else.
         ValueError: No frame shows a face that the patches can be placed on.
         options.UsageError: `workdir` belongs to another run.
     """

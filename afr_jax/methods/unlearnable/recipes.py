@@ -312,9 +312,11 @@ def make_unlearnable(
         whether the limit was met before the rounds were used up.
 
     Raises:
+        TypeError: `data` or `config` is something else.
         ValueError: The method needs more classes.
     """
     config = config or ErrorMin()
+    image_sets.check(data, name="data")
     data = image_sets.take(data, np.arange(len(data.labels)))
     report: dict[str, Any] = {}
     if isinstance(config, SearchedNoise):
@@ -337,6 +339,7 @@ def make_unlearnable(
     elif isinstance(config, DirectNoise):
         noise = config.make(data, seed=seed)
     else:
-        raise TypeError(f"{type(config).__name__} is neither searched nor direct noise")
+        kind = type(config).__name__
+        raise TypeError(f"config must be a method's, as `ErrorMin()`, got {kind}")
     report |= {"budget": config.budget, "largest_level": int(np.abs(noise.levels).max(initial=0))}
     return noise._replace(settings=config.describe() | {"seed": seed, "report": report})
