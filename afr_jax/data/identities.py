@@ -49,6 +49,10 @@ class Omission:
     name: str
     reason: str
 
+    def as_result(self) -> dict[str, str]:
+        """The entry under "not_handled" in results of programs."""
+        return {"image": self.name, "reason": self.reason}
+
 
 @dataclasses.dataclass(frozen=True)
 class Listing:

@@ -100,21 +100,30 @@ def top_k(probes: np.ndarray, gallery: Gallery, *, k: int) -> Matches:
     k = min(k, len(gallery.vectors))
     if gallery.metric != "euclidean":
         probes = unit_length(probes)
-    distances = np.zeros((len(probes), k), np.float32)
-    index = np.zeros((len(probes), k), np.int64)
-    for start in range(0, len(probes), _PROBE_BUCKETS[-1]):
-        some = probes[start : start + _PROBE_BUCKETS[-1]]
-        size = images.bucket_size(len(some), _PROBE_BUCKETS)
-        padded = images.pad_to(some, (size, some.shape[1]))
-        padded = parallel.replicate(padded, gallery.mesh)
-        nearest = _nearest(padded, gallery.rows, gallery.squared, k=k)
+    if not len(probes):
+        return Matches(np.zeros((0, k), np.float32), np.zeros((0, k), np.int64))
+
+    def ranked(probes: np.ndarray) -> Matches:
+        placed = parallel.replicate(probes, gallery.mesh)
+        nearest = _nearest(placed, gallery.rows, gallery.squared, k=k)
         # Ranked by exact distances; a stable sort keeps the earlier row first where they tie.
-        nearest = np.sort(np.asarray(nearest)[: len(some)], axis=1)
-        exact = np.linalg.norm(some[:, None] - gallery.vectors[nearest], axis=-1)
+        nearest = np.sort(np.asarray(nearest, np.int64), axis=1)
+        exact = np.linalg.norm(probes[:, None] - gallery.vectors[nearest], axis=-1)
         order = np.argsort(exact, axis=1, kind="stable")
-        rows = slice(start, start + len(some))
-        index[rows] = np.take_along_axis(nearest, order, axis=1)
-        distances[rows] = np.take_along_axis(exact, order, axis=1)
+        return Matches(
+            np.take_along_axis(exact, order, axis=1), np.take_along_axis(nearest, order, axis=1)
+        )
+
+    # Each device sees all probes, and its own rows of the gallery.
+    map_fn = parallel.map_batches(
+        ranked,
+        gallery.mesh,
+        in_axes=(0,),
+        batch_size=_PROBE_BUCKETS,
+        of="batch",
+        backend="host",
+    )
+    distances, index = map_fn(probes)
     if gallery.metric == "cosine":
         distances = distances**2 / 2
     return Matches(distances, index)
@@ -192,7 +201,7 @@ def _blocks(gallery: np.ndarray, mesh: parallel.Mesh) -> tuple[jax.Array, jax.Ar
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def _nearest(probes, rows, squared, k):
+def _nearest(probes: jax.Array, rows: jax.Array, squared: jax.Array, k: int) -> jax.Array:
     """Index `[Q, k]` of the nearest rows; every device scans its blocks, then all are merged."""
     num_devices, num_blocks, size, _ = rows.shape
     if len(probes) * num_blocks * size <= _AT_ONCE:  # All scores at once: faster, and small enough.
@@ -225,7 +234,7 @@ def _nearest(probes, rows, squared, k):
     return jnp.take_along_axis(index, order, axis=-1)
 
 
-def _largest(scores, k):
+def _largest(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """`jax.lax.top_k` along the last axis, in two stages: a sort of all is slow on CPU.
 
     The k largest lie in the k groups with the largest maxima.

@@ -142,6 +142,9 @@ def test_wrong_usage(tmp_path):
     (tmp_path / "bad.csv").write_text("x,y\n1,2\n")
     assert "image_a" in _verify(tmp_path, f"--pairs={tmp_path / 'bad.csv'}")
     assert "--pair" in _verify(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"")
+    message = _verify(tmp_path, f"--pair={tmp_path / 'a.png'},{tmp_path / 'absent.png'}")
+    assert "--pair: " in message and "absent.png is not a file" in message
 
 
 @pytest.mark.shared

@@ -97,7 +97,7 @@ def test_files_with_a_broken_one_and_streaming(runs):
         result, complete = results[name]
         assert not complete
         (problem,) = result["not_handled"]
-        assert problem["name"] == "person_0/broken.png" and "damaged" in problem["reason"]
+        assert problem["image"] == "person_0/broken.png" and "damaged" in problem["reason"]
         assert sum(result["photos"].values()) == 120
     first, second = (
         [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]

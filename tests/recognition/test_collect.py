@@ -267,7 +267,7 @@ def test_the_program(tmp_path):
     assert (result["photos"], result["kept"], result["identities"]) == (8, 6, 2)
     assert result["repeats"] == {"exact": 1, "near": 0, "of_another_identity": 1}
     (problem,) = result["not_handled"]
-    assert problem["name"] == "Bea/broken.jpg" and result["skipped"] == 1
+    assert problem["image"] == "Bea/broken.jpg" and result["skipped"] == 1
     with open(out / "repeats.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["image"], row["kept"], row["same_identity"]) == ("Bea/copy.png", "Ann/0.png", "0")

@@ -307,7 +307,7 @@ def _split(
         )
     except (FileNotFoundError, ValueError) as error:
         raise options.UsageError(f"--data: {error}") from error
-    return split, [{"image": p.name, "reason": p.reason} for p in listing.problems]
+    return split, [problem.as_result() for problem in listing.problems]
 
 
 def _check_weights(work: workdir.Workdir, recognizer: pipeline.Recognizer) -> None:

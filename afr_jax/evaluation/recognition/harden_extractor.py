@@ -182,7 +182,7 @@ def run(config: HardenExtractorConfig) -> options.Outcome:
         "last": metrics,
         **scores,
         "hardened": str(path.parent),
-        "not_handled": [dataclasses.asdict(problem) for problem in problems],
+        "not_handled": [problem.as_result() for problem in problems],
     }
     work.write_result(result)
     return options.Outcome(result, complete=not problems)

@@ -162,7 +162,7 @@ def run(config: TrainExtractorConfig) -> options.Outcome:
         "photos": {"training": len(faces.training), "held_out": len(faces.held_out)},
         **scores,
         "extractor": str(card),
-        "not_handled": [dataclasses.asdict(problem) for problem in problems],
+        "not_handled": [problem.as_result() for problem in problems],
     }
     work.write_result(result)
     return options.Outcome(result, complete=not problems)

@@ -51,12 +51,16 @@ def run(config: VerifyConfig) -> options.Outcome:
     """Judges one pair, or every pair of a file.
 
     Raises:
-        options.UsageError: no pair or a wrong one, an unknown extractor, pairs of one kind only.
+        options.UsageError: no pair or a wrong one, a photo of it that is not there, an unknown
+            extractor, pairs of one kind only.
     """
     if bool(config.pair) == bool(config.pairs):
         raise options.UsageError("give one of --pair and --pairs")
     if config.pair and len(config.pair) != 2:
         raise options.UsageError(f"--pair takes two photos, not {len(config.pair)}")
+    for path in config.pair:
+        if not pathlib.Path(path).expanduser().is_file():
+            raise options.UsageError(f"--pair: {path} is not a file")
     recognizer = config.recognition.load(min_face_px=config.min_face_px)
     extractor = recognizer.extractors[config.recognition.extractor]
     metric = config.judging.metric or extractor.metric

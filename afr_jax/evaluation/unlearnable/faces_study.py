@@ -188,7 +188,7 @@ def run(config: UnlearnableFacesConfig) -> options.Outcome:
     pairs = setup.pairs
     not_handled = data.not_handled()
     if pairs is not None:
-        not_handled += [{"image": each.name, "reason": each.reason} for each in pairs.problems]
+        not_handled += [problem.as_result() for problem in pairs.problems]
         lines = cells | {"untrained": [scores._asdict() for scores in untrained]}
         _plot(work.path / "roc.png", lines, config.victim.network.architecture)
     result = {

@@ -103,7 +103,7 @@ def run(config: CollectConfig) -> options.Outcome:
     if config.records is not None:
         result["records"], unreadable = _write_records(config, kept, output, config.records)
         problems += unreadable
-    result["not_handled"] = problems
+    result["not_handled"] = [problem.as_result() for problem in problems]
     files.write_json(output / "result.json", result)
     if work is not None:
         work.write_result(result)

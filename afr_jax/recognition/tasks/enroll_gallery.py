@@ -105,7 +105,7 @@ def _enroll(config: EnrollConfig, gallery: str, place: str) -> options.Outcome:
         "identities": len(done.database.identities()),
         "skipped": listing.num_skipped,
         "seconds": time.perf_counter() - start,
-        "not_handled": [{"image": item.name, "reason": item.reason} for item in done.problems],
+        "not_handled": [problem.as_result() for problem in done.problems],
     }
     if work is not None:
         work.write_result(result)

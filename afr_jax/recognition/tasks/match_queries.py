@@ -81,12 +81,12 @@ def run(config: MatchConfig) -> options.Outcome:
     found.save(work.path / "matches.csv")
     statuses = [query.found.status for query in found.queries]
     problems = [
-        {"query": query.name, "reason": query.found.problem}
+        {"image": query.name, "reason": query.found.problem}
         for query in found.queries
         if query.found.problem
     ]
     for problem in problems:
-        progress.warn(problem["query"], problem["reason"])
+        progress.warn(problem["image"], problem["reason"])
     result = {
         "database": reference.uri,
         "enrolled": len(reference),
