@@ -4,11 +4,16 @@ Chen, Liu, Gao, Han: "MobileFaceNets: Efficient CNNs for Accurate Real-Time Face
 Mobile Devices", CCBR 2018, as InsightFace trained it with ArcFace (`y1`: no convolution is wider
 than 512 channels). Chips are RGB, 0.007812 (x - 127.5) from 0..255.
 
-Two forms of the weights are read: arrays by layer name (`.npz`, MXNet's names; the variances
-contain BatchNorm's epsilon, as in ncnn's files) and torch state dicts with InsightFace's names.
+Three forms of the weights are read: arrays by layer name (`.npz`, MXNet's names; the variances
+contain BatchNorm's epsilon, as in ncnn's files), torch state dicts with InsightFace's names, and
+those of FRBench, after cavaface, whose blocks end in channel attention (Wang and others: "ECA-Net:
+Efficient Channel Attention for Deep Convolutional Neural Networks", CVPR 2020).
 """
 
+import functools
+import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -56,12 +61,14 @@ class MobileFaceNet(nn.Module):
         embedding_size: 128 in the published weights.
         use_bias: of the last matrix; InsightFace's torch version has none.
         epsilon: of BatchNorm; 1e-5 in torch.
+        attention: whether every block weighs its channels, as FRBench's network does.
         dtype: of the computation; parameters and embeddings stay float32.
     """
 
     embedding_size: int = EMBEDDING_SIZE
     use_bias: bool = True
     epsilon: float = 1e-3
+    attention: bool = False
     dtype: jax.typing.DTypeLike | None = None
 
     @nn.compact
@@ -81,6 +88,8 @@ class MobileFaceNet(nn.Module):
             depthwise = {"depthwise": True, "activation": "prelu"}
             y = unit(y, f"{name}_conv_dw", width, 3, stride=stride, padding=1, **depthwise)
             y = unit(y, f"{name}_conv_proj", features, activation="none")
+            if self.attention:
+                y = _ChannelAttention(name=f"{name}_eca")(y)
             x = x + y if name.startswith("res") else y
         x = unit(x, "conv_6sep", 512, activation="prelu")
         x = unit(x, "conv_6dw7_7", 512, 7, padding=0, depthwise=True, activation="none")
@@ -89,13 +98,29 @@ class MobileFaceNet(nn.Module):
         return nn.BatchNorm(not train, epsilon=self.epsilon, momentum=0.9, name="fc1")(x)
 
 
+class _ChannelAttention(nn.Module):
+    """Every channel times a number in (0, 1) that follows from the means of its neighbors."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        # An odd number near half the binary logarithm, at least three.
+        taps = max(3, int((math.log2(channels) + 1) / 2) // 2 * 2 + 1)
+        kernel = self.param("kernel", nn.initializers.normal(taps**-0.5), (taps,))
+        means = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        means = jnp.pad(means, ((0, 0), (taps // 2, taps // 2)))
+        mixed = [means[:, tap : tap + channels] * kernel[tap] for tap in range(taps)]
+        weights = nn.sigmoid(functools.reduce(jnp.add, mixed))
+        return x * weights[:, None, None, :].astype(x.dtype)
+
+
 def read_weights(
     path: str | os.PathLike[str], *, module: MobileFaceNet | None = None
 ) -> conversion.Variables:
     """Reads the variables of a `MobileFaceNet`.
 
     Args:
-        path: an `.npz` or a torch state dict.
+        path: an `.npz`, or a torch state dict (`.pth`, `.pt`, `.safetensors`).
         module: the network that the file is for; default: that of the published weights.
 
     Returns:
@@ -107,13 +132,13 @@ def read_weights(
     module = module or MobileFaceNet()
     kind, arrays = formats.read_arrays(path)
     shapes = conversion.shapes(module, INPUT_SIZE)
-    if kind == "torch":
-        names = _torch_names()
+    if kind in ("torch", "safetensors"):
+        names = _frbench_names() if "conv2_dw.conv.weight" in arrays else _torch_names()
         return conversion.fill(
             path,
             shapes,
             arrays,
-            lambda leaf, shape: conversion.torch_entry(names[leaf[1:-1]], leaf[-1], shape),
+            lambda leaf, shape: _torch_entry(names, leaf[1:-1], leaf[-1], shape),
             ignore_fn=conversion.is_torch_counter,
         )
 
@@ -128,6 +153,16 @@ def read_weights(
         return found
 
     return conversion.fill(path, shapes, arrays, entry)
+
+
+def _torch_entry(
+    names: Mapping[tuple[str, ...], str], scopes: tuple[str, ...], leaf: str, shape: tuple[int, ...]
+) -> conversion.Entry:
+    *_, last = scopes
+    if not last.endswith("_eca"):
+        return conversion.torch_entry(names[scopes], leaf, shape)
+    name = names.get(scopes, last)
+    return conversion.Entry(f"{name}.weight", (1, 1, *shape), lambda array: array.reshape(shape))
 
 
 def _torch_names() -> dict[tuple[str, ...], str]:
@@ -147,4 +182,24 @@ def _torch_names() -> dict[tuple[str, ...], str]:
     for ours, theirs in units.items():
         for index, layer in enumerate(("conv", "norm", "activation")):
             names[ours, layer] = f"{theirs}.layers.{index}"
+    return names
+
+
+def _frbench_names() -> dict[tuple[str, ...], str]:
+    """FRBench's torch name of every scope of ours."""
+    units = {"conv_1": "conv1", "conv_2_dw": "conv2_dw", "conv_6sep": "conv_6_sep"}
+    units["conv_6dw7_7"] = "output_layer.conv_dw"
+    names: dict[tuple[str, ...], str] = {
+        ("pre_fc1",): "output_layer.fc",
+        ("fc1",): "output_layer.bn",
+    }
+    for name, *_ in _BLOCKS:
+        stage, _, number = name.partition("_block")
+        block = f"conv_{stage.rpartition('_')[2]}" + (f".layers.{number}" if number else "")
+        for ours, theirs in (("sep", "expand"), ("dw", "dw"), ("proj", "project")):
+            units[f"{name}_conv_{ours}"] = f"{block}.conv_{theirs}"
+        names[(f"{name}_eca",)] = f"{block}.eca.conv"
+    for ours, theirs in units.items():
+        for layer, leaf in (("conv", "conv"), ("norm", "bn"), ("activation", "prelu")):
+            names[ours, layer] = f"{theirs}.{leaf}"
     return names

@@ -4,7 +4,8 @@ An extractor maps an aligned chip to an embedding. Everything that differs betwe
 field of `Extractor`; nothing else in the code base knows a model by name.
 
 Thresholds are published ones where nothing else is said: dlib's 0.6 is its author's, the others are
-those of `deepface` 0.0.103 for its own alignment, which differs from ours.
+those of `deepface` 0.0.103 for its own alignment, which differs from ours, and stand for kin
+whose weights nobody had at hand.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from afr_jax.models.extractors import (
     openface,
     sface,
     vggface,
+    vit,
 )
 from afr_jax.models.weights import conversion, download, formats
 
@@ -211,11 +213,25 @@ def _deepface(
     )
 
 
-def _arcface(name: str, blocks: tuple[int, ...], thresholds: Thresholds) -> Extractor:
-    module = iresnet.IResNet(blocks)
+# Of 512-d networks that learned with a margin on the angle and whose weights were not at hand:
+# deepface's of its Buffalo_L, an IResNet-50 of InsightFace.
+_KIN_THRESHOLDS = Thresholds(None, 1.1, 0.55)
+_RESEARCH = "the photos they learned from are for research"
+
+
+def _arcface_kin(
+    name: str,
+    read_fn: Callable[..., conversion.Variables],
+    module: nn.Module,
+    license: str,
+    *,
+    thresholds: Thresholds = _KIN_THRESHOLDS,
+    is_bgr: bool = False,
+) -> Extractor:
+    """An extractor that takes InsightFace's chips in [-1, 1] and gives 512 numbers."""
     return _downloaded(
         name,
-        functools.partial(iresnet.read_weights, module=module),
+        functools.partial(read_fn, module=module),
         module=module,
         input_px=iresnet.INPUT_SIZE,
         template=_ARCFACE_TEMPLATE,
@@ -225,8 +241,33 @@ def _arcface(name: str, blocks: tuple[int, ...], thresholds: Thresholds) -> Extr
         embedding_size=iresnet.EMBEDDING_SIZE,
         normalized=True,
         thresholds=thresholds,
-        license="InsightFace: non-commercial research only",
+        license=license,
+        is_bgr=is_bgr,
     )
+
+
+def _arcface(name: str, blocks: tuple[int, ...], thresholds: Thresholds) -> Extractor:
+    license = "InsightFace: non-commercial research only"
+    module = iresnet.IResNet(blocks)
+    return _arcface_kin(name, iresnet.read_weights, module, license, thresholds=thresholds)
+
+
+def _adaface(name: str, blocks: tuple[int, ...]) -> Extractor:
+    module = iresnet.IResNet(blocks, unit="adaface")
+    license = f"MIT (code; says nothing of the weights); {_RESEARCH}"
+    return _arcface_kin(name, iresnet.read_weights, module, license, is_bgr=True)
+
+
+def _frbench(
+    name: str, read_fn: Callable[..., conversion.Variables], module: nn.Module
+) -> Extractor:
+    return _arcface_kin(name, read_fn, module, f"FRBench's release; {_RESEARCH}")
+
+
+def _lvface(name: str, width: int, depth: int) -> Extractor:
+    module = vit.FaceTransformer(width, depth)
+    license = f"MIT (code; says nothing of the weights); {_RESEARCH}"
+    return _arcface_kin(name, vit.read_weights, module, license)
 
 
 EXTRACTORS = {
@@ -286,6 +327,28 @@ EXTRACTORS = {
         # deepface's Buffalo_L is an IResNet-50 of InsightFace, its ArcFace another ResNet.
         _arcface("arcface_r50", iresnet.BLOCKS_50, Thresholds(None, 1.1, 0.55)),
         _arcface("arcface_r100", iresnet.BLOCKS_100, Thresholds(None, 1.13, 0.68)),
+        _adaface("adaface_ir50", iresnet.BLOCKS_50),
+        _adaface("adaface_ir101", iresnet.BLOCKS_100),
+        _frbench(
+            "frbench_irse50",
+            iresnet.read_weights,
+            iresnet.IResNet(iresnet.BLOCKS_50, unit="squeeze"),
+        ),
+        _frbench(
+            "frbench_irse100",
+            iresnet.read_weights,
+            iresnet.IResNet(iresnet.BLOCKS_100, unit="squeeze"),
+        ),
+        _frbench(
+            "frbench_mobilefacenet",
+            mobilefacenet.read_weights,
+            mobilefacenet.MobileFaceNet(512, use_bias=False, epsilon=1e-5, attention=True),
+        ),
+        # Widths and depths of InsightFace's vit_t, vit_s, vit_b and vit_l.
+        _lvface("lvface_t", 256, 12),
+        _lvface("lvface_s", 512, 12),
+        _lvface("lvface_b", 512, 24),
+        _lvface("lvface_l", 768, 24),
         _downloaded(
             "mobilefacenet",
             mobilefacenet.read_weights,
@@ -336,7 +399,7 @@ def load_variables(
     """
     if path is None:
         return extractor.load()
-    if formats.kind_of(path) == "safetensors":
+    if formats.kind_of(path) == "safetensors" and conversion.is_own(path):
         shapes = conversion.shapes(extractor.module, extractor.input_px)
         return conversion.read_safetensors(path, shapes)
     if extractor.read is None:

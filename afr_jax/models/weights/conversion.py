@@ -263,6 +263,15 @@ def read_safetensors(path: str | os.PathLike[str], variable_shapes: Variables) -
     )
 
 
+def is_own(path: str | os.PathLike[str]) -> bool:
+    """Whether a safetensors file names its arrays as we do, not as torch does.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    return any("/" in name for name in formats.read_safetensors(path))
+
+
 def _flat(variables: Variables) -> dict[str, np.ndarray]:
     flat = flax.traverse_util.flatten_dict(dict(variables))
     return {"/".join(path): np.asarray(array) for path, array in flat.items()}

@@ -39,6 +39,10 @@ _INSIGHTFACE = (
     "to the backbone.pth files"
 )
 
+_ADAFACE = "AdaFace's page (github.com/mk-minchul/AdaFace) links to the .ckpt files"
+_FRBENCH = "FRBench's releases (github.com/HKU-TASR/FRBench) have the archives with the .pth files"
+_LVFACE = "LVFace's authors publish the .pt files on Hugging Face (bytedance-research/LVFace)"
+
 # By extractor. Addresses and hashes of FaceNet: package keras-facenet 0.3.1; the other addresses:
 # package deepface 0.0.103, which publishes no hashes.
 SOURCES = {
@@ -62,6 +66,12 @@ SOURCES = {
     ),
     "arcface_r50": Source("", "arcface_r50.pth", hint=_INSIGHTFACE),
     "arcface_r100": Source("", "arcface_r100.pth", hint=_INSIGHTFACE),
+    "adaface_ir50": Source("", "adaface_ir50.ckpt", hint=_ADAFACE),
+    "adaface_ir101": Source("", "adaface_ir101.ckpt", hint=_ADAFACE),
+    "frbench_irse50": Source("", "frbench_irse50.pth", hint=_FRBENCH),
+    "frbench_irse100": Source("", "frbench_irse100.pth", hint=_FRBENCH),
+    "frbench_mobilefacenet": Source("", "frbench_mobilefacenet.pth", hint=_FRBENCH),
+    **{f"lvface_{size}": Source("", f"lvface_{size}.pt", hint=_LVFACE) for size in "tsbl"},
     "mobilefacenet": Source(
         "",
         "mobilefacenet_y1_ms1m.npz",
