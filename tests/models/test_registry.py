@@ -102,7 +102,9 @@ def test_unknown_extractors_are_named():
 def test_the_table_has_what_it_promises():
     assert set(registry.EXTRACTORS) == {
         *("dlib", "sface", "facenet_vggface2", "facenet_casia", "vggface", "openface", "deepface"),
-        *("arcface_r50", "arcface_r100", "mobilefacenet"),
+        *("arcface_r50", "arcface_r100", "mobilefacenet", "adaface_ir50", "adaface_ir101"),
+        *("frbench_irse50", "frbench_irse100", "frbench_mobilefacenet"),
+        *("lvface_t", "lvface_s", "lvface_b", "lvface_l"),
     }
 
 
