@@ -36,7 +36,7 @@ def _face(box=(8, 8, 24, 24), extractors=None, **more):
 
 
 def _image(name, faces=(), status="cloaked", reason=None):
-    output = f"out/{name}_cloaked.png" if status == "cloaked" else None
+    output = f"out/{name}_cloaked.png" if "cloaked" in status else None
     return {
         "image": name,
         "output": output,
@@ -277,11 +277,41 @@ def test_the_log_says_what_the_page_says():
         "after JPEG 75: 0 of 1 face (1 without a distance)"
     )
     own = {"dlib": _extractor(1.0, surrogate=True, after_jpeg75=_after(0.9, False))}
-    skipped = {"status": "skipped", "reason": "tiny"}
-    images = [_image("a.png", [_face(extractors=own), skipped]), _image("b.png", [], "failed", "r")]
+    skipped = {"box": [1, 2, 13, 12], "status": "skipped", "reason": "tiny"}
+    faces = [_face(extractors=own, found_again=False), skipped]
+    images = [
+        _image("a.png", faces, "partly_cloaked", "larger"),
+        _image("b.png", [], "failed", "r"),
+    ]
     lines = list(summary.lines(_report(*images)))
-    assert lines[3:5] == ["  face 2: skipped (tiny)", "b.png: failed (r)"]
+    assert lines[0] == "a.png: partly_cloaked, out/a.png_cloaked.png (larger)"
+    assert lines[1].endswith("; not found again in the written photo")
+    assert lines[3:5] == ["  face 2 at x 2, y 1, 10 x 12 px: skipped (tiny)", "b.png: failed (r)"]
     assert "judged only by the extractors it was made against" in lines[-1]
+    lines = list(summary.lines(_report(*images, detectors=["mtcnn"])))
+    assert lines[0].startswith("no second detector looked")
+    assert not any("second detector" in line for line in lines[1:])
+
+
+def test_pictures_come_first_and_settings_last():
+    words = _render(_report(_image("a.png", [_face()]))).words
+    parts = (
+        "Cloaked photos Outline",
+        "What the recognizers made",
+        "What this cloak is",
+        "Settings",
+    )
+    places = [words.index(part) for part in parts]
+    assert places == sorted(places)
+
+
+def test_a_missing_second_detector_and_a_lost_face_are_told():
+    images = [_image("a.png", [_face(found_again=False)])]
+    words = _render(_report(*images, detectors=["mtcnn"])).words
+    assert "No second detector looked" in words
+    assert "No detector finds this face in the written photo" in words
+    words = _render(_report(_image("a.png", [_face()]), detectors=["mtcnn", "yunet"])).words
+    assert "second detector" not in words and "No detector" not in words
 
 
 def test_bars_are_drawn_to_scale():
@@ -316,6 +346,7 @@ def test_photos_and_faces_without_a_cloak_are_named_with_their_reason():
     page = _render(
         _report(
             _image("yes.png", [_face(), skipped]),
+            _image("half.png", [_face(), skipped], "partly_cloaked", "a larger face is not"),
             _image("beach.png", status="no_face", reason="nobody there"),
             _image("torn.png", status="unreadable", reason="truncated file"),
             _image("hard.png", status="failed", reason="over budget"),
@@ -323,16 +354,17 @@ def test_photos_and_faces_without_a_cloak_are_named_with_their_reason():
         )
     )
     words = page.words
-    assert "1 of 5 photos was cloaked; 4 were not." in words
+    assert "1 of 6 photos was cloaked; 1 was only in part; 4 were not." in words
+    assert "Faces without a cloak: 2 photos" in words and "half.png: a larger face is not" in words
     assert "Not cloaked: 4 photos" in words
     assert "no face found beach.png: nobody there" in words
     assert "unreadable torn.png: truncated file" in words
     assert "failed hard.png: over budget" in words
     assert "postponed odd.png" in words
-    assert "face 2 skipped (tiny)" in words
+    assert "face 2 skipped at x 1, y 1, 2 × 2 pixels (tiny)" in words
     assert "Face 2 not cloaked: skipped" in words
     assert words.index("Not cloaked: 4 photos") < words.index("What this cloak is")
-    assert len([a for tag, a in page.elements if tag == "article"]) == 1
+    assert len([a for tag, a in page.elements if tag == "article"]) == 2
 
 
 def test_every_photo_is_there_and_loaded_lazily_one_at_a_time():

@@ -17,6 +17,7 @@ from PIL import Image, ImageCms, ImageOps
 from afr_jax.core import files, ssim
 from afr_jax.evaluation.cloaking import cloak_files
 from afr_jax.methods.cloaking import workflow
+from afr_jax.recognition.detectors import union
 from afr_jax.training import trained
 
 
@@ -187,6 +188,65 @@ def test_a_photo_that_fails_does_not_cost_the_others_theirs(tmp_path, monkeypatc
     ]
 
 
+@pytest.fixture
+def larger_face(monkeypatch):
+    """A face that one detector is sure of, and the other does not see, larger than all others."""
+    detect_union = union.detect_union
+
+    def see(variables, second, pixels, *, options):
+        seen = detect_union(variables, second, pixels, options=options)
+        height, width = pixels.shape[:2]
+        box = np.array([[0, 0, height - 1, width - 1]], np.float32)
+        fields = zip(
+            (*seen.faces, seen.mtcnn, seen.yunet, seen.counts),
+            (box, [0.95], seen.faces.landmarks[:1], [0.95], [0.0], [False]),
+            strict=True,
+        )
+        boxes, confidences, landmarks, ours, theirs, counts = (
+            np.concatenate([own, np.asarray(new, own.dtype)]) for own, new in fields
+        )
+        faces = union.detect.Faces(boxes, confidences, landmarks)
+        return union.Sightings(faces, ours, theirs, counts)
+
+    monkeypatch.setattr(union, "detect_union", see)
+
+
+def test_a_photo_whose_largest_face_is_left_is_not_cloaked(tmp_path, larger_face):
+    _portrait(144).save(tmp_path / "p.png")
+    flags = [f"--images={tmp_path / 'p.png'}", f"--surrogates={_save_extractor(tmp_path / 'm', 0)}"]
+    result, complete = _run(tmp_path, *flags)
+    assert not complete and result["not_handled"][0]["status"] == "partly_cloaked"
+    records, report = _report(tmp_path)
+    record = records["p.png"]
+    assert record["status"] == "partly_cloaked" and "is larger than" in record["reason"]
+    assert (tmp_path / "out" / record["output"]).exists()
+    cloaked, left = record["faces"]
+    assert cloaked["status"] == "cloaked" and min(cloaked["detectors"].values()) > 0.8
+    assert left["status"] == "skipped" and left["box"] == [0, 0, 143, 143]
+    assert left["reason"] == "only MTCNN sees a face here (confidence 0.95), YuNet does not"
+    assert report["settings"]["detectors"] == ["mtcnn", "yunet"]
+    # Nothing is left to do: the record is one of a finished photo.
+    assert _run(tmp_path, *flags) == (result, complete)
+    # Who names the faces knows which ones are left.
+    y0, x0, y1, x1 = cloaked["detection"]
+    faces = f"--faces={x0},{y0},{x1 - x0},{y1 - y0}"
+    result, complete = _run(tmp_path, *flags, faces, output="asked")
+    assert complete and not result["not_handled"]
+    assert _report(tmp_path, "asked")[0]["p.png"]["status"] == "partly_cloaked"
+
+
+def test_without_a_second_detector_the_report_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(union, "load_second", lambda: None)
+    _portrait(144).save(tmp_path / "p.png")
+    made = _save_extractor(tmp_path / "made", 0)
+    _, complete = _run(tmp_path, f"--images={tmp_path / 'p.png'}", f"--surrogates={made}")
+    assert complete
+    records, report = _report(tmp_path)
+    assert report["settings"]["detectors"] == ["mtcnn"]
+    assert list(records["p.png"]["faces"][0]["detectors"]) == ["mtcnn"]
+    assert "No second detector looked" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_foreign_output_is_kept_unless_told(tmp_path):
     photo = tmp_path / "p.png"
     _portrait(192).save(photo)
@@ -289,6 +349,7 @@ def test_wrong_usage_is_told_before_any_work(tmp_path, monkeypatch):
     cases = [
         (["--images=missing.jpg"], "missing.jpg"),
         (["--mode=extreme"], "extreme"),
+        (["--faces=some"], "faces is 'some', must be all, largest, or boxes"),
         (["--min_face_px=12"], "--min_face_px is 12, must be 0 or at least 20"),
         (["stray"], "stray"),
         (["--surrogates=nobody"], "nobody"),

@@ -12,7 +12,9 @@ from absl import logging
 from afr_jax.core import files, options, workdir
 from afr_jax.evaluation.report import page, summary
 from afr_jax.methods.cloaking import check, fawkes, folder, records, targets, workflow
+from afr_jax.methods.cloaking import face_filter as face_filters
 from afr_jax.recognition import pipeline, shared_options
+from afr_jax.recognition.detectors import union
 
 _TOY_STEPS = 4
 
@@ -36,6 +38,9 @@ class CloakConfig(options.Config):
     --target says where faces go: `repel` (away from the person), a folder with photos of another
     person (towards that person as well), or `farthest` (the person of --gallery, a folder of one
     folder per person, who is farthest from all photos of this run).
+
+    Two detectors look for faces; every face that one of them is sure of is cloaked or named in the
+    report. A photo with a larger face than those that were cloaked is `partly_cloaked`.
 
     Every face is measured on the written file, and on it after JPEG of quality 75, by the
     extractors it was made against and by those of --check, which had no part in it:
@@ -62,7 +67,7 @@ class CloakConfig(options.Config):
     )
     target: str = options.option("repel", "repel, farthest, or a folder of another person")
     gallery: str | None = options.option(None, "folder per person, for --target=farthest")
-    face_filter: workflow.FaceFilter = options.group(workflow.FaceFilter)
+    face_filter: face_filters.FaceFilter = options.group(face_filters.FaceFilter)
     search: fawkes.FawkesSearch = options.group(fawkes.FawkesSearch)
     overwrite: bool = options.option(False, "replace existing files in the output folder")
     keep_metadata: bool = options.option(False, "keep EXIF data, the place included")
@@ -105,6 +110,8 @@ def run(config: CloakConfig) -> options.Outcome:
         jobs, num_skipped = records.list_jobs(images, output_dir, work.path)
     if not jobs:
         raise options.UsageError(f"--images={','.join(config.images)} holds no photos")
+    with options.usage("--faces"):
+        config.face_filter.check_photos(len(jobs))
     folder_run = folder.FolderRun(
         flow,
         work,
@@ -119,10 +126,13 @@ def run(config: CloakConfig) -> options.Outcome:
         raise options.UsageError(f"--target={config.target}: {error}") from error
     report = _report(settings, folder_run, images, num_skipped)
     _write_report(output_dir, report, jobs)
+    trouble = ["unreadable", "failed"]
+    if config.face_filter.boxes is None:  # Else a person chose what is left.
+        trouble.append("partly_cloaked")
     incomplete = [
         {"image": record["image"], "status": record["status"], "reason": record["reason"]}
         for record in images
-        if record["status"] in ("unreadable", "failed")
+        if record["status"] in trouble
     ]
     result = {
         "summary": report["summary"],
@@ -154,6 +164,7 @@ def _load(config: CloakConfig) -> workflow.Workflow:
         recognizer,
         tuple(names[: len(config.surrogates)]),
         config.method,
+        union.load_second(),
         config.face_filter,
         config.keep_metadata,
     )
@@ -169,6 +180,8 @@ def _settings(config: CloakConfig, flow: workflow.Workflow) -> dict[str, Any]:
         "weights": {name: weights[name] for name in flow.surrogates},
         "target": config.target,
         "gallery": config.gallery,
+        "detectors": flow.detectors,
+        "faces": config.face_filter.faces,
         "min_confidence": config.face_filter.min_confidence,
         "min_face_px": config.face_filter.min_face_px,
         "keep_metadata": config.keep_metadata,

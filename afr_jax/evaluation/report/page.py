@@ -30,8 +30,11 @@ from afr_jax.evaluation.report import pictures
 
 LoadPair = Callable[[Mapping[str, Any]], "tuple[np.ndarray, np.ndarray] | None"]
 
+# Statuses of photos that have an output.
+_WRITTEN = ("cloaked", "partly_cloaked")
 _IMAGE_STATUSES = {
     "cloaked": "cloaked",
+    "partly_cloaked": "cloaked in part",
     "no_face": "no face found",
     "unreadable": "unreadable",
     "failed": "failed",
@@ -199,6 +202,8 @@ def _page(report: Mapping[str, Any], load_pair: LoadPair, preview_px: int) -> di
             for status in statuses
         ],
         "num_cloaked": counts["cloaked"],
+        "num_partly": counts["partly_cloaked"],
+        "has_second_detector": "yunet" in _names(settings.get("detectors") or ["yunet"]),
         "num_faces_cloaked": sum(len(_cloaked_faces(image)) for image in images),
         "not_cloaked": [head for head in heads if not head["cloaked"]],
         "partly_cloaked": [head for head in heads if head["cloaked"] and head["left_faces"]],
@@ -266,13 +271,18 @@ def _head(number: int, image: Mapping[str, Any]) -> dict[str, Any]:
         "name": re.split(r"[/\\]", name)[-1] or name,
         "path": name,
         "output": image.get("output"),
-        "cloaked": image.get("status") == "cloaked",
+        "cloaked": image.get("status") in _WRITTEN,
         "status": image.get("status"),
         "label": _status_label(image.get("status")),
         "reason": image.get("reason"),
         "num_faces": len(faces),
         "left_faces": [
-            {"number": index, "status": face.get("status"), "reason": face.get("reason")}
+            {
+                "number": index,
+                "status": face.get("status"),
+                "reason": face.get("reason"),
+                "box": _box(face.get("box")),
+            }
             for index, face in enumerate(faces, 1)
             if face.get("status") != "cloaked"
         ],
@@ -292,6 +302,7 @@ def _face(
         "cloaked": face.get("status") == "cloaked",
         "status": face.get("status"),
         "reason": face.get("reason"),
+        "is_lost": face.get("found_again") is False,
         "box": _box(face.get("box")),
         "detection": _box(face.get("detection")),
         "confidence": None if confidence is None else f"{confidence:.3f}",
@@ -372,7 +383,7 @@ def _axis(images: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _cloaked_faces(image: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    if image.get("status") != "cloaked":
+    if image.get("status") not in _WRITTEN:
         return []
     return [face for face in image.get("faces") or [] if face.get("status") == "cloaked"]
 

@@ -1,6 +1,6 @@
 """The last words of a cloaking run: report.json as lines for a person."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from afr_jax.evaluation.report import page as report_lib
@@ -15,16 +15,21 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     Yields:
         Lines without an end.
     """
+    if "yunet" not in report["settings"].get("detectors", ("yunet",)):
+        yield (
+            "no second detector looked: a face that MTCNN misses carries no cloak and is not named"
+        )
     for image in report["images"]:
-        if image["status"] != "cloaked":
-            yield f"{image['image']}: {image['status']} ({image['reason']})"
-            continue
-        yield f"{image['image']}: cloaked, {image['output']}"
+        reason = "" if image["reason"] is None else f" ({image['reason']})"
+        output = "" if image["output"] is None else f", {image['output']}"
+        yield f"{image['image']}: {image['status']}{output}{reason}"
         for number, face in enumerate(image["faces"], start=1):
             if face["status"] != "cloaked":
-                yield f"  face {number}: {face['status']} ({face['reason']})"
+                place, reason = _place(face["box"]), face["reason"]
+                yield f"  face {number} at {place}: {face['status']} ({reason})"
                 continue
-            yield f"  face {number}: DSSIM {face['dssim']:.4f}"
+            lost = "" if face.get("found_again", True) else "; not found again in the written photo"
+            yield f"  face {number}: DSSIM {face['dssim']:.4f}{lost}"
             for name, entry in face["extractors"].items():
                 after = report_lib.after_jpeg(entry) or {"reason": "not looked at"}
                 yield (
@@ -42,6 +47,11 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
             "the cloak was judged only by the extractors it was made against; "
             "--check=NAME,... asks others"
         )
+
+
+def _place(box: Sequence[int]) -> str:
+    y0, x0, y1, x1 = box
+    return f"x {x0}, y {y0}, {x1 - x0} x {y1 - y0} px"
 
 
 def _role(made_against: bool) -> str:

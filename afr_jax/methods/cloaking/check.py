@@ -5,7 +5,6 @@ aligned and embedded again each time, and compared with its clean embedding. The
 measure need not be those that the cloak was made against.
 """
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import NotRequired, TypedDict
 
@@ -16,6 +15,7 @@ from afr_jax.methods.cloaking import budget, photo_cloaks
 from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect, embed, pipeline
+from afr_jax.recognition.detectors import union, yunet
 
 REENCODING = (
     "JPEG quality 75 (4:2:0) was checked on every final photo; stronger compression, resizing and "
@@ -66,14 +66,19 @@ class CloakVerdict(TypedDict):
 
 
 class CloakRecord(TypedDict):
-    """A face in report.json; the last four only where it was to be cloaked.
+    """A face in report.json; the last five only where it was to be cloaked.
 
     Attributes:
         box: (y0, x0, y1, x1), all that may have changed for this face.
         detection: the detector's box.
-        confidence: the detector's.
-        status: "cloaked", "failed" or "skipped".
+        confidence: the detector's; the larger where two see the face.
+        detectors: confidence by the name of each detector that looked, None where it does not see
+            the face.
+        status: "cloaked"; "unchanged", where no change within the budget was found; "failed", where
+            the cloak broke a promise; or "skipped".
         reason: for a status other than "cloaked", else None.
+        found_again: whether a detector finds the face in the written file; where not, it was
+            measured at the landmarks of the original.
         dssim: on the final pixels, the larger of those of region and box.
         linf: largest change of a pixel, in [0, 1] units.
         mean_difference: of the channel where it is largest, in gray levels.
@@ -85,13 +90,17 @@ class CloakRecord(TypedDict):
     confidence: float
     status: str
     reason: str | None
+    detectors: NotRequired[dict[str, float | None]]
+    found_again: NotRequired[bool]
     dssim: NotRequired[float]
     linf: NotRequired[float]
     mean_difference: NotRequired[float]
     extractors: NotRequired[dict[str, CloakVerdict]]
 
 
-class _Place(TypedDict):
+class Place(TypedDict):
+    """What each record begins with; see `CloakRecord`."""
+
     box: list[int]
     detection: list[float]
     confidence: float
@@ -99,29 +108,30 @@ class _Place(TypedDict):
 
 def check_photo(
     recognizer: pipeline.Recognizer,
+    second: yunet.Detector | None,
     photo: photo_cloaks.PhotoFaces,
     final: np.ndarray,
     cloaked: Sequence[photo_cloaks.CloakedFace],
     *,
     surrogates: Collection[str],
     dssim_budget: float,
-    options: detect.DetectorOptions,
+    options: union.UnionOptions,
 ) -> list[CloakRecord]:
     """Measures every cloaked face of a photo on its final pixels.
 
     Args:
-        recognizer: the detector, and the extractors that judge.
+        recognizer: the first detector, and the extractors that judge.
+        second: the second detector, or None.
         photo: the original.
         final: `[H, W, 3]` uint8, decoded from the final file.
         cloaked: what was done to each face of `photo.faces`.
         surrogates: names of the extractors that the cloak was made against.
         dssim_budget: of the cloak.
-        options: of the detector.
+        options: of the detectors.
 
     Returns:
-        A record for each face, as in report.json; status `cloaked` only if the face was found
-        again, its DSSIM lies within the budget and every pixel outside the regions is the
-        original's.
+        A record for each face, as in report.json; status `cloaked` only if it changed, its DSSIM
+        lies within the budget and every pixel outside the regions is the original's.
     """
     untouched = np.ones(final.shape[:2], bool)
     for face in cloaked:
@@ -129,89 +139,82 @@ def check_photo(
         untouched[y0:y1, x0:x1] = False
     leaked = bool(np.any(photo.pixels[untouched] != final[untouched]))
     before = [face.distances for face in cloaked]
-    judged = _judge(recognizer, photo.pixels, photo.faces, final, before, surrogates, options)
+    judged, found_again = _judge(
+        recognizer, second, photo.pixels, photo.faces, final, before, surrogates, options
+    )
     records = []
     for number, (face, entries) in enumerate(zip(cloaked, judged, strict=True)):
         y0, x0, y1, x1 = face.region
         change = final[y0:y1, x0:x1].astype(np.int32) - photo.pixels[y0:y1, x0:x1]
         dssim = budget.face_dssim(photo.pixels, final, face.region, face.box)
         record: CloakRecord = {
-            **_place(photo.faces, number, face.region),
+            **place(photo.faces, number, face.region),
             "status": "cloaked",
             "reason": None,
+            "found_again": found_again[number],
             "dssim": dssim,
             "linf": float(np.abs(change).max() / 255),
             "mean_difference": float(
                 change.mean(axis=(0, 1))[np.abs(change.mean((0, 1))).argmax()]
             ),
-            "extractors": entries or {},
+            "extractors": entries,
         }
-        problem = _problem(entries, dssim, dssim_budget, leaked, change)
+        problem = _problem(dssim, dssim_budget, leaked)
         if problem:
             record.update(status="failed", reason=problem)
+        elif not np.any(change):
+            record.update(status="unchanged", reason="no change within the budget was found")
         records.append(record)
     return records
 
 
 def judge_again(
     recognizer: pipeline.Recognizer,
+    second: yunet.Detector | None,
     pixels: np.ndarray,
     faces: detect.Faces,
     final: np.ndarray,
     records: Sequence[CloakRecord],
     *,
     surrogates: Collection[str],
-    options: detect.DetectorOptions,
+    options: union.UnionOptions,
 ) -> list[CloakRecord]:
     """Records of `check_photo` with verdicts of other extractors in place of the old ones.
 
     Args:
-        recognizer: the detector, and the extractors that judge.
+        recognizer: the first detector, and the extractors that judge.
+        second: the second detector, or None.
         pixels: `[H, W, 3]` uint8 of the original.
         faces: the faces that were cloaked, as they were found in the original.
         final: `[H, W, 3]` uint8, decoded from the final file.
-        records: of all faces; those that are not of status `cloaked` stay as they are.
+        records: of all faces; those that were skipped stay as they are.
         surrogates: names of the extractors that the cloak was made against.
-        options: of the detector.
+        options: of the detectors.
 
     Returns:
         The new records.
     """
-    cloaked = [record["extractors"] for record in records if record["status"] == "cloaked"]
     before = [
-        {name: entry["distance_before_budget"] for name, entry in entries.items()}
-        for entries in cloaked
+        {name: entry["distance_before_budget"] for name, entry in record["extractors"].items()}
+        for record in records
+        if "extractors" in record
     ]
-    judged = iter(_judge(recognizer, pixels, faces, final, before, surrogates, options))
+    found, _ = _judge(recognizer, second, pixels, faces, final, before, surrogates, options)
+    judged = iter(found)
     return [
-        {**record, "extractors": next(judged) or {}} if record["status"] == "cloaked" else record
+        {**record, "extractors": next(judged)} if "extractors" in record else record
         for record in records
     ]
 
 
-def skipped_faces(
-    faces: detect.Faces, kept: np.ndarray, *, min_confidence: float
-) -> list[CloakRecord]:
-    """Records, as in report.json, of the faces of a photo that are not to be cloaked.
+def place(faces: detect.Faces, number: int, region: np.ndarray) -> Place:
+    """Where a face is: what each record begins with.
 
     Args:
-        faces: all that were found.
-        kept: `[N]` bool, which of them are cloaked.
-        min_confidence: below which a face is not; the others are too small.
+        faces: of the photo.
+        number: of the face among them.
+        region: `[4]` int, all that may change for it.
     """
-    records: list[CloakRecord] = []
-    for number in np.flatnonzero(~kept).tolist():
-        box, confidence = faces.boxes[number], faces.confidences[number]
-        region = np.concatenate([np.floor(box[:2]), np.ceil(box[2:])]).astype(int)
-        reason = "it is too small to be recognized"
-        if confidence < min_confidence:
-            reason = f"confidence {confidence:.2f} is below {min_confidence}"
-        place = _place(faces, number, region)
-        records.append({**place, "status": "skipped", "reason": reason})
-    return records
-
-
-def _place(faces: detect.Faces, number: int, region: np.ndarray) -> _Place:
     return {
         "box": region.tolist(),
         "detection": faces.boxes[number].tolist(),
@@ -221,49 +224,46 @@ def _place(faces: detect.Faces, number: int, region: np.ndarray) -> _Place:
 
 def _judge(
     recognizer: pipeline.Recognizer,
+    second: yunet.Detector | None,
     pixels: np.ndarray,
     faces: detect.Faces,
     final: np.ndarray,
     before_budget: Sequence[Mapping[str, float | None]],
     surrogates: Collection[str],
-    options: detect.DetectorOptions,
-) -> list[dict[str, CloakVerdict] | None]:
-    """Entries by extractor for each face; None for one that was not found again in `final`."""
+    options: union.UnionOptions,
+) -> tuple[list[dict[str, CloakVerdict]], list[bool]]:
+    """Entries by extractor for each face, and whether it was found again in `final`."""
     compressed = photos.through_jpeg(final, quality=_JPEG_QUALITY)
-    versions = [
-        (version, _find_again(recognizer.detector, faces, version, options))
+    again, after = (
+        _find_again(recognizer.detector, second, faces, version, options)
         for version in (final, compressed)
+    )
+    written = [
+        own if found is None else found for own, found in zip(faces.landmarks, again, strict=True)
     ]
-    results: list[dict[str, CloakVerdict] | None] = [
-        None if landmarks is None else {} for landmarks in versions[0][1]
-    ]
+    results: list[dict[str, CloakVerdict]] = [{} for _ in written]
     for name, extractor in recognizer.extractors.items():
         pairs = [(pixels, landmarks) for landmarks in faces.landmarks]
-        pairs += [
-            (version, found) for version, again in versions for found in again if found is not None
-        ]
+        pairs += [(final, landmarks) for landmarks in written]
+        pairs += [(compressed, found) for found in after if found is not None]
         vectors = iter(embed.embed_faces(extractor, recognizer.variables[name], pairs))
-        clean = [next(vectors) for _ in faces.landmarks]
-        written, after = (
-            [
-                None if found is None else float(registry.distance(next(vectors), own))
-                for found, own in zip(again, clean, strict=True)
-            ]
-            for _, again in versions
-        )
-        for number, entries in enumerate(results):
-            distance = written[number]
-            if entries is not None and distance is not None:
-                entries[name] = CloakVerdict(
-                    distance=distance,
-                    distance_before_budget=before_budget[number].get(name),
-                    threshold=extractor.threshold,
-                    metric="l2",
-                    same_person=distance < extractor.threshold,
-                    surrogate=name in surrogates,
-                    after_jpeg75=_after(after[number], extractor.threshold),
-                )
-    return results
+        clean = [next(vectors) for _ in written]
+        distances = [float(registry.distance(next(vectors), own)) for own in clean]
+        distances_after = [
+            None if found is None else float(registry.distance(next(vectors), own))
+            for found, own in zip(after, clean, strict=True)
+        ]
+        for number, distance in enumerate(distances):
+            results[number][name] = CloakVerdict(
+                distance=distance,
+                distance_before_budget=before_budget[number].get(name),
+                threshold=extractor.threshold,
+                metric="l2",
+                same_person=distance < extractor.threshold,
+                surrogate=name in surrogates,
+                after_jpeg75=_after(distances_after[number], extractor.threshold),
+            )
+    return results, [found is not None for found in again]
 
 
 def _after(distance: float | None, threshold: float) -> Reencoded:
@@ -274,43 +274,38 @@ def _after(distance: float | None, threshold: float) -> Reencoded:
 
 def _find_again(
     detector: mtcnn.Variables,
+    second: yunet.Detector | None,
     faces: detect.Faces,
     pixels: np.ndarray,
-    options: detect.DetectorOptions,
+    options: union.UnionOptions,
 ) -> list[np.ndarray | None]:
     """Landmarks in a final photo of each original face, None where it is not found.
 
-    Where the detector's settings miss one, it looks again with a finer pyramid and lower
-    thresholds, as a tracker may.
+    Where both detectors miss one, MTCNN looks again with a finer pyramid and lower thresholds, as a
+    tracker may.
     """
-    closer = dataclasses.replace(
-        options, min_face_px=20.0, scale_factor=0.85, thresholds=(0.4, 0.4, 0.4)
+    landmarks = _same_places(
+        faces, union.detect_union(detector, second, pixels, options=options).faces
     )
-    for settings in (options, closer):
-        found = detect.detect_faces(detector, pixels, options=settings)
-        same = detect.overlap(faces.boxes, found.boxes)
-        landmarks = [
-            found.landmarks[int(row.argmax())] if row.size and row.max() >= _SAME_FACE_IOU else None
-            for row in same
-        ]
-        if all(item is not None for item in landmarks):
-            break
-    return landmarks
+    if all(item is not None for item in landmarks):
+        return landmarks
+    closer = detect.DetectorOptions(min_face_px=20.0, scale_factor=0.85, thresholds=(0.4, 0.4, 0.4))
+    others = _same_places(faces, detect.detect_faces(detector, pixels, options=closer))
+    return [other if own is None else own for own, other in zip(landmarks, others, strict=True)]
 
 
-def _problem(
-    entries: dict[str, CloakVerdict] | None,
-    dssim: float,
-    dssim_budget: float,
-    leaked: bool,
-    change: np.ndarray,
-) -> str | None:
-    if entries is None:
-        return f"{_NOT_FOUND} in the written photo, so the cloak was not measured"
+def _same_places(faces: detect.Faces, found: detect.Faces) -> list[np.ndarray | None]:
+    """Landmarks of the found face at the place of each face, None where there is none."""
+    same = detect.overlap(faces.boxes, found.boxes)
+    return [
+        found.landmarks[int(row.argmax())] if row.size and row.max() >= _SAME_FACE_IOU else None
+        for row in same
+    ]
+
+
+def _problem(dssim: float, dssim_budget: float, leaked: bool) -> str | None:
     if dssim > dssim_budget:
         return f"DSSIM {dssim:.4f} exceeds the budget {dssim_budget}"
     if leaked:
         return "pixels outside the face regions changed"
-    if not np.any(change):
-        return "no change within the budget was found"
     return None

@@ -20,7 +20,7 @@ from afr_jax.methods.cloaking import check, records, targets, workflow
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect
 
-STATUSES = ("cloaked", "no_face", "unreadable", "failed")
+STATUSES = ("cloaked", "partly_cloaked", "no_face", "unreadable", "failed")
 _TARGET = "target.json"
 
 
@@ -133,6 +133,8 @@ class FolderRun:
             records.publish(
                 job,
                 done.png,
+                done.status,
+                done.reason,
                 done.faces,
                 overwrite=self.overwrite,
                 sha256=sha256,
@@ -150,7 +152,7 @@ class FolderRun:
         """Measures a finished output anew if other extractors than now have judged it."""
         known = records.read(job)
         image = known["image"]
-        if image["status"] != "cloaked" or known["judges"] == judges:
+        if image["output"] is None or known["judges"] == judges:
             return
         pixels = photos.read_photo(job.source.path).pixels
         found = detect.Faces(
@@ -158,17 +160,18 @@ class FolderRun:
         )
         faces = check.judge_again(
             self.flow.recognizer,
+            self.flow.second,
             pixels,
             found,
             photos.read_photo(job.output).pixels,
             image["faces"],
             surrogates=self.flow.surrogates,
-            options=self.flow.face_filter.detector_options(pixels.shape),
+            options=self.flow.face_filter.union_options(pixels.shape),
         )
         records.write(
             job,
-            "cloaked",
-            None,
+            image["status"],
+            image["reason"],
             faces,
             sha256=known["sha256"],
             output_sha256=known["output_sha256"],

@@ -20,6 +20,8 @@ from afr_jax.methods.cloaking import check
 from afr_jax.recognition import detect
 
 FOLDER = "records"
+# Statuses of photos that have an output.
+_WRITTEN = ("cloaked", "partly_cloaked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +47,10 @@ class ImageRecord(TypedDict):
     Attributes:
         image: its path below the folder it was found in.
         output: of the cloaked photo, below the output folder; None where there is none.
-        status: "cloaked", "no_face", "unreadable" or "failed".
+        status: "cloaked", "partly_cloaked" (an output was written, but a face that was not cloaked
+            is larger than each one that was), "no_face", "unreadable" or "failed".
         reason: for a status other than "cloaked", else None.
-        faces: all that were found.
+        faces: all that were seen.
     """
 
     image: str
@@ -153,7 +156,7 @@ def write(
         "judges": judges,
         "image": {
             "image": job.source.relative.as_posix(),
-            "output": job.name if status == "cloaked" else None,
+            "output": job.name if status in _WRITTEN else None,
             "status": status,
             "reason": reason,
             "faces": list(faces),
@@ -175,7 +178,7 @@ def is_done(job: Job) -> bool:
         is_readable = job.source.problem is None
         if is_readable and known["sha256"] != sha256_of(photos.read_photo_bytes(job.source.path)):
             return False
-        if image["status"] == "cloaked":
+        if image["output"] is not None:
             return sha256_of(job.output.read_bytes()) == known["output_sha256"]
         return True
     except photos.PhotoError as error:
@@ -187,6 +190,8 @@ def is_done(job: Job) -> bool:
 def publish(
     job: Job,
     data: bytes,
+    status: str,
+    reason: str | None,
     faces: Sequence[check.CloakRecord],
     *,
     overwrite: bool,
@@ -199,6 +204,8 @@ def publish(
     Args:
         job: the job.
         data: content of the output.
+        status: as in `write`.
+        reason: as in `write`.
         faces: as in `write`.
         overwrite: whether a file of that name that is not of this run is replaced.
         sha256: as in `write`.
@@ -217,8 +224,8 @@ def publish(
     write_fn = functools.partial(
         write,
         job,
-        "cloaked",
-        None,
+        status,
+        reason,
         faces,
         sha256=sha256,
         output_sha256=output_sha256,

@@ -17,44 +17,17 @@ import jax
 import numpy as np
 from absl import logging
 
-from afr_jax.core import files, options, parallel
+from afr_jax.core import files, parallel
 from afr_jax.data import photos
 from afr_jax.methods.cloaking import check, face_cloaks, fawkes, photo_cloaks, targets
+from afr_jax.methods.cloaking import face_filter as face_filters
 from afr_jax.recognition import detect, pipeline
+from afr_jax.recognition.detectors import union, yunet
 
 # Photos that are read, detected and cloaked together. Their faces share batches, so a group is
 # always worked on as a whole: a resumed run gives the same bytes.
 GROUP = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class FaceFilter:
-    """Which of the faces that a detector finds are cloaked."""
-
-    min_confidence: float = options.option(0.9, "least confidence of a face", at_least=0, at_most=1)
-    min_face_px: int = options.option(
-        0, "smallest face; 0: 30 px, or 1/80 of the longer side if that is more", at_least=0
-    )
-
-    def __post_init__(self) -> None:
-        """Checks ranges.
-
-        Raises:
-            ValueError: an option is out of its range.
-        """
-        options.check(self)
-        if 0 < self.min_face_px < 20:
-            raise ValueError(f"min_face_px is {self.min_face_px}, must be 0 or at least 20")
-
-    def detector_options(self, shape: Sequence[int]) -> detect.DetectorOptions:
-        """The detector's options for a photo `[H, W, ...]`."""
-        smallest = self.min_face_px or max(30, max(shape[:2]) / 80)
-        return detect.DetectorOptions(min_face_px=smallest)
-
-    def select(self, faces: detect.Faces) -> np.ndarray:
-        """Which faces are sure and large enough to be cloaked, `[N]` bool."""
-        sure = faces.confidences >= self.min_confidence
-        return sure & photo_cloaks.is_large_enough(faces.boxes)
+_LEFT = "a face that is not cloaked is larger than each one that is"
 
 
 class Found(NamedTuple):
@@ -63,14 +36,16 @@ class Found(NamedTuple):
     Attributes:
         photo: as decoded.
         task: the faces to cloak, perhaps none.
+        detectors: for each of them, how confident each detector is of it.
         skipped: records of the others.
-        options: of the detector.
+        options: of the detectors.
     """
 
     photo: photos.Photo
     task: photo_cloaks.PhotoFaces
+    detectors: list[dict[str, float | None]]
     skipped: list[check.CloakRecord]
-    options: detect.DetectorOptions
+    options: union.UnionOptions
 
 
 Outcome = tuple[np.ndarray, list[photo_cloaks.CloakedFace]] | Exception
@@ -82,12 +57,13 @@ class CloakedPhoto:
 
     Attributes:
         image: name of the photo, see `photos.Photo.name`.
-        status: "cloaked"; "no_face"; "unreadable"; or "failed", where the cloak broke a promise.
+        status: "cloaked"; "partly_cloaked", where a face that was not cloaked is larger than each
+            one that was; "no_face"; "unreadable"; or "failed", where the cloak broke a promise.
         reason: for a status other than "cloaked", else None.
         faces: what was measured on each face of the final 8-bit pixels, as in report.json.
-        pixels: `[H, W, 3]` uint8, None unless cloaked.
+        pixels: `[H, W, 3]` uint8, None unless cloaked, at least in part.
         png: content of the PNG file with alpha, gray mode and color profile of the photo, None
-            unless cloaked.
+            likewise.
     """
 
     image: str
@@ -129,6 +105,7 @@ class Workflow:
             its own name.
         surrogates: names of the extractors to cloak against.
         method: how.
+        second: the second detector (`union.load_second`); None where there is none.
         face_filter: which faces.
         keep_metadata: whether EXIF data are kept, the place included.
     """
@@ -136,8 +113,14 @@ class Workflow:
     recognizer: pipeline.Recognizer
     surrogates: tuple[str, ...]
     method: face_cloaks.CloakMethod
-    face_filter: FaceFilter = FaceFilter()
+    second: yunet.Detector | None = None
+    face_filter: face_filters.FaceFilter = face_filters.FaceFilter()
     keep_metadata: bool = False
+
+    @property
+    def detectors(self) -> list[str]:
+        """Names of the detectors that look."""
+        return ["mtcnn"] if self.second is None else ["mtcnn", "yunet"]
 
     def find_faces(self, name: str, photo: photos.Photo) -> Found:
         """Detects the faces of a photo and divides them into those to cloak and others.
@@ -146,20 +129,23 @@ class Workflow:
             name: identifies the photo, and seeds the randomness of its cloak.
             photo: as decoded.
         """
-        detector_options = self.face_filter.detector_options(photo.pixels.shape)
-        found = detect.detect_faces(
-            self.recognizer.detector, photo.pixels, options=detector_options
+        shape = photo.pixels.shape
+        settings = self.face_filter.union_options(shape)
+        seen = union.detect_union(
+            self.recognizer.detector, self.second, photo.pixels, options=settings
         )
-        kept = self.face_filter.select(found)
+        reasons = self.face_filter.reasons(seen, shape)
+        taken = [number for number, reason in enumerate(reasons) if reason is None]
         task = photo_cloaks.PhotoFaces(
             name=name,
             pixels=photo.pixels,
             gray=photo.gray,
             visible=None if photo.alpha is None else photo.alpha > 0,
-            faces=detect.select_faces(found, kept),
+            faces=detect.select_faces(seen.faces, np.array(taken, int)),
         )
-        skipped = check.skipped_faces(found, kept, min_confidence=self.face_filter.min_confidence)
-        return Found(photo, task, skipped, detector_options)
+        skipped = face_filters.skipped(seen, reasons) + self.face_filter.unseen(seen)
+        detectors = [face_filters.detectors(seen, number) for number in taken]
+        return Found(photo, task, detectors, skipped, settings)
 
     def choose_target(
         self, target: str, gallery: str | os.PathLike[str] | None, images: Iterator[np.ndarray]
@@ -225,8 +211,7 @@ class Workflow:
         """
         name = found.task.name
         if not len(found.task.faces.boxes):
-            reason = "no face was found with confidence" if found.skipped else pipeline.NO_FACE
-            return CloakedPhoto(name, "no_face", reason, found.skipped)
+            return CloakedPhoto(name, "no_face", _why_none(found.skipped), found.skipped)
         if isinstance(outcome, Exception):
             return CloakedPhoto(name, "failed", f"{outcome}")
         pixels, faces = outcome
@@ -234,6 +219,7 @@ class Workflow:
         written = photos.decode_photo(png).pixels
         records = check.check_photo(
             self.recognizer,
+            self.second,
             found.task,
             written,
             faces,
@@ -241,14 +227,20 @@ class Workflow:
             dssim_budget=self.method.dssim_budget,
             options=found.options,
         )
+        for record, detectors in zip(records, found.detectors, strict=True):
+            record["detectors"] = detectors
         problems = [
             f"face {number} of {len(records)}: {record['reason']}"
             for number, record in enumerate(records, start=1)
             if record["status"] != "cloaked"
         ]
+        is_broken = any(record["status"] == "failed" for record in records)
+        is_empty = all(record["status"] != "cloaked" for record in records)
         records += found.skipped
-        if problems:
+        if is_broken or is_empty:
             return CloakedPhoto(name, "failed", "; ".join(problems), records)
+        if face_filters.largest_is_left(records):
+            return CloakedPhoto(name, "partly_cloaked", _LEFT, records, written, png)
         return CloakedPhoto(name, "cloaked", None, records, written, png)
 
 
@@ -261,7 +253,7 @@ def cloak(
     surrogates: Sequence[str] | None = None,
     target: str | os.PathLike[str] = "repel",
     gallery: str | os.PathLike[str] | None = None,
-    face_filter: FaceFilter | None = None,
+    face_filter: face_filters.FaceFilter | None = None,
     keep_metadata: bool = False,
 ) -> list[CloakedPhoto]:
     """Cloaks photos and measures what that is worth, as `python -m experiments.cloak` does.
@@ -288,7 +280,7 @@ def cloak(
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: an array that is no photo, an unknown surrogate, an extractor twice or without a
-            threshold, or a target that cannot be used.
+            threshold, a target that cannot be used, or boxes of faces for several photos.
     """
     recognizer = own_names(recognizer)
     names = tuple(recognizer.extractors if surrogates is None else surrogates)
@@ -300,11 +292,13 @@ def cloak(
         recognizer,
         names,
         fawkes.FawkesConfig() if config is None else config,
-        FaceFilter() if face_filter is None else face_filter,
+        union.load_second(),
+        face_filters.FaceFilter() if face_filter is None else face_filter,
         keep_metadata,
     )
     key = jax.random.key(key) if isinstance(key, int) else key
     sources = photos.list_sources(images)
+    flow.face_filter.check_photos(len(sources))
     chosen = flow.choose_target(os.fspath(target), gallery, _readable_pixels(sources))
     results = []
     for start in range(0, len(sources), GROUP):
@@ -333,6 +327,13 @@ def own_names(recognizer: pipeline.Recognizer) -> pipeline.Recognizer:
         extractors[extractor.name] = extractor
         variables[extractor.name] = recognizer.variables[key]
     return recognizer._replace(extractors=extractors, variables=variables)
+
+
+def _why_none(skipped: Sequence[check.CloakRecord]) -> str:
+    """Why no face of a photo is cloaked."""
+    if not skipped:
+        return pipeline.NO_FACE
+    return f"none of {len(skipped)} was cloaked: {skipped[0]['reason']}"
 
 
 def _readable_pixels(sources: Sequence[photos.PhotoSource]) -> Iterator[np.ndarray]:
