@@ -171,9 +171,7 @@ def find_weights() -> pathlib.Path:
     Raises:
         FileNotFoundError: the package or its files are missing; the message says how to get them.
     """
-    names = [f"{name}.lz4" for name in _FILES]
-    what, folder = "the MTCNN weights", "assets/weights"
-    return installed.find_folder(what, "mtcnn", folder, names, version="1.0.0")
+    return installed.find_files("mtcnn")[0].parent
 
 
 def load_variables() -> Variables:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -28,6 +28,8 @@ from afr_jax.training import trained
 # Photos that are read at a time, and that one transaction of a database enrolls.
 _GROUP = 64
 NO_FACE = "no face was found"
+# Stands for every extractor of the registry whose weights are there.
+ALL = "all"
 _COLUMNS = (
     *("query", "face", "query_box", "rank", "identity", "image", "box"),
     *("distance", "threshold", "matched", "decision"),
@@ -329,7 +331,8 @@ def load_recognizer(
 
     Args:
         *names: of extractors in the registry, or folders of trained ones
-            (`trained.write_extractor`); none for the detector alone.
+            (`trained.write_extractor`); `all` for every one of the registry whose weights are
+            there; none for the detector alone.
         weights: file of an extractor's weights by its name, or the file alone where there is one
             extractor; the default source where none is given.
         options: of the detector; its defaults if None.
@@ -338,6 +341,7 @@ def load_recognizer(
         ValueError: an unknown name, or a file that does not hold the network's weights.
         FileNotFoundError: weights that are not there, with what to do.
     """
+    names = expand_names(names, given=weights if isinstance(weights, Mapping) else ())
     if isinstance(weights, (str, os.PathLike)):
         weights = parse_weights([os.fspath(weights)], names)
     weights = weights or {}
@@ -356,6 +360,29 @@ def load_recognizer(
             for name, extractor in extractors.items()
         },
     )
+
+
+def expand_names(
+    names: Sequence[str], *, given: Collection[str] = (), without: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Names of extractors with `all` replaced by every one of the registry that can be loaded.
+
+    Args:
+        names: of extractors; `all` may stand among them.
+        given: names of extractors whose weights are given by the caller; the others need theirs in
+            an installed package or in the cache (`registry.present`).
+        without: names that `all` leaves out.
+
+    Returns:
+        The names in their order; those that `all` stands for in the order of the registry, without
+        what is named beside it.
+    """
+    if ALL not in names:
+        return tuple(names)
+    there = {*registry.present(), *given} - {*names, *without}
+    found = tuple(name for name in registry.EXTRACTORS if name in there)
+    place = names.index(ALL)
+    return (*names[:place], *found, *(name for name in names[place:] if name != ALL))
 
 
 def find_extractor(name: str) -> registry.Extractor:

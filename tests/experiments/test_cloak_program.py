@@ -14,9 +14,10 @@ import pytest
 import skimage.data
 from PIL import Image, ImageCms, ImageOps
 
-from afr_jax.core import files, ssim
+from afr_jax.core import files, options, program, ssim
 from afr_jax.evaluation.cloaking import cloak_files
 from afr_jax.methods.cloaking import workflow
+from afr_jax.models.extractors import registry
 from afr_jax.recognition.detectors import union
 from afr_jax.training import trained
 
@@ -29,6 +30,8 @@ def _portrait(side=256):
 
 def _run(folder, *flags, output="out"):
     """What the program answers: (result, whether all was handled), or what usage is wrong."""
+    if not any(flag.startswith("--surrogates=") for flag in flags):
+        flags = ["--surrogates=dlib", *flags]
     flags = [f"--output_dir={folder / output}", "--num_steps=3", *flags]
     return programs.call(cloak_files.CloakConfig, cloak_files.run, *flags)
 
@@ -109,6 +112,41 @@ def test_statuses_and_names(folder):
     }
     assert written == {r["output"] for r in records.values() if r["status"] == "cloaked"}
     assert (root / "out" / "report.html").read_text().count("a.jpg") >= 1
+
+
+def test_a_fresh_machine_has_two_surrogates_and_all_takes_them(tmp_path, monkeypatch):
+    """Without a cache, what comes with the install; the settings of the report name them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = []
+    for flags in ([], ["--surrogates=all"]):
+        config = program.parse(cloak_files.CloakConfig, flags)
+        flow = cloak_files._load(config)
+        assert flow.surrogates == ("dlib", "sface")
+        settings.append(cloak_files._settings(config, flow))
+    assert settings[0] == settings[1] and set(settings[0]["weights"]) == {"dlib", "sface"}
+
+
+def test_all_leaves_out_what_judges(monkeypatch):
+    names = []
+
+    def load(*asked, weights):
+        names[:] = asked
+        raise ValueError("seen")
+
+    monkeypatch.setattr(cloak_files.pipeline, "load_recognizer", load)
+    monkeypatch.setattr(registry, "present", lambda: ("dlib", "sface", "facenet_casia"))
+    for flags, expected in (
+        (["--check=sface"], ["dlib", "facenet_casia", "sface"]),
+        (["--weights=lvface_t=x.pt"], ["dlib", "sface", "facenet_casia", "lvface_t"]),
+    ):
+        config = program.parse(cloak_files.CloakConfig, ["--surrogates=all", *flags])
+        with pytest.raises(options.UsageError, match="seen"):
+            cloak_files.run(config)
+        assert names == expected
+    monkeypatch.setattr(registry, "present", lambda: ())
+    config = program.parse(cloak_files.CloakConfig, ["--surrogates=all"])
+    with pytest.raises(options.UsageError, match="no extractor's weights are there"):
+        cloak_files.run(config)
 
 
 def test_files_hold_what_the_report_says(folder):

@@ -215,6 +215,14 @@ def test_without_network_the_message_says_what_to_put_where(cache, offline, name
     assert (source.url or source.hint) in str(error.value)
 
 
+def test_what_is_there_is_known_without_a_network(cache, offline):
+    assert registry.present() == ("dlib", "sface")
+    cache.mkdir(parents=True)
+    (cache / download.SOURCES["lvface_t"].file_name).touch()
+    (cache / download.SOURCES["facenet_casia"].file_name).touch()
+    assert registry.present() == ("dlib", "sface", "facenet_casia", "lvface_t")
+
+
 def test_a_file_in_the_cache_needs_no_network(cache, offline):
     cache.mkdir(parents=True)
     path = cache / download.SOURCES["openface"].file_name
@@ -228,7 +236,7 @@ def _serve(monkeypatch, folder: pathlib.Path, data: bytes) -> list:
     """Lets every address serve these bytes; returns the list of (address, hash) asked for."""
     asked = []
 
-    def retrieve(url, known_hash, fname, path):
+    def retrieve(url, known_hash, fname, path, downloader):
         asked.append((url, known_hash))
         path.mkdir(parents=True, exist_ok=True)
         (path / fname).write_bytes(data)

@@ -16,6 +16,8 @@ from afr_jax.methods.cloaking import face_filter as face_filters
 from afr_jax.recognition import pipeline, shared_options
 from afr_jax.recognition.detectors import union
 
+# Of two families, and there after the install.
+DEFAULT_SURROGATES = ("dlib", "sface")
 _TOY_STEPS = 4
 
 
@@ -45,14 +47,16 @@ class CloakConfig(options.Config):
     Every face is measured on the written file, and on it after JPEG of quality 75, by the
     extractors it was made against and by those of --check, which had no part in it:
 
-        python -m experiments.cloak --images=photos --check=sface
+        python -m experiments.cloak --images=photos --surrogates=dlib --check=sface
 
     With another --check a finished run measures its files again and leaves them as they are.
-    --surrogates and --check take names of extractors and folders of trained or hardened extractors.
+    --surrogates and --check take names of extractors and folders of trained or hardened extractors;
+    `--surrogates=all` is every extractor whose weights are there: installed, in the cache
+    (`experiments.fetch_weights` lists them) or given by --weights, but for those of --check.
 
-    Expected on two CPU cores: four seconds a face after half a minute of compilation in the first
-    run; on the sample portrait a dlib distance of 0.9 at DSSIM 0.007 (below 0.6 dlib takes two
-    faces for the same person). A cloak hides nothing from a model that already knows the person.
+    Expected on two CPU cores with --surrogates=dlib: four seconds a face after half a minute of
+    compilation in the first run; on the sample portrait a dlib distance of 0.9 at DSSIM 0.007
+    (below 0.6 dlib takes two faces for the same person). Every further surrogate takes its time. A cloak hides nothing from a model that already knows the person.
     """
 
     images: tuple[str, ...] = options.option(
@@ -60,7 +64,9 @@ class CloakConfig(options.Config):
     )
     output_dir: str = options.option("out/cloak", "folder for cloaked photos and reports")
     mode: Literal["low", "mid", "high"] = options.option("mid", "budget")
-    surrogates: tuple[str, ...] = options.option(("dlib",), "extractors to cloak against")
+    surrogates: tuple[str, ...] = options.option(
+        DEFAULT_SURROGATES, "extractors to cloak against; all: every one whose weights are there"
+    )
     check: tuple[str, ...] = options.option((), "further extractors that judge the cloak")
     weights: tuple[str, ...] = options.option(
         (), "weight files: NAME=FILE, or FILE for one extractor"
@@ -146,8 +152,12 @@ def run(config: CloakConfig) -> options.Outcome:
 
 
 def _load(config: CloakConfig) -> workflow.Workflow:
-    asked = [*config.surrogates, *config.check]
     try:
+        given = {name for name, *rest in (value.split("=") for value in config.weights) if rest}
+        surrogates = pipeline.expand_names(config.surrogates, given=given, without=config.check)
+        if not surrogates:
+            raise ValueError("--surrogates=all: no extractor's weights are there")
+        asked = [*surrogates, *config.check]
         weights = pipeline.parse_weights(config.weights, asked)
         recognizer = pipeline.load_recognizer(*asked, weights=weights)
         names = [recognizer.extractors[name].name for name in asked]
@@ -155,6 +165,7 @@ def _load(config: CloakConfig) -> workflow.Workflow:
             if names.count(name) > 1:
                 raise ValueError(f"{name} must be named once in --surrogates and --check together")
         recognizer = workflow.own_names(recognizer)
+        logging.info("made against: %s", files.printable(", ".join(names[: len(surrogates)])))
     except FileNotFoundError as error:
         hint = "--weights=NAME=FILE names the file of an extractor's weights"
         raise options.UsageError(f"{error} ({hint})") from error
@@ -162,7 +173,7 @@ def _load(config: CloakConfig) -> workflow.Workflow:
         raise options.UsageError(str(error)) from error
     return workflow.Workflow(
         recognizer,
-        tuple(names[: len(config.surrogates)]),
+        tuple(names[: len(surrogates)]),
         config.method,
         union.load_second(),
         config.face_filter,

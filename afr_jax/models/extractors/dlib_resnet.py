@@ -57,9 +57,7 @@ def find_weights() -> pathlib.Path:
     Raises:
         FileNotFoundError: the package or the file is missing; the message says how to get it.
     """
-    file, what = "dlib_face_recognition_resnet_model_v1.dat", "the dlib ResNet weights"
-    package = "face_recognition_models"
-    return installed.find_folder(what, package, "models", (file,), version="0.3.0") / file
+    return installed.find_files("dlib")[0]
 
 
 def read_weights(path: pathlib.Path | str) -> conversion.Variables:

