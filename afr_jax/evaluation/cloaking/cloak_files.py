@@ -56,7 +56,8 @@ class CloakConfig(options.Config):
 
     Expected on two CPU cores with --surrogates=dlib: four seconds a face after half a minute of
     compilation in the first run; on the sample portrait a dlib distance of 0.9 at DSSIM 0.007
-    (below 0.6 dlib takes two faces for the same person). Every further surrogate takes its time. A cloak hides nothing from a model that already knows the person.
+    (below 0.6 dlib takes two faces for the same person). Every further surrogate takes its time. A
+    cloak hides nothing from a model that already knows the person.
     """
 
     images: tuple[str, ...] = options.option(
