@@ -7,12 +7,11 @@ FACE and LFW: every face is found by both.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from afr_jax.benchmark import detection, setting, timing
-from afr_jax.core import options, progress
+from afr_jax.core import files, options, progress
 from afr_jax.data import photo_files, photos
 from afr_jax.evaluation import reference
 from afr_jax.evaluation.attackers import other_detectors
@@ -71,7 +70,7 @@ def _compare(
     other: reference.ReferenceProcess,
     sources: Sequence[photo_files.PhotoInput],
     given: setting.Setting,
-) -> dict[str, Any]:
+) -> dict[str, files.Json]:
     """Counts, landmark errors, disagreements, and the files that are no photos."""
     variables, cascade = given.detector(), detect.DetectorOptions()
     counts = dict.fromkeys(("ours", "ours_found", "theirs", "theirs_found"), 0)

@@ -11,8 +11,6 @@ import dataclasses
 import pathlib
 import tempfile
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from afr_jax.benchmark import setting, timing
-from afr_jax.core import options, progress
+from afr_jax.core import files, options, progress
 from afr_jax.evaluation import reference
 from afr_jax.models.extractors import mobilefacenet, registry
+from afr_jax.models.weights import conversion
 
 DRIVER = "extractors_driver.py"
 # Suffix of the weight file of each network, and whether torch's format before 1.6 is read, too.
@@ -112,7 +111,7 @@ def _compare(
     other: reference.ReferenceProcess,
     config: ExtractorAgreementOptions,
     given: setting.Setting,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, files.Json]]:
     """A finding for each format of the network's weight file."""
     folder, num_chips, seed = given.folder, config.num_chips, given.seed
     if network == _GRAPH and config.mobilefacenet is not None:
@@ -165,10 +164,10 @@ def _finding(
     network: str,
     kind: str,
     module: nn.Module,
-    variables: Mapping[str, Any],
+    variables: conversion.Variables,
     inputs: np.ndarray,
     theirs: np.ndarray,
-) -> dict[str, Any]:
+) -> dict[str, files.Json]:
     start = time.perf_counter()
     variables = jax.tree.map(jnp.asarray, variables)
     ours = np.asarray(jax.jit(module.apply)(variables, inputs), np.float64)

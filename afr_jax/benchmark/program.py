@@ -169,7 +169,7 @@ def run(config: BenchmarkConfig) -> options.Outcome:
     return options.Outcome(result, complete=all(found.complete for found in measured.values()))
 
 
-def _settings(config: BenchmarkConfig) -> dict[str, Any]:
+def _settings(config: BenchmarkConfig) -> dict[str, files.Json]:
     """The options by flag, but for places of this machine."""
     places = ("workdir", "images", "reference_python", "mobilefacenet")
     return {
@@ -196,7 +196,7 @@ def _list_images(config: BenchmarkConfig) -> list[list[photo_files.PhotoInput]]:
     return images
 
 
-def _page(config: BenchmarkConfig, result: Mapping[str, Any]) -> str:
+def _page(config: BenchmarkConfig, result: Mapping[str, files.Json]) -> str:
     """The table with what its reader must know."""
     host = result["machine"]
     lines = [

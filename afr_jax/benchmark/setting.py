@@ -2,12 +2,12 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from afr_jax.benchmark import photos, timing
-from afr_jax.core import options
+from afr_jax.core import files, options
 from afr_jax.data import photo_files
 from afr_jax.evaluation import reference
 from afr_jax.models import mtcnn
@@ -67,5 +67,5 @@ class Measured(NamedTuple):
 
     rows: Sequence[timing.Row]
     versions: Mapping[str, str] = {}
-    details: Mapping[str, Any] = {}
+    details: Mapping[str, files.Json] = {}
     complete: bool = True

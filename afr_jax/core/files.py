@@ -15,6 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
+# What JSON can say: None, bool, int, float, str, and lists and dicts by str of such values. Type
+# checkers take it for anything, as who reads a file knows its keys and they do not.
+Json = Any
+
 
 def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = False) -> None:
     """Writes a file so that its name never stands for a part of the data.
@@ -95,7 +99,7 @@ def write_csv(
     write_atomically(path, text.getvalue().encode(), overwrite=True)
 
 
-def to_jsonable(value: object) -> Any:  # noqa: ANN401  # What JSON can say.
+def to_jsonable(value: object) -> Json:
     """Turns a value into what JSON can say.
 
     Arrays become lists, scalars Python numbers, NaN and infinities null, dataclasses and

@@ -21,6 +21,8 @@ import typing
 from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
+from afr_jax.core import files
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -41,7 +43,7 @@ class Outcome(NamedTuple):
         complete: False if some inputs could not be handled (exit code 3); the result names them.
     """
 
-    result: Mapping[str, Any]
+    result: Mapping[str, files.Json]
     complete: bool = True
 
 

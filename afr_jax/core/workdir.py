@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from afr_jax.core import distributed, files, options
 
@@ -28,7 +27,7 @@ class Workdir:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(files.to_jsonable(metrics), allow_nan=False) + "\n")
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> list[dict[str, files.Json]]:
         """Returns the lines of metrics.jsonl, without a last line that a killed run left torn."""
         try:
             text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
@@ -88,7 +87,7 @@ def open_workdir(
     return Workdir(folder, resumed=old is not None)
 
 
-def load_or_compute(path: str | os.PathLike[str], compute_fn: Callable[[], object]) -> Any:  # noqa: ANN401  # What JSON can say.
+def load_or_compute(path: str | os.PathLike[str], compute_fn: Callable[[], object]) -> files.Json:
     """The value of a JSON file; if there is none yet, what a function returns, which is written.
 
     So a study keeps its cells: what a killed run has finished is not computed again.
@@ -109,7 +108,7 @@ def load_or_compute(path: str | os.PathLike[str], compute_fn: Callable[[], objec
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _flatten(config: object, prefix: str = "") -> dict[str, Any]:
+def _flatten(config: object, prefix: str = "") -> dict[str, files.Json]:
     if not isinstance(config, Mapping) or not config:
         return {prefix: config}
     flat = {}
@@ -119,7 +118,10 @@ def _flatten(config: object, prefix: str = "") -> dict[str, Any]:
 
 
 def _check_same_run(
-    folder: pathlib.Path, old: dict[str, Any], new: dict[str, Any], resumable: frozenset[str]
+    folder: pathlib.Path,
+    old: dict[str, files.Json],
+    new: dict[str, files.Json],
+    resumable: frozenset[str],
 ) -> None:
     absent = "absent"
     differing = [

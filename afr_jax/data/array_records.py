@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from afr_jax.core import files
 from afr_jax.data import cifar10, identities, photos
 
 
@@ -233,7 +234,7 @@ def classes_of(data_dir: str | os.PathLike[str], name: str) -> tuple[str, ...]:
     return tuple(label.names)
 
 
-def metadata_of(data_dir: str | os.PathLike[str], name: str) -> dict[str, Any]:
+def metadata_of(data_dir: str | os.PathLike[str], name: str) -> dict[str, files.Json]:
     """What was given to `write_records` as metadata; raises FileNotFoundError."""
     return dict(tfds.builder_from_directory(find_folder(data_dir, name)).info.metadata or {})
 

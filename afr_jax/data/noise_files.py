@@ -14,7 +14,7 @@ import tempfile
 import types
 import zipfile
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -40,7 +40,7 @@ class Noise(NamedTuple):
     names: tuple[str, ...]
     levels: np.ndarray
     granularity: Granularity
-    settings: Mapping[str, Any] = types.MappingProxyType({})
+    settings: Mapping[str, files.Json] = types.MappingProxyType({})
 
     def rows_of(self, data: image_sets.ImageSet) -> np.ndarray:
         """Row of the noise for each of N samples, `[N]` int64; -1 where it has none."""

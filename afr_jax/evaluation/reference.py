@@ -14,9 +14,8 @@ import subprocess
 import tempfile
 import types
 from collections.abc import Generator
-from typing import Any
 
-from afr_jax.core import options
+from afr_jax.core import files, options
 
 # The drivers come with the checkout, not with the installed package.
 DRIVERS = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "reference"
@@ -75,7 +74,7 @@ class ReferenceProcess:
         """Versions of the program's interpreter and libraries."""
         return dict(self._versions)
 
-    def call(self, command: str, **arguments: Any) -> dict[str, Any]:
+    def call(self, command: str, **arguments: files.Json) -> dict[str, files.Json]:
         """Sends a request and waits for its answer.
 
         Args:
@@ -124,7 +123,7 @@ class ReferenceProcess:
     ) -> None:
         self.close()
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, files.Json]:
         line = self._stdout.readline()
         try:
             return json.loads(line)

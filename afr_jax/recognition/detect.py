@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -25,6 +25,7 @@ from afr_jax.core import options as options_lib
 from afr_jax.core import parallel
 from afr_jax.data import photos as data_photos
 from afr_jax.models import mtcnn
+from afr_jax.models.weights import conversion
 
 MIN_FACE_HELP = "side of the smallest face looked for, pixels"
 
@@ -296,7 +297,7 @@ def overlap(
 
 
 def _propose(
-    variables: Mapping[str, Any], pixels: np.ndarray, batch: int, options: DetectorOptions
+    variables: conversion.Variables, pixels: np.ndarray, batch: int, options: DetectorOptions
 ) -> tuple[_Candidates, np.ndarray]:
     """P-Net's proposals on all levels of a photo, best first, and the level of each."""
     height, width, _ = pixels.shape
@@ -411,17 +412,17 @@ _pnet = jax.jit(mtcnn.propose)
 
 
 @jax.jit
-def _rnet(variables: Mapping[str, Any], crops: jax.Array):
+def _rnet(variables: conversion.Variables, crops: jax.Array):
     return mtcnn.RNet().apply(variables, crops)
 
 
 @jax.jit
-def _onet(variables: Mapping[str, Any], crops: jax.Array):
+def _onet(variables: conversion.Variables, crops: jax.Array):
     return mtcnn.ONet().apply(variables, crops)
 
 
 def _in_batches(
-    net_fn: Callable[..., Any], variables: Mapping[str, Any], crops: np.ndarray, batch: int
+    net_fn: Callable[..., Any], variables: conversion.Variables, crops: np.ndarray, batch: int
 ) -> tuple[np.ndarray, ...]:
     """What a network makes of any number of crops, so many at a time."""
     count = len(crops)

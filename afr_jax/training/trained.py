@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -69,8 +68,8 @@ class Card:
     threshold: float | None = None
     identities: tuple[str, ...] = ()
     head: str = "softmax"
-    scores: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scores: Mapping[str, files.Json] = dataclasses.field(default_factory=dict)
+    training: Mapping[str, files.Json] = dataclasses.field(default_factory=dict)
     base: str | None = None
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from absl import logging
@@ -182,7 +182,7 @@ def _load(config: CloakConfig) -> workflow.Workflow:
     )
 
 
-def _settings(config: CloakConfig, flow: workflow.Workflow) -> dict[str, Any]:
+def _settings(config: CloakConfig, flow: workflow.Workflow) -> dict[str, files.Json]:
     """What decides the bytes of the outputs."""
     weights = folder.fingerprints(flow)
     return {
@@ -202,7 +202,7 @@ def _settings(config: CloakConfig, flow: workflow.Workflow) -> dict[str, Any]:
 
 
 def _open_workdir(
-    path: pathlib.Path, settings: Mapping[str, Any], *, overwrite: bool
+    path: pathlib.Path, settings: Mapping[str, files.Json], *, overwrite: bool
 ) -> workdir.Workdir:
     """The folder of records; with --overwrite, those of other settings make way."""
     try:
@@ -220,11 +220,11 @@ def _open_workdir(
 
 
 def _report(
-    settings: Mapping[str, Any],
+    settings: Mapping[str, files.Json],
     folder_run: folder.FolderRun,
     images: list[records.ImageRecord],
     num_skipped: int,
-) -> dict[str, Any]:
+) -> dict[str, files.Json]:
     """Content of report.json."""
     flow, identity = folder_run.flow, folder_run.target_identity()
     settings = {
@@ -243,7 +243,7 @@ def _report(
 
 
 def _write_report(
-    output_dir: pathlib.Path, report: Mapping[str, Any], jobs: list[records.Job]
+    output_dir: pathlib.Path, report: Mapping[str, files.Json], jobs: list[records.Job]
 ) -> None:
     """Writes report.json and report.html, and logs them as lines."""
     sources = {

@@ -8,10 +8,11 @@ over people.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from afr_jax.core import files
 from afr_jax.evaluation.attackers import trackers
 from afr_jax.evaluation.cloaking.cells import file_name
 from afr_jax.evaluation.cloaking.embeddings import Embeddings
@@ -21,7 +22,7 @@ from afr_jax.models.extractors import registry
 from afr_jax.recognition import match
 
 # A row of the table, as JSON and CSV have it.
-Row = dict[str, Any]
+Row = dict[str, files.Json]
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _RANKS = (1, 5, 50)

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -269,7 +268,9 @@ def _surrogate_sets(config: FawkesEvaluationConfig) -> tuple[tuple[str, ...], ..
     return sets
 
 
-def _resolved(config: FawkesEvaluationConfig, sets: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
+def _resolved(
+    config: FawkesEvaluationConfig, sets: tuple[tuple[str, ...], ...]
+) -> dict[str, files.Json]:
     """What decides the result, as config.json and result.json have it."""
     names = (
         *("data", "people", "cloaked_photos", "probes", "gallery_people", "gallery_photos"),

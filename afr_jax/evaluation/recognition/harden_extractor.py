@@ -5,7 +5,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -373,12 +373,12 @@ def _scores(
     extractor: registry.Extractor,
     variables: conversion.Variables,
     original: conversion.Variables,
-) -> dict[str, Any]:
+) -> dict[str, files.Json]:
     """What is measured of some variables: shifts of held-out chips, verification of pairs."""
     attack = hardening.Attack(config.test_epsilon / 255, config.test_attack_steps)
-    shared: dict[str, Any] = {"extractor": extractor, "attack": attack, "mesh": mesh}
+    shared: dict[str, files.Json] = {"extractor": extractor, "attack": attack, "mesh": mesh}
     key = jax.random.key(config.seed)
-    scores: dict[str, Any] = {"shift": None, "verification": None}
+    scores: dict[str, files.Json] = {"shift": None, "verification": None}
     if len(faces.held_out):
         count = min(config.probe_chips, len(faces.held_out))
         rows = faces.held_out[np.linspace(0, len(faces.held_out) - 1, count).astype(int)]

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -339,7 +339,7 @@ class _Training:
     ) -> Callable[..., tuple[trainer.TrainState, trainer.Metrics]]:
         """Takes a state some steps further, by photos on the device or from their files."""
         faces = self.faces
-        shared: dict[str, Any] = {"recipe": self.recipe, "mesh": self.mesh}
+        shared: dict[str, files.Json] = {"recipe": self.recipe, "mesh": self.mesh}
         if faces.images is not None:
             images = faces.images[faces.training]
             data = trainer.place_data(images, faces.training_labels, self.mesh)
@@ -352,11 +352,11 @@ class _Training:
         )
         return lambda state, **steps: streaming.run_streamed(key, state, stream, **shared, **steps)
 
-    def evaluate(self, state: trainer.TrainState) -> dict[str, Any]:
+    def evaluate(self, state: trainer.TrainState) -> dict[str, files.Json]:
         """Accuracy on held-out photos and verification of pairs."""
-        scores: dict[str, Any] = {"held_out_accuracy": None, "verification": None}
+        scores: dict[str, files.Json] = {"held_out_accuracy": None, "verification": None}
         faces = self.faces
-        shared: dict[str, Any] = {"recipe": self.recipe, "mesh": self.mesh}
+        shared: dict[str, files.Json] = {"recipe": self.recipe, "mesh": self.mesh}
         if len(faces.held_out):
             labels = faces.held_out_labels
             data = trainer.place_data(faces.images_of(faces.held_out), labels, self.mesh)
@@ -384,7 +384,7 @@ class _Training:
         return scores
 
 
-def _verification(embeddings: np.ndarray, pairs: training_photos.Pairs) -> dict[str, Any]:
+def _verification(embeddings: np.ndarray, pairs: training_photos.Pairs) -> dict[str, files.Json]:
     units = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
     distances = np.linalg.norm(units[pairs.rows[:, 0]] - units[pairs.rows[:, 1]], axis=1)
     curve = verification.roc(distances, pairs.same)
@@ -398,7 +398,7 @@ def _verification(embeddings: np.ndarray, pairs: training_photos.Pairs) -> dict[
     }
 
 
-def _summary(line: dict[str, Any]) -> str:
+def _summary(line: dict[str, files.Json]) -> str:
     parts = [f"loss {line['loss']:.3f}"]
     if line["held_out_accuracy"] is not None:
         parts.append(f"held-out accuracy {line['held_out_accuracy']:.3f}")
@@ -434,7 +434,7 @@ def _write_card(
     faces: training_photos.FaceSet,
     template: tuple[tuple[float, float], ...] | None,
     state: trainer.TrainState,
-    scores: dict[str, Any],
+    scores: dict[str, files.Json],
 ) -> pathlib.Path:
     measured = scores["verification"]
     card = trained.Card(

@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 import time
-from typing import Any
 
 import numpy as np
 
@@ -173,7 +172,7 @@ def _pair_distance(
     return float(match.distance(embeddings[first], embeddings[second], metric=metric))
 
 
-def _plot(path: pathlib.Path, curve: verification.Roc, result: dict[str, Any]) -> None:
+def _plot(path: pathlib.Path, curve: verification.Roc, result: dict[str, files.Json]) -> None:
     figure, axes = figures.pyplot().subplots(figsize=(5, 4), layout="constrained")
     axes.plot(np.maximum(curve.far, 1e-5), curve.tar)
     axes.set(xscale="log", xlim=(3e-4, 1), ylim=(0.8, 1.003))

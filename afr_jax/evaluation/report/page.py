@@ -20,7 +20,6 @@ import pathlib
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jinja2
 import numpy as np
@@ -28,7 +27,7 @@ import numpy as np
 from afr_jax.core import files
 from afr_jax.evaluation.report import pictures
 
-LoadPair = Callable[[Mapping[str, Any]], "tuple[np.ndarray, np.ndarray] | None"]
+LoadPair = Callable[[Mapping[str, files.Json]], "tuple[np.ndarray, np.ndarray] | None"]
 
 # Statuses of photos that have an output.
 _WRITTEN = ("cloaked", "partly_cloaked")
@@ -41,7 +40,7 @@ _IMAGE_STATUSES = {
 }
 
 
-def still_same_person(entry: Mapping[str, Any]) -> bool | None:
+def still_same_person(entry: Mapping[str, files.Json]) -> bool | None:
     """Whether an extractor still takes the cloaked face for the person on the clean one.
 
     Args:
@@ -58,7 +57,7 @@ def still_same_person(entry: Mapping[str, Any]) -> bool | None:
     return distance < threshold or bool(entry.get("same_person", False))
 
 
-def after_jpeg(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+def after_jpeg(entry: Mapping[str, files.Json]) -> dict[str, files.Json] | None:
     """What an extractor's entry says of the face after JPEG quality 75, in the entry's own form.
 
     Args:
@@ -71,7 +70,7 @@ def after_jpeg(entry: Mapping[str, Any]) -> dict[str, Any] | None:
     return None if after is None else {**after, "threshold": entry.get("threshold")}
 
 
-def count_moved(images: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def count_moved(images: Sequence[Mapping[str, files.Json]]) -> list[dict[str, files.Json]]:
     """Counts for each extractor the faces that are another person at its threshold.
 
     Args:
@@ -83,7 +82,7 @@ def count_moved(images: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
       (None if no face was looked at after JPEG quality 75), each with `num_measured`, `num_moved`,
       `num_missing` (faces without a distance), `share` and `median` of the distances, texts.
     """
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    found: dict[str, list[Mapping[str, files.Json]]] = {}
     for image in images:
         for face in _cloaked_faces(image):
             for name, entry in (face.get("extractors") or {}).items():
@@ -105,7 +104,7 @@ def count_moved(images: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["made_against"] is False, row["name"]))
 
 
-def _tally(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _tally(entries: Sequence[Mapping[str, files.Json]]) -> dict[str, files.Json]:
     measured = [entry for entry in entries if still_same_person(entry) is not None]
     num_moved = sum(still_same_person(entry) is False for entry in measured)
     distances = [float(entry["distance"]) for entry in measured]
@@ -128,7 +127,7 @@ def apart(distance: float, threshold: float) -> tuple[str, str]:
 
 
 def cloak_report_html(
-    report: Mapping[str, Any], load_pair: LoadPair, *, preview_px: int = 900
+    report: Mapping[str, files.Json], load_pair: LoadPair, *, preview_px: int = 900
 ) -> str:
     """The report of a cloaking run as one self-contained HTML page.
 
@@ -152,7 +151,7 @@ def cloak_report_html(
 
 def write_cloak_report(
     path: pathlib.Path | str,
-    report: Mapping[str, Any],
+    report: Mapping[str, files.Json],
     load_pair: LoadPair,
     *,
     preview_px: int = 900,
@@ -182,7 +181,9 @@ def _template() -> jinja2.Template:
     return environment.get_template("cloak_report.html")
 
 
-def _page(report: Mapping[str, Any], load_pair: LoadPair, preview_px: int) -> dict[str, Any]:
+def _page(
+    report: Mapping[str, files.Json], load_pair: LoadPair, preview_px: int
+) -> dict[str, files.Json]:
     if preview_px < 16:
         raise ValueError(f"preview_px must be at least 16, got {preview_px}")
     records = report.get("images") or []
@@ -224,14 +225,14 @@ def _page(report: Mapping[str, Any], load_pair: LoadPair, preview_px: int) -> di
 
 
 def _photos(
-    records: Sequence[Mapping[str, Any]],
-    images: Sequence[Mapping[str, Any]],
-    heads: Sequence[Mapping[str, Any]],
+    records: Sequence[Mapping[str, files.Json]],
+    images: Sequence[Mapping[str, files.Json]],
+    heads: Sequence[Mapping[str, files.Json]],
     load_pair: LoadPair,
     preview_px: int,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, files.Json],
     axis: float,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, files.Json]]:
     """Yields one cloaked photo after the other, its pictures encoded."""
     for record, image, head in zip(records, images, heads, strict=True):
         if not head["cloaked"]:
@@ -255,7 +256,7 @@ def _photos(
         yield photo
 
 
-def _head(number: int, image: Mapping[str, Any]) -> dict[str, Any]:
+def _head(number: int, image: Mapping[str, files.Json]) -> dict[str, files.Json]:
     """What the lists at the top of the page say about an image."""
     name = str(image.get("image"))
     faces = image.get("faces") or []
@@ -292,12 +293,12 @@ def _head(number: int, image: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _face(
-    number: int, face: Mapping[str, Any], budget: float | None, axis: float
-) -> dict[str, Any]:
+    number: int, face: Mapping[str, files.Json], budget: float | None, axis: float
+) -> dict[str, files.Json]:
     """The figures of one face, formatted."""
     dssim, linf = _number(face.get("dssim")), _number(face.get("linf"))
     mean, confidence = _number(face.get("mean_difference")), _number(face.get("confidence"))
-    view: dict[str, Any] = {
+    view: dict[str, files.Json] = {
         "number": number,
         "cloaked": face.get("status") == "cloaked",
         "status": face.get("status"),
@@ -313,7 +314,7 @@ def _face(
         "extractors": [],
     }
     if dssim is not None:
-        shown: dict[str, Any] = {"value": f"{dssim:.5f}", "budget": None}
+        shown: dict[str, files.Json] = {"value": f"{dssim:.5f}", "budget": None}
         if budget is not None and budget > 0:
             scale = max(budget, dssim) * 1.02
             shown |= {
@@ -330,10 +331,10 @@ def _face(
     return view
 
 
-def _extractor(name: str, entry: Mapping[str, Any], axis: float) -> dict[str, Any]:
+def _extractor(name: str, entry: Mapping[str, files.Json], axis: float) -> dict[str, files.Json]:
     after, before = after_jpeg(entry), _number(entry.get("distance_before_budget"))
     written = _verdict(entry)
-    view: dict[str, Any] = {
+    view: dict[str, files.Json] = {
         "name": name,
         "metric": entry.get("metric"),
         "made_against": entry.get("surrogate"),
@@ -359,7 +360,7 @@ def _extractor(name: str, entry: Mapping[str, Any], axis: float) -> dict[str, An
     return view
 
 
-def _verdict(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _verdict(entry: Mapping[str, files.Json]) -> dict[str, files.Json]:
     same = still_same_person(entry)
     if same is None:
         return {"same": None, "reason": entry.get("reason")}
@@ -367,7 +368,7 @@ def _verdict(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"same": same, "distance": distance, "threshold": threshold}
 
 
-def _axis(images: Sequence[Mapping[str, Any]]) -> float:
+def _axis(images: Sequence[Mapping[str, files.Json]]) -> float:
     """End of every distance axis on the page, in thresholds: the longest bar and some air."""
     longest = 1.5
     for image in images:
@@ -382,7 +383,7 @@ def _axis(images: Sequence[Mapping[str, Any]]) -> float:
     return 1.08 * longest
 
 
-def _cloaked_faces(image: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _cloaked_faces(image: Mapping[str, files.Json]) -> list[Mapping[str, files.Json]]:
     if image.get("status") not in _WRITTEN:
         return []
     return [face for face in image.get("faces") or [] if face.get("status") == "cloaked"]
@@ -397,7 +398,7 @@ def _box(box: Sequence[float] | None) -> tuple[int, int, int, int] | None:
     return whole if whole[0] < whole[2] and whole[1] < whole[3] else None
 
 
-def _number(value: Any) -> float | None:
+def _number(value: files.Json) -> float | None:
     """A finite number, or None."""
     if value is None or isinstance(value, str) or not math.isfinite(value):
         return None
@@ -408,18 +409,18 @@ def _percent(fraction: float) -> str:
     return f"{100 * min(max(fraction, 0.0), 1.0):.2f}%"
 
 
-def _names(value: Any) -> list[str]:
+def _names(value: files.Json) -> list[str]:
     if value is None:
         return []
     parts = value.split(",") if isinstance(value, str) else value
     return [str(part).strip() for part in parts if str(part).strip()]
 
 
-def _status_label(status: Any) -> str:
+def _status_label(status: files.Json) -> str:
     return _IMAGE_STATUSES.get(status, str(status))
 
 
-def _plain(value: Any) -> str:
+def _plain(value: files.Json) -> str:
     """A setting's value as a person would write it."""
     if value is None:
         return "none"
@@ -434,7 +435,7 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _printable(value: Any) -> Any:
+def _printable(value: files.Json) -> files.Json:
     """A copy whose strings can be written as UTF-8: file names on disk need not be valid text."""
     if isinstance(value, str):
         return files.printable(value)

@@ -7,10 +7,11 @@ as data URIs, reduced to what a page can hold.
 import base64
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from afr_jax.core import files
 
 GAIN = 10
 MID_GRAY = 128
@@ -40,8 +41,11 @@ def amplified_difference(
 
 
 def photo_pictures(
-    original: np.ndarray, cloaked: np.ndarray, faces: Sequence[dict[str, Any]], preview_px: int
-) -> dict[str, Any]:
+    original: np.ndarray,
+    cloaked: np.ndarray,
+    faces: Sequence[dict[str, files.Json]],
+    preview_px: int,
+) -> dict[str, files.Json]:
     """Encodes a photo, counts on its pixels, and puts each small face's crop into its view.
 
     Args:
@@ -82,7 +86,7 @@ def photo_pictures(
 
 def _crop(
     original: np.ndarray, cloaked: np.ndarray, box: Sequence[int], preview_px: int
-) -> dict[str, Any] | None:
+) -> dict[str, files.Json] | None:
     """A face and a margin around it, at the photo's own resolution where that fits."""
     margin = round(_FACE_MARGIN * max(box[2] - box[0], box[3] - box[1]))
     y0, x0 = max(box[0] - margin, 0), max(box[1] - margin, 0)
@@ -99,7 +103,7 @@ def _crop(
 
 def _picture_set(
     original: np.ndarray, cloaked: np.ndarray, preview_px: int, *, lossless: bool
-) -> dict[str, Any]:
+) -> dict[str, files.Json]:
     """The three pictures of one view as data URIs, with their drawn and their native size."""
     native_height, native_width = original.shape[:2]
     scale = min(preview_px / max(native_height, native_width), 1.0)

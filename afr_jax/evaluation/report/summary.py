@@ -1,12 +1,12 @@
 """The last words of a cloaking run: report.json as lines for a person."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
+from afr_jax.core import files
 from afr_jax.evaluation.report import page as report_lib
 
 
-def lines(report: Mapping[str, Any]) -> Iterator[str]:
+def lines(report: Mapping[str, files.Json]) -> Iterator[str]:
     """Says what was done to each photo, what each extractor makes of each face, and the counts.
 
     Args:
@@ -58,7 +58,7 @@ def _role(made_against: bool) -> str:
     return "the cloak was made against it" if made_against else "not used to make the cloak"
 
 
-def _verdict(entry: Mapping[str, Any]) -> str:
+def _verdict(entry: Mapping[str, files.Json]) -> str:
     same = report_lib.still_same_person(entry)
     if same is None:
         return f"no distance ({entry['reason']})"
@@ -67,7 +67,7 @@ def _verdict(entry: Mapping[str, Any]) -> str:
     return f"{distance} of {threshold}, {verdict} person at this threshold"
 
 
-def _count(tally: Mapping[str, Any]) -> str:
+def _count(tally: Mapping[str, files.Json]) -> str:
     faces = "face" if tally["num_measured"] == 1 else "faces"
     missing = f" ({tally['num_missing']} without a distance)" if tally["num_missing"] else ""
     return f"{tally['num_moved']} of {tally['num_measured']} {faces}{missing}"

@@ -4,13 +4,13 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 
-from afr_jax.core import checkpoint, options, parallel, program, progress, workdir
+from afr_jax.core import checkpoint, files, options, parallel, program, progress, workdir
 from afr_jax.data import image_sets, noise_files
 from afr_jax.evaluation.attackers import victims
 from afr_jax.evaluation.metrics import learnability
@@ -171,7 +171,7 @@ def run(config: UnlearnableFacesConfig) -> options.Outcome:
     }
     work = workdir.open_workdir(config.workdir, resolved)
     setup = _Setup(config, _read_pairs(config, data.images.shape[1], work), work)
-    cells: dict[str, list[Mapping[str, Any]]] = {setting: [] for setting in settings}
+    cells: dict[str, list[Mapping[str, files.Json]]] = {setting: [] for setting in settings}
     todo = list(itertools.product(config.seeds, settings))
     for seed, setting in progress.track(todo, description="victims"):
         name = f"{setting}-seed{seed}"
@@ -254,7 +254,9 @@ def _read_pairs(
         )
 
 
-def _cell(setup: _Setup, division: faces.Division, setting: str, seed: int) -> Mapping[str, Any]:
+def _cell(
+    setup: _Setup, division: faces.Division, setting: str, seed: int
+) -> Mapping[str, files.Json]:
     """Noise, victim and scores of one setting and seed."""
     options_of_victim = setup.config.victim
     training, held_out = division.training, division.held_out
@@ -346,10 +348,10 @@ def _untrained(setup: _Setup, division: faces.Division, seed: int) -> faces.Stra
     return _verify(setup, jax.device_get(state))
 
 
-def _summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _summary(cells: Sequence[Mapping[str, files.Json]]) -> dict[str, files.Json]:
     """Mean, least and largest over the seeds of each figure."""
     names = ("accuracy_of_protected_people", "accuracy_of_other_people", "auc", "eer")
-    summary: dict[str, Any] = {}
+    summary: dict[str, files.Json] = {}
     for name in (*names, "pair_accuracy"):
         values = [cell[name] for cell in cells if name in cell]
         if values:
@@ -358,7 +360,7 @@ def _summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _plot(
-    path: pathlib.Path, cells: Mapping[str, Sequence[Mapping[str, Any]]], architecture: str
+    path: pathlib.Path, cells: Mapping[str, Sequence[Mapping[str, files.Json]]], architecture: str
 ) -> None:
     lines = {}
     for setting, found in cells.items():

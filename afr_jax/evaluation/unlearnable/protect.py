@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from absl import logging
@@ -40,7 +40,7 @@ class SearchChanges:
         None, "steps of the inner adversary of rem", at_least=0
     )
 
-    def given(self) -> dict[str, Any]:
+    def given(self) -> dict[str, files.Json]:
         """The values that are there, as fields of `search.SearchOptions`."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         if "step_levels" in given:

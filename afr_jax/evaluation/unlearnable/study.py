@@ -5,12 +5,12 @@ import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from absl import logging
 
-from afr_jax.core import checkpoint, options, parallel, program, progress, workdir
+from afr_jax.core import checkpoint, files, options, parallel, program, progress, workdir
 from afr_jax.data import image_sets, noise_files
 from afr_jax.evaluation.attackers import countermeasures, many_victims, victims
 from afr_jax.evaluation.metrics import learnability
@@ -25,7 +25,7 @@ class _Scale(NamedTuple):
     train_images: int | None
     test_images: int | None
     victim: victims.VictimOptions
-    search: dict[str, dict[str, Any]]
+    search: dict[str, dict[str, files.Json]]
 
 
 _TOY_IMAGES = 320
@@ -190,7 +190,7 @@ def run(config: UnlearnableStudyConfig) -> options.Outcome:
         for group in groups.values()
         for start in range(0, len(group), config.at_once)
     ]
-    records: dict[matrix.VictimCell, Mapping[str, Any]] = {}
+    records: dict[matrix.VictimCell, Mapping[str, files.Json]] = {}
     for part in progress.track(parts, description="victims"):
         for cell, curve in zip(part, _train(study, part), strict=True):
             summary = learnability.summary(curve)
@@ -318,7 +318,7 @@ def _noise(study: _Study, cell: matrix.VictimCell) -> noise_files.Noise:
 def _curve(
     study: _Study,
     cell: matrix.VictimCell,
-    records: Mapping[matrix.VictimCell, Mapping[str, Any]],
+    records: Mapping[matrix.VictimCell, Mapping[str, files.Json]],
 ) -> learnability.Curve:
     """The curve of a cell that was trained now or by an earlier run."""
     record = records.get(cell) or json.loads(study.path_of(cell).read_text(encoding="utf-8"))

@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from afr_jax.core import checkpoint, parallel
+from afr_jax.core import checkpoint, files, parallel
 from afr_jax.data import image_sets, noise_files
 from afr_jax.methods.unlearnable import baselines
 from afr_jax.methods.unlearnable import search as noise_search
@@ -65,7 +65,7 @@ class NoiseConfig(abc.ABC):
         """The budget in gray levels."""
         return round(255 * self.epsilon, 6)  # 8, not 8 give or take a rounding.
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, files.Json]:
         """The method and its options, as JSON can say them."""
         return {
             "method": self.name,
@@ -181,7 +181,7 @@ class SearchedNoise(NoiseConfig):
             self, search=dataclasses.replace(self.search_options(), **changes)
         )
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, files.Json]:
         """See `NoiseConfig.describe`."""
         source = {"network": self.network, "learning_rate": self.learning_rate}
         return super().describe() | {"search": self.search_options(), "source": source}
@@ -318,7 +318,7 @@ def make_unlearnable(
     config = config or ErrorMin()
     image_sets.check(data, name="data")
     data = image_sets.take(data, np.arange(len(data.labels)))
-    report: dict[str, Any] = {}
+    report: dict[str, files.Json] = {}
     if isinstance(config, SearchedNoise):
         if len(data.classes) < 2:
             raise ValueError(f"{config.name} needs two classes or more")
