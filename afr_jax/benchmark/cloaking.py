@@ -182,18 +182,18 @@ def measure(
     np.save(source, chips)
     cloaked: dict[str, np.ndarray] = {}
 
-    def ours():
+    def ours() -> float:
         start = time.perf_counter()
         cloaked["ours"] = _cloak(extractor, variables, chips, config, batch, seed)
         return per_step * (time.perf_counter() - start)
 
-    def net():
+    def net() -> float:
         return _net_milliseconds(extractor, variables, chips[:batch], config.num_steps)
 
     sides = {"ours": ours, "net": net}
     if other is not None:
 
-        def theirs():
+        def theirs() -> float:
             answer = other.call(
                 "cloak",
                 chips=str(source),
@@ -261,7 +261,12 @@ def _cloak(
     return np.concatenate(cloaked)
 
 
-def _net_milliseconds(extractor, variables, chips, num_steps) -> float:
+def _net_milliseconds(
+    extractor: registry.Extractor,
+    variables: conversion.Variables,
+    chips: np.ndarray,
+    num_steps: int,
+) -> float:
     """Time a face of the net's distance to some embedding and of its gradient, over some steps."""
     canvas = images.to_float(jnp.asarray(chips))
     other = jnp.zeros((len(chips), extractor.embedding_size))
@@ -272,7 +277,12 @@ def _net_milliseconds(extractor, variables, chips, num_steps) -> float:
     return 1e3 * (time.perf_counter() - start) / max(num_steps, 1) / len(chips)
 
 
-def _total_distance(chips, variables, others, extractor):
+def _total_distance(
+    chips: jax.Array,
+    variables: conversion.Variables,
+    others: jax.Array,
+    extractor: registry.Extractor,
+) -> jax.Array:
     return jnp.sum(registry.distance(registry.embed(extractor, variables, chips), others))
 
 
@@ -289,7 +299,7 @@ def _judge(
         dlib = None
     if dlib is None or extractor.name != "dlib":
 
-        def embed_fn(chips):
+        def embed_fn(chips: np.ndarray) -> np.ndarray:
             return np.asarray(
                 registry.embed(extractor, variables, images.to_float(jnp.asarray(chips)))
             )
@@ -299,13 +309,15 @@ def _judge(
     # pyrefly: ignore[missing-attribute]
     model = dlib.face_recognition_model_v1(str(dlib_resnet.find_weights()))
 
-    def dlib_fn(chips):
+    def dlib_fn(chips: np.ndarray) -> np.ndarray:
         return np.array([np.array(model.compute_face_descriptor(chip)) for chip in chips])
 
     return "dlib", dlib_fn
 
 
-def _figures(chips, cloaked, judge, embed_fn) -> dict[str, float]:
+def _figures(
+    chips: np.ndarray, cloaked: np.ndarray, judge: str, embed_fn: Callable[[np.ndarray], np.ndarray]
+) -> dict[str, float]:
     distances = np.linalg.norm(embed_fn(cloaked) - embed_fn(chips), axis=1)
     dssims = [
         (

@@ -9,7 +9,8 @@ import dataclasses
 import pathlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -103,7 +104,9 @@ def measure(
     return rows
 
 
-def _filled(place, count, dimension, seed):
+def _filled(
+    place: pathlib.Path, count: int, dimension: int, seed: int
+) -> tuple[database.Database, float, float]:
     """A database of synthetic faces, the seconds of its enrolment and those of its upkeep."""
     people = synthetic_vectors(-(-count // _FACES_PER_PERSON), dimension, seed=seed)
     tag = database.ExtractorTag("made", "0" * 64, dimension, "euclidean_l2")
@@ -127,11 +130,18 @@ def _filled(place, count, dimension, seed):
     return opened, seconds, time.perf_counter() - before
 
 
-def _queries(name, opened, probes, owners, index_probes, repeats):
+def _queries(
+    name: str,
+    opened: database.Database,
+    probes: np.ndarray,
+    owners: np.ndarray,
+    index_probes: int | None,
+    repeats: int,
+) -> list[timing.Row]:
     nearest = {}
 
-    def search(kind, some, **how):
-        def once():
+    def search(kind: str, some: np.ndarray, **how: Any) -> Callable[[], float]:
+        def once() -> float:
             before = time.perf_counter()
             nearest[kind] = opened.search(some, k=1, **how)
             return 1e3 * (time.perf_counter() - before) / len(some)
@@ -164,7 +174,7 @@ def _queries(name, opened, probes, owners, index_probes, repeats):
     return rows
 
 
-def _agree(hits, right) -> float:
+def _agree(hits: database.Hits, right: list[str]) -> float:
     return float(
         np.mean([row[0] == name for row, name in zip(hits.identities, right, strict=True)])
     )

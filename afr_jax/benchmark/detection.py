@@ -140,7 +140,7 @@ def measure(
         np.save(path, pixels)
     found: dict[str, list[detect.Faces]] = {}
 
-    def ours():
+    def ours() -> float:
         start = time.perf_counter()
         found["ours"] = detect.detect_photos(variables, photos, options=detector_options)
         return 1e3 * (time.perf_counter() - start) / len(photos)
@@ -148,7 +148,7 @@ def measure(
     sides = {"ours": ours}
     if other is not None:
 
-        def theirs():
+        def theirs() -> float:
             seconds, found["theirs"] = other_detectors.ask_mtcnn(other, paths, detector_options)
             return 1e3 * sum(seconds) / len(photos)
 

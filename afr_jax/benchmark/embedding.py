@@ -83,7 +83,7 @@ def measure(
     variables = _random_variables(extractor, seed)
     placed = jnp.asarray(chips)
 
-    def ours():
+    def ours() -> float:
         start = time.perf_counter()
         jax.block_until_ready(_embed(variables, placed, extractor))
         return 1e3 * (time.perf_counter() - start) / batch
@@ -91,7 +91,7 @@ def measure(
     sides = {"ours": ours}
     if other is not None:
 
-        def theirs():
+        def theirs() -> float:
             answer = other.call("throughput", name=extractor.name, chips=str(source), repeats=1)
             return 1e3 * answer["seconds"][0] / batch
 
@@ -110,7 +110,9 @@ def _random_variables(extractor: registry.Extractor, seed: int) -> conversion.Va
     )
 
 
-def _embed_chips(variables, chips, extractor):
+def _embed_chips(
+    variables: conversion.Variables, chips: jax.Array, extractor: registry.Extractor
+) -> jax.Array:
     return registry.embed(extractor, variables, chips)
 
 

@@ -140,7 +140,7 @@ def _ours(
     trainer = training.make_trainer(jax.random.key(0), variables, batch, config)
     chunk = min(stepping.chunk_length(), epochs)
 
-    def seconds():
+    def seconds() -> float:
         states = trainer.start_fn(jax.random.key(1), config.starts)
         states, _ = trainer.advance_fn(states, chunk)
         jax.block_until_ready(states)
@@ -176,7 +176,7 @@ def _theirs(
     ]
     shape = next(iter(config.shapes().values()))
 
-    def seconds():
+    def seconds() -> float:
         answer = other.call(
             "train",
             photos=str(folder / "photos.npy"),

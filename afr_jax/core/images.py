@@ -78,7 +78,9 @@ def bilinear_crops(
     """
     chex.assert_rank([image, rows, columns], [3, 2, 2])
 
-    def corners(at, limit, length):
+    def corners(
+        at: jax.Array, limit: jax.Array, length: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         low = jnp.clip(jnp.floor(at).astype(jnp.int32), 0, length - 1)
         high = jnp.clip(low + 1, 0, jnp.maximum(limit - 1, 0))
         inside = (at >= 0) & (at <= limit - 1)
@@ -87,7 +89,7 @@ def bilinear_crops(
     row_low, row_high, row_part, row_in = corners(rows, size[0], image.shape[0])
     col_low, col_high, col_part, col_in = corners(columns, size[1], image.shape[1])
 
-    def row_of(index):
+    def row_of(index: jax.Array) -> jax.Array:
         # Two gathers of whole pixels for a row index: left and right neighbour, mixed by column.
         left = image[index[:, :, None], col_low[:, None, :]]
         right = image[index[:, :, None], col_high[:, None, :]]
@@ -116,7 +118,9 @@ def pad_to(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return np.pad(array, extra + [(0, 0)] * (array.ndim - 2))
 
 
-def _average_leading(x: jax.Array, num_out: int, in_size, out_size) -> jax.Array:
+def _average_leading(
+    x: jax.Array, num_out: int, in_size: jax.Array | int, out_size: jax.Array | int
+) -> jax.Array:
     """Area averages `[N, M]` -> `[num_out, M]` along the leading axis, as a sum over shifted rows.
 
     A row of the result touches in / out + 1 rows of the input, so this costs a pass over the input
@@ -131,7 +135,7 @@ def _average_leading(x: jax.Array, num_out: int, in_size, out_size) -> jax.Array
     start = jnp.arange(num_out, dtype=jnp.float32) * ratio
     first = jnp.floor(start).astype(jnp.int32)
 
-    def tap(k, total):
+    def tap(k: int, total: jax.Array) -> jax.Array:
         index = first + k
         covered = jnp.minimum(start + ratio, index + 1.0) - jnp.maximum(start, index)
         # Rounding must not let a tap reach past the true end of the input.

@@ -124,7 +124,9 @@ def _ssim(planes: jax.Array, reference: SsimReference) -> jax.Array:
     return _ssim_forward(planes, reference)[0]
 
 
-def _ssim_forward(planes, reference):
+def _ssim_forward(
+    planes: jax.Array, reference: SsimReference
+) -> tuple[jax.Array, tuple[jax.Array, SsimReference, jax.Array]]:
     """Wang et al. 2004, equation 13, and its derivatives with respect to the windows' moments."""
     mean, square, product = _filter(jnp.stack([planes, planes**2, planes * reference.planes]))
     luminance = 2 * mean * reference.mean + _C1
@@ -140,7 +142,9 @@ def _ssim_forward(planes, reference):
     return similarity, (planes, reference, jnp.stack([by_mean, by_square, by_product]))
 
 
-def _ssim_backward(residuals, cotangent):
+def _ssim_backward(
+    residuals: tuple[jax.Array, SsimReference, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, None]:
     planes, reference, by_moment = residuals
     mean, square, product = _filter_adjoint(by_moment * cotangent[None])
     return mean + 2 * planes * square + reference.planes * product, None
@@ -158,7 +162,7 @@ def _filter_adjoint(sums: jax.Array) -> jax.Array:
     """The transpose of `_filter`, `[..., W - 10, H - 10]` to `[..., H, W]` (a symmetric window)."""
     margin = WINDOW - 1
 
-    def spread(values):
+    def spread(values: jax.Array) -> jax.Array:
         pads = [(0, 0)] * (values.ndim - 1) + [(margin, margin)]
         return _filter_last(jnp.pad(values, pads))
 

@@ -66,11 +66,13 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             metadata=tfds.core.MetadataDict(self._metadata or {}),
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[str, Mapping[str, object]]]]:
         del dl_manager
         return {split: iter(examples) for split, examples in self._splits.items()}
 
-    def _generate_examples(self):
+    def _generate_examples(self) -> None:
         """Not called: the splits are iterators already."""
 
 
@@ -156,7 +158,7 @@ def write_listing(
     """
     problems: list[identities.Omission] = []
 
-    def examples(rows) -> Iterator[Example]:
+    def examples(rows: list[int] | np.ndarray) -> Iterator[Example]:
         for row in rows:
             sample = listing.samples[row]
             try:

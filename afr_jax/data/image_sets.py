@@ -360,7 +360,7 @@ class _Item(NamedTuple):
 def _or_reason(decode_fn: Callable[..., photos.Photo]) -> Callable[..., np.ndarray | str]:
     """Pixels of what is decoded, or the reason why it cannot be."""
 
-    def decode(source) -> np.ndarray | str:
+    def decode(source: str) -> np.ndarray | str:
         try:
             return decode_fn(source).pixels
         except photos.PhotoError as error:

@@ -75,21 +75,45 @@ def conv_general_dilated(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _convolve(inputs, kernel, strides, padding, groups):
+def _convolve(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    groups: int,
+) -> jax.Array:
     return _plain(inputs, kernel, strides, padding, groups)
 
 
-def _plain(inputs, kernel, strides, padding, groups):
+def _plain(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    groups: int,
+) -> jax.Array:
     return jax.lax.conv_general_dilated(
         inputs, kernel, strides, padding, dimension_numbers=_NHWC, feature_group_count=groups
     )
 
 
-def _forward(inputs, kernel, strides, padding, groups):
+def _forward(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    groups: int,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _plain(inputs, kernel, strides, padding, groups), (inputs, kernel)
 
 
-def _backward(strides, padding, groups, kept, gradient):
+def _backward(
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    groups: int,
+    kept: tuple[jax.Array, jax.Array],
+    gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     inputs, kernel = kept
     _, inputs_fn = jax.vjp(lambda x: _plain(x, kernel, strides, padding, groups), inputs)
     return *inputs_fn(gradient), _kernel_gradient(
@@ -97,7 +121,14 @@ def _backward(strides, padding, groups, kept, gradient):
     )
 
 
-def _kernel_gradient(inputs, gradient, kernel, strides, padding, groups):
+def _kernel_gradient(
+    inputs: jax.Array,
+    gradient: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    groups: int,
+) -> jax.Array:
     """Gradient `[R, S, C / groups, D]`: for each tap the product of its slice with `gradient`."""
     # The barrier keeps XLA from computing what leads to these two anew for every tap.
     padded, gradient = jax.lax.optimization_barrier(

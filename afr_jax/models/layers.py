@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -52,7 +52,13 @@ def conv_fn(kernel: tuple[int, int]) -> Callable[..., jax.Array]:
     return _pointwise if is_product else conv.conv_general_dilated
 
 
-def _pointwise(inputs, kernel, window_strides, padding, **_):
+def _pointwise(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    window_strides: Sequence[int],
+    padding: object,
+    **_: object,
+) -> jax.Array:
     """1 x 1 convolution of `[B, H, W, C]`."""
     del padding
     inputs = inputs[:, :: window_strides[0], :: window_strides[1]]

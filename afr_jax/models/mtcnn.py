@@ -219,7 +219,9 @@ def read_weights(folder: pathlib.Path | str) -> Variables:
     return Variables(**variables)
 
 
-def _first_pool(images, extent, weights, slope):
+def _first_pool(
+    images: jax.Array, extent: jax.Array, weights: tuple[jax.Array, jax.Array], slope: jax.Array
+) -> jax.Array | None:
     """Convolution 3 x 3, PReLU and 2 x 2 max pooling of `[B, H, W, 3]`, in one pass.
 
     A convolution of few channels is slow on every machine. Here blocks of 2 x 2 pixels become

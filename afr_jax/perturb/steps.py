@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from afr_jax.core.parallel import PyTree
+from afr_jax.core.parallel import AnyArray, PyTree
 
 # Step sizes and momenta of the MTCNN patch attack over its 2,000 iterations: Kaziakhmedov et al.
 # 2019, "Real-world attack on MTCNN face detection system", in the authors' code.
@@ -49,7 +49,7 @@ def mi_fgsm(
         del params
         momentum = momentum_fn(state.count)
 
-        def moved(moment, gradient):
+        def moved(moment: jax.Array, gradient: jax.Array) -> AnyArray:
             norm = jnp.sum(jnp.abs(gradient))
             unit = gradient / jnp.where(norm > 0, norm, 1.0)
             return (momentum * moment + unit).astype(moment.dtype)
@@ -71,7 +71,7 @@ def published_patch_steps(num_steps: int) -> optax.GradientTransformation:
         raise ValueError(f"num_steps is {num_steps}, must be at least 1")
     bounds = jnp.array([round(share * num_steps) for share in _SHARES])
 
-    def stage_of(values):
+    def stage_of(values: tuple[float, float, float, float]) -> optax.Schedule:
         table = jnp.array(values, jnp.float32)
         return lambda count: table[jnp.sum(count >= bounds)]
 

@@ -105,7 +105,7 @@ def random_light(
     """
     keys = jax.random.split(key, 3)
 
-    def gain(key, width, shape=()):
+    def gain(key: jax.Array, width: float, shape: tuple[int, ...] = ()) -> jax.Array:
         return jax.random.uniform(key, shape, minval=1 - width, maxval=1 + width)
 
     if options.contrast:
@@ -188,7 +188,7 @@ def jpeg(image: jax.Array, quality: jax.Array | float) -> jax.Array:
     return jnp.clip(_rounded(pixels) / 255.0, 0.0, 1.0)[:height, :width]
 
 
-def _band(weights, side):
+def _band(weights: jax.Array, side: int) -> jax.Array:
     """Matrix `[side, side]` of a filter; what would lie outside is the edge's value."""
     places = np.arange(side)
     shifts = np.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1)
@@ -197,7 +197,7 @@ def _band(weights, side):
     return jnp.einsum("k,ikp->ip", weights, jnp.asarray(chosen))
 
 
-def _quantised(planes, table, percent):
+def _quantised(planes: jax.Array, table: np.ndarray, percent: jax.Array) -> jax.Array:
     """Planes `[K, H, W]` after quantisation of their 8 x 8 DCT."""
     count, height, width = planes.shape
     steps = jnp.clip(jnp.floor((table * percent + 50.0) / 100.0), 1.0, 255.0)
@@ -211,12 +211,12 @@ def _quantised(planes, table, percent):
     return blocks.reshape(count, height, width)
 
 
-def _dct():
+def _dct() -> np.ndarray:
     """The orthonormal DCT-II of 8 values, `[8, 8]`."""
     k, n = np.mgrid[:8, :8]
     scale = np.where(k == 0, np.sqrt(1 / 8), np.sqrt(2 / 8))
     return (scale * np.cos(np.pi * (2 * n + 1) * k / 16)).astype(np.float32)
 
 
-def _rounded(values):
+def _rounded(values: jax.Array) -> jax.Array:
     return values + jax.lax.stop_gradient(jnp.round(values) - values)

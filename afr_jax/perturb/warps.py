@@ -124,7 +124,9 @@ def paste(
     return jax.lax.dynamic_update_slice(image, piece.astype(image.dtype), start)
 
 
-def _look_up(texture, corners, places):
+def _look_up(
+    texture: jax.Array, corners: jax.Array, places: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Colors `[N, C]` of the texture at photo places `[N, 2]` (y, x), and opacities `[N]`."""
     rows, columns = corners.shape[0] - 1, corners.shape[1] - 1
     quads = jnp.stack(
@@ -164,7 +166,7 @@ def _look_up(texture, corners, places):
     return colors, jnp.where(is_drawn, opacity, 0.0)
 
 
-def _is_front(maps, quads):
+def _is_front(maps: jax.Array, quads: jax.Array) -> jax.Array:
     """Which cells `[K]` are convex and seen from the front."""
     flat = quads.reshape(-1, 4, 2)[..., ::-1]
     flat = jnp.concatenate([flat, jnp.ones_like(flat[..., :1])], axis=-1)
@@ -174,7 +176,7 @@ def _is_front(maps, quads):
     return is_convex & (down[:, 0] * up[:, 1] - down[:, 1] * up[:, 0] > _TINY)
 
 
-def _px_in_cells(quads):
+def _px_in_cells(quads: jax.Array) -> jax.Array:
     """Length `[K]` of a photo pixel in units of the cell's shorter middle line, at most a cell."""
     lines = jnp.stack(
         [
@@ -186,7 +188,7 @@ def _px_in_cells(quads):
     return 1.0 / jnp.maximum(shorter, 1.0)
 
 
-def _weights(position, span, count):
+def _weights(position: jax.Array, span: jax.Array, count: int) -> jax.Array:
     """Weights `[N, count]` of texels: a tent as wide as a photo pixel, or bilinear if that is less.
 
     position: `[N]` in texels, 0 = the texture's edge.
@@ -197,7 +199,7 @@ def _weights(position, span, count):
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
-def _coverage(position, span, count):
+def _coverage(position: jax.Array, span: jax.Array, count: int) -> jax.Array:
     """Share `[N]` of a photo pixel that lies between 0 and `count` cells, along one axis."""
     span = jnp.maximum(span, _TINY)
     inner = jnp.minimum(position, count - position) / span

@@ -192,5 +192,5 @@ def _cut_chip(pixels: np.ndarray, transform: np.ndarray, side: int) -> np.ndarra
 
 
 @functools.partial(jax.jit, static_argnames="side")
-def _warp(image, transform, side):
+def _warp(image: np.ndarray, transform: np.ndarray, side: int) -> jax.Array:
     return images.to_uint8(align.warp(image, transform, size=side))

@@ -412,12 +412,12 @@ _pnet = jax.jit(mtcnn.propose)
 
 
 @jax.jit
-def _rnet(variables: conversion.Variables, crops: jax.Array):
+def _rnet(variables: conversion.Variables, crops: jax.Array) -> parallel.PyTree:
     return mtcnn.RNet().apply(variables, crops)
 
 
 @jax.jit
-def _onet(variables: conversion.Variables, crops: jax.Array):
+def _onet(variables: conversion.Variables, crops: jax.Array) -> parallel.PyTree:
     return mtcnn.ONet().apply(variables, crops)
 
 

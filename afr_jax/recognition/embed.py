@@ -65,13 +65,21 @@ def embed_faces(
     return embeddings
 
 
-def _embed_batch(variables, canvases, transforms, *, extractor):
+def _embed_batch(
+    variables: conversion.Variables,
+    canvases: jax.Array,
+    transforms: jax.Array,
+    *,
+    extractor: registry.Extractor,
+) -> jax.Array:
     """`[B, S, S, 3]` and `[B, 2, 3]` to `[B, D]`."""
     warp = functools.partial(align.warp, size=extractor.input_px)
     return registry.embed(extractor, variables, jax.vmap(warp)(canvases, transforms))
 
 
-def _face_canvas(extractor, pixels, landmarks):
+def _face_canvas(
+    extractor: registry.Extractor, pixels: np.ndarray, landmarks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The piece of the photo under the chip, averaged to the chip's scale, and its transform."""
     transform = align.chip_transform(extractor, landmarks)
     bounds = align.chip_bounds(transform, extractor.input_px)

@@ -209,7 +209,9 @@ def _nearest(probes: jax.Array, rows: jax.Array, squared: jax.Array, k: int) -> 
         squared = squared.reshape(rows.shape[:-1])
         num_blocks, size = 1, num_blocks * size
 
-    def one(best, block):
+    def one(
+        best: tuple[jax.Array, jax.Array], block: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         scores, index = best
         vectors, lengths, number = block
         product = jnp.einsum("qc,dmc->dqm", probes, vectors, precision=jax.lax.Precision.HIGHEST)

@@ -289,7 +289,7 @@ def climb(
 
 
 @functools.partial(jax.jit, static_argnames="attack")
-def _start(key, images, *, attack):
+def _start(key: jax.Array, images: jax.Array, *, attack: Attack) -> loop.State:
     def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return jax.random.uniform(key, shape, images.dtype, -attack.limit, attack.limit)
 

@@ -4,11 +4,15 @@ The network runs with its running statistics and without augmentation; examples 
 set on the devices (`trainer.place_data`).
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from afr_jax.core import parallel
 from afr_jax.models import heads
+from afr_jax.models.weights import conversion
 from afr_jax.training import trainer
 
 
@@ -85,7 +89,13 @@ def nearest_center_accuracy(
     return float(np.mean(nearest == labels))
 
 
-def _map_rows(fn, recipe, mesh, batch_size, backend):
+def _map_rows(
+    fn: Callable[..., parallel.PyTree],
+    recipe: trainer.Recipe,
+    mesh: parallel.Mesh,
+    batch_size: int,
+    backend: parallel.Backend,
+) -> Callable[..., parallel.PyTree]:
     """Maps `fn(params, batch_stats, data, rows)` over rows of the data."""
     return parallel.map_batches(
         fn,
@@ -98,7 +108,14 @@ def _map_rows(fn, recipe, mesh, batch_size, backend):
     )
 
 
-def _judge(params, batch_stats, data, rows, *, recipe):
+def _judge(
+    params: conversion.Variables,
+    batch_stats: conversion.Variables,
+    data: trainer.Data,
+    rows: jax.Array,
+    *,
+    recipe: trainer.Recipe,
+) -> tuple[jax.Array, jax.Array]:
     """Whether each example of the rows `[B]` is told correctly, and its loss."""
     outputs = _outputs(params, batch_stats, data, rows, recipe=recipe)
     labels = jnp.take(data.labels, rows, axis=0, mode="clip")
@@ -106,7 +123,14 @@ def _judge(params, batch_stats, data, rows, *, recipe):
     return judged.correct, judged.losses
 
 
-def _outputs(params, batch_stats, data, rows, *, recipe):
+def _outputs(
+    params: conversion.Variables,
+    batch_stats: conversion.Variables,
+    data: trainer.Data,
+    rows: jax.Array,
+    *,
+    recipe: trainer.Recipe,
+) -> jax.Array:
     images = jnp.take(data.images, rows, axis=0, mode="clip")
     return trainer.forward(params, batch_stats, images, recipe=recipe)[0]
 

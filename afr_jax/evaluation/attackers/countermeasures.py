@@ -145,25 +145,27 @@ def randaugment_operations(magnitude: float) -> dict[str, Operation]:
     shift = magnitude * 10 / 32  # AutoAugment shifts images of 32 px by up to 10.
     bits = 8 - round(4 * magnitude)
 
-    def blend(base_fn):
-        def change(image, sign):
+    def blend(base_fn: Callable[[jax.Array], jax.Array]) -> Operation:
+        def change(image: jax.Array, sign: jax.Array) -> jax.Array:
             base = base_fn(image)
             return jnp.clip(base + (1 + sign * enhance) * (image - base), 0.0, 1.0)
 
         return change
 
-    def affine(matrix_fn, offset=(0.0, 0.0)):
-        def change(image, sign):
+    def affine(
+        matrix_fn: Callable[[jax.Array], jax.Array], offset: tuple[float, float] = (0.0, 0.0)
+    ) -> Operation:
+        def change(image: jax.Array, sign: jax.Array) -> jax.Array:
             move = jnp.array(offset) * jnp.array(image.shape[:2]) * sign
             return _warp(image, matrix_fn(sign), move)
 
         return change
 
-    def rotation(sign):
+    def rotation(sign: jax.Array) -> jax.Array:
         cosine, sine = jnp.cos(angle), sign * jnp.sin(angle)
         return jnp.stack([jnp.stack([cosine, -sine]), jnp.stack([sine, cosine])])
 
-    def still(sign):
+    def still(sign: jax.Array) -> jax.Array:
         del sign
         return jnp.eye(2)
 
@@ -196,7 +198,7 @@ def _warp(image: jax.Array, matrix: jax.Array, move: jax.Array) -> jax.Array:
     places = jnp.stack([rows, columns]).reshape(2, -1).astype(jnp.float32)
     at = matrix @ (places - center[:, None]) + (center + move)[:, None]
 
-    def sample(channel):
+    def sample(channel: jax.Array) -> jax.Array:
         return jax.scipy.ndimage.map_coordinates(channel, list(at), order=1, cval=0.0)
 
     return jax.vmap(sample, in_axes=2, out_axes=1)(image).reshape(image.shape)
@@ -212,7 +214,7 @@ def _stretch(image: jax.Array) -> jax.Array:
 def _equalize(image: jax.Array) -> jax.Array:
     """Every channel with an even histogram of 256 levels."""
 
-    def one(channel):
+    def one(channel: jax.Array) -> jax.Array:
         level = jnp.round(channel * 255).astype(jnp.int32).reshape(-1)
         counts = jnp.zeros(256, jnp.float32).at[level].add(1.0)
         below = jnp.cumsum(counts)

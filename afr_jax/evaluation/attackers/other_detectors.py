@@ -76,7 +76,7 @@ def ask_mtcnn(
     return answer["seconds"], [_faces(rows) for rows in answer["faces"]]
 
 
-def _boxes(rows) -> np.ndarray:
+def _boxes(rows: Sequence[Sequence[float]]) -> np.ndarray:
     """Boxes from rows of (x, y, width, height)."""
     x, y, width, height = np.asarray(rows, np.float32).reshape(-1, 4).T
     return np.stack([y, x, y + height, x + width], axis=1)
@@ -86,7 +86,7 @@ def _lbp() -> Detector:
     """Local binary patterns in a boosted cascade, the file that comes with scikit-image."""
     cascade = skimage.feature.Cascade(skimage.data.lbp_frontal_face_cascade_filename())
 
-    def detect(pixels):
+    def detect(pixels: np.ndarray) -> np.ndarray:
         limit = min(pixels.shape[:2])
         found = cascade.detect_multi_scale(
             img=pixels,
@@ -106,7 +106,7 @@ def _hog() -> Detector:
     # Of the library's compiled part the checker sees nothing.
     detector = dlib.get_frontal_face_detector()  # pyrefly: ignore[missing-attribute]
 
-    def detect(pixels):
+    def detect(pixels: np.ndarray) -> np.ndarray:
         # Enlarged once: its window is 80 px.
         found = detector(np.ascontiguousarray(pixels), 1)
         return _boxes([[f.left(), f.top(), f.width(), f.height()] for f in found])
@@ -123,7 +123,7 @@ def _haar(path: str) -> Detector:
     # The types that come with the library lack the class.
     cascade = cv2.CascadeClassifier(path)  # pyrefly: ignore[missing-attribute]
 
-    def detect(pixels):
+    def detect(pixels: np.ndarray) -> np.ndarray:
         gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
         found = cascade.detectMultiScale(gray, 1.1, 3, minSize=(_MIN_PX, _MIN_PX))
         return _boxes(found)

@@ -115,20 +115,41 @@ def train(
     return functools.partial(logits_fn, params, frozen)
 
 
-def _embed(params, frozen, chips, *, extractor):
+def _embed(
+    params: conversion.Variables,
+    frozen: conversion.Variables,
+    chips: jax.Array,
+    *,
+    extractor: registry.Extractor,
+) -> jax.Array:
     vectors = registry.embed(extractor, {"params": params["net"], **frozen}, images.to_float(chips))
     length = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / jnp.maximum(length, 1e-12)
 
 
-def _judge(params, frozen, chips, *, extractor):
+def _judge(
+    params: conversion.Variables,
+    frozen: conversion.Variables,
+    chips: jax.Array,
+    *,
+    extractor: registry.Extractor,
+) -> jax.Array:
     vectors = _embed(params, frozen, chips, extractor=extractor)
     return vectors @ params["head"]["weights"] + params["head"]["bias"][None]
 
 
 @functools.partial(jax.jit, static_argnames=("extractor", "options"))
-def _step(params, state, frozen, chips, labels, *, extractor, options):
-    def loss_fn(params):
+def _step(
+    params: conversion.Variables,
+    state: optax.OptState,
+    frozen: conversion.Variables,
+    chips: jax.Array,
+    labels: jax.Array,
+    *,
+    extractor: registry.Extractor,
+    options: optimizers.OptimizerOptions,
+) -> tuple[conversion.Variables, optax.OptState]:
+    def loss_fn(params: conversion.Variables) -> jax.Array:
         logits = _judge(params, frozen, chips, extractor=extractor)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 

@@ -111,7 +111,7 @@ def fit_head(
     shares = jnp.asarray(shares / max(shares.sum(), 1.0), jnp.float32)
     rows, targets = jnp.asarray(vectors, jnp.float32), jnp.asarray(labels, jnp.int32)
 
-    def loss_fn(flat):
+    def loss_fn(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weights, bias = flat[: shape[0] * shape[1]].reshape(shape), flat[shape[0] * shape[1] :]
         head = jnp.asarray(weights, jnp.float32), jnp.asarray(bias, jnp.float32)
         loss, gradient = _loss_and_gradient(head, rows, targets, shares)
@@ -136,7 +136,7 @@ def without_classes(head: Head, labels: np.ndarray) -> Head:
     return Head(weights, bias)
 
 
-def _loss(head, vectors, labels, shares):
+def _loss(head: Head, vectors: jax.Array, labels: jax.Array, shares: jax.Array) -> jax.Array:
     weights, bias = head
     logits = vectors @ weights + bias[None, :]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

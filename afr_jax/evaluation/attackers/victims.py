@@ -25,6 +25,7 @@ from afr_jax.evaluation.attackers import countermeasures
 from afr_jax.evaluation.metrics import learnability
 from afr_jax.models import heads
 from afr_jax.models.classifiers import registry
+from afr_jax.models.weights import conversion
 from afr_jax.perturb import sign_descent, stepping
 from afr_jax.training import optimizers, scores, trainer
 
@@ -219,7 +220,9 @@ def victim_step(
         mix_fn = {"mixup": countermeasures.mixup, "cutmix": countermeasures.cutmix}[countermeasure]
         mixed = mix_fn(change_key, images)
 
-    def loss_fn(params):
+    def loss_fn(
+        params: conversion.Variables,
+    ) -> tuple[jax.Array, tuple[jax.Array, conversion.Variables]]:
         outputs, batch_stats = trainer.forward(
             params,
             state.batch_stats,
@@ -350,17 +353,28 @@ def run_epoch(
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "countermeasure"), donate_argnames="state")
-def _steps(key, state, data, rows, count, *, recipe, countermeasure):
+def _steps(
+    key: jax.Array,
+    state: trainer.TrainState,
+    data: trainer.Data,
+    rows: jax.Array,
+    count: jax.Array | int,
+    *,
+    recipe: trainer.Recipe,
+    countermeasure: str,
+) -> tuple[trainer.TrainState, jax.Array]:
     """The first `count` steps on rows `[B, length]`; training accuracies `[length]`."""
 
-    def one(state, row):
+    def one(state: trainer.TrainState, row: jax.Array) -> tuple[trainer.TrainState, jax.Array]:
         images, labels = (jnp.take(leaf, row, axis=0, mode="clip") for leaf in data)
         return victim_step(key, state, images, labels, recipe=recipe, countermeasure=countermeasure)
 
     return stepping.take(one, state, rows.T, length=rows.shape[1], count=count)
 
 
-def _summed_loss(state, images, labels, recipe):
+def _summed_loss(
+    state: trainer.TrainState, images: jax.Array, labels: jax.Array, recipe: trainer.Recipe
+) -> jax.Array:
     """Sum of the losses with running statistics."""
     outputs, _ = trainer.forward(state.params, state.batch_stats, images, recipe=recipe)
     judged = heads.judge(recipe.head, state.params["head"], outputs, labels)

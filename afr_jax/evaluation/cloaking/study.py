@@ -365,7 +365,7 @@ def _rows(
     for name in config.trackers if config.end_to_end else ():
         kept = f"end_to_end-{config.end_to_end}-{config.epochs}-{cells.file_name(name)}.json"
 
-        def train(name=name) -> scores.Row:
+        def train(name: str = name) -> scores.Row:
             return table.end_to_end(
                 setup,
                 photos_of,

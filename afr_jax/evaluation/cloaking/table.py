@@ -139,7 +139,12 @@ def score_cell(
     for change, leak in cases:
         for name, clean in setup.clean.items():
 
-            def score(change=change, leak=leak, name=name, clean=clean) -> list[scores.Row]:
+            def score(
+                change: str = change,
+                leak: float = leak,
+                name: str = name,
+                clean: scores.CleanPhotos = clean,
+            ) -> list[scores.Row]:
                 seen = cell_embeddings(setup, photos_of, change)[name]
                 about = _about(photos_of.cell, name, change, leak)
                 return [about | found for found in scores.score(clean, seen, leak=leak)]

@@ -171,7 +171,7 @@ def judge(
     """
     options = detect.DetectorOptions(min_face_px=min_face_px, scale_factor=scale_factor)
 
-    def one(pair):
+    def one(pair: tuple[np.ndarray, np.ndarray]) -> list[bool]:
         pixels, box = pair
         stages = detect.detect_stages(variables, pixels, options=options)
         return [

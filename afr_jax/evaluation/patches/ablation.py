@@ -1,8 +1,10 @@
 """What each part of the patch attack is worth: one training a row, all measured alike."""
 
 import dataclasses
+import pathlib
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,10 +33,10 @@ class AblationRow:
 def make_rows(full: PatchConfig) -> dict[str, AblationRow]:
     """The rows by name, each a change of the full training."""
 
-    def change(**changes):
+    def change(**changes: Any) -> AblationRow:
         return AblationRow(dataclasses.replace(full, **changes))
 
-    def change_levels(**changes):
+    def change_levels(**changes: Any) -> AblationRow:
         return change(levels=dataclasses.replace(full.levels, **changes))
 
     rows = {"full": AblationRow(full)}
@@ -124,7 +126,7 @@ def run(config: AblationConfig) -> options.Outcome:
     train = _frames(config, variables, "train", config.train, config.train_frames)
     test = _frames(config, variables, "test", config.test, config.test_frames)
 
-    def rates(patches):
+    def rates(patches: dict[str, np.ndarray] | None) -> misdetection.Rate:
         found = misdetection.judge(
             variables,
             [placement.wear(frame, patches) for frame in test],
@@ -134,7 +136,7 @@ def run(config: AblationConfig) -> options.Outcome:
         )
         return misdetection.rate(~found[:, -1])
 
-    def measure(name, folder):
+    def measure(name: str, folder: pathlib.Path) -> dict[str, object]:
         if name == _BLACK:
             ink = config.patches.ink[0]
             shapes = config.patches.shapes()

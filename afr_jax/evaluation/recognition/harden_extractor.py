@@ -5,7 +5,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -224,7 +224,7 @@ def _toy_extractor(work: workdir.Workdir) -> pathlib.Path:
     network = trained.make_network("resnet6", input_px=_TOY_PX, embedding_size=32, width=8)
     generator = np.random.default_rng(0)
 
-    def draw(path, leaf):
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if len(leaf.shape) > 1:
             spread = math.sqrt(2 / math.prod(leaf.shape[:-1]))
             return generator.normal(0, spread, leaf.shape).astype(np.float32)

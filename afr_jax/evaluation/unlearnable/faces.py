@@ -20,6 +20,7 @@ from afr_jax.core import images as image_ops
 from afr_jax.data import identities, image_sets, pairs, photos, sampling
 from afr_jax.evaluation.metrics import verification
 from afr_jax.models import mtcnn
+from afr_jax.models.weights import conversion
 from afr_jax.recognition import align, detect
 from afr_jax.training import trainer
 
@@ -314,5 +315,7 @@ def embeddings(
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def _features(variables, images, *, net):
+def _features(
+    variables: conversion.Variables, images: jax.Array, *, net: nn.Module
+) -> parallel.PyTree:
     return net.apply(variables, image_ops.to_float(images), train=False)

@@ -294,13 +294,15 @@ def chip(surrogate: Surrogate, image: parallel.AnyArray, transform: parallel.Any
 
 
 @jax.jit
-def _references(images):
+def _references(images: jax.Array) -> ssim.SsimReference:
     return jax.vmap(ssim.ssim_reference)(images)
 
 
 @functools.partial(jax.jit, static_argnames="search")
-def _start(keys, faces, references, search):
-    def one(key, face, reference):
+def _start(
+    keys: jax.Array, faces: Face, references: ssim.SsimReference, search: CloakSearch
+) -> loop.State:
+    def one(key: jax.Array, face: Face, reference: ssim.SsimReference) -> loop.State:
         shape = face.image.shape
         noise = jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * search.start_noise
         return loop.start(search.rules(face, reference), noise)
@@ -311,10 +313,23 @@ def _start(keys, faces, references, search):
 @functools.partial(
     jax.jit, static_argnames=("surrogates", "search", "length"), donate_argnames="state"
 )
-def _advance(keys, variables, faces, references, state, count, surrogates, search, *, length):
+def _advance(
+    keys: jax.Array,
+    variables: tuple[VariableDict, ...],
+    faces: Face,
+    references: ssim.SsimReference,
+    state: loop.State,
+    count: int,
+    surrogates: tuple[Surrogate, ...],
+    search: CloakSearch,
+    *,
+    length: int,
+) -> loop.State:
     """The state after `count` steps of a chunk, the same number for all faces."""
 
-    def one(key, face, reference, state):
+    def one(
+        key: jax.Array, face: Face, reference: ssim.SsimReference, state: loop.State
+    ) -> loop.State:
         problem = search.problem(variables, face, reference, surrogates)
         return loop.advance(key, problem, state, num_steps=length, count=count)[0]
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 from flax.typing import VariableDict
 
-from afr_jax.core import options, ssim
+from afr_jax.core import options, parallel, ssim
 from afr_jax.methods.cloaking import face_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.perturb import loop, transformations
@@ -122,7 +122,9 @@ class FawkesSearch:
     ) -> loop.Problem:
         """See `face_cloaks.CloakSearch.problem`."""
 
-        def loss_fn(delta, weight, key, step):
+        def loss_fn(
+            delta: jax.Array, weight: jax.Array, key: jax.Array, step: jax.Array
+        ) -> loop.Evaluation:
             del step
             return evaluate(
                 key, delta, weight, variables, face, reference, surrogates=surrogates, config=self
@@ -237,7 +239,7 @@ def step(
     )
     size = jnp.sqrt(face.budget / MODES["mid"])
 
-    def stretch(updates, _):
+    def stretch(updates: parallel.PyTree, _: object) -> parallel.PyTree:
         tolerance = ssim.tolerance(reference)
         free = face.limit[..., None] * jnp.ones_like(tolerance)
         square = jnp.sum(free * tolerance**2) / jnp.maximum(jnp.sum(free), 1e-12)

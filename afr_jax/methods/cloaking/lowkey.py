@@ -66,7 +66,9 @@ class LowKeySearch:
     ) -> loop.Problem:
         """See `face_cloaks.CloakSearch.problem`."""
 
-        def loss_fn(delta, weight, key, step):
+        def loss_fn(
+            delta: jax.Array, weight: jax.Array, key: jax.Array, step: jax.Array
+        ) -> loop.Evaluation:
             del key, step  # Nothing is random.
             return evaluate(delta, weight, variables, face, reference, surrogates)
 

@@ -208,7 +208,14 @@ def change_faces(
     return final, faces
 
 
-def _plan(extractors, photo, index, number, targets, config) -> _Plan:
+def _plan(
+    extractors: Sequence[registry.Extractor],
+    photo: PhotoFaces,
+    index: int,
+    number: int,
+    targets: Mapping[str, np.ndarray] | None,
+    config: face_cloaks.CloakMethod,
+) -> _Plan:
     """Region, canvas and arrays of one face."""
     shape = photo.pixels.shape[:2]
     transforms = [
@@ -274,7 +281,15 @@ def _batches(plans: Sequence[_Plan], num_devices: int) -> list[_Batch]:
     return batches
 
 
-def _cloak_batch(key, surrogates, plans, size, config, mesh, report_fn):
+def _cloak_batch(
+    key: jax.Array,
+    surrogates: Surrogates,
+    plans: list[_Plan],
+    size: int,
+    config: face_cloaks.CloakMethod,
+    mesh: parallel.Mesh,
+    report_fn: Callable[[int], None] | None,
+) -> tuple[jax.Array, jax.Array]:
     """Changes on the canvases of faces of one bucket, and the distances that they reach."""
     faces, filled, statics = _stack(surrogates, plans, size, mesh)
     keys = jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(key, a), b))(
@@ -290,7 +305,9 @@ def _cloak_batch(key, surrogates, plans, size, config, mesh, report_fn):
     )
 
 
-def _stack(surrogates, plans, size, mesh):
+def _stack(
+    surrogates: Surrogates, plans: list[_Plan], size: int, mesh: parallel.Mesh
+) -> tuple[face_cloaks.Face, list[_Plan], tuple[face_cloaks.Surrogate, ...]]:
     """Faces of one bucket as a batch on the devices, their plans, and the static surrogates."""
     # The last face is repeated to fill the batch.
     filled = [*plans, *[plans[-1]] * (size - len(plans))]
@@ -375,7 +392,9 @@ def _limit(photo: PhotoFaces, number: int, region: np.ndarray, factor: int) -> n
     return limit.astype(np.float32)
 
 
-def _to_photo_size(plan, photo, delta, config) -> tuple[np.ndarray, np.ndarray]:
+def _to_photo_size(
+    plan: _Plan, photo: PhotoFaces, delta: np.ndarray, config: face_cloaks.CloakMethod
+) -> tuple[np.ndarray, np.ndarray]:
     """A canvas change as one of the region's pixels `[h, w, 3]`, free of a shift; and limits."""
     rows, columns = plan.canvas.size
     delta, factor = delta[:rows, :columns], plan.canvas.factor

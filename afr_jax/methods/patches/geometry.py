@@ -111,7 +111,7 @@ def estimate_pose(landmarks: np.ndarray) -> Pose:
     roll = np.arctan2(eyes[1], eyes[0])
     start = np.array([0.0, 0.0, roll, np.log(start_scale), *points[:2].mean(axis=0)])
 
-    def residuals(values):
+    def residuals(values: np.ndarray) -> np.ndarray:
         turned = _rotation(values[:3]).apply(LANDMARKS_MM)
         seen = np.exp(values[3]) * turned[:, :2] + values[4:]
         prior = _PRIOR * np.array([values[0], values[1], values[3] - np.log(start_scale)])
@@ -156,7 +156,7 @@ def paper_size(area: Area, *, face_width_mm: float = FACE_WIDTH_MM) -> tuple[flo
         raise ValueError(f"face_width_mm is {face_width_mm}, must lie in [80, 220]")
     points = _surface(dataclasses.replace(area, cells=(64, 64)))
 
-    def length(line):
+    def length(line: np.ndarray) -> float:
         return float(np.linalg.norm(np.diff(line, axis=0), axis=1).sum())
 
     scale = face_width_mm / FACE_WIDTH_MM

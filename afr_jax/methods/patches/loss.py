@@ -102,7 +102,7 @@ def loss_parts(
         The parts, means over the scenes that count and levels.
     """
 
-    def one(number, scene):
+    def one(number: jax.Array, scene: scenes.Scene) -> tuple[tuple[views.Crops, ...], jax.Array]:
         view_key, level_key, box_key = jax.random.split(jax.random.fold_in(key, number), 3)
         seen = views.view(
             view_key, patches, scene, turns=config.turns, views=config.views, sizes=sizes
@@ -140,7 +140,9 @@ def _mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
     return total / (jnp.sum(mask) * by_scene.shape[1])
 
 
-def _stage_cost(key, variables, seen, scene, margin):
+def _stage_cost(
+    key: jax.Array, variables: mtcnn.Variables, seen: views.View, scene: scenes.Scene, margin: float
+) -> jax.Array:
     """Hinged face probabilities of R-Net and O-Net on random squares about the face."""
     total = jnp.zeros(())
     size = jnp.array(seen.inner.shape[:2])

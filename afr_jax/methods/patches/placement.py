@@ -203,6 +203,8 @@ def printed(patches: Mapping[str, np.ndarray], paper: np.ndarray) -> dict[str, n
 
 
 @jax.jit
-def _paste_uint8(pixels, texture, grid, origin):
+def _paste_uint8(
+    pixels: jax.Array, texture: jax.Array, grid: jax.Array, origin: jax.Array
+) -> jax.Array:
     image = pixels.astype(jnp.float32) / 255.0
     return images.to_uint8(warps.paste(image, texture, grid, origin=origin))

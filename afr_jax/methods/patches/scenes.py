@@ -138,7 +138,7 @@ def make_scenes(placed: Sequence[placement.Placed], level_options: LevelOptions)
     return jax.tree.map(lambda *leaves: np.stack(leaves), *scenes)
 
 
-def _levels(shape, side, level_options):
+def _levels(shape: tuple[int, ...], side: float, level_options: LevelOptions) -> list[np.ndarray]:
     """Rows and columns `[L, 2]` of the levels of all pyramids, by group, finest first."""
     height, width = shape[:2]
     found = set()

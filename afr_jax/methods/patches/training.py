@@ -212,22 +212,35 @@ def make_trainer(
     train_key, judge_key = jax.random.split(key)
 
     @functools.partial(jax.jit, static_argnames="num_starts")
-    def start(key, num_starts):
+    def start(key: jax.Array, num_starts: int) -> loop.State:
         begin = functools.partial(loop.start, make_rules(config))
         keys = jax.random.split(key, num_starts)
         return jax.vmap(lambda one: begin(random_patches(one, config)))(keys)
 
     @functools.partial(jax.jit, static_argnames="length", donate_argnums=0)
-    def advance(states, variables, batch, mask, count, length):
-        def one(state):
+    def advance(
+        states: loop.State,
+        variables: mtcnn.Variables,
+        batch: scenes.Scene,
+        mask: jax.Array | None,
+        count: jax.Array | int,
+        length: int,
+    ) -> tuple[loop.State, Mapping[str, jax.Array]]:
+        def one(state: loop.State) -> tuple[loop.State, Mapping[str, jax.Array]]:
             problem = make_problem(variables, batch, config, sizes=sizes, mask=mask)
             return loop.advance(train_key, problem, state, num_steps=length, count=count)
 
         return jax.vmap(one)(states)
 
     @jax.jit
-    def judge(patches, variables, batch, mask, key):
-        def one(patches):
+    def judge(
+        patches: loss.Patches,
+        variables: mtcnn.Variables,
+        batch: scenes.Scene,
+        mask: jax.Array | None,
+        key: jax.Array,
+    ) -> jax.Array:
+        def one(patches: loss.Patches) -> jax.Array:
             parts = loss.loss_parts(
                 key, variables, patches, batch, config=config, sizes=sizes, mask=mask
             )
@@ -235,11 +248,13 @@ def make_trainer(
 
         return jax.vmap(one)(patches)
 
-    def advance_some(states, num_steps):
+    def advance_some(
+        states: loop.State, num_steps: int
+    ) -> tuple[loop.State, Mapping[str, jax.Array]]:
         length = max(num_steps, stepping.chunk_length())
         return advance(states, variables, batch, mask, np.int32(num_steps), length)
 
-    def judge_all(patches):
+    def judge_all(patches: loss.Patches) -> jax.Array:
         keys = jax.random.split(judge_key, num_judged)
         costs = (judge(patches, variables, batch, mask, one) for one in keys)
         return functools.reduce(operator.add, costs) / num_judged

@@ -201,7 +201,7 @@ class _Cut(NamedTuple):
     def apply(self, part: jax.Array, origin: parallel.AnyArray) -> jax.Array:
         """The cuts `[K, n, n, 3]` of a photo that is zero outside a part `[s, s, 3]` of it."""
 
-        def weights(start, ratio, low):
+        def weights(start: jax.Array, ratio: jax.Array, low: jax.Array) -> jax.Array:
             at = (low + jnp.arange(part.shape[0], dtype=jnp.float32)).reshape(1, 1, -1)
             end = (start + ratio[:, None])[..., None]
             covered = jnp.minimum(end, at + 1) - jnp.maximum(start[..., None], at)
@@ -213,9 +213,9 @@ class _Cut(NamedTuple):
         return jnp.einsum("kiqc,kjq->kijc", pixels, by_column)
 
 
-def _cut_level(shapes, scene, side):
+def _cut_level(shapes: parallel.AnyArray, scene: scenes.Scene, side: int) -> _Cut:
     """Where to cut levels of `shapes` `[K, 2]`: around the face."""
-    ratios = scene.size[None] / shapes
+    ratios = jnp.asarray(scene.size[None] / shapes)
     middle = (scene.center[None] + 0.5) / ratios
     # P-Net's cells lie on even pixels of a level, so cuts begin there.
     last = 2 * jnp.ceil(jnp.maximum(shapes - side, 0) / 2)
@@ -232,11 +232,11 @@ def _cut_level(shapes, scene, side):
     return _Cut(starts[0], starts[1], ratios, sizes, near[0][:, :, None] & near[1][:, None, :])
 
 
-def _low(scene, whole, part):
+def _low(scene: scenes.Scene, whole: int, part: int) -> jax.Array:
     """First row and column of a part of the region, about the face."""
     low = jnp.round(scene.center - scene.origin - part / 2)
     return jnp.clip(low, 0, whole - part).astype(jnp.int32)
 
 
-def _even(key, shape=()):
+def _even(key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
     return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)

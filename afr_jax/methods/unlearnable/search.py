@@ -337,7 +337,7 @@ def refine_batches(
         The noise after them.
     """
 
-    def one(noise, row):
+    def one(noise: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
         work = start_batch(data, noise, row, target_of, options=options)
         work = advance_batch(
             key,

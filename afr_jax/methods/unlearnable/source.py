@@ -148,7 +148,7 @@ def train_chunk(
     """
     recipe = dataclasses.replace(recipe, augmentation=augmentation.Augmentation())
 
-    def one(state, row):
+    def one(state: trainer.TrainState, row: jax.Array) -> tuple[trainer.TrainState, None]:
         images, labels = (jnp.take(leaf, row, axis=0, mode="clip") for leaf in data)
         images = image_ops.to_float(images)
         if not clean:
@@ -257,7 +257,16 @@ def summed_loss(
     return jnp.sum(judged.losses)
 
 
-def _correct(theta, data, noise, rows, target_of, *, recipe, options):
+def _correct(
+    theta: Theta,
+    data: trainer.Data,
+    noise: jax.Array,
+    rows: jax.Array,
+    target_of: jax.Array,
+    *,
+    recipe: trainer.Recipe,
+    options: NoiseOptions,
+) -> jax.Array:
     """Whether noisy images of the rows `[B]` are taken for their targets, `[B]`."""
     images, labels = (jnp.take(leaf, rows, axis=0, mode="clip") for leaf in data)
     noisy = jnp.clip(image_ops.to_float(images) + noise_of(noise, rows, labels, options), 0.0, 1.0)

@@ -45,7 +45,7 @@ class DenseNet(nn.Module):
         if self.stem not in ("cifar", "imagenet"):
             raise ValueError(f"stem is {self.stem!r}, but must be 'cifar' or 'imagenet'")
 
-        def conv_fn(x, channels, side, stride, name):
+        def conv_fn(x: jax.Array, channels: int, side: int, stride: int, name: str) -> jax.Array:
             return nn.Conv(
                 channels,
                 (side, side),
@@ -58,7 +58,7 @@ class DenseNet(nn.Module):
                 name=name,
             )(x)
 
-        def active(x, name):
+        def active(x: jax.Array, name: str) -> jax.Array:
             x = nn.BatchNorm(
                 use_running_average=not train,
                 momentum=0.9,

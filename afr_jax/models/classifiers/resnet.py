@@ -12,6 +12,7 @@ biased (torch's are not); momentum 0.9 and epsilon 1e-5 are torch's defaults.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import flax.linen as nn
@@ -158,7 +159,9 @@ class _Block(nn.Module):
         return nn.relu(x + y)
 
 
-def _layer_functions(dtype: jax.typing.DTypeLike, train: bool):
+def _layer_functions(
+    dtype: jax.typing.DTypeLike, train: bool
+) -> tuple[Callable[..., nn.Conv], Callable[..., nn.BatchNorm]]:
     """Constructors `(channels, side, stride, name) -> convolution` and `(name) -> BatchNorm`."""
 
     def conv_fn(channels: int, side: int, stride: int, *, name: str) -> nn.Conv:

@@ -81,7 +81,7 @@ def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:
     if kind != "keras":
         raise ValueError(f"{path} is no Keras weight file, the only form of DeepFace that is read")
 
-    def entry(leaf, shape):
+    def entry(leaf: tuple[str, ...], shape: tuple[int, ...]) -> conversion.Entry:
         layer, name = leaf[1:]
         # Keras numbers the places of a locally connected kernel row by row.
         is_local = layer.startswith("L") and name == "kernel"

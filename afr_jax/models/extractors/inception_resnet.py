@@ -111,7 +111,14 @@ class InceptionResnetV1(nn.Module):
     def __call__(self, chips: jax.Array, *, train: bool = False) -> jax.Array:
         """Embeddings; `train` needs the `dropout` key and updates `batch_stats`."""
 
-        def unit(x, name, features, kernel, stride=1, padding="VALID"):
+        def unit(
+            x: jax.Array,
+            name: str,
+            features: int,
+            kernel: tuple[int, int],
+            stride: int = 1,
+            padding: str = "VALID",
+        ) -> jax.Array:
             module = layers.ConvNorm(
                 features,
                 kernel,
@@ -217,7 +224,9 @@ def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:
     return conversion.fill(path, shapes, arrays, entry_fn)
 
 
-def _tensorflow_entry(leaf: tuple[str, ...], shape: tuple[int, ...], has_scale: bool):
+def _tensorflow_entry(
+    leaf: tuple[str, ...], shape: tuple[int, ...], has_scale: bool
+) -> conversion.Entry | float:
     """The array of a leaf: scopes joined by underscores, Keras names of the leaves."""
     *scopes, name = leaf[1:]
     if name == "scale" and not has_scale:

@@ -153,7 +153,7 @@ def read_weights(
     shapes = conversion.shapes(module, INPUT_SIZE)
     names = _scopes(module, arrays)
 
-    def entry(leaf, shape):
+    def entry(leaf: tuple[str, ...], shape: tuple[int, ...]) -> conversion.Entry | float:
         *scopes, name = leaf[1:]
         scope = names(scopes)
         if scopes == ["fc"] and name == "kernel":
@@ -206,7 +206,9 @@ def _scopes(module: IResNet, arrays: Mapping[str, np.ndarray]) -> Callable[[Sequ
     return scope
 
 
-def _conv(features: int, kernel: int, stride: int, dtype, name: str) -> nn.Conv:
+def _conv(
+    features: int, kernel: int, stride: int, dtype: jax.typing.DTypeLike | None, name: str
+) -> nn.Conv:
     padding = kernel // 2
     size = (kernel, kernel)
     return nn.Conv(
@@ -221,7 +223,7 @@ def _conv(features: int, kernel: int, stride: int, dtype, name: str) -> nn.Conv:
     )
 
 
-def _norm(train: bool, dtype, name: str) -> nn.BatchNorm:
+def _norm(train: bool, dtype: jax.typing.DTypeLike | None, name: str) -> nn.BatchNorm:
     return nn.BatchNorm(
         use_running_average=not train, epsilon=_EPSILON, momentum=_MOMENTUM, dtype=dtype, name=name
     )

@@ -76,7 +76,7 @@ class MobileFaceNet(nn.Module):
         """Embeddings; `train` normalizes by the batch and updates `batch_stats`."""
         options: dict[str, Any] = {"epsilon": self.epsilon, "momentum": 0.9, "dtype": self.dtype}
 
-        def unit(x, name, features, kernel=1, **more):
+        def unit(x: jax.Array, name: str, features: int, kernel: int = 1, **more: Any) -> jax.Array:
             size = (kernel, kernel)
             module = layers.ConvNorm(features, size, name=name, **{**options, **more})
             return module(x, train=train)
@@ -142,7 +142,7 @@ def read_weights(
             ignore_fn=conversion.is_torch_counter,
         )
 
-    def entry(leaf, shape):
+    def entry(leaf: tuple[str, ...], shape: tuple[int, ...]) -> conversion.Entry:
         *scopes, layer, name = leaf[1:]
         stem = "_".join([*scopes, "" if scopes else f"{layer}/"])
         found = conversion.torch_entry("", name, shape)._replace(

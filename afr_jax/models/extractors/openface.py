@@ -66,7 +66,14 @@ class OpenFace(nn.Module):
     def __call__(self, chips: jax.Array, *, train: bool = False) -> jax.Array:
         """Embeddings; `train` normalizes by the batch and updates `batch_stats`."""
 
-        def unit(x, conv, norm, features, kernel=1, stride=1):
+        def unit(
+            x: jax.Array,
+            conv: str,
+            norm: str,
+            features: int,
+            kernel: int = 1,
+            stride: int = 1,
+        ) -> jax.Array:
             size = (kernel, kernel)
             x = nn.Conv(
                 features,
@@ -123,7 +130,7 @@ def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:
     if kind != "keras":
         raise ValueError(f"{path} is no Keras weight file, the only form of OpenFace that is read")
 
-    def entry(leaf, shape):
+    def entry(leaf: tuple[str, ...], shape: tuple[int, ...]) -> conversion.Entry:
         layer, name = leaf[1:]
         keras = conversion.keras_leaf(name, is_norm=layer.rpartition("_")[2].startswith("bn"))
         return conversion.plain_entry(f"{layer}/{keras}", shape)

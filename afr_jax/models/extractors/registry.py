@@ -14,7 +14,7 @@ import os
 import pathlib
 import types
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -133,7 +133,7 @@ def _from_download(
 
 
 def _downloaded(
-    name: str, read_fn: Callable[[str | os.PathLike[str]], conversion.Variables], **fields
+    name: str, read_fn: Callable[[str | os.PathLike[str]], conversion.Variables], **fields: Any
 ) -> Extractor:
     """An extractor whose weights come from the cache of downloads."""
     load = functools.partial(_from_download, name, read_fn)

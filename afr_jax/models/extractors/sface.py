@@ -51,7 +51,15 @@ class SFace(nn.Module):
     def __call__(self, chips: jax.Array, *, train: bool = False) -> jax.Array:
         """Embeddings; `train` normalizes by the batch and updates `batch_stats`."""
 
-        def unit(x, name, features, kernel, *, stride=1, depthwise=False):
+        def unit(
+            x: jax.Array,
+            name: str,
+            features: int,
+            kernel: int,
+            *,
+            stride: int = 1,
+            depthwise: bool = False,
+        ) -> jax.Array:
             module = layers.ConvNorm(
                 features,
                 (kernel, kernel),
@@ -104,7 +112,7 @@ def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:
         if name not in arrays or not np.array_equal(arrays.pop(name), [expected]):
             raise ValueError(f"{path} is not SFace: its {name} is not {expected}")
 
-    def entry(leaf, shape):
+    def entry(leaf: tuple[str, ...], shape: tuple[int, ...]) -> conversion.Entry:
         *scopes, layer, name = leaf[1:]
         stem = "_".join(scopes)
         if layer == "activation":
@@ -130,7 +138,7 @@ def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:
     )
 
 
-def _last_norm(train: bool, dtype, name: str) -> nn.BatchNorm:
+def _last_norm(train: bool, dtype: jax.typing.DTypeLike | None, name: str) -> nn.BatchNorm:
     return nn.BatchNorm(
         use_running_average=not train,
         epsilon=_LAST_EPSILON,

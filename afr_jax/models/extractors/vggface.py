@@ -64,7 +64,7 @@ def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:
         layer, _, leaf = name.rpartition("/")
         renamed[f"{ours.get(layer, layer)}/{leaf}"] = array
 
-    def entry(leaf, shape):
+    def entry(leaf: tuple[str, ...], shape: tuple[int, ...]) -> conversion.Entry:
         name = "/".join(leaf[1:])
         # In the file the hidden layers are convolutions of 7 x 7 and of 1 x 1.
         stored = {"fc6/kernel": (7, 7, 512, 4096), "fc7/kernel": (1, 1, 4096, 4096)}

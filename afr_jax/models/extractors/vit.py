@@ -114,7 +114,7 @@ def read_weights(
         raise ValueError(f"{path} is no torch state dict, the only form of LVFace that is read")
     arrays = torch_files.without_prefix(arrays, "model.")
 
-    def entry(leaf, shape):
+    def entry(leaf: tuple[str, ...], shape: tuple[int, ...]) -> conversion.Entry:
         *scopes, name = leaf[1:]
         if name == "pos_embed":
             return conversion.Entry(name, (1, *shape), lambda array: array[0])

@@ -14,7 +14,7 @@ import os
 import pathlib
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -122,7 +122,14 @@ class _RebuildTensor:
 
     __slots__ = ()
 
-    def __call__(self, storage, offset, shape, strides, *_) -> _Tensor:
+    def __call__(
+        self,
+        storage: object,
+        offset: int,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        *_: object,
+    ) -> _Tensor:
         if not isinstance(storage, _Storage):
             raise ValueError("an array without values")
         return _Tensor(storage, offset, tuple(shape), tuple(strides))
@@ -133,7 +140,7 @@ class _RebuildParameter:
 
     __slots__ = ()
 
-    def __call__(self, tensor, *_) -> _Tensor:
+    def __call__(self, tensor: _Tensor, *_: object) -> _Tensor:
         return tensor
 
 
@@ -142,28 +149,28 @@ class _Foreign:
 
     __slots__ = ()
 
-    def __new__(cls, *_, **__) -> "_Foreign":
+    def __new__(cls, *_: object, **__: object) -> "_Foreign":
         return object.__new__(cls)
 
-    def __init__(self, *_, **__) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         pass
 
-    def __call__(self, *_, **__) -> "_Foreign":
+    def __call__(self, *_: object, **__: object) -> "_Foreign":
         return self
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: object) -> None:
         pass
 
-    def __setitem__(self, key, value) -> None:
+    def __setitem__(self, key: object, value: object) -> None:
         pass
 
-    def append(self, value) -> None:
+    def append(self, value: object) -> None:
         """Takes an item of a list and forgets it."""
 
-    def extend(self, values) -> None:
+    def extend(self, values: object) -> None:
         """Takes items of a list and forgets them."""
 
-    def add(self, value) -> None:
+    def add(self, value: object) -> None:
         """Takes an item of a set and forgets it."""
 
 
