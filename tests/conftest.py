@@ -5,7 +5,9 @@ import os
 import pathlib
 import signal
 import subprocess
+import unittest
 
+import chex
 import jax
 import jaxlib
 import pytest
@@ -104,6 +106,23 @@ def no_compilation():
 
     yield context
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(params=["with_jit", "without_jit"])
+def variant(request):
+    """`variant(fn, static_argnames=...)` is `fn` compiled, and as it is: the variants of chex."""
+    found = []
+
+    class Case(chex.TestCase):
+        @chex.variants(**{request.param: True})
+        def test(self):
+            found.append(self.variant)
+            # A case that makes no use of its variant is an error.
+            assert self.variant(abs)(-1) == 1
+
+    (name,) = unittest.defaultTestLoader.getTestCaseNames(Case)
+    Case(name).debug()
+    return found[0]
 
 
 @pytest.fixture

@@ -23,11 +23,11 @@ def _cross_entropy(logits, labels, smoothing=0.0):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_softmax_and_logits(smoothing):
+def test_softmax_and_logits(smoothing, variant):
     embeddings, labels = _batch()
     head = heads.Softmax(5, smoothing)
     variables = head.init(jax.random.key(0), embeddings, labels)
-    judged = head.apply(variables, embeddings, labels)
+    judged = variant(head.apply)(variables, embeddings, labels)
     kernel = np.asarray(variables["params"]["classifier"]["kernel"], np.float64)
     logits = embeddings @ kernel
     np.testing.assert_allclose(judged.losses, _cross_entropy(logits, labels, smoothing), rtol=1e-5)
@@ -41,11 +41,11 @@ def test_softmax_and_logits(smoothing):
 
 
 @pytest.mark.parametrize("angle, cosine", [(0.5, 0.0), (0.0, 0.35), (0.3, 0.2)])
-def test_angular_margins_against_the_arccosine(angle, cosine):
+def test_angular_margins_against_the_arccosine(angle, cosine, variant):
     embeddings, labels = _batch()
     head = heads.AngularMargin(5, 16.0, angle, cosine)
     variables = head.init(jax.random.key(0), embeddings, labels)
-    judged = head.apply(variables, embeddings, labels)
+    judged = variant(head.apply)(variables, embeddings, labels)
     centers = np.asarray(variables["params"]["centres"], np.float64)
     cosines = (embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)) @ (
         centers / np.linalg.norm(centers, axis=1, keepdims=True)

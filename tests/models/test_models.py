@@ -28,7 +28,7 @@ _POOLS = [((1, 9, 12, 3), 3, 2), ((2, 8, 8, 1), 2, 2), ((1, 7, 6, 2), 3, 3), ((1
 
 
 @pytest.mark.parametrize("shape, window, stride", _POOLS)
-def test_max_pool_equals_flax(shape, window, stride):
+def test_max_pool_equals_flax(shape, window, stride, variant):
     x = _noise(*shape)
 
     def pools(pool):
@@ -39,7 +39,7 @@ def test_max_pool_equals_flax(shape, window, stride):
             at = weights[: pooled.shape[1], : pooled.shape[2]]
             return jnp.sum(pooled * at[None, :, :, None]), pooled
 
-        return jax.jit(jax.value_and_grad(total, has_aux=True))(x)
+        return variant(jax.value_and_grad(total, has_aux=True))(x)
 
     ours = pools(lambda x: layers.max_pool(x, window, stride))
     flax = pools(lambda x: nn.max_pool(x, (window, window), (stride, stride)))
@@ -57,10 +57,10 @@ def test_max_pool_shares_the_gradient_of_ties():
 
 @pytest.mark.parametrize("size", [(8, 9), (7, 10), (12, 12), (3, 5)])
 @pytest.mark.parametrize("window, stride", [(2, 2), (3, 2), (3, 3)])
-def test_pad_for_pool_gives_tensorflow_same(size, window, stride):
+def test_pad_for_pool_gives_tensorflow_same(size, window, stride, variant):
     # Negative values, so that padding with zeros would win.
     x = _noise(1, *size, 2) - 10.0
-    pooled = jax.jit(
+    pooled = variant(
         lambda x: layers.max_pool(layers.pad_for_pool(x, window, stride, -1e6), window, stride)
     )(x)
     # XLA's SAME is TensorFlow's: ceil(n / stride) windows, the odd cell of padding at the end.
@@ -86,7 +86,7 @@ def test_prelu():
         ((6, 9), (3, 5), 2, 0),
     ],
 )
-def test_depthwise_conv_equals_xlas_grouped_convolution(size, kernel, stride, padding):
+def test_depthwise_conv_equals_xlas_grouped_convolution(size, kernel, stride, padding, variant):
     x, weights = _noise(2, *size, 4), _noise(*kernel, 1, 4, seed=1)
 
     def both(convolve):
@@ -94,7 +94,7 @@ def test_depthwise_conv_equals_xlas_grouped_convolution(size, kernel, stride, pa
             result = convolve(x, weights)
             return jnp.sum(jnp.sin(result)), result
 
-        return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(x, weights)
+        return variant(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(x, weights)
 
     ours = both(
         lambda x, w: layers.depthwise_conv(x, w, stride=stride, padding=padding),
