@@ -71,7 +71,7 @@ def test_the_float_file_is_read(tmp_path, variables):
     [
         ([], "scalar_op1 is not 127.5"),
         ([("scalar_op1", [127.5]), ("scalar_op2", [1.0])], "scalar_op2 is not 0.0078125"),
-        ([("scalar_op1", [127.5]), ("scalar_op2", [1 / 128])], "missing .*conv_1_conv2d_weight"),
+        ([("scalar_op1", [127.5]), ("scalar_op2", [1 / 128])], "missing .*conv_1_batchnorm"),
     ],
 )
 def test_other_networks_are_refused(tmp_path, tensors, match):
