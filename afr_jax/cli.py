@@ -20,6 +20,7 @@ PROGRAMS = {
     "detect": ("afr_jax.recognition.tasks.detect_photos", "DetectConfig"),
     "enroll": ("afr_jax.recognition.tasks.enroll_gallery", "EnrollConfig"),
     "fawkes_evaluation": ("afr_jax.evaluation.cloaking.study", "FawkesEvaluationConfig"),
+    "fetch_weights": ("afr_jax.recognition.tasks.fetch_weights", "FetchWeightsConfig"),
     "harden_extractor": (
         "afr_jax.evaluation.recognition.harden_extractor",
         "HardenExtractorConfig",

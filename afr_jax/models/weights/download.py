@@ -38,6 +38,8 @@ class Source(NamedTuple):
 
 # Of a server's next bytes.
 _TIMEOUT_S = 30
+# Bytes at a time; at most so many are fetched again after a break.
+_CHUNK = 1 << 16
 _KERAS_FACENET = "https://github.com/faustomorales/keras-facenet/releases/download/v0.3.1/"
 _DEEPFACE = "https://github.com/serengil/deepface_models/releases/download/v1.0/"
 _INSIGHTFACE = (
@@ -103,7 +105,7 @@ def find(name: str, *, folder: pathlib.Path | None = None) -> pathlib.Path:
     """
     path = (folder or cache_folder()) / SOURCES[name].file_name
     if not path.is_file():
-        raise FileNotFoundError(f"the weights of {name} are not at {path}")
+        raise FileNotFoundError(f"there is no {path}")
     return path
 
 
@@ -132,7 +134,7 @@ def fetch(
             f"the weights of {name} have no address to fetch them from: {source.hint}; name your "
             f"file, or put it at {path}"
         )
-    logging.getLogger("pooch").setLevel(logging.ERROR)
+    pooch.get_logger().setLevel(logging.ERROR)
     known = None if source.sha256 is None else f"sha256:{source.sha256}"
     archive = None if source.member is None else f"{source.file_name}.zip"
     file_name = archive or source.file_name
@@ -183,7 +185,7 @@ def _download(
         size = response.headers.get("Content-Length", "")
         total = start + int(size) if size.isdigit() else None
         with open(part, "ab" if start else "wb") as file:
-            for chunk in response.iter_content(1 << 20):
+            for chunk in response.iter_content(_CHUNK):
                 file.write(chunk)
     found = part.stat().st_size
     if total is not None and found != total:
@@ -197,6 +199,8 @@ def _reason(error: Exception) -> str:
     response = getattr(error, "response", None)
     if response is not None:
         return f"{response.status_code} {response.reason}"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the server ended before all was sent"
     cause = error.args[0] if error.args else ""
     return cause if isinstance(cause, str) and cause.startswith("the ") else type(error).__name__
 
