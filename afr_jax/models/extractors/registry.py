@@ -259,7 +259,7 @@ def _arcface(name: str, blocks: tuple[int, ...], thresholds: Thresholds) -> Extr
 
 def _adaface(name: str, blocks: tuple[int, ...]) -> Extractor:
     module = iresnet.IResNet(blocks, unit="adaface")
-    license = f"MIT (code; says nothing of the weights); {_RESEARCH}"
+    license = f"MIT (the code; of the weights nothing is said); {_RESEARCH}"
     return _arcface_kin(name, iresnet.read_weights, module, license, is_bgr=True)
 
 
@@ -270,9 +270,8 @@ def _frbench(
 
 
 def _lvface(name: str, width: int, depth: int) -> Extractor:
-    module = vit.FaceTransformer(width, depth)
-    license = f"MIT (code; says nothing of the weights); {_RESEARCH}"
-    return _arcface_kin(name, vit.read_weights, module, license)
+    license = "LVFace: non-commercial research only"
+    return _arcface_kin(name, vit.read_weights, vit.FaceTransformer(width, depth), license)
 
 
 EXTRACTORS = {
