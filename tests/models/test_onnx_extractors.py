@@ -6,8 +6,10 @@ import make_onnx_references
 import numpy as np
 import onnx_writer as onnx
 import pytest
+import torch_oracle
+import torch_writer
 
-from afr_jax.models.extractors import iresnet, iresnet_onnx, registry, sface
+from afr_jax.models.extractors import iresnet, iresnet_onnx, registry, sface, vit
 from afr_jax.models.weights import conversion
 
 _EXTRACTOR = registry.get("sface")
@@ -306,3 +308,131 @@ def test_flipped_bits_of_the_graph_raise_nothing_else(tmp_path):
         except ValueError as error:
             assert str(path) in str(error)
         data[place] ^= bit
+
+
+# Vision transformers that torch exported.
+
+_TRANSFORMER = vit.FaceTransformer(32, 2, num_heads=4)
+
+
+class _TransformerExport:
+    """The graph that torch exports of a vision transformer: matrices are turned over and renamed.
+
+    `state` is the state dict that it was exported from.
+    """
+
+    def __init__(self, module: vit.FaceTransformer) -> None:
+        self.nodes, self.tensors = [], []
+        self._names = iter(range(1000))
+        net = torch_oracle.Net()
+        images = np.zeros((1, 3, 112, 112))
+        torch_oracle.vit(net, images, module.width, module.depth, module.num_heads)
+        self.state = net.state
+        self._width, self._heads, self._depth = module.width, module.num_heads, module.depth
+
+    def write(self, path):
+        """Writes the file and returns its path."""
+        width, heads = self._width, self._heads
+        x = self._node("Conv", ["x", *self._keep("patch_embed.proj")], strides=[9, 9])
+        x = self._node("Reshape", [x, self._store(np.array([1, width, 144]))])
+        x = self._node("Transpose", [x], perm=[0, 2, 1])
+        x = self._node("Add", [x, self._store(self.state["pos_embed"], "pos_embed")])
+        for number in range(self._depth):
+            name = f"blocks.{number}"
+            y = self._layer_norm(x, f"{name}.norm1")
+            y = self._matrix(y, f"{name}.attn.qkv")
+            shape = self._store(np.array([1, 144, 3, heads, width // heads]))
+            y = self._node("Transpose", [self._node("Reshape", [y, shape])], perm=[2, 0, 3, 1, 4])
+            parts = [
+                self._node("Gather", [y, self._store(np.array(index))], axis=0)
+                for index in range(3)
+            ]
+            turned = self._node("Transpose", [parts[1]], perm=[0, 1, 3, 2])
+            scores = self._node("MatMul", [parts[0], turned])
+            scale = self._store(np.float32((width // heads) ** -0.5))
+            scores = self._node("Softmax", [self._node("Mul", [scores, scale])], axis=-1)
+            y = self._node(
+                "Transpose", [self._node("MatMul", [scores, parts[2]])], perm=[0, 2, 1, 3]
+            )
+            y = self._node("Reshape", [y, self._store(np.array([1, 144, width]))])
+            x = self._node("Add", [x, self._matrix(y, f"{name}.attn.proj")])
+            y = self._matrix(self._layer_norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")
+            limits = [self._store(np.float32(limit)) for limit in (0, 6)]
+            y = self._matrix(self._node("Clip", [y, *limits]), f"{name}.mlp.fc2")
+            x = self._node("Add", [x, y])
+        x = self._node("Flatten", [self._layer_norm(x, "norm")], axis=1)
+        x = self._norm(self._matrix(x, "feature.0"), "feature.1")
+        self._norm(self._matrix(x, "feature.2"), "feature.3", result="y")
+        path.write_bytes(onnx.model(onnx.graph(self.nodes, self.tensors), operators=17))
+        return path
+
+    def _node(self, operator, inputs, result=None, **settings):
+        result = result or f"v{next(self._names)}"
+        self.nodes.append(onnx.node(operator, inputs, [result], **settings))
+        return result
+
+    def _store(self, array, name=None):
+        name = name or f"onnx::{next(self._names)}"
+        self.tensors.append(onnx.tensor(name, array))
+        return name
+
+    def _keep(self, scope, leaves=("weight", "bias")):
+        names = [f"{scope}.{leaf}" for leaf in leaves]
+        return [self._store(self.state[name], name) for name in names]
+
+    def _layer_norm(self, x, name):
+        return self._node("LayerNormalization", [x, *self._keep(name)], axis=-1, epsilon=1e-5)
+
+    def _norm(self, x, name, result=None):
+        names = self._keep(name, ("weight", "bias", "running_mean", "running_var"))
+        return self._node("BatchNormalization", [x, *names], result, epsilon=2e-5)
+
+    def _matrix(self, x, name):
+        turned = np.ascontiguousarray(self.state[f"{name}.weight"].T)
+        y = self._node("MatMul", [x, self._store(turned)])
+        if f"{name}.bias" not in self.state:
+            return y
+        (bias,) = self._keep(name, ("bias",))
+        return self._node("Add", [bias, y])
+
+
+def test_an_exported_transformer_equals_onnxruntime(tmp_path):
+    pytest.importorskip("onnxruntime")
+    path = _TransformerExport(_TRANSFORMER).write(tmp_path / "net.onnx")
+    chips = 2 * references.published_chips() - 1
+    theirs = _unit(make_onnx_references.embed(path, chips))
+    variables = vit.read_weights(path, module=_TRANSFORMER)
+    ours = _unit(np.asarray(jax.jit(_TRANSFORMER.apply)(variables, chips)))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert np.abs(theirs[0] - theirs[1]).max() > 1e-3
+
+
+def test_an_exported_transformer_is_its_state_dict(tmp_path):
+    export = _TransformerExport(_TRANSFORMER)
+    path = export.write(tmp_path / "net.onnx")
+    state = torch_writer.write_state_dict(tmp_path / "net.pt", export.state)
+    prints = [
+        registry.fingerprint(vit.read_weights(each, module=_TRANSFORMER)) for each in (path, state)
+    ]
+    assert prints[0] == prints[1]
+    for other in (_TRANSFORMER.clone(depth=1), _TRANSFORMER.clone(depth=3)):
+        with pytest.raises(ValueError, match="does not hold this network's arrays"):
+            vit.read_weights(path, module=other)
+    with pytest.raises(ValueError, match="does not hold this network's arrays"):
+        vit.read_weights(sface.find_weights())
+
+
+def test_a_graph_that_bites_its_tail_is_refused(tmp_path):
+    nodes = [
+        onnx.node("Conv", ["b", "w"], ["a"], pads=[1, 1, 1, 1]),
+        onnx.node("Identity", ["a"], ["b"]),
+        onnx.node("DequantizeLinear", ["w", "w"], ["w"]),
+        onnx.node("Reshape", ["w", "w"], ["w"]),
+        onnx.node("Add", ["c", "c"], ["c"]),
+        onnx.node("MatMul", ["c", "w"], ["c"]),
+    ]
+    tensors = [onnx.tensor("w", np.ones((1, 1, 3, 3), np.float32))]
+    path = onnx.write(tmp_path / "net.onnx", tensors, nodes)
+    for read_fn in (iresnet.read_weights, vit.read_weights, sface.read_weights):
+        with pytest.raises(ValueError, match=r"net\.onnx"):
+            read_fn(path)

@@ -1,4 +1,4 @@
-"""A vision transformer for faces in Flax, and the reader of its torch weights.
+"""A vision transformer for faces in Flax, and the reader of its weights in torch and ONNX files.
 
 You, Wang and others: "LVFace: Progressive Cluster Optimization for Large Vision Models in Face
 Recognition", ICCV 2025, with the layout of InsightFace's `arcface_torch` (`vit.py`; An, Deng and
@@ -8,12 +8,14 @@ end. Chips are RGB scaled by (x - 127.5) / 127.5 from 0..255.
 """
 
 import os
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from afr_jax.models.weights import conversion, formats, torch_files
+from afr_jax.models.weights import conversion, formats, onnx_files, torch_files
 
 INPUT_SIZE = 112
 EMBEDDING_SIZE = 512
@@ -22,6 +24,8 @@ _PATCH = 9
 _EPSILON, _HEAD_EPSILON = 1e-5, 2e-5
 _MOMENTUM = 0.9
 _MLP_RATIO = 4
+# Names of a state dict, not those that an export makes up.
+_PLACE = re.compile(r"(patch_embed|pos_embed|blocks|norm|feature|mask_token)[\w.]*")
 
 
 class FaceTransformer(nn.Module):
@@ -99,7 +103,8 @@ def read_weights(
     """Reads the variables of a `FaceTransformer`.
 
     Args:
-        path: a torch state dict (`.pt`, `.pth`, `.safetensors`) with InsightFace's names.
+        path: a torch state dict (`.pt`, `.pth`, `.safetensors`) with InsightFace's names, or what
+            torch exported from one to ONNX.
         module: the network that the file is for; default: LVFace-B.
 
     Returns:
@@ -109,10 +114,15 @@ def read_weights(
         ValueError: the file is damaged or does not hold this network.
     """
     module = module or FaceTransformer()
-    kind, arrays = formats.read_arrays(path)
-    if kind not in ("torch", "safetensors"):
-        raise ValueError(f"{path} is no torch state dict, the only form of LVFace that is read")
-    arrays = torch_files.without_prefix(arrays, "model.")
+    kind = formats.kind_of(path)
+    if kind == "onnx":
+        arrays = _exported(path, module.depth)
+    elif kind in ("torch", "safetensors"):
+        arrays = torch_files.without_prefix(formats.read_arrays(path)[1], "model.")
+    else:
+        raise ValueError(
+            f"{path} is no torch state dict and no ONNX file, the only forms of this that are read"
+        )
 
     def entry(leaf: tuple[str, ...], shape: tuple[int, ...]) -> conversion.Entry:
         *scopes, name = leaf[1:]
@@ -130,3 +140,39 @@ def read_weights(
         entry,
         ignore_fn=lambda name: name == unused or conversion.is_torch_counter(name),
     )
+
+
+def _exported(path: str | os.PathLike[str], depth: int) -> dict[str, np.ndarray]:
+    """The arrays of what torch exported to ONNX, under the names of the state dict.
+
+    An export keeps all names but those of matrices, which it turns over. Such a matrix is named
+    here after the bias that is added behind it; those without one are, in the order of the graph,
+    queries, keys and values of each block, and the two of the head.
+    """
+    graph = onnx_files.read_graph(path)
+    # What a node makes -> the bias that another one adds to it.
+    biases = {
+        value: name
+        for node in graph.nodes
+        if node.operator == "Add"
+        for name in node.inputs
+        for value in node.inputs
+        if name in graph.arrays and name.endswith(".bias") and value != name
+    }
+    nameless = [f"blocks.{number}.attn.qkv" for number in range(depth)]
+    nameless += ["feature.0", "feature.2"]
+    found = {name: array for name, array in graph.arrays.items() if _PLACE.fullmatch(name)}
+    products = [node for node in graph.nodes if node.operator in ("MatMul", "Gemm")]
+    num_nameless = 0
+    for node in products:
+        matrix = graph.arrays.get(node.inputs[1]) if len(node.inputs) > 1 else None
+        if matrix is None or matrix.ndim != 2 or not node.outputs:
+            continue
+        bias = node.inputs[2] if len(node.inputs) > 2 else biases.get(node.outputs[0])
+        if bias is None:
+            scope = nameless[num_nameless] if num_nameless < len(nameless) else node.inputs[1]
+            num_nameless += 1
+        else:
+            scope = bias.removesuffix(".bias")
+        found[f"{scope}.weight"] = matrix if node.settings.get("transB") else matrix.T
+    return found

@@ -49,7 +49,7 @@ _INSIGHTFACE = (
 
 _ADAFACE = "AdaFace's page (github.com/mk-minchul/AdaFace) links to the .ckpt files"
 _FRBENCH = "FRBench's releases (github.com/HKU-TASR/FRBench) have the archives with the .pth files"
-_LVFACE = "LVFace's authors publish the .pt files on Hugging Face (ByteDance/LVFace)"
+_LVFACE = "LVFace's authors publish the .pt and .onnx files on Hugging Face (ByteDance/LVFace)"
 
 # By extractor. Addresses and hashes of FaceNet: package keras-facenet 0.3.1; the other addresses:
 # package deepface 0.0.103, which publishes no hashes.
