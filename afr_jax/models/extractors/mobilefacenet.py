@@ -144,6 +144,8 @@ def read_weights(
 
     def entry(leaf: tuple[str, ...], shape: tuple[int, ...]) -> conversion.Entry:
         *scopes, layer, name = leaf[1:]
+        if (layer, name) not in _NPZ_LEAVES:  # Files of this form have no attention.
+            return conversion.plain_entry(f"{layer}/{name}", shape)
         stem = "_".join([*scopes, "" if scopes else f"{layer}/"])
         found = conversion.torch_entry("", name, shape)._replace(
             name=stem + _NPZ_LEAVES[layer, name]
