@@ -199,10 +199,28 @@ def test_loading_names_what_is_wrong(tmp_path):
         pipeline.load_recognizer("dlib", weights={"dlib": str(tmp_path / "absent.dat")})
 
 
-def test_two_extractors_come_with_the_install(monkeypatch):
+def test_two_extractors_come_with_the_install(monkeypatch, tmp_path):
     monkeypatch.setattr(download, "fetch", lambda name: pytest.fail(f"{name} asks for a network"))
-    loaded = pipeline.load_recognizer("dlib", "sface")
+    monkeypatch.setattr(download, "cache_folder", lambda: tmp_path)
+    loaded = pipeline.load_recognizer("all")
     assert list(loaded.extractors) == list(loaded.variables) == ["dlib", "sface"]
+
+
+@pytest.mark.parametrize(
+    "names, options, expected",
+    [
+        (("all",), {}, ("dlib", "sface", "openface")),
+        (("out/mine", "all", "sface"), {}, ("out/mine", "dlib", "openface", "sface")),
+        (("all",), {"given": {"lvface_t", "nobody"}}, ("dlib", "sface", "openface", "lvface_t")),
+        (("all",), {"without": ("dlib", "out/mine")}, ("sface", "openface")),
+        (("dlib",), {"given": {"lvface_t"}}, ("dlib",)),
+        (("all", "all"), {}, ("dlib", "sface", "openface")),
+        ((), {}, ()),
+    ],
+)
+def test_all_stands_for_what_can_be_loaded(monkeypatch, names, options, expected):
+    monkeypatch.setattr(registry, "present", lambda: ("dlib", "sface", "openface"))
+    assert pipeline.expand_names(names, **options) == expected
 
 
 def test_the_tag_names_extractor_and_weights(recognizer):

@@ -8,6 +8,7 @@ placeholder that may lie beside the state dict, but not in it.
 """
 
 import collections
+import functools
 import io
 import math
 import os
@@ -207,40 +208,35 @@ class _Unpickler(pickle.Unpickler):
 
 def _read_zip(data: bytes, foreign: list[str]) -> Any:
     storages: dict[str, _Storage] = {}
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        checks.check_archive(archive, len(data))
-        indices = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(indices) != 1:
-            raise ValueError(f"it has {len(indices)} indices (data.pkl), not one")
-        folder = indices[0].removesuffix("data.pkl")
-        order = f"{folder}byteorder"
-        if order in archive.namelist() and archive.read(order) != b"little":
-            raise ValueError("its arrays are big-endian")
+    # Stays open: the values are read when the state dict is known.
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    checks.check_archive(archive, len(data))
+    members = {info.filename: info for info in archive.infolist()}
+    indices = [name for name in members if name.endswith("/data.pkl")]
+    if len(indices) != 1:
+        raise ValueError(f"it has {len(indices)} indices (data.pkl), not one")
+    folder = indices[0].removesuffix("data.pkl")
+    order = f"{folder}byteorder"
+    if order in members and archive.read(order) != b"little":
+        raise ValueError("its arrays are big-endian")
 
-        def find_storage(dtype: np.dtype, key: str, size: int) -> _Storage:
-            name = f"{folder}data/{key}"
-            if name in storages:
-                if storages[name][:2] != (dtype, size):
-                    raise ValueError(f"{name} is of two types or sizes")
-                return storages[name]
-            if name not in archive.namelist():
-                raise ValueError(f"{name} is missing")
-            # Torch does not compress: a small file cannot stand for a huge array.
-            if archive.getinfo(name).file_size != size * dtype.itemsize:
-                raise ValueError(f"{name} has not the size that the index says")
-            if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{name} is compressed")
-            read: list[memoryview] = []
+    def find_storage(dtype: np.dtype, key: str, size: int) -> _Storage:
+        name = f"{folder}data/{key}"
+        if name in storages:
+            if storages[name][:2] != (dtype, size):
+                raise ValueError(f"{name} is of two types or sizes")
+            return storages[name]
+        if name not in members:
+            raise ValueError(f"{name} is missing")
+        # Torch does not compress: a small file cannot stand for a huge array.
+        if members[name].file_size != size * dtype.itemsize:
+            raise ValueError(f"{name} has not the size that the index says")
+        if members[name].compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} is compressed")
+        load_fn = functools.cache(lambda: memoryview(archive.read(name)))
+        return storages.setdefault(name, _Storage(dtype, size, load_fn))
 
-            def load() -> memoryview:
-                if not read:
-                    with zipfile.ZipFile(io.BytesIO(data)) as again:
-                        read.append(memoryview(again.read(name)))
-                return read[0]
-
-            return storages.setdefault(name, _Storage(dtype, size, load))
-
-        return _Unpickler(io.BytesIO(archive.read(indices[0])), find_storage, foreign).load()
+    return _Unpickler(io.BytesIO(archive.read(indices[0])), find_storage, foreign).load()
 
 
 def _read_legacy(data: bytes, foreign: list[str]) -> Any:
