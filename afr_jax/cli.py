@@ -19,6 +19,7 @@ PROGRAMS = {
     "collect": ("afr_jax.recognition.tasks.collect_photos", "CollectConfig"),
     "detect": ("afr_jax.recognition.tasks.detect_photos", "DetectConfig"),
     "enroll": ("afr_jax.recognition.tasks.enroll_gallery", "EnrollConfig"),
+    "face_coverage": ("afr_jax.evaluation.recognition.face_coverage", "FaceCoverageConfig"),
     "fawkes_evaluation": ("afr_jax.evaluation.cloaking.study", "FawkesEvaluationConfig"),
     "fetch_weights": ("afr_jax.recognition.tasks.fetch_weights", "FetchWeightsConfig"),
     "harden_extractor": (

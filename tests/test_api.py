@@ -280,7 +280,7 @@ def test_cloak(recognizer, pair, tmp_path):
     )
     assert outcome.complete
     for path, photo in zip(pair, cloaked, strict=True):
-        assert (tmp_path / "out" / f"{path.stem}_cloaked.png").read_bytes() == photo.png
+        assert (tmp_path / "out" / f"{path.stem}_cloaked.png").read_bytes() == photo.data
 
 
 @pytest.mark.shared

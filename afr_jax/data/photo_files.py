@@ -9,7 +9,7 @@ import os
 import pathlib
 import stat
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 _SYSTEM_NAMES = (".ds_store", "thumbs.db", "desktop.ini")
 
@@ -82,7 +82,7 @@ def output_paths(
     inputs: Sequence[PhotoInput],
     output_dir: str | os.PathLike[str],
     *,
-    suffix: str = "_cloaked.png",
+    suffix: str | Callable[[PhotoInput], str] = "_cloaked.png",
     taken: Mapping[str, str] | None = None,
 ) -> list[pathlib.Path]:
     """Names one output per input: `<output_dir>/<relative folder>/<stem><suffix>`.
@@ -94,7 +94,7 @@ def output_paths(
     Args:
         inputs: Files from `list_photos`; earlier ones choose first.
         output_dir: Folder of the outputs.
-        suffix: End of the names.
+        suffix: End of the names, or what gives it for an input.
         taken: Output of an earlier run by input, str(input.path) to its path. Its inputs keep their
             name, the others avoid it.
 
@@ -109,7 +109,8 @@ def output_paths(
             outputs.append(pathlib.Path(taken[str(item.path)]))
             continue
         folder = pathlib.Path(output_dir, *item.relative.parent.parts)
-        names = (f"{name}{suffix}" for name in _stems(item.relative))
+        end = suffix if isinstance(suffix, str) else suffix(item)
+        names = (f"{name}{end}" for name in _stems(item.relative))
         output = next(folder / name for name in names if _folded(folder / name) not in used)
         used.add(_folded(output))
         outputs.append(output)

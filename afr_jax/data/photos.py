@@ -1,4 +1,4 @@
-"""Photos from files, folders, arrays and PIL images: decoding to upright RGB, encoding to PNG.
+"""Photos from files, folders, arrays and PIL images: decoding to upright RGB, encoding again.
 
 A decoded photo is uint8 in 0..255, layout [H, W, 3], RGB, upright; alpha, gray mode and color
 profile travel beside it, so that what is written back differs from the source in its pixels only.
@@ -18,7 +18,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import (
@@ -81,8 +81,28 @@ _EXIF_DROPPED = {0x927C, 0xA005, 0xA002, 0xA003}  # maker note, interoperability
 _warnings_lock = threading.Lock()
 
 
+# What is read of a note that a program left in a file, in characters.
+_MAX_NOTE = 200
+# JPEG files of photos that were none: of this quality, chroma whole (4:4:4).
+_NEW_JPEG_QUALITY = 95
+
+
 class PhotoError(Exception):
     """A file that cannot be taken as a photo; the message is a short reason without the path."""
+
+
+class JpegSettings(NamedTuple):
+    """How a JPEG file was encoded.
+
+    Attributes:
+        tables: Quantization tables of 64 numbers, by component; the last one is that of the rest.
+        subsampling: Of chroma: 0 for 4:4:4, 1 for 4:2:2, 2 for 4:2:0.
+        progressive: Whether it shows coarse first.
+    """
+
+    tables: tuple[tuple[int, ...], ...]
+    subsampling: int
+    progressive: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +116,8 @@ class Photo:
         icc_profile: Profile of `pixels` to write back; None stands for sRGB.
         exif: EXIF block without orientation, thumbnail and maker note, for `keep_metadata`.
         name: Path below the folder it was found in, the name of its file, or "photo_<number>".
+        jpeg: How the file was encoded; None where it was no JPEG file of three colors or gray.
+        note: What a program wrote into the file: the comment of JPEG, the software of PNG.
     """
 
     pixels: np.ndarray
@@ -104,6 +126,8 @@ class Photo:
     icc_profile: bytes | None = None
     exif: bytes | None = None
     name: str = ""
+    jpeg: JpegSettings | None = None
+    note: str | None = None
 
 
 # One photo: pixels [H, W, 3] uint8, the path of a file, a PIL image of any mode, or a decoded one.
@@ -374,7 +398,9 @@ def through_jpeg(pixels: np.ndarray, *, quality: int) -> np.ndarray:
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
-def encode_png(photo: Photo, pixels: np.ndarray, *, keep_metadata: bool = False) -> bytes:
+def encode_png(
+    photo: Photo, pixels: np.ndarray, *, keep_metadata: bool = False, note: str | None = None
+) -> bytes:
     """Encodes new pixels as PNG, with alpha, gray mode and color profile of the photo.
 
     Args:
@@ -383,6 +409,7 @@ def encode_png(photo: Photo, pixels: np.ndarray, *, keep_metadata: bool = False)
             ITU-R 601 luma is written, which is any of the channels where they are equal.
         keep_metadata: Whether `photo.exif` is written: camera, date, and place, too. Comments and
             XMP are never written.
+        note: Text for programs that read the file, as `Photo.note`.
 
     Returns:
         The content of a PNG file.
@@ -390,19 +417,78 @@ def encode_png(photo: Photo, pixels: np.ndarray, *, keep_metadata: bool = False)
     Raises:
         ValueError: If `pixels` does not have the shape of `photo.pixels` or is not uint8.
     """
+    image = _with_mode_of(photo, pixels)
+    if photo.alpha is not None:
+        image.putalpha(Image.fromarray(photo.alpha))
+    buffer = io.BytesIO()
+    info = PngImagePlugin.PngInfo()
+    if note is not None:
+        info.add_text("Software", note)
+    exif = photo.exif if keep_metadata else None
+    image.save(buffer, "PNG", icc_profile=photo.icc_profile, exif=exif, pnginfo=info)
+    return buffer.getvalue()
+
+
+def encode_jpeg(
+    photo: Photo, pixels: np.ndarray, *, keep_metadata: bool = False, note: str | None = None
+) -> bytes:
+    """Encodes new pixels as JPEG: as the photo's own file was, where that is known.
+
+    The tables and the halving of chroma are those of the photo's file, so blocks whose pixels did
+    not change lose next to nothing. For other photos: quality 95, 4:4:4.
+
+    Args:
+        photo: What was decoded.
+        pixels: As in `encode_png`.
+        keep_metadata: As in `encode_png`.
+        note: As in `encode_png`.
+
+    Returns:
+        The content of a JPEG file.
+
+    Raises:
+        ValueError: As in `encode_png`; or the photo has transparent pixels, which JPEG has not.
+    """
+    image = _with_mode_of(photo, pixels)
+    if photo.alpha is not None:
+        raise ValueError("JPEG files have no transparency; PNG has")
+    settings: dict[str, Any] = {"quality": _NEW_JPEG_QUALITY, "subsampling": 0}
+    if photo.jpeg is not None:
+        settings = {
+            "qtables": [list(table) for table in photo.jpeg.tables],
+            "subsampling": photo.jpeg.subsampling,
+            "progressive": photo.jpeg.progressive,
+        }
+    if photo.icc_profile:
+        settings["icc_profile"] = photo.icc_profile
+    if keep_metadata and photo.exif:
+        settings["exif"] = photo.exif
+    if note is not None:
+        settings["comment"] = note
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", optimize=True, **settings)
+    return buffer.getvalue()
+
+
+def format_of_file(path: str | os.PathLike[str]) -> str | None:
+    """Name of a photo file's format ("JPEG", "PNG", ..) by its first bytes; None for no photo."""
+    try:
+        if not pathlib.Path(path).is_file():
+            return None
+        with pathlib.Path(path).open("rb") as file:
+            return _known_format(file.read(_HEADER_BYTES))
+    except (OSError, ValueError):  # ValueError: a null character in the path
+        return None
+
+
+def _with_mode_of(photo: Photo, pixels: np.ndarray) -> Image.Image:
+    """New pixels of a photo as an image of its mode, gray or RGB."""
     if pixels.dtype != np.uint8 or pixels.shape != photo.pixels.shape:
         raise ValueError(
             f"pixels must be uint8 {photo.pixels.shape}, got {pixels.dtype} {pixels.shape}"
         )
     image = Image.fromarray(pixels)
-    if photo.gray:
-        image = image.convert("L")
-    if photo.alpha is not None:
-        image.putalpha(Image.fromarray(photo.alpha))
-    buffer = io.BytesIO()
-    exif = photo.exif if keep_metadata else None
-    image.save(buffer, "PNG", icc_profile=photo.icc_profile, exif=exif)
-    return buffer.getvalue()
+    return image.convert("L") if photo.gray else image
 
 
 def _format_of(header: bytes) -> str:
@@ -453,6 +539,7 @@ def _decode(image: ImageFile.ImageFile, file_format: str, data: bytes) -> Photo:
 def _from_pillow(image: Image.Image, *, is_gray: bool = False) -> Photo:
     """The photo of a loaded image, which is changed."""
     icc_profile = image.info.get("icc_profile")
+    jpeg, note = _jpeg_settings(image), _note(image)
     with _warnings_ignored():
         exif = _make_upright(image)
     if image.mode in _WIDE_RANGES:
@@ -468,7 +555,29 @@ def _from_pillow(image: Image.Image, *, is_gray: bool = False) -> Photo:
         b"GRAY" if gray else b"RGB ",
         b"acsp",
     )
-    return Photo(pixels, alpha, gray, icc_profile if fits else None, exif)
+    return Photo(pixels, alpha, gray, icc_profile if fits else None, exif, jpeg=jpeg, note=note)
+
+
+def _jpeg_settings(image: Image.Image) -> JpegSettings | None:
+    """How the file of an image was encoded, where it is JPEG of gray or three colors."""
+    if not isinstance(image, JpegImagePlugin.JpegImageFile) or image.mode not in ("L", "RGB"):
+        return None
+    tables = tuple(tuple(image.quantization[key]) for key in sorted(image.quantization))
+    if not 1 <= len(tables) <= 4 or any(len(table) != 64 for table in tables):
+        return None
+    # Rare forms, such as 4:4:0, are -1; whole chroma loses nothing of theirs.
+    subsampling = max(JpegImagePlugin.get_sampling(image), 0)
+    return JpegSettings(tables, subsampling, bool(image.info.get("progressive")))
+
+
+def _note(image: Image.Image) -> str | None:
+    """The text that a program left in a file, cut to what is worth reading."""
+    note = image.info.get(
+        "comment" if isinstance(image, JpegImagePlugin.JpegImageFile) else "Software"
+    )
+    if isinstance(note, bytes):
+        note = note[:_MAX_NOTE].decode("utf-8", "replace")
+    return note[:_MAX_NOTE] if isinstance(note, str) and note else None
 
 
 def _make_upright(image: Image.Image) -> bytes | None:

@@ -58,7 +58,8 @@ def read_chips(
         extractor: whose chips, of side S.
         listing: of `list_photos`; of anything, without cloaks.
         cloaks: folders of cloaked photos; below each the version of `<folder>/<stem>.<suffix>` is
-            `<folder>/<stem>_cloaked.png` (as `experiments.cloak` writes it) or has the same name.
+            `<folder>/<stem>_cloaked.png` or .jpg (as `experiments.cloak` writes it) or has the same
+            name.
         report_fn: called with the number of photos that were handled since (progress).
 
     Returns:
@@ -82,7 +83,8 @@ def read_chips(
 
 def _cloaked(root: pathlib.Path, sample: identities.Sample) -> pathlib.Path:
     place = root.joinpath(*sample.sample_id.split("/")[1:])
-    found = [place.with_name(f"{place.stem}_cloaked.png"), place, place.with_suffix(".png")]
+    found = [place.with_name(f"{place.stem}_cloaked{suffix}") for suffix in (".png", ".jpg")]
+    found += [place, place.with_suffix(".png")]
     for path in found:
         if path.is_file():
             return path

@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 import pillow_heif
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin
 
 from afr_jax.core import files
 from afr_jax.data import photo_files, photos
@@ -450,6 +450,89 @@ def test_encode_png_checks_pixels():
     png = photos.encode_png(photo, turned)
     np.testing.assert_array_equal(photos.decode_photo(png).pixels, turned)
     assert png == photos.encode_png(photo, turned)
+
+
+# Encoding to JPEG
+
+
+def _grain(*shape: int) -> np.ndarray:
+    """Smooth colors with grain: what a photo is to an encoder."""
+    levels = np.random.default_rng(1).normal(128, 20, (*shape, 1)) * [1.0, 0.9, 0.8]
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    levels += 60 * np.sin(rows / 9)[..., None] + 40 * np.cos(columns / 7)[..., None]
+    return np.clip(levels, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("quality", [40, 75, 92])
+def test_jpeg_is_encoded_as_its_file_was(quality, subsampling, progressive):
+    options = {"quality": quality, "subsampling": subsampling, "progressive": progressive}
+    data = _bytes(_grain(64, 80), "JPEG", **options)
+    photo = photos.decode_photo(data)
+    again = photos.encode_jpeg(photo, photo.pixels)
+    images = [Image.open(io.BytesIO(each)) for each in (data, again)]
+    assert images[0].quantization == images[1].quantization
+    assert JpegImagePlugin.get_sampling(images[1]) == subsampling
+    assert bool(images[1].info.get("progressive")) == progressive
+    assert len(again) < 1.1 * len(data)
+    change = np.abs(photos.decode_photo(again).pixels.astype(int) - photo.pixels)
+    # A file of quality 95 instead would lose more.
+    assert change.mean() < 0.6
+
+
+def test_gray_jpeg_stays_gray():
+    data = _bytes(_grain(32, 32)[:, :, 0], "JPEG", quality=80)
+    photo = photos.decode_photo(data)
+    image = Image.open(io.BytesIO(photos.encode_jpeg(photo, photo.pixels)))
+    assert image.mode == "L" and image.quantization == Image.open(io.BytesIO(data)).quantization
+
+
+def test_other_photos_become_jpeg_of_high_quality():
+    photo = photos.decode_photo(_bytes(_grain(32, 32)))
+    assert photo.jpeg is None
+    data = photos.encode_jpeg(photo, photo.pixels)
+    expected = Image.open(io.BytesIO(_bytes(_grain(32, 32), "JPEG", quality=95, subsampling=0)))
+    assert Image.open(io.BytesIO(data)).quantization == expected.quantization
+    assert photos.decode_photo(data).jpeg.subsampling == 0
+
+
+def test_jpeg_has_no_transparency():
+    photo = photos.decode_photo(_bytes(_noise(8, 8, 4)))
+    with pytest.raises(ValueError, match="no transparency"):
+        photos.encode_jpeg(photo, photo.pixels)
+
+
+def test_jpeg_keeps_profile_and_metadata_as_png_does():
+    data = _bytes(_blocks(), "JPEG", icc_profile=SRGB, exif=_exif(6).tobytes(), comment="here")
+    photo = photos.decode_photo(data)
+    written = photos.encode_jpeg(photo, photo.pixels)
+    assert Image.open(io.BytesIO(written)).info["icc_profile"] == SRGB
+    assert not _exif_of(written) and b"here" not in written
+    written = photos.encode_jpeg(photo, photo.pixels, keep_metadata=True)
+    assert _exif_of(written)[0x010F] == "Maker" and 0x0112 not in _exif_of(written)
+    assert b"here" not in written
+
+
+@pytest.mark.parametrize("encode_fn", [photos.encode_png, photos.encode_jpeg])
+def test_a_note_is_read_again(encode_fn):
+    photo = photos.decode_photo(_bytes(_blocks()))
+    assert photo.note is None
+    assert photos.decode_photo(encode_fn(photo, photo.pixels)).note is None
+    assert photos.decode_photo(encode_fn(photo, photo.pixels, note="by me")).note == "by me"
+
+
+def test_notes_of_others_are_cut_and_need_not_be_text():
+    data = _bytes(_blocks(), "JPEG", comment=b"\xff" * 60_000)
+    assert len(photos.decode_photo(data).note) == 200
+
+
+@pytest.mark.parametrize("kind, expected", [("PNG", "PNG"), ("JPEG", "JPEG"), (None, None)])
+def test_the_format_is_that_of_the_first_bytes(tmp_path, kind, expected):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"no photo" if kind is None else _bytes(_blocks(), kind))
+    assert photos.format_of_file(path) == expected
+    assert photos.format_of_file(tmp_path) is photos.format_of_file(tmp_path / "none") is None
 
 
 # What is no photo

@@ -196,17 +196,17 @@ def test_verdicts_name_extractor_distance_and_threshold():
     }
     words = _render(_report(_image("a.png", [_face(extractors=extractors)]))).words
     assert (
-        "dlib the cloak was made against it PNG as written: another person at this threshold "
+        "dlib the cloak was made against it As written: another person at this threshold "
         "(distance 1.02, threshold 0.60). After JPEG quality 75: still the same person at this "
         "threshold (distance 0.58, threshold 0.60)."
     ) in words
     assert (
-        "facenet had no part in making the cloak PNG as written: still the same person at this "
+        "facenet had no part in making the cloak As written: still the same person at this "
         "threshold (distance 0.31, threshold 0.90)."
     ) in words
     # Two digits would print the same number twice and hide which side it is on.
     assert "(distance 0.5998, threshold 0.6000)" in words
-    assert "mute PNG as written: no distance." in words
+    assert "mute As written: no distance." in words
     assert "After JPEG quality 75: no distance, not found." in words
     assert "rounding to 8 bits (circle) 1.15, after 1.02" in words
     # Five on the written file and two after JPEG.
@@ -243,14 +243,14 @@ def test_shares_of_moved_faces_are_counted_for_each_extractor():
     assert [rows[name]["made_against"] for name in rows] == [True, False]
     words = _render(_two_faces()).words
     assert (
-        "Extractor PNG as written After JPEG quality 75 dlib the cloak was made against it "
+        "Extractor As written After JPEG quality 75 dlib the cloak was made against it "
         "threshold 0.60 1 of 2 faces (50 %) median distance 0.75 1 of 2 faces (50 %) median "
         "distance 0.65 other had no part in making the cloak threshold 0.60 2 of 2 faces (100 %) "
         "median distance 0.75 0 of 1 face (0 %) median distance 0.50 no distance for 1 face"
     ) in words
     assert "other had no part in making the cloak: what it says is nearest" in words
     assert "judged only by" not in words
-    assert "on the PNG file as written and after JPEG quality 75." in words
+    assert "on the file as written and after JPEG quality 75." in words
 
 
 def test_a_cloak_that_nobody_else_judged_is_called_so():
@@ -399,7 +399,7 @@ def test_every_photo_is_there_and_loaded_lazily_one_at_a_time():
 def test_a_pair_that_cannot_be_shown_leaves_the_figures(pair, message):
     page = _render(_report(_image("a.png", [_face()])), lambda _: pair)
     assert message in page.words
-    assert "PNG as written: another person at this threshold" in page.words
+    assert "As written: another person at this threshold" in page.words
     assert not page.pictures("before")
 
 
@@ -465,7 +465,7 @@ def test_honest_words_are_there_and_soothing_ones_are_not():
         "purifies pictures",
         "Clean photos of the person elsewhere",
         "Made against dlib. Other recognizers may not be moved",
-        "Checked on dlib and facenet only, on the PNG file as written",
+        "Checked on dlib and facenet only, on the file as written",
         "Sites re-encode and shrink what is uploaded. That was neither modelled nor checked",
         "exit code 0, all done; 3, done, but some inputs could not be handled",
     ):

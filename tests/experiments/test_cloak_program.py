@@ -285,6 +285,62 @@ def test_without_a_second_detector_the_report_says_so(tmp_path, monkeypatch):
     assert "No second detector looked" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_outputs_are_of_the_photos_format_and_are_not_cloaked_again(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    _portrait(144).save(photos / "a.jpg", quality=85)
+    _portrait(160).save(photos / "b.png")
+    made = f"--surrogates={_save_extractor(tmp_path / 'made', 0)}"
+    _, complete = _run(tmp_path, f"--images={photos}", "--format=same", made)
+    assert complete
+    records, report = _report(tmp_path)
+    assert [records[name]["status"] for name in ("a.jpg", "b.png")] == ["cloaked"] * 2
+    written = tmp_path / "out" / "a_cloaked.jpg"
+    assert records["a.jpg"]["output"] == written.name
+    with Image.open(written) as final, Image.open(photos / "a.jpg") as original:
+        assert final.format == "JPEG" and final.quantization == original.quantization
+    (face,) = records["a.jpg"]["faces"]
+    assert face["dssim"] <= report["settings"]["dssim_budget"]
+    pair = _pixels(photos / "a.jpg", "RGB"), _pixels(written, "RGB")
+    y0, x0, y1, x1 = face["box"]
+    measured = ssim.dssim_uint8(*(pixels[y0:y1, x0:x1] for pixels in pair))
+    assert 0 < measured <= face["dssim"] + 1e-9
+    assert "as JPEG changes each a little" in (tmp_path / "out" / "report.html").read_text()
+
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*_cloaked.*")}
+    for images, output in ((tmp_path / "out", "out"), (tmp_path / "out", "second")):
+        result, complete = _run(
+            tmp_path, f"--images={images}", "--format=same", made, output=output
+        )
+        assert complete and result["summary"] == {
+            **dict.fromkeys(result["summary"], 0),
+            "already_cloaked": 2,
+        }
+        assert {path: path.read_bytes() for path in before} == before
+    assert not list((tmp_path / "second").glob("*_cloaked*"))
+    assert "Left as they are: 2 photos" in (tmp_path / "second" / "report.html").read_text()
+    flags = [f"--images={tmp_path / 'out'}", "--format=same", made, "--again"]
+    result, complete = _run(tmp_path, *flags, output="second")
+    assert complete and result["summary"]["cloaked"] == 2
+    assert (tmp_path / "second" / "a_cloaked_cloaked.jpg").exists()
+
+
+def test_outputs_without_a_note_are_known_by_their_pixels(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    _portrait(144).save(photos / "a.png")
+    flags = [f"--images={photos}", "--nomarked"]
+    flags.append(f"--surrogates={_save_extractor(tmp_path / 'made', 0)}")
+    _run(tmp_path, *flags)
+    with Image.open(tmp_path / "out" / "a_cloaked.png") as final:
+        final.save(photos / "copy.bmp")
+    _, complete = _run(tmp_path, *flags)
+    assert complete
+    records, _ = _report(tmp_path)
+    assert records["copy.bmp"]["status"] == "already_cloaked" and not records["copy.bmp"]["faces"]
+    assert records["a.png"]["status"] == "cloaked"
+
+
 def test_foreign_output_is_kept_unless_told(tmp_path):
     photo = tmp_path / "p.png"
     _portrait(192).save(photo)

@@ -204,6 +204,26 @@ def test_broken_promises_fail(recognizer, photo, budget, leak, reason):
         assert record["status"] == "failed" and reason in record["reason"]
 
 
+def _through_jpeg(pixels):
+    return photos.through_jpeg(pixels, quality=90)
+
+
+def test_after_jpeg_the_rest_is_that_of_the_original_in_jpeg(recognizer, photo):
+    original, final = photo
+    final[5:45, 5:95] ^= 24  # What 90 leaves of it must differ.
+    written, plain = _through_jpeg(final), _through_jpeg(original.pixels)
+    records = _check(recognizer, original, written, reencoded=plain)
+    assert [record["status"] for record in records] == ["cloaked", "cloaked"]
+    for record in _check(recognizer, original, written):
+        assert record["reason"] == "pixels outside the face regions changed"
+    written = written.copy()
+    written[-1, -1] ^= 1
+    for record in _check(recognizer, original, written, reencoded=plain):
+        assert record["reason"] == "pixels outside the face regions changed"
+    for record in _check(recognizer, original, plain, reencoded=plain):
+        assert record["status"] == "unchanged"
+
+
 def test_judging_again_gives_what_judging_at_once_gives(recognizer, photo):
     original, final = photo
     at_once = _check(recognizer, original, final)

@@ -47,9 +47,11 @@ _BOX, _SHIFTED, _AWAY = (20, 20, 80, 80), (26, 26, 86, 86), (120, 120, 190, 190)
         (None, 0.82, False),
         (0.9995, None, True),  # One alone is very sure.
         (None, 0.9, True),
-        (0.7, 0.7, False),  # Both doubt it: told.
+        (0.85, None, False),  # One alone is nearly sure: told as well.
+        (None, 0.75, False),
+        (0.7, 0.65, False),  # Both doubt it: told.
         (0.7, None, None),  # Doubted by one, not seen by the other: dropped.
-        (None, 0.7, None),
+        (None, 0.65, None),
     ],
 )
 def test_which_faces_count(monkeypatch, ours, theirs, counts):
@@ -118,6 +120,20 @@ def test_faces_of_smaller_pictures_lie_in_pixels_of_the_photo(monkeypatch):
     assert shapes == [(1200, 500, 3), (600, 250, 3), (300, 125, 3)]
 
 
+@pytest.mark.parametrize("smallest, expected", [(20, 0), (28, 0), (30, 1), (50, 2)])
+def test_levels_are_those_of_a_tracker(monkeypatch, smallest, expected):
+    asked = []
+
+    def detect_faces(variables, picture, *, options):
+        asked.extend(detect.pyramid_scales(*picture.shape[:2], options))
+        return detect.no_faces()
+
+    monkeypatch.setattr(detect, "detect_faces", detect_faces)
+    union.detect_union({}, None, _BLACK, options=union.UnionOptions(min_face_px=smallest))
+    usual = detect.pyramid_scales(200, 200, detect.DetectorOptions())
+    np.testing.assert_allclose(asked, usual[expected:], rtol=1e-12)
+
+
 def test_confidences_rise():
     with pytest.raises(ValueError, match="must rise"):
         union.Confidences(0.9, 0.8, 0.99)
@@ -146,8 +162,7 @@ def _photo(shared, name):
 
 def _seen_by(variables, second, pixels):
     """How many faces MTCNN, YuNet and both together see in a photo, at default settings."""
-    options = detect.DetectorOptions(min_face_px=30)
-    ours = detect.detect_faces(variables, pixels, options=options)
+    ours = detect.detect_faces(variables, pixels)
     theirs = second(pixels)
     return len(ours.boxes), len(theirs.boxes), union.detect_union(variables, second, pixels)
 
@@ -174,7 +189,7 @@ def test_a_face_without_its_eyes_is_found(shared, variables, second):
 
 @pytest.mark.shared
 def test_a_face_behind_bars_is_found(shared, variables, second):
-    pixels = np.asarray(_photo(shared, "Ben_Wallace_0001")).copy()
+    pixels = np.asarray(_photo(shared, "Kofi_Annan_0001")).copy()
     pixels[:, ::6] = pixels[:, 1::6] = 20
     ours, theirs, seen = _seen_by(variables, second, pixels)
     assert (ours, theirs) == (1, 0)

@@ -27,10 +27,11 @@ class CloakConfig(options.Config):
 
         python -m experiments.cloak --images=photos --output_dir=cloaked --mode=mid
 
-    writes `cloaked/<folders>/<stem>_cloaked.png` for every photo, `report.json` and `report.html`.
-    Without flags it cloaks a sample portrait. A second run skips what is done and goes on with what
-    was interrupted; originals are never touched. Exit code 3: some photos were not handled, each is
-    named in the report. Files in folders that are no photos are counted as skipped.
+    writes `cloaked/<folders>/<stem>_cloaked.png` for every photo (.jpg with --format=jpeg),
+    `report.json` and `report.html`. Without flags it cloaks a sample portrait. A second run skips
+    what is done and goes on with what was interrupted; originals are never touched, and outputs are
+    left as they are unless --again. Exit code 3: some photos were not handled, each is named in the
+    report. Files in folders that are no photos are counted as skipped.
 
     Photos are worked on in groups of 8, in the order of their names. Faces of one group that show
     the same person are moved away from what they have in common, which carries over better to
@@ -76,6 +77,11 @@ class CloakConfig(options.Config):
     gallery: str | None = options.option(None, "folder per person, for --target=farthest")
     face_filter: face_filters.FaceFilter = options.group(face_filters.FaceFilter)
     search: fawkes.FawkesSearch = options.group(fawkes.FawkesSearch)
+    file_format: Literal["png", "jpeg", "same"] = options.option(
+        "png", "jpeg: at the photo's own quality; same: jpeg where the photo is", flag="format"
+    )
+    marked: bool = options.option(True, "note in the files that they are cloaked, for all to read")
+    again: bool = options.option(False, "cloak photos that are cloaked already once more")
     overwrite: bool = options.option(False, "replace existing files in the output folder")
     keep_metadata: bool = options.option(False, "keep EXIF data, the place included")
     workdir: str | None = options.option(None, "folder of the records; default: in --output_dir")
@@ -114,7 +120,9 @@ def run(config: CloakConfig) -> options.Outcome:
     work = _open_workdir(records_dir, settings, overwrite=config.overwrite)
     with options.usage("--images"):
         images = config.images or [shared_options.sample_portrait()]
-        jobs, num_skipped = records.list_jobs(images, output_dir, work.path)
+        jobs, num_skipped = records.list_jobs(
+            images, output_dir, work.path, file_format=config.file_format
+        )
     if not jobs:
         raise options.UsageError(f"--images={','.join(config.images)} holds no photos")
     with options.usage("--faces"):
@@ -179,6 +187,9 @@ def _load(config: CloakConfig) -> workflow.Workflow:
         union.load_second(),
         config.face_filter,
         config.keep_metadata,
+        config.file_format,
+        config.marked,
+        config.again,
     )
 
 
@@ -197,6 +208,8 @@ def _settings(config: CloakConfig, flow: workflow.Workflow) -> dict[str, files.J
         "min_confidence": config.face_filter.min_confidence,
         "min_face_px": config.face_filter.min_face_px,
         "keep_metadata": config.keep_metadata,
+        "format": config.file_format,
+        "marked": config.marked,
         "seed": config.seed,
     }
 

@@ -34,6 +34,7 @@ _WRITTEN = ("cloaked", "partly_cloaked")
 _IMAGE_STATUSES = {
     "cloaked": "cloaked",
     "partly_cloaked": "cloaked in part",
+    "already_cloaked": "cloaked already",
     "no_face": "no face found",
     "unreadable": "unreadable",
     "failed": "failed",
@@ -206,7 +207,11 @@ def _page(
         "num_partly": counts["partly_cloaked"],
         "has_second_detector": "yunet" in _names(settings.get("detectors") or ["yunet"]),
         "num_faces_cloaked": sum(len(_cloaked_faces(image)) for image in images),
-        "not_cloaked": [head for head in heads if not head["cloaked"]],
+        "num_already": counts["already_cloaked"],
+        "already": [head for head in heads if head["status"] == "already_cloaked"],
+        "not_cloaked": [
+            head for head in heads if not head["cloaked"] and head["status"] != "already_cloaked"
+        ],
         "partly_cloaked": [head for head in heads if head["cloaked"] and head["left_faces"]],
         "extractors": rows,
         "surrogates": _names(settings.get("surrogates")),
@@ -272,6 +277,7 @@ def _head(number: int, image: Mapping[str, files.Json]) -> dict[str, files.Json]
         "name": re.split(r"[/\\]", name)[-1] or name,
         "path": name,
         "output": image.get("output"),
+        "is_jpeg": str(image.get("output")).endswith(".jpg"),
         "cloaked": image.get("status") in _WRITTEN,
         "status": image.get("status"),
         "label": _status_label(image.get("status")),

@@ -23,6 +23,8 @@ REENCODING = (
 )
 
 _JPEG_QUALITY = 75
+# Sides of the blocks of a JPEG file with halved chroma, and how far its enlargement reaches.
+_JPEG_BLOCK, _JPEG_BLUR = 16, 2
 # A face of the final photo is the face of the original if their boxes overlap this much.
 _SAME_FACE_IOU = 0.5
 _NOT_FOUND = "the face was not found again"
@@ -116,6 +118,7 @@ def check_photo(
     surrogates: Collection[str],
     dssim_budget: float,
     options: union.UnionOptions,
+    reencoded: np.ndarray | None = None,
 ) -> list[CloakRecord]:
     """Measures every cloaked face of a photo on its final pixels.
 
@@ -128,16 +131,20 @@ def check_photo(
         surrogates: names of the extractors that the cloak was made against.
         dssim_budget: of the cloak.
         options: of the detectors.
+        reencoded: `[H, W, 3]` uint8, the original through the encoder of the final file; None where
+            that loses nothing.
 
     Returns:
         A record for each face, as in report.json; status `cloaked` only if it changed, its DSSIM
-        lies within the budget and every pixel outside the regions is the original's.
+        lies within the budget and every pixel outside the regions is the original's, or that of
+        `reencoded`.
     """
+    plain = photo.pixels if reencoded is None else reencoded
     untouched = np.ones(final.shape[:2], bool)
     for face in cloaked:
-        y0, x0, y1, x1 = face.region
+        y0, x0, y1, x1 = face.region if reencoded is None else _jpeg_reach(face.region)
         untouched[y0:y1, x0:x1] = False
-    leaked = bool(np.any(photo.pixels[untouched] != final[untouched]))
+    leaked = bool(np.any(plain[untouched] != final[untouched]))
     before = [face.distances for face in cloaked]
     judged, found_again = _judge(
         recognizer, second, photo.pixels, photo.faces, final, before, surrogates, options
@@ -162,7 +169,7 @@ def check_photo(
         problem = _problem(dssim, dssim_budget, leaked)
         if problem:
             record.update(status="failed", reason=problem)
-        elif not np.any(change):
+        elif np.array_equal(final[y0:y1, x0:x1], plain[y0:y1, x0:x1]):
             record.update(status="unchanged", reason="no change within the budget was found")
         records.append(record)
     return records
@@ -301,6 +308,13 @@ def _same_places(faces: detect.Faces, found: detect.Faces) -> list[np.ndarray | 
         found.landmarks[int(row.argmax())] if row.size and row.max() >= _SAME_FACE_IOU else None
         for row in same
     ]
+
+
+def _jpeg_reach(region: np.ndarray) -> np.ndarray:
+    """What a change of a region can change in a JPEG file: whole blocks, and what is blurred in."""
+    low, high = region[:2] // _JPEG_BLOCK, -(-region[2:] // _JPEG_BLOCK)
+    whole = np.concatenate([low, high]) * _JPEG_BLOCK
+    return np.maximum(whole + np.array([-1, -1, 1, 1]) * _JPEG_BLUR, 0)
 
 
 def _problem(dssim: float, dssim_budget: float, leaked: bool) -> str | None:

@@ -6,6 +6,7 @@ that was killed goes on where it was and ends with the same bytes.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,10 @@ from afr_jax.methods.cloaking import check, records, targets, workflow
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect
 
-STATUSES = ("cloaked", "partly_cloaked", "no_face", "unreadable", "failed")
+STATUSES = (
+    *("cloaked", "partly_cloaked", "already_cloaked"),
+    *("no_face", "unreadable", "failed"),
+)
 _TARGET = "target.json"
 
 
@@ -74,14 +78,15 @@ class FolderRun:
             for start in range(0, len(jobs), workflow.GROUP)
         }
         opened = {
-            start: group for start, group in groups.items() if not all(map(records.is_done, group))
+            start: group for start, group in groups.items() if not all(map(self._is_done, group))
         }
         target = self._choose_target(jobs) if opened else None
         judges = self.judges
+        known = records.known_pixels(self.work.path)
         found = []
         for number in progress.track(range(len(jobs)), description="photos"):
             if number in opened:
-                self._work_on_group(opened[number], target, judges)
+                self._work_on_group(opened[number], target, judges, known)
             self._judge_again(jobs[number], judges)
             found.append(records.read(jobs[number])["image"])
         return found
@@ -96,8 +101,10 @@ class FolderRun:
         group: Sequence[records.Job],
         target: targets.Target | None,
         judges: dict[str, str],
+        known: frozenset[str],
     ) -> None:
-        loaded = [item for item in parallel.thread_map(self._load, group) if item is not None]
+        load_fn = functools.partial(self._load, known=known)
+        loaded = [item for item in parallel.thread_map(load_fn, group) if item is not None]
         num_faces = sum(len(item.found.task.faces.boxes) for item in loaded)
         total = num_faces * self.flow.method.num_steps
         with progress.counter(total, description="face steps") as report_fn:
@@ -105,11 +112,17 @@ class FolderRun:
                 self.key, [item.found for item in loaded], target=target, report_fn=report_fn
             )
         for item, outcome in zip(loaded, outcomes, strict=True):
-            if not records.is_done(item.job):
+            if not self._is_done(item.job):
                 self._finish(item, outcome, judges)
 
-    def _load(self, job: records.Job) -> _Loaded | None:
-        """Reads a photo and finds its faces; None, with a record, if it cannot be read."""
+    def _is_done(self, job: records.Job) -> bool:
+        """Whether nothing is left to do for a job."""
+        if not records.is_done(job):
+            return False
+        return not self.flow.again or records.read(job)["image"]["status"] != "already_cloaked"
+
+    def _load(self, job: records.Job, *, known: frozenset[str]) -> _Loaded | None:
+        """Reads a photo and finds its faces; None, with a record, if there is nothing to cloak."""
         sha256 = None
         try:
             if job.source.problem is not None:
@@ -120,24 +133,29 @@ class FolderRun:
         except photos.PhotoError as error:
             records.write(job, "unreadable", str(error), [], sha256=sha256)
             return None
+        if self.flow.is_output(photo, known=known):
+            done = workflow.already_cloaked(job.name)
+            records.write(job, done.status, done.reason, [], sha256=sha256)
+            return None
         return _Loaded(job, sha256, self.flow.find_faces(job.source.relative.as_posix(), photo))
 
     def _finish(self, item: _Loaded, outcome: workflow.Outcome, judges: dict[str, str]) -> None:
         """Measures, publishes and records one photo."""
         job, sha256 = item.job, item.sha256
         done = self.flow.finish(item.found, outcome)
-        if done.png is None:
+        if done.data is None or done.pixels is None:
             records.write(job, done.status, done.reason, done.faces, sha256=sha256)
             return
         try:
             records.publish(
                 job,
-                done.png,
+                done.data,
                 done.status,
                 done.reason,
                 done.faces,
                 overwrite=self.overwrite,
                 sha256=sha256,
+                pixels_sha256=workflow.pixels_sha256(done.pixels),
                 found=item.found.task.faces,
                 judges=judges,
             )
@@ -175,6 +193,7 @@ class FolderRun:
             faces,
             sha256=known["sha256"],
             output_sha256=known["output_sha256"],
+            pixels_sha256=known["pixels_sha256"],
             found=found,
             judges=judges,
         )

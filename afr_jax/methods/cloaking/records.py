@@ -48,7 +48,8 @@ class ImageRecord(TypedDict):
         image: its path below the folder it was found in.
         output: of the cloaked photo, below the output folder; None where there is none.
         status: "cloaked", "partly_cloaked" (an output was written, but a face that was not cloaked
-            is larger than each one that was), "no_face", "unreadable" or "failed".
+            is larger than each one that was), "already_cloaked", "no_face", "unreadable" or
+            "failed".
         reason: for a status other than "cloaked", else None.
         faces: all that were seen.
     """
@@ -67,6 +68,7 @@ class Record(TypedDict):
     output: str
     sha256: str | None
     output_sha256: str | None
+    pixels_sha256: str | None
     pending: bool
     found: dict[str, list[object]] | None
     judges: dict[str, str] | None
@@ -74,16 +76,21 @@ class Record(TypedDict):
 
 
 def list_jobs(
-    images: Sequence[str | pathlib.Path], output_dir: pathlib.Path, workdir: pathlib.Path
+    images: Sequence[str | pathlib.Path],
+    output_dir: pathlib.Path,
+    workdir: pathlib.Path,
+    *,
+    file_format: str = "png",
 ) -> tuple[list[Job], int]:
     """All photos with their outputs, and how many other files lie beside them in folders.
 
-    Products of an earlier run are no inputs.
+    Products of an earlier run are no inputs, unless there is nothing else.
 
     Args:
         images: photos and folders of photos.
         output_dir: folder of the outputs, absolute.
         workdir: folder of the run; records lie in its folder `FOLDER`.
+        file_format: of the outputs: "png", "jpeg", or "same" for JPEG where the photo is JPEG.
 
     Raises:
         FileNotFoundError: one of `images` does not exist.
@@ -94,15 +101,33 @@ def list_jobs(
             known = json.loads(path.read_text())
             earlier[known["source"]] = str(output_dir / known["output"])
     own = [pathlib.Path(path) for path in earlier.values()]
-    own += [output_dir / name for name in ("report.json", "report.html")]
-    inputs, num_skipped = photos.list_photos(images, exclude=[output_dir, *own])
-    outputs = photo_files.output_paths(inputs, output_dir, taken=earlier)
+    reports = [output_dir / name for name in ("report.json", "report.html")]
+    inputs, num_skipped = photos.list_photos(images, exclude=[output_dir, *own, *reports])
+    if not inputs and own:
+        inputs, num_skipped = photos.list_photos(images, exclude=[*reports, workdir])
+
+    def suffix(source: photo_files.PhotoInput) -> str:
+        is_jpeg = file_format == "jpeg" or (
+            file_format == "same" and photos.format_of_file(source.path) == "JPEG"
+        )
+        return "_cloaked.jpg" if is_jpeg else "_cloaked.png"
+
+    outputs = photo_files.output_paths(inputs, output_dir, suffix=suffix, taken=earlier)
     jobs = []
     for source, output in zip(inputs, outputs, strict=True):
         name = output.relative_to(output_dir).as_posix()
         digest = sha256_of(str(source.path).encode("utf-8", "surrogateescape"))
         jobs.append(Job(source, output, name, workdir / FOLDER / f"{digest[:32]}.json"))
     return jobs, num_skipped
+
+
+def known_pixels(workdir: pathlib.Path) -> frozenset[str]:
+    """`pixels_sha256` of all outputs of a run."""
+    found = set()
+    for path in (workdir / FOLDER).glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found.add(json.loads(path.read_text())["pixels_sha256"])
+    return frozenset(found - {None})
 
 
 def forget(workdir: pathlib.Path) -> None:
@@ -128,6 +153,7 @@ def write(
     *,
     sha256: str | None,
     output_sha256: str | None = None,
+    pixels_sha256: str | None = None,
     pending: bool = False,
     found: detect.Faces | None = None,
     judges: dict[str, str] | None = None,
@@ -141,6 +167,7 @@ def write(
         faces: their entries in report.json.
         sha256: of the photo's file; None if it could not be read.
         output_sha256: of the output.
+        pixels_sha256: of its pixels.
         pending: the output has yet to get its name.
         found: the cloaked faces as detected in the photo (`detect.Faces`), to judge them again.
         judges: the extractors that measured: fingerprint of the weights by name.
@@ -151,6 +178,7 @@ def write(
         "output": job.name,
         "sha256": sha256,
         "output_sha256": output_sha256,
+        "pixels_sha256": pixels_sha256,
         "pending": pending,
         "found": found,
         "judges": judges,
@@ -196,6 +224,7 @@ def publish(
     *,
     overwrite: bool,
     sha256: str,
+    pixels_sha256: str,
     found: detect.Faces,
     judges: dict[str, str],
 ) -> None:
@@ -209,6 +238,7 @@ def publish(
         faces: as in `write`.
         overwrite: whether a file of that name that is not of this run is replaced.
         sha256: as in `write`.
+        pixels_sha256: as in `write`.
         found: as in `write`.
         judges: as in `write`.
 
@@ -229,6 +259,7 @@ def publish(
         faces,
         sha256=sha256,
         output_sha256=output_sha256,
+        pixels_sha256=pixels_sha256,
         found=found,
         judges=judges,
     )

@@ -8,10 +8,11 @@ make the same bytes.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from absl import logging
 
 from afr_jax.core import files, parallel
 from afr_jax.data import photos
-from afr_jax.methods.cloaking import check, face_cloaks, fawkes, photo_cloaks, targets
+from afr_jax.methods.cloaking import budget, check, face_cloaks, fawkes, photo_cloaks, targets
 from afr_jax.methods.cloaking import face_filter as face_filters
 from afr_jax.recognition import detect, pipeline
 from afr_jax.recognition.detectors import union, yunet
@@ -27,6 +28,14 @@ from afr_jax.recognition.detectors import union, yunet
 # Photos that are read, detected and cloaked together. Their faces share batches, so a group is
 # always worked on as a whole: a resumed run gives the same bytes.
 GROUP = 8
+# The note in files that says what they are: `photos.Photo.note`.
+NOTE = "cloaked by afr_jax"
+FileFormat = Literal["png", "jpeg", "same"]
+_ENDS = {".png": (".png",), ".jpg": (".jpg", ".jpeg")}
+# Rounds of scaling changes that encoding takes over the budget, the share of it that a guess aims
+# at, and the share with which the search is content.
+_ENCODINGS, _AIM, _CONTENT = 12, 0.97, 0.9
+_ALREADY = "it is an output of a run"
 _LEFT = "a face that is not cloaked is larger than each one that is"
 
 
@@ -48,6 +57,18 @@ class Found(NamedTuple):
     options: union.UnionOptions
 
 
+class _File(NamedTuple):
+    """A file, and the original through the same encoder where that loses something.
+
+    `pixels` and `reencoded` are `[H, W, 3]` uint8 as decoded from the files.
+    """
+
+    data: bytes
+    suffix: str
+    pixels: np.ndarray
+    reencoded: np.ndarray | None
+
+
 Outcome = tuple[np.ndarray, list[photo_cloaks.CloakedFace]] | Exception
 
 
@@ -58,12 +79,14 @@ class CloakedPhoto:
     Attributes:
         image: name of the photo, see `photos.Photo.name`.
         status: "cloaked"; "partly_cloaked", where a face that was not cloaked is larger than each
-            one that was; "no_face"; "unreadable"; or "failed", where the cloak broke a promise.
+            one that was; "already_cloaked"; "no_face"; "unreadable"; or "failed", where the cloak
+            broke a promise.
         reason: for a status other than "cloaked", else None.
         faces: what was measured on each face of the final 8-bit pixels, as in report.json.
         pixels: `[H, W, 3]` uint8, None unless cloaked, at least in part.
-        png: content of the PNG file with alpha, gray mode and color profile of the photo, None
-            likewise.
+        data: content of the file with gray mode and color profile of the photo, and alpha in PNG,
+            None likewise.
+        suffix: end of the file's name, ".png" or ".jpg".
     """
 
     image: str
@@ -71,7 +94,8 @@ class CloakedPhoto:
     reason: str | None = None
     faces: list[check.CloakRecord] = dataclasses.field(default_factory=list)
     pixels: np.ndarray | None = dataclasses.field(default=None, repr=False)
-    png: bytes | None = dataclasses.field(default=None, repr=False)
+    data: bytes | None = dataclasses.field(default=None, repr=False)
+    suffix: str = ".png"
 
     @property
     def distances(self) -> list[dict[str, check.CloakVerdict]]:
@@ -79,21 +103,21 @@ class CloakedPhoto:
         return [face["extractors"] for face in self.faces if face["status"] == "cloaked"]
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Writes the cloaked photo as PNG: other formats would change what was measured.
+        """Writes the cloaked photo as it was encoded: what was measured holds for this file only.
 
         Args:
-            path: ends in `.png`.
+            path: ends in `suffix`.
             overwrite: whether an existing file is replaced.
 
         Raises:
-            ValueError: the photo is not cloaked, or the name does not end in `.png`.
+            ValueError: the photo is not cloaked, or the name ends otherwise.
             FileExistsError: the file is there and is to stay.
         """
-        if self.png is None:
+        if self.data is None:
             raise ValueError(f"{self.image} is not cloaked: {self.status} ({self.reason})")
-        if pathlib.Path(path).suffix.lower() != ".png":
-            raise ValueError(f"{os.fspath(path)}: a cloaked photo is written as .png")
-        files.write_atomically(path, self.png, overwrite=overwrite)
+        if pathlib.Path(path).suffix.lower() not in _ENDS[self.suffix]:
+            raise ValueError(f"{os.fspath(path)}: this cloaked photo is written as {self.suffix}")
+        files.write_atomically(path, self.data, overwrite=overwrite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +132,9 @@ class Workflow:
         second: the second detector (`union.load_second`); None where there is none.
         face_filter: which faces.
         keep_metadata: whether EXIF data are kept, the place included.
+        file_format: of the files; "same" is JPEG for JPEG photos, PNG for others.
+        marked: whether the files say, to whom reads their metadata, that they are cloaked.
+        again: whether photos that are cloaked already are cloaked once more.
     """
 
     recognizer: pipeline.Recognizer
@@ -116,11 +143,25 @@ class Workflow:
     second: yunet.Detector | None = None
     face_filter: face_filters.FaceFilter = face_filters.FaceFilter()
     keep_metadata: bool = False
+    file_format: FileFormat = "png"
+    marked: bool = True
+    again: bool = False
 
     @property
     def detectors(self) -> list[str]:
         """Names of the detectors that look."""
         return ["mtcnn"] if self.second is None else ["mtcnn", "yunet"]
+
+    def is_output(self, photo: photos.Photo, *, known: Collection[str] = ()) -> bool:
+        """Whether a photo is cloaked already and is to be left as it is.
+
+        Args:
+            photo: as decoded.
+            known: `pixels_sha256` of outputs.
+        """
+        if self.again:
+            return False
+        return photo.note == NOTE or (bool(known) and pixels_sha256(photo.pixels) in known)
 
     def find_faces(self, name: str, photo: photos.Photo) -> Found:
         """Detects the faces of a photo and divides them into those to cloak and others.
@@ -214,18 +255,21 @@ class Workflow:
             return CloakedPhoto(name, "no_face", _why_none(found.skipped), found.skipped)
         if isinstance(outcome, Exception):
             return CloakedPhoto(name, "failed", f"{outcome}")
-        pixels, faces = outcome
-        png = photos.encode_png(found.photo, pixels, keep_metadata=self.keep_metadata)
-        written = photos.decode_photo(png).pixels
+        try:
+            file = self._encode(found.photo, *outcome)
+        except ValueError as error:
+            return CloakedPhoto(name, "failed", f"{error}")
+        written = file.pixels
         records = check.check_photo(
             self.recognizer,
             self.second,
             found.task,
             written,
-            faces,
+            outcome[1],
             surrogates=self.surrogates,
             dssim_budget=self.method.dssim_budget,
             options=found.options,
+            reencoded=file.reencoded,
         )
         for record, detectors in zip(records, found.detectors, strict=True):
             record["detectors"] = detectors
@@ -240,8 +284,44 @@ class Workflow:
         if is_broken or is_empty:
             return CloakedPhoto(name, "failed", "; ".join(problems), records)
         if face_filters.largest_is_left(records):
-            return CloakedPhoto(name, "partly_cloaked", _LEFT, records, written, png)
-        return CloakedPhoto(name, "cloaked", None, records, written, png)
+            status, reason = "partly_cloaked", _LEFT
+        else:
+            status, reason = "cloaked", None
+        return CloakedPhoto(name, status, reason, records, written, file.data, file.suffix)
+
+    def _encode(
+        self, photo: photos.Photo, pixels: np.ndarray, faces: Sequence[photo_cloaks.CloakedFace]
+    ) -> _File:
+        """The file of a photo, with changes scaled down where encoding takes them over the budget.
+
+        Raises:
+            ValueError: the photo has what the format cannot hold.
+        """
+        is_jpeg = self.file_format == "jpeg" or (
+            self.file_format == "same" and photo.jpeg is not None
+        )
+        encode_fn = functools.partial(
+            photos.encode_jpeg if is_jpeg else photos.encode_png,
+            photo,
+            keep_metadata=self.keep_metadata,
+            note=NOTE if self.marked else None,
+        )
+        if not is_jpeg:  # What comes back is what went in, which is within the budget.
+            data = encode_fn(pixels)
+            return _File(data, ".png", photos.decode_photo(data).pixels, None)
+
+        def encoded(scales: np.ndarray) -> tuple[bytes, np.ndarray, np.ndarray]:
+            """File, pixels as they come back, and how much of the budget each face takes."""
+            data = encode_fn(_scaled(photo.pixels, pixels, faces, scales))
+            written = photos.decode_photo(data).pixels
+            dssims = [
+                budget.face_dssim(photo.pixels, written, face.region, face.box) for face in faces
+            ]
+            return data, written, np.array(dssims) / self.method.dssim_budget
+
+        data, written = _fitted(encoded, np.array([face.region for face in faces], np.float64))
+        reencoded = photos.decode_photo(encode_fn(photo.pixels)).pixels
+        return _File(data, ".jpg", written, reencoded)
 
 
 def cloak(
@@ -255,6 +335,9 @@ def cloak(
     gallery: str | os.PathLike[str] | None = None,
     face_filter: face_filters.FaceFilter | None = None,
     keep_metadata: bool = False,
+    file_format: FileFormat = "png",
+    marked: bool = True,
+    again: bool = False,
 ) -> list[CloakedPhoto]:
     """Cloaks photos and measures what that is worth, as `python -m experiments.cloak` does.
 
@@ -273,6 +356,10 @@ def cloak(
         gallery: folder with a folder of photos for each person.
         face_filter: which faces are cloaked.
         keep_metadata: whether EXIF data of files are kept, the place included.
+        file_format: of the results; "jpeg" at the quality of a photo that is JPEG, else 95; "same"
+            is JPEG for JPEG files and PNG for others.
+        marked: whether a note in the file says that it is cloaked: anybody can read it.
+        again: whether photos with that note are cloaked once more; else they are left as they are.
 
     Returns:
         A result for each photo, in order; those of a folder sorted by their names.
@@ -295,6 +382,9 @@ def cloak(
         union.load_second(),
         face_filters.FaceFilter() if face_filter is None else face_filter,
         keep_metadata,
+        file_format,
+        marked,
+        again,
     )
     key = jax.random.key(key) if isinstance(key, int) else key
     sources = photos.list_sources(images)
@@ -313,6 +403,16 @@ def cloak(
     return results
 
 
+def already_cloaked(name: str) -> CloakedPhoto:
+    """What becomes of a photo that is an output."""
+    return CloakedPhoto(name, "already_cloaked", _ALREADY)
+
+
+def pixels_sha256(pixels: np.ndarray) -> str:
+    """SHA-256 of a photo's pixels `[H, W, 3]` uint8 and their shape, hexadecimal."""
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+
+
 def own_names(recognizer: pipeline.Recognizer) -> pipeline.Recognizer:
     """A recognizer with each extractor under its own name, not that by which it was asked for.
 
@@ -327,6 +427,57 @@ def own_names(recognizer: pipeline.Recognizer) -> pipeline.Recognizer:
         extractors[extractor.name] = extractor
         variables[extractor.name] = recognizer.variables[key]
     return recognizer._replace(extractors=extractors, variables=variables)
+
+
+def _fitted(
+    encode_fn: Callable[[np.ndarray], tuple[bytes, np.ndarray, np.ndarray]], regions: np.ndarray
+) -> tuple[bytes, np.ndarray]:
+    """File and pixels with the largest changes found that stay within the budget.
+
+    Args:
+        encode_fn: from a scale `[N]` of the change of each face to the file, its pixels, and each
+            face's share of the budget.
+        regions: `[N, 4]`; faces whose regions overlap are scaled together.
+    """
+    neighbors = detect.overlap(regions, regions) > 0
+    scales = np.ones(len(regions))
+    low, high = np.zeros_like(scales), np.full_like(scales, np.inf)
+    best, best_share = None, -1.0
+    for _ in range(_ENCODINGS):
+        data, written, shares = encode_fn(scales)
+        if np.all(shares <= 1):
+            if shares.sum() > best_share:
+                best, best_share = (data, written), shares.sum()
+            if np.all((shares >= _CONTENT) | (scales == 1)):
+                break
+        worst = np.where(neighbors, shares, 0).max(axis=1)
+        high = np.where(worst > 1, np.minimum(high, scales), high)
+        low = np.where(worst > 1, low, np.maximum(low, scales))
+        guess = scales * np.clip(np.sqrt(_AIM / np.maximum(worst, 1e-9)), 0.5, 1.0)
+        middle = np.where(np.isinf(high), scales, (low + high) / 2)
+        scales = np.where((worst > 1) & (low == 0), guess, middle)
+    if best is None:  # A change that does not fit is given up.
+        best = encode_fn(low)[:2]
+    return best
+
+
+def _scaled(
+    original: np.ndarray,
+    pixels: np.ndarray,
+    faces: Sequence[photo_cloaks.CloakedFace],
+    scales: np.ndarray,
+) -> np.ndarray:
+    """The final pixels with the change of each face's region scaled down."""
+    if np.all(scales == 1):
+        return pixels
+    final = pixels.copy()
+    # The smallest scale is the last to be written where regions overlap.
+    for number in np.argsort(-scales):
+        y0, x0, y1, x1 = faces[number].region
+        change = pixels[y0:y1, x0:x1].astype(np.float32) - original[y0:y1, x0:x1]
+        piece = np.round(original[y0:y1, x0:x1] + scales[number] * change)
+        final[y0:y1, x0:x1] = piece.astype(np.uint8)
+    return final
 
 
 def _why_none(skipped: Sequence[check.CloakRecord]) -> str:
@@ -345,6 +496,9 @@ def _readable_pixels(sources: Sequence[photos.PhotoSource]) -> Iterator[np.ndarr
 def _load(flow: Workflow, source: photos.PhotoSource) -> Found | CloakedPhoto:
     """Reads a photo and finds its faces."""
     try:
-        return flow.find_faces(source.name, photos.read_source(source))
+        photo = photos.read_source(source)
+        if flow.is_output(photo):
+            return already_cloaked(source.name)
+        return flow.find_faces(source.name, photo)
     except photos.PhotoError as error:
         return CloakedPhoto(source.name, "unreadable", str(error))

@@ -10,6 +10,7 @@ This is for who must not miss a face; trackers here detect with `detect.detect_f
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,8 +32,12 @@ _COARSE_FACE_PX = 40.0
 # Two boxes of one face overlap this much: at two sizes by one detector; by two detectors.
 _SAME_BOX_IOU, _SAME_FACE_IOU = 0.4, 0.3
 # From this confidence on, the default of the cascade's last network, MTCNN's box and landmarks are
-# taken for those of the face: they are what a tracker that aligns by MTCNN uses.
-_MTCNN_PLACES = 0.8
+# taken for those of the face: they are what a tracker that aligns by MTCNN uses. A face that it
+# alone sees is told from there on, one that YuNet alone sees from the second on.
+_MTCNN_PLACES, _YUNET_TELLS = 0.8, 0.7
+# Smallest face of a tracker's MTCNN, the default of the package. Faces of other sizes are looked
+# for on levels of the same pyramid, so that nothing that it sees is missed between two levels.
+_TRACKER_FACE_PX = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +85,8 @@ class Sightings(NamedTuple):
             enough of them for a tracker, else YuNet's.
         mtcnn: `[N]` float32, MTCNN's confidence, 0 where it sees nothing.
         yunet: `[N]` float32, YuNet's; None if it did not look.
-        counts: `[N]` bool, whether the face counts; the others are seen by one detector that is
-            sure but not very sure of them, or by two that both doubt them.
+        counts: `[N]` bool, whether the face counts; the others are seen by one detector that is not
+            very sure of them, or by two that both doubt them.
     """
 
     faces: detect.Faces
@@ -115,14 +120,14 @@ def detect_union(
         options: settings of both.
 
     Returns:
-        What is seen, without faces that one detector doubts and the other does not see.
+        What is seen, without faces that one detector doubts much and the other does not see.
     """
     chex.assert_shape(pixels, (None, None, 3))
     chex.assert_type(pixels, np.uint8)
     ours, theirs = [], []
     thresholds = (options.mtcnn.doubtful,) * 3
     for factor, picture in _halves(pixels):
-        smallest = options.min_face_px if factor == 1 else _COARSE_FACE_PX
+        smallest = _COARSE_FACE_PX if factor > 1 else _of_pyramid(options)
         settings = detect.DetectorOptions(
             min_face_px=smallest, scale_factor=options.scale_factor, thresholds=thresholds
         )
@@ -132,6 +137,15 @@ def detect_union(
     first = _joined(ours, sure=options.mtcnn.sure)
     other = _joined(theirs, sure=options.yunet.sure)
     return _matched(first, None if second is None else other, options)
+
+
+def _of_pyramid(options: UnionOptions) -> float:
+    """The smallest face of a level of a tracker's pyramid that finds `min_face_px`."""
+    ratio = options.min_face_px / _TRACKER_FACE_PX
+    if ratio < 1:
+        return options.min_face_px
+    steps = math.floor(math.log(ratio) / -math.log(options.scale_factor))
+    return _TRACKER_FACE_PX / options.scale_factor**steps
 
 
 def _halves(pixels: np.ndarray) -> list[tuple[int, np.ndarray]]:
@@ -210,10 +224,11 @@ def _matched(first: detect.Faces, other: detect.Faces | None, options: UnionOpti
     faces = detect.Faces(*(np.concatenate(leaf) for leaf in leaves))
     faces = faces._replace(confidences=np.maximum(ours, theirs))
     both = (ours >= options.mtcnn.doubtful) & (theirs >= options.yunet.doubtful)
+    told = (ours >= _MTCNN_PLACES) | (theirs >= _YUNET_TELLS)
     sure = (ours >= options.mtcnn.sure) | (theirs >= options.yunet.sure)
     very_sure = (ours >= options.mtcnn.very_sure) | (theirs >= options.yunet.very_sure)
     counts = (sure & both) | very_sure
-    shown = sure | both
+    shown = told | sure | both
     order = np.argsort(-faces.confidences, kind="stable")
     order = order[shown[order]]
     return Sightings(detect.select_faces(faces, order), ours[order], theirs[order], counts[order])
