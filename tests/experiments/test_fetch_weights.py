@@ -11,6 +11,7 @@ from typing import NamedTuple
 import programs
 import pytest
 
+from afr_jax.core import parallel
 from afr_jax.models.weights import download, installed
 from afr_jax.recognition.tasks import fetch_weights
 
@@ -160,6 +161,30 @@ def test_a_fetch_that_broke_off_goes_on_where_it_stopped(place):
     assert complete and row["status"] == "fetched"
     assert (place.folder / source.file_name).read_bytes() == _DATA
     assert [wanted for _, wanted in place.server.asked] == [None, f"bytes={kept}-"]
+    assert place.left() == [source.file_name]
+
+
+def test_a_server_that_fails_for_a_while_costs_nothing(place):
+    """What was kept stays through answers that are none."""
+    source = place.serve(_DATA)
+    place.server.limits[f"/{_NAME}"] = 700_000
+    assert not place.fetch()[1]
+    kept = place.left()
+    del place.server.files[f"/{_NAME}"]
+    row, complete = place.fetch()
+    assert not complete and "404" in row["reason"] and place.left() == kept
+    place.server.files[f"/{_NAME}"] = _DATA
+    place.server.limits.clear()
+    assert place.fetch()[1] and place.server.asked[-1][1] is not None
+    assert place.left() == [source.file_name]
+
+
+def test_fetches_at_the_same_time_do_not_meet(place):
+    source = place.serve(_DATA)
+    found = parallel.thread_map(
+        lambda _: download.fetch(_NAME, folder=place.folder).read_bytes(), range(4), width=4
+    )
+    assert list(found) == [_DATA] * 4
     assert place.left() == [source.file_name]
 
 

@@ -7,6 +7,7 @@ The cache is `afr_jax/weights` in `XDG_CACHE_HOME` or the system's place for cac
 somebody has put there is used as it is, so a machine without network needs nothing else.
 """
 
+import contextlib
 import functools
 import logging
 import pathlib
@@ -167,10 +168,27 @@ def _download(
 ) -> None:
     """Fetches an address into a file, from where an earlier try broke off (pooch's protocol).
 
+    Only this process writes to `output_file`: it takes what an earlier one left at `part`, and
+    leaves its own there if it breaks off.
+
     Raises:
         requests.RequestException: the server is not there, refuses, or ends too early.
     """
-    start = part.stat().st_size if may_resume and part.is_file() else 0
+    own = pathlib.Path(output_file)
+    if may_resume:
+        with contextlib.suppress(FileNotFoundError):
+            part.replace(own)
+    try:
+        _append(url, own)
+    except BaseException:
+        if may_resume and own.stat().st_size:
+            own.replace(part)
+        raise
+
+
+def _append(url: str, path: pathlib.Path) -> None:
+    """Writes what a file lacks of what an address serves, or all of it."""
+    start = path.stat().st_size if path.exists() else 0
     # Bytes as they are stored: a length that can be checked, and a place to go on from.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as response:
@@ -178,19 +196,18 @@ def _download(
         if start and (response.status_code != requests.codes.partial_content or not is_rest):
             # The server cannot go on, or has nothing beyond: all of it again.
             start = 0
-            if response.status_code != requests.codes.ok:
-                part.unlink()
-                return _download(url, output_file, _, part=part, may_resume=may_resume)
+            if response.status_code == requests.codes.range_not_satisfiable:
+                path.write_bytes(b"")
+                return _append(url, path)
         response.raise_for_status()
         size = response.headers.get("Content-Length", "")
         total = start + int(size) if size.isdigit() else None
-        with open(part, "ab" if start else "wb") as file:
+        with open(path, "ab" if start else "wb") as file:
             for chunk in response.iter_content(_CHUNK):
                 file.write(chunk)
-    found = part.stat().st_size
+    found = path.stat().st_size
     if total is not None and found != total:
         raise requests.ConnectionError(f"the server sent {found} of {total} bytes")
-    part.replace(output_file)
     return None
 
 
