@@ -168,6 +168,33 @@ def frbench_mobilefacenet(net: Net, x: np.ndarray) -> np.ndarray:
     return net.norm(x, "output_layer.bn")
 
 
+def foamliu_mobilefacenet(net: Net, x: np.ndarray) -> np.ndarray:
+    """foamliu's MobileFaceNet: images RGB in [0, 1], `[B, 128]`."""
+
+    def unit(x, name, outputs, side=1, *, most=6.0, **options):
+        x = net.norm(net.conv(x, f"{name}.0", outputs, side, **options), f"{name}.1")
+        return np.clip(x, 0, most)
+
+    means, deviations = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    x = (x - means[:, None, None]) / deviations[:, None, None]
+    x = unit(x, "conv1", 64, 3, stride=2, padding=1)
+    x = net.conv(x, "dw_conv.depthwise", 64, 3, padding=1, depthwise=True)
+    x = np.maximum(net.norm(x, "dw_conv.bn1"), 0)
+    x = np.maximum(net.norm(net.conv(x, "dw_conv.pointwise", 64, 1), "dw_conv.bn2"), 0)
+    blocks = [(128, 64, 2)] + [(128, 64, 1)] * 4 + [(256, 128, 2)] + [(256, 128, 1)] * 6
+    blocks += [(512, 128, 2)] + [(256, 128, 1)] * 2
+    for number, (width, outputs, stride) in enumerate(blocks):
+        name = f"features.{number}.conv"
+        y = unit(x, f"{name}.0", width)
+        y = unit(y, f"{name}.1", width, 3, stride=stride, padding=1, depthwise=True)
+        y = net.norm(net.conv(y, f"{name}.2", outputs, 1), f"{name}.3")
+        x = x + y if stride == 1 else y
+    x = unit(x, "conv2", 512)
+    x = net.norm(net.conv(x, "gdconv.depthwise", 512, 7, depthwise=True), "gdconv.bn")
+    x = net.norm(net.conv(x, "conv3", 128, 1, bias=True), "bn")
+    return x.reshape(len(x), -1)
+
+
 def vit(net: Net, x: np.ndarray, width: int, depth: int, heads: int) -> np.ndarray:
     """InsightFace's vision transformer."""
     x = net.conv(x, "patch_embed.proj", width, 9, stride=9, bias=True)

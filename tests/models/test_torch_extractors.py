@@ -178,3 +178,17 @@ def test_training_updates_the_statistics_of_the_head():
     assert embeddings.shape == (2, 8)
     np.testing.assert_allclose(np.mean(embeddings, axis=0), 0, atol=1e-5)
     assert float(np.abs(updates["batch_stats"]["feature_1"]["mean"]).max()) > 0
+
+
+def test_foamlius_mobilefacenet_equals_the_original(tmp_path):
+    extractor, chips = registry.get("foamliu_mobilefacenet"), references.published_chips()
+    net = oracle.Net()
+    theirs = _unit(oracle.foamliu_mobilefacenet(net, chips.transpose(0, 3, 1, 2)))
+    path = torch.write_state_dict(tmp_path / "mobilefacenet.pt", net.state)
+    variables = registry.load_variables(extractor, path)
+    ours = jax.jit(registry.embed, static_argnums=0)(extractor, variables, chips)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert np.abs(theirs[0] - theirs[1]).max() > 1e-3
+    # The eyes are two thirds as far apart as in InsightFace's chips.
+    ours, theirs = (np.array(each.template) for each in (extractor, registry.get("sface")))
+    np.testing.assert_allclose(ours - 56, (theirs - 56) / 1.5, atol=1e-9)

@@ -29,6 +29,7 @@ from afr_jax.models.extractors import (
     iresnet,
     mobilefacenet,
     openface,
+    relu_mobilefacenet,
     sface,
     vggface,
     vit,
@@ -369,6 +370,22 @@ EXTRACTORS = {
             thresholds=Thresholds(None, 1.20, 0.72),
             license="InsightFace: non-commercial research only",
             nearest_other=1.17,
+        ),
+        _downloaded(
+            "foamliu_mobilefacenet",
+            relu_mobilefacenet.read_weights,
+            module=relu_mobilefacenet.ReluMobileFaceNet(),
+            input_px=relu_mobilefacenet.INPUT_SIZE,
+            # Its chips have a quarter of their side more around: `inner_padding_factor` of its
+            # `align_face`.
+            template=tuple(((y + 28) / 1.5, (x + 28) / 1.5) for y, x in _ARCFACE_TEMPLATE),
+            input_scale=1.0,
+            input_offset=0.0,
+            embedding_size=relu_mobilefacenet.EMBEDDING_SIZE,
+            normalized=True,
+            # 70.36 degrees, as its `lfw_eval.py` notes.
+            thresholds=Thresholds(None, 1.152, 0.664),
+            license=f"its page says nothing of the weights; {_RESEARCH}",
         ),
     )
 }

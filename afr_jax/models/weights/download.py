@@ -50,6 +50,10 @@ _INSIGHTFACE = (
 
 _ADAFACE = "AdaFace's page (github.com/mk-minchul/AdaFace) links to the .ckpt files"
 _FRBENCH = "FRBench's releases (github.com/HKU-TASR/FRBench) have the archives with the .pth files"
+_FOAMLIU = (
+    "its page (github.com/foamliu/MobileFaceNet) has a scripted network; the state dict that its "
+    "export.py writes beside it is what is read"
+)
 _LVFACE = "LVFace's authors publish the .pt and .onnx files on Hugging Face (ByteDance/LVFace)"
 
 # By extractor. Addresses and hashes of FaceNet: package keras-facenet 0.3.1; the other addresses:
@@ -81,6 +85,7 @@ SOURCES = {
     "frbench_irse100": Source("", "frbench_irse100.pth", hint=_FRBENCH),
     "frbench_mobilefacenet": Source("", "frbench_mobilefacenet.pth", hint=_FRBENCH),
     **{f"lvface_{size}": Source("", f"lvface_{size}.pt", hint=_LVFACE) for size in "tsbl"},
+    "foamliu_mobilefacenet": Source("", "foamliu_mobilefacenet.pt", hint=_FOAMLIU),
     "mobilefacenet": Source(
         "",
         "mobilefacenet_y1_ms1m.npz",
