@@ -1,5 +1,8 @@
 """Tables of recognition: verification, identification, agreement with the originals."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from docs.tools import markdown
 from docs.tools.markdown import number, percent, percent_range, table
 
@@ -89,3 +92,54 @@ def extractor_agreement() -> str:
     ]
     head = ("network", "weights written as", "embedding", "largest difference")
     return markdown.render(head, lines, right=2)
+
+
+@table("face_coverage", "face_coverage.json")
+def face_coverage() -> str:
+    """Faces that are cloaked, named or lost, by source."""
+    lines = [
+        [
+            _FACE_SOURCES.get(row["source"], row["source"]),
+            *(f"{row[key]:,}" for key in ("photos", "sure", "taken", "named", "lost")),
+            str(row["false_safety"]),
+        ]
+        for row in _by_kind(markdown.result("face_coverage")["rows"])
+    ]
+    head = ("photos of", "photos", "sure faces", "cloaked", "named", "neither", "false safety")
+    return markdown.render(head, lines, right=6)
+
+
+@table("face_coverage_annotated", "face_coverage.json")
+def face_coverage_annotated() -> str:
+    """Annotated faces that each detector finds, and false faces."""
+    measured = markdown.result("face_coverage")
+    (row,) = (row for row in measured["rows"] if row["annotated"])
+    found = [
+        (name, row[f"{key}_annotated"])
+        for name, key in (("MTCNN", "mtcnn"), ("YuNet", "yunet"), ("the two together", "taken"))
+    ]
+    lines = [
+        [f"annotated faces found by {name}", f"{count} of {row['annotated']}"]
+        for name, count in found
+    ]
+    false = measured["false_faces"], measured["false_faces_min_px"]
+    totals = row["taken_in_all"], row["taken_min_px"]
+    lines += [
+        [
+            f"false among the faces taken, {size}",
+            f"{wrong} of {total} ({percent(wrong / total, digits=1)})",
+        ]
+        for size, wrong, total in zip(("all sizes", "60 px and more"), false, totals, strict=True)
+    ]
+    return markdown.render(("WIDER FACE", ""), lines, right=1)
+
+
+_FACE_SOURCES = {"wider": "WIDER FACE", "lfw": "LFW"}
+
+
+def _by_kind(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of photos, and the sum of those of films."""
+    kept = [dict(row) for row in rows if row["source"] in _FACE_SOURCES]
+    films = [row for row in rows if row["source"] not in _FACE_SOURCES]
+    total = {key: sum(row[key] for row in films) for key in films[0] if key != "source"}
+    return [*kept, {"source": f"{len(films)} films", **total}]
