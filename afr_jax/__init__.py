@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # Type checkers and editors see the names where they are defi
     )
     from afr_jax.evaluation.metrics.misdetection import misdetection as misdetection
     from afr_jax.evaluation.recognition.identify import identify as identify
+    from afr_jax.methods.cloaking.face_filter import FaceFilter as FaceFilter
     from afr_jax.methods.cloaking.fawkes import FawkesConfig as FawkesConfig
     from afr_jax.methods.cloaking.workflow import cloak as cloak
     from afr_jax.methods.patches.config import PatchConfig as PatchConfig
@@ -78,6 +79,7 @@ _HOMES = {
     "afr_jax.evaluation.attackers.victims": ("train_victim", "VictimOptions"),
     "afr_jax.evaluation.metrics.misdetection": ("misdetection",),
     "afr_jax.evaluation.recognition.identify": ("identify",),
+    "afr_jax.methods.cloaking.face_filter": ("FaceFilter",),
     "afr_jax.methods.cloaking.fawkes": ("FawkesConfig",),
     "afr_jax.methods.cloaking.workflow": ("cloak",),
     "afr_jax.methods.patches.config": ("PatchConfig",),

@@ -85,10 +85,21 @@ def test_a_change_that_does_not_fit_is_given_up():
     regions = np.array([[0, 0, 9, 9], [5, 5, 14, 14], [20, 20, 29, 29]], np.float64)
     workflow._fitted(encode_fn, regions)
     # The second overlaps the first.
-    assert asked[-1].tolist() == [0, 0, 0] and len(asked) <= 13
+    assert asked[-1].tolist() == [0, 0, 0] and len(asked) <= 11
     asked = []
     workflow._fitted(encode_fn, regions + [[0], [90], [0]])
     assert asked[-1].tolist() == [0, 1, 0]
+
+
+def test_a_little_too_much_takes_two_rounds():
+    def encode_fn(scales):
+        asked.append(scales)
+        return b"", np.zeros((1, 1, 3), np.uint8), scales**2 * [1.1, 0.4]
+
+    asked = []
+    regions = np.array([[0, 0, 9, 9], [5, 5, 14, 14]], np.float64)
+    workflow._fitted(encode_fn, regions)
+    np.testing.assert_allclose(asked[1:], [np.sqrt([0.97 / 1.1] * 2)])
 
 
 def test_a_face_within_the_budget_is_left_as_it_is():

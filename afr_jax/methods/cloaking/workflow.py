@@ -34,7 +34,7 @@ FileFormat = Literal["png", "jpeg", "same"]
 _ENDS = {".png": (".png",), ".jpg": (".jpg", ".jpeg")}
 # Rounds of scaling changes that encoding takes over the budget, the share of it that a guess aims
 # at, and the share with which the search is content.
-_ENCODINGS, _AIM, _CONTENT = 12, 0.97, 0.9
+_ENCODINGS, _AIM, _CONTENT = 10, 0.97, 0.9
 _ALREADY = "it is an output of a run"
 _LEFT = "a face that is not cloaked is larger than each one that is"
 
@@ -445,12 +445,12 @@ def _fitted(
     best, best_share = None, -1.0
     for _ in range(_ENCODINGS):
         data, written, shares = encode_fn(scales)
+        worst = np.where(neighbors, shares, 0).max(axis=1)
         if np.all(shares <= 1):
             if shares.sum() > best_share:
                 best, best_share = (data, written), shares.sum()
-            if np.all((shares >= _CONTENT) | (scales == 1)):
+            if np.all((worst >= _CONTENT) | (scales == 1)):
                 break
-        worst = np.where(neighbors, shares, 0).max(axis=1)
         high = np.where(worst > 1, np.minimum(high, scales), high)
         low = np.where(worst > 1, low, np.maximum(low, scales))
         guess = scales * np.clip(np.sqrt(_AIM / np.maximum(worst, 1e-9)), 0.5, 1.0)
