@@ -41,6 +41,11 @@ def _report(folder, output="out"):
     return {record["image"]: record for record in report["images"]}, report
 
 
+def _cloaked_faces(record):
+    """The faces of a photo without those that are only named."""
+    return [face for face in record["faces"] if face["status"] == "cloaked"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with one photo of each kind, cloaked once."""
@@ -161,7 +166,7 @@ def test_files_hold_what_the_report_says(folder):
         assert final.shape == original.shape
         change = final.astype(int) - original
         outside = np.ones(final.shape[:2], bool)
-        for face in record["faces"]:
+        for face in _cloaked_faces(record):
             y0, x0, y1, x1 = face["box"]
             outside[y0:y1, x0:x1] = False
             inside = change[y0:y1, x0:x1]
@@ -175,7 +180,7 @@ def test_files_hold_what_the_report_says(folder):
             found = face["extractors"]["dlib"]
             assert found["same_person"] == (found["distance"] < found["threshold"])
         assert not change[outside].any()
-    assert len(records["two.webp"]["faces"]) == 2
+    assert len(_cloaked_faces(records["two.webp"])) == 2
 
 
 def test_mode_profile_and_alpha_are_kept(folder):
