@@ -28,7 +28,7 @@ from afr_jax.training import trained
 # Photos that are read at a time, and that one transaction of a database enrolls.
 _GROUP = 64
 NO_FACE = "no face was found"
-# Stands for every extractor of the registry whose weights are there.
+# Stands for every extractor of the registry whose weights are there, but for judges.
 ALL = "all"
 _COLUMNS = (
     *("query", "face", "query_box", "rank", "identity", "image", "box"),
@@ -332,7 +332,7 @@ def load_recognizer(
     Args:
         *names: of extractors in the registry, or folders of trained ones
             (`trained.write_extractor`); `all` for every one of the registry whose weights are
-            there; none for the detector alone.
+            there and that is no judge; none for the detector alone.
         weights: file of an extractor's weights by its name, or the file alone where there is one
             extractor; the default source where none is given.
         options: of the detector; its defaults if None.
@@ -367,6 +367,8 @@ def expand_names(
 ) -> tuple[str, ...]:
     """Names of extractors with `all` replaced by every one of the registry that can be loaded.
 
+    Judges (`Extractor.is_judge`) are only there where they are named.
+
     Args:
         names: of extractors; `all` may stand among them.
         given: names of extractors whose weights are given by the caller; the others need theirs in
@@ -380,9 +382,18 @@ def expand_names(
     if ALL not in names:
         return tuple(names)
     there = {*registry.present(), *given} - {*names, *without}
-    found = tuple(name for name in registry.EXTRACTORS if name in there)
+    found = tuple(
+        name for name, each in registry.EXTRACTORS.items() if name in there and not each.is_judge
+    )
     place = names.index(ALL)
     return (*names[:place], *found, *(name for name in names[place:] if name != ALL))
+
+
+def warn_of_judges(surrogates: Collection[str]) -> None:
+    """Logs which surrogates of a cloak are extractors that are kept for judging."""
+    for name, extractor in registry.EXTRACTORS.items():
+        if name in surrogates and extractor.is_judge:
+            progress.warn(name, "a judge by default; cloaks made against it cannot be judged by it")
 
 
 def find_extractor(name: str) -> registry.Extractor:

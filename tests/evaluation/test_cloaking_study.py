@@ -237,6 +237,14 @@ def test_sets_of_surrogates_and_cells():
         ("dlib", "facenet_casia", "mobilefacenet"),
         ("dlib", "out/robust"),
     )
+    # A judge is no surrogate unless it is named.
+    judged = ["dlib", "mobilefacenet_192", "sface"]
+    assert cells.surrogate_sets(["leave_one_out", "all", "mobilefacenet_192"], judged) == (
+        ("sface",),
+        ("dlib",),
+        ("dlib", "sface"),
+        ("mobilefacenet_192",),
+    )
     # One set under two names is one set.
     assert len(cells.surrogate_sets(["all", "openface+dlib"], ["dlib", "openface"])) == 1
     for wrong in (["dlib+dlib"], ["dlib+"], [""]):

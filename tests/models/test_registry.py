@@ -104,7 +104,7 @@ def test_the_table_has_what_it_promises():
         *("dlib", "sface", "facenet_vggface2", "facenet_casia", "vggface", "openface", "deepface"),
         *("arcface_r50", "arcface_r100", "mobilefacenet", "adaface_ir50", "adaface_ir101"),
         *("frbench_irse50", "frbench_irse100", "frbench_mobilefacenet", "foamliu_mobilefacenet"),
-        *("lvface_t", "lvface_s", "lvface_b", "lvface_l"),
+        *("lvface_t", "lvface_s", "lvface_b", "lvface_l", "mobilefacenet_192"),
     }
 
 

@@ -215,12 +215,24 @@ def test_two_extractors_come_with_the_install(monkeypatch, tmp_path):
         (("all",), {"without": ("dlib", "out/mine")}, ("sface", "openface")),
         (("dlib",), {"given": {"lvface_t"}}, ("dlib",)),
         (("all", "all"), {}, ("dlib", "sface", "openface")),
+        # A judge is only there where it is named.
+        (("all",), {"given": {"mobilefacenet_192"}}, ("dlib", "sface", "openface")),
+        (("sface", "mobilefacenet_192"), {}, ("sface", "mobilefacenet_192")),
         ((), {}, ()),
     ],
 )
 def test_all_stands_for_what_can_be_loaded(monkeypatch, names, options, expected):
     monkeypatch.setattr(registry, "present", lambda: ("dlib", "sface", "openface"))
     assert pipeline.expand_names(names, **options) == expected
+
+
+def test_judges_among_surrogates_are_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(pipeline.progress, "warn", lambda name, reason: told.append((name, reason)))
+    pipeline.warn_of_judges(["dlib", "out/mine"])
+    assert not told
+    pipeline.warn_of_judges(["dlib", "mobilefacenet_192"])
+    assert [name for name, _ in told] == ["mobilefacenet_192"] and "judge" in told[0][1]
 
 
 def test_the_tag_names_extractor_and_weights(recognizer):

@@ -54,14 +54,18 @@ def surrogate_sets(asked: Sequence[str], trackers: Sequence[str]) -> tuple[tuple
     """Sets of surrogates, each once.
 
     Args:
-        asked: names joined by "+"; "all" for every tracker that was not trained here;
-            "leave_one_out" for each of these all others.
+        asked: names joined by "+"; "all" for every tracker that was neither trained here nor is a
+            judge (`Extractor.is_judge`); "leave_one_out" for each of these all others.
         trackers: names and folders of the trackers' extractors.
 
     Raises:
         ValueError: a set names an extractor twice or none, or "leave_one_out" leaves none.
     """
-    pool = tuple(name for name in trackers if name in registry.EXTRACTORS)
+    pool = tuple(
+        name
+        for name in trackers
+        if name in registry.EXTRACTORS and not registry.EXTRACTORS[name].is_judge
+    )
     found: list[tuple[str, ...]] = []
     for text in asked:
         if text == "leave_one_out":

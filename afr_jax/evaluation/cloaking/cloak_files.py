@@ -53,7 +53,8 @@ class CloakConfig(options.Config):
     With another --check a finished run measures its files again and leaves them as they are.
     --surrogates and --check take names of extractors and folders of trained or hardened extractors;
     `--surrogates=all` is every extractor whose weights are there: installed, in the cache
-    (`experiments.fetch_weights` lists them) or given by --weights, but for those of --check.
+    (`experiments.fetch_weights` lists them) or given by --weights, but for those of --check
+    and for judges (`mobilefacenet_192`), which must be named.
 
     Expected on two CPU cores with --surrogates=dlib: four seconds a face after half a minute of
     compilation in the first run; on the sample portrait a dlib distance of 0.9 at DSSIM 0.007
@@ -174,6 +175,7 @@ def _load(config: CloakConfig) -> workflow.Workflow:
             if names.count(name) > 1:
                 raise ValueError(f"{name} must be named once in --surrogates and --check together")
         recognizer = workflow.own_names(recognizer)
+        pipeline.warn_of_judges(names[: len(surrogates)])
         logging.info("made against: %s", files.printable(", ".join(names[: len(surrogates)])))
     except FileNotFoundError as error:
         hint = "--weights=NAME=FILE names the file of an extractor's weights"

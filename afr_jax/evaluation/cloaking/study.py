@@ -49,11 +49,11 @@ class FawkesEvaluationConfig(options.Config):
     A cell is a method, a set of surrogates and a DSSIM budget. --methods: `none`, `noise`
     (Gaussian, of equal DSSIM), `fawkes` (ours), `lowkey`, `fawkes_pypi` (the optimizer of PyPI
     `fawkes` with dlib's net); `lowkey@0.007` is made at that budget alone. --surrogates: sets of
-    extractors joined by `+`; `all` is every tracker of the registry, `leave_one_out` for each of
-    them all others. --trackers: names of extractors, or folders of trained and hardened ones
-    (adaptive trackers). For each: the nearest enrolled photo, with and without the extractor's
-    threshold; a vote of the 5 nearest; a linear head; with --end_to_end=N the whole network,
-    trained for the first N people.
+    extractors joined by `+`; `all` is every tracker of the registry but for judges
+    (`mobilefacenet_192`), `leave_one_out` for each of them all others. --trackers: names of
+    extractors, or folders of trained and hardened ones (adaptive trackers). For each: the nearest
+    enrolled photo, with and without the extractor's threshold; a vote of the 5 nearest; a linear
+    head; with --end_to_end=N the whole network, trained for the first N people.
 
     Published photos go through each of --countermeasures before the tracker sees them. --leaks are
     shares of the published photos that the tracker has clean, spread evenly: of five photos a
@@ -180,6 +180,7 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
     needs_package = any(cell.method == "fawkes_pypi" for cell in plan)
     if needs_package and config.references.reference_python is None:
         raise options.UsageError("--methods=fawkes_pypi needs --reference_python")
+    pipeline.warn_of_judges({name for cell in plan for name in cell.surrogates})
     names = list(dict.fromkeys([*config.trackers, *(n for cell in plan for n in cell.surrogates)]))
     if len({cells.file_name(name) for name in names}) < len(names):
         raise options.UsageError(f"each of {', '.join(names)} must have one name of its own")

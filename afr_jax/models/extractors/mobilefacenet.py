@@ -4,10 +4,12 @@ Chen, Liu, Gao, Han: "MobileFaceNets: Efficient CNNs for Accurate Real-Time Face
 Mobile Devices", CCBR 2018, as InsightFace trained it with ArcFace (`y1`: no convolution is wider
 than 512 channels). Chips are RGB, 0.007812 (x - 127.5) from 0..255.
 
-Three forms of the weights are read: arrays by layer name (`.npz`, MXNet's names; the variances
-contain BatchNorm's epsilon, as in ncnn's files), torch state dicts with InsightFace's names, and
-those of FRBench, after cavaface, whose blocks end in channel attention (Wang and others: "ECA-Net:
-Efficient Channel Attention for Deep Convolutional Neural Networks", CVPR 2020).
+Four forms of the weights are read: arrays by layer name (`.npz`, MXNet's names; the variances
+contain BatchNorm's epsilon, as in ncnn's files), torch state dicts with InsightFace's names, those
+of FRBench, after cavaface, whose blocks end in channel attention (Wang and others: "ECA-Net:
+Efficient Channel Attention for Deep Convolutional Neural Networks", CVPR 2020), and TensorFlow Lite
+files of MobileFaceNet_TF (github.com/sirius-ai/MobileFaceNet_TF), whose convolutions contain their
+BatchNorm; that network has two convolutions more.
 """
 
 import functools
@@ -62,6 +64,8 @@ class MobileFaceNet(nn.Module):
         use_bias: of the last matrix; InsightFace's torch version has none.
         epsilon: of BatchNorm; 1e-5 in torch.
         attention: whether every block weighs its channels, as FRBench's network does.
+        tensorflow: whether it is MobileFaceNet_TF's network: a linear convolution more at either
+            end, and strided windows that begin at the first pixel, not before it.
         dtype: of the computation; parameters and embeddings stay float32.
     """
 
@@ -69,6 +73,7 @@ class MobileFaceNet(nn.Module):
     use_bias: bool = True
     epsilon: float = 1e-3
     attention: bool = False
+    tensorflow: bool = False
     dtype: jax.typing.DTypeLike | None = None
 
     @nn.compact
@@ -78,11 +83,16 @@ class MobileFaceNet(nn.Module):
 
         def unit(x: jax.Array, name: str, features: int, kernel: int = 1, **more: Any) -> jax.Array:
             size = (kernel, kernel)
+            if self.tensorflow and more.get("padding"):
+                x = layers.pad_for_pool(x, kernel, more.get("stride", 1), 0)
+                more["padding"] = 0
             module = layers.ConvNorm(features, size, name=name, **{**options, **more})
             return module(x, train=train)
 
         x = unit(chips, "conv_1", 64, 3, stride=2, padding=1, activation="prelu")
         x = unit(x, "conv_2_dw", 64, 3, padding=1, depthwise=True, activation="prelu")
+        if self.tensorflow:
+            x = unit(x, "conv_2_proj", 64, activation="none")
         for name, width, features, stride in _BLOCKS:
             y = unit(x, f"{name}_conv_sep", width, activation="prelu")
             depthwise = {"depthwise": True, "activation": "prelu"}
@@ -93,6 +103,8 @@ class MobileFaceNet(nn.Module):
             x = x + y if name.startswith("res") else y
         x = unit(x, "conv_6sep", 512, activation="prelu")
         x = unit(x, "conv_6dw7_7", 512, 7, padding=0, depthwise=True, activation="none")
+        if self.tensorflow:
+            x = unit(x, "conv_7", 512, activation="none")
         x = x.reshape(x.shape[0], -1).astype(jnp.float32)
         x = nn.Dense(self.embedding_size, use_bias=self.use_bias, name="pre_fc1")(x)
         return nn.BatchNorm(not train, epsilon=self.epsilon, momentum=0.9, name="fc1")(x)
@@ -120,7 +132,7 @@ def read_weights(
     """Reads the variables of a `MobileFaceNet`.
 
     Args:
-        path: an `.npz`, or a torch state dict (`.pth`, `.pt`, `.safetensors`).
+        path: an `.npz`, a torch state dict (`.pth`, `.pt`, `.safetensors`), or a `.tflite`.
         module: the network that the file is for; default: that of the published weights.
 
     Returns:
@@ -132,6 +144,20 @@ def read_weights(
     module = module or MobileFaceNet()
     kind, arrays = formats.read_arrays(path)
     shapes = conversion.shapes(module, INPUT_SIZE)
+    if (kind == "tflite") != module.tensorflow:
+        raise ValueError(
+            f"{path} is {'no' if module.tensorflow else 'a'} TensorFlow Lite file, the only form "
+            "of MobileFaceNet_TF that is read"
+        )
+    if module.tensorflow:
+        names = _tensorflow_names()
+        return conversion.fill(
+            path,
+            shapes,
+            arrays,
+            lambda leaf, shape: _tensorflow_entry(names, module.epsilon, leaf[1:], shape),
+            ignore_fn=lambda name: name == "MobileFaceNet/Logits/SpatialSqueeze_shape",
+        )
     if kind in ("torch", "safetensors"):
         names = _frbench_names() if "conv2_dw.conv.weight" in arrays else _torch_names()
         return conversion.fill(
@@ -205,3 +231,52 @@ def _frbench_names() -> dict[tuple[str, ...], str]:
         for layer, leaf in (("conv", "conv"), ("norm", "bn"), ("activation", "prelu")):
             names[ours, layer] = f"{theirs}.{leaf}"
     return names
+
+
+def _tensorflow_entry(
+    names: Mapping[str, tuple[str, str]],
+    epsilon: float,
+    leaf: tuple[str, ...],
+    shape: tuple[int, ...],
+) -> conversion.Entry | float:
+    unit, *_, layer, name = ("pre_fc1", *leaf) if len(leaf) == 2 else leaf
+    kernel, scope = names[unit]
+    depthwise = "SeparableConv2d" in kernel
+    if name in ("scale", "mean", "var"):  # BatchNorm is part of the convolution before it.
+        return {"scale": 1.0, "mean": 0.0, "var": 1 - epsilon}[name]
+    if name == "bias":
+        name = "depthwise_bias" if depthwise else "Conv2D_bias"
+        return conversion.plain_entry(f"{scope}/{name}", shape)
+    if layer == "activation":
+        # The graph adds half the slope times x - |x|.
+        return conversion.Entry(f"{scope}/mul", shape, lambda array: 2 * array)
+    if depthwise:
+        stored = (1, *shape[:2], shape[3])
+        entry = conversion.plain_entry(f"{kernel}/depthwise_weights/read", stored)
+        return entry._replace(convert=lambda array: array.reshape(shape))
+    rows, columns, inputs, outputs = (1, 1, *shape)[-4:]
+    return conversion.Entry(
+        f"{kernel}/weights/read",
+        (outputs, rows, columns, inputs),
+        lambda array: array.transpose(1, 2, 3, 0).reshape(shape),
+    )
+
+
+def _tensorflow_names() -> dict[str, tuple[str, str]]:
+    """MobileFaceNet_TF's name of the kernel of every unit of ours, and of all else that it has."""
+    places = {"conv_1": ("Conv2d_0",) * 2, "conv_2_dw": ("SeparableConv2d",) * 2}
+    places |= {"conv_2_proj": ("Conv",) * 2, "conv_6sep": ("Conv2d_7",) * 2}
+    stages = {"dconv_23": 2, "res_3": 2, "dconv_34": 3, "res_4": 4, "dconv_45": 5, "res_5": 6}
+    for index, (name, *_) in enumerate(_BLOCKS):
+        stage, _, number = name.partition("_block")
+        block = int(number or 0) + (stage == "res_3")
+        scope = f"Conv2d_{stages[stage]}_InvResBlock_{block}"
+        places[f"{name}_conv_sep"] = f"Conv_{2 * index + 1}", f"{scope}/Conv"
+        places[f"{name}_conv_dw"] = f"SeparableConv2d_{index + 1}", f"{scope}/SeparableConv2d"
+        places[f"{name}_conv_proj"] = f"Conv_{2 * index + 2}", f"{scope}/Conv_1"
+    names = {
+        unit: (f"MobileFaceNet/{kernel}", f"MobileFaceNet/MobileFaceNet/{scope}")
+        for unit, (kernel, scope) in places.items()
+    }
+    ends = {"conv_6dw7_7": "SeparableConv2d", "conv_7": "Conv", "pre_fc1": "LinearConv1x1"}
+    return names | {unit: (f"MobileFaceNet/Logits/{end}",) * 2 for unit, end in ends.items()}

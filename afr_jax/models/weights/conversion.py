@@ -2,8 +2,8 @@
 
 Our own weight files are safetensors whose names are the paths of the variables.
 
-How foreign files are read as arrays is in `formats.py`, `torch_files.py` and `onnx_files.py`; which
-array goes where is in the module of each network.
+How foreign files are read as arrays is in `formats.py` and the modules that it calls; which array
+goes where is in the module of each network.
 """
 
 import contextlib

@@ -54,6 +54,10 @@ _FOAMLIU = (
     "its page (github.com/foamliu/MobileFaceNet) has a scripted network; the state dict that its "
     "export.py writes beside it is what is read"
 )
+_MOBILEFACENET_TF = (
+    "the network is MobileFaceNet_TF (github.com/sirius-ai/MobileFaceNet_TF) with 192 numbers, a "
+    ".tflite of about 5 MB"
+)
 _LVFACE = "LVFace's authors publish the .pt and .onnx files on Hugging Face (ByteDance/LVFace)"
 
 # By extractor. Addresses and hashes of FaceNet: package keras-facenet 0.3.1; the other addresses:
@@ -86,6 +90,7 @@ SOURCES = {
     "frbench_mobilefacenet": Source("", "frbench_mobilefacenet.pth", hint=_FRBENCH),
     **{f"lvface_{size}": Source("", f"lvface_{size}.pt", hint=_LVFACE) for size in "tsbl"},
     "foamliu_mobilefacenet": Source("", "foamliu_mobilefacenet.pt", hint=_FOAMLIU),
+    "mobilefacenet_192": Source("", "mobilefacenet_192.tflite", hint=_MOBILEFACENET_TF),
     "mobilefacenet": Source(
         "",
         "mobilefacenet_y1_ms1m.npz",

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import safetensors.numpy
 
-from afr_jax.models.weights import checks, onnx_files, torch_files
+from afr_jax.models.weights import checks, onnx_files, tflite_files, torch_files
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP = b"PK\x03\x04"
@@ -23,7 +23,9 @@ _FILTERS = (1, 2, 3, 4, 5, 6)
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """Kind of a weight file: "torch", "keras", "npz", "safetensors", "onnx" or "unknown".
+    """Kind of a weight file.
+
+    One of "torch", "keras", "npz", "safetensors", "onnx", "tflite" and "unknown".
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -38,6 +40,8 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         head = file.read(64)
     if head.startswith(_HDF5):
         return "keras"
+    if tflite_files.is_tflite(head):
+        return "tflite"
     if torch_files.is_legacy(head):
         return "torch"
     # A header of JSON behind its length; the length of a real header has six zero bytes or so.
@@ -61,7 +65,7 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[str, dict[str, np.ndarray
 
     Args:
         path: a torch state dict (`.pt`, `.pth`, both of torch's formats), Keras weights (`.h5`),
-            `.npz`, safetensors or ONNX.
+            `.npz`, safetensors, ONNX or TensorFlow Lite.
 
     Returns:
         The kind of the file (see `kind_of`), and the arrays in the order of the file. Names are
@@ -78,11 +82,12 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[str, dict[str, np.ndarray
         "npz": _read_npz,
         "safetensors": read_safetensors,
         "onnx": onnx_files.read_arrays,
+        "tflite": tflite_files.read_arrays,
     }
     if kind not in readers:
         raise ValueError(
             f"{path} is not a weight file that can be read: neither torch, Keras (HDF5), npz, "
-            "safetensors nor ONNX"
+            "safetensors, ONNX nor TensorFlow Lite"
         )
     return kind, readers[kind](path)
 
