@@ -2,7 +2,7 @@
 
     python -m experiments.cloak --images=photos --output_dir=cloaked
 
-Expected on two CPU cores: four seconds a face; dlib distance 0.9 on the sample portrait.
+Expected on the sample portrait: a dlib distance of 0.74, of 1.33 for SFace, SSIMULACRA2 81.
 """
 
 from afr_jax.core import program

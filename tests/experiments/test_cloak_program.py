@@ -14,7 +14,8 @@ import pytest
 import skimage.data
 from PIL import Image, ImageCms, ImageOps
 
-from afr_jax.core import files, options, program, ssim
+from afr_jax.core import files, options, program
+from afr_jax.core.perception import ssim
 from afr_jax.evaluation.cloaking import cloak_files
 from afr_jax.methods.cloaking import workflow
 from afr_jax.models.extractors import registry

@@ -70,7 +70,7 @@ class _Cloak:
             noise.add_noise(
                 photo,
                 surrogates.extractors,
-                dssim_budget=config.dssim_budget,
+                limits=config.budget,
                 seed=len(photos) + config.num_steps,
             )
             for photo in photos
@@ -281,8 +281,8 @@ def test_wrong_usage_is_named(people, trained_folder, tmp_path):
         "no method 'magic'; there are none, noise": small("--methods=none,magic"),
         "countermeasures is 'sepia', must be one of none": small("--countermeasures=sepia"),
         "--leaks is 2.0, must be at most 1": small("--leaks=0,2"),
-        "--budgets must lie in": small("--budgets=0"),
-        "could not convert": small("--budgets=much"),
+        "--budgets must be of low, mid, high, or lie in (0, 1], not 0": small("--budgets=0"),
+        "or lie in (0, 1], not much": small("--budgets=much"),
         "--num_steps=1,2: a number, or one for each of 3": small("--num_steps=1,2"),
         "--num_steps is -1, must be at least 0": small("--num_steps=-1"),
         "no number for a budget of 0.01": small(

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from afr_jax.data import photos
+from afr_jax.methods.cloaking import budget as budget_lib
 from afr_jax.methods.cloaking import check, photo_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect, embed, pipeline
@@ -90,13 +91,13 @@ def _cloaked():
     boxes = np.array([[10, 10, 40, 40], [10, 60, 40, 90]])
     regions = np.array([[5, 5, 45, 45], [5, 45, 45, 95]])
     return [
-        photo_cloaks.CloakedFace(region, box, {"near": 2.0 + number}, 0.001)
+        photo_cloaks.CloakedFace(region, box, {"near": 2.0 + number})
         for number, (region, box) in enumerate(zip(regions, boxes, strict=True))
     ]
 
 
 def _check(recognizer, photo, final, **options):
-    defaults = {"surrogates": ["near"], "dssim_budget": 0.9, "options": _OPTIONS}
+    defaults = {"surrogates": ["near"], "limits": budget_lib.Budget(0.9), "options": _OPTIONS}
     return check.check_photo(recognizer, None, photo, final, _cloaked(), **(defaults | options))
 
 
@@ -195,12 +196,15 @@ def test_a_face_without_a_change_is_not_cloaked(recognizer, photo):
 
 @pytest.mark.parametrize(
     "budget, leak, reason",
-    [(1e-6, 0, "exceeds the budget 1e-06"), (0.9, 1, "pixels outside the face regions changed")],
+    [
+        (1e-6, 0, "of its budget (DSSIM at most 1e-06)"),
+        (0.9, 1, "pixels outside the face regions changed"),
+    ],
 )
 def test_broken_promises_fail(recognizer, photo, budget, leak, reason):
     original, final = photo
     final[-1, -1] += np.uint8(leak)
-    for record in _check(recognizer, original, final, dssim_budget=budget):
+    for record in _check(recognizer, original, final, limits=budget_lib.Budget(budget)):
         assert record["status"] == "failed" and reason in record["reason"]
 
 

@@ -30,7 +30,7 @@ def _photo(quality=None):
         image.save(buffer, "PNG")
     else:
         image.save(buffer, "JPEG", quality=quality, subsampling=2)
-    faces = [photo_cloaks.CloakedFace(region, region, {}, 0.0) for region in _REGIONS]
+    faces = [photo_cloaks.CloakedFace(region, region, {}) for region in _REGIONS]
     return photos.decode_photo(buffer.getvalue()), faces
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_fawkes import _BOX, _REGION, _SURROGATES, _TOY, _batch, _dssim, _face, _variables
 
-from afr_jax.core import ssim
+from afr_jax.core.perception import ssim
 from afr_jax.methods.cloaking import face_cloaks, lowkey
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import align

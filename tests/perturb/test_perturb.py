@@ -478,3 +478,27 @@ def test_projections_keep_what_is_inside():
     delta = jnp.full((2, 2, 3), 0.1)
     for project_fn, _ in list(_all_projections(image).values())[::2]:
         np.testing.assert_array_equal(project_fn(delta), delta)
+
+
+# Rows are Y, Cb and Cr of JFIF 1.02, from red, green and blue.
+_TO_YCC = np.array(
+    [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
+)
+
+
+def test_luma_and_chroma_are_clipped_each_by_itself(variant):
+    rng = np.random.default_rng(0)
+    delta = rng.normal(0, 0.1, (6, 5, 3)).astype(np.float32)
+    luma, chroma = rng.uniform(0, 0.1, (2, 6, 5)).astype(np.float32)
+    projected = np.asarray(variant(projections.luma_chroma_box)(delta, luma, chroma))
+    known = delta @ _TO_YCC.T
+    limits = np.stack([luma, chroma, chroma], axis=-1)
+    clipped = np.clip(known, -limits, limits)
+    np.testing.assert_allclose(projected @ _TO_YCC.T, clipped, atol=2e-6)
+    assert np.any(clipped != known) and np.any(clipped == known)
+
+
+def test_gray_changes_have_no_chroma_to_clip():
+    gray = np.repeat(np.random.default_rng(0).normal(0, 0.1, (4, 4, 1)), 3, axis=2)
+    projected = projections.luma_chroma_box(jnp.asarray(gray, jnp.float32), 1.0, 0.0)
+    np.testing.assert_allclose(projected, gray, atol=1e-6)

@@ -3,8 +3,9 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
+from afr_jax.methods.cloaking import budget as budgets
 from afr_jax.methods.cloaking import fawkes, lowkey
 from afr_jax.models.extractors import registry
 
@@ -14,6 +15,9 @@ CLOAKS: dict[str, type[fawkes.FawkesConfig | lowkey.LowKeyConfig]] = {
     "lowkey": lowkey.LowKeyConfig,
 }
 METHODS = ("none", "noise", *CLOAKS, "fawkes_pypi")
+
+# A budget as cells have it: the name of a mode, or DSSIM of a face.
+Amount = float | budgets.Mode
 
 
 class CloakCell(NamedTuple):
@@ -27,7 +31,7 @@ class CloakCell(NamedTuple):
 
     method: str
     surrogates: tuple[str, ...] = ()
-    budget: float | None = None
+    budget: Amount | None = None
 
     @property
     def name(self) -> str:
@@ -36,7 +40,7 @@ class CloakCell(NamedTuple):
         if self.surrogates:
             parts.append(self.surrogate_names)
         if self.budget is not None:
-            parts.append(f"{self.budget:g}")
+            parts.append(str(self.budget))
         return "-".join(parts)
 
     @property
@@ -84,14 +88,14 @@ def surrogate_sets(asked: Sequence[str], trackers: Sequence[str]) -> tuple[tuple
 def all_cells(
     methods: Sequence[str],
     surrogate_sets: Sequence[tuple[str, ...]],
-    budgets: Sequence[float],
+    amounts: Sequence[Amount],
 ) -> list[CloakCell]:
     """All cells: the plain ones first, every set of surrogates with every budget.
 
     Args:
         methods: of `METHODS`; `lowkey@0.007` has that budget alone.
         surrogate_sets: what `fawkes` and `lowkey` are made against; `fawkes_pypi` knows dlib alone.
-        budgets: DSSIM.
+        amounts: Budgets: names of modes, or DSSIM.
 
     Raises:
         ValueError: there is no such method, or a method's own budget does not lie in (0, 1].
@@ -103,27 +107,41 @@ def all_cells(
             found.append(CloakCell(method))
             continue
         sets = {"noise": [()], "fawkes_pypi": [("dlib",)]}.get(method, surrogate_sets)
-        asked = budgets if own is None else [own]
+        asked = amounts if own is None else [own]
         found += [CloakCell(method, tuple(names), budget) for names in sets for budget in asked]
     return list(dict.fromkeys(found))
 
 
-def parse_method(text: str) -> tuple[str, float | None]:
-    """A method, and the DSSIM budget that is its own if it has one (`lowkey@0.007`).
+def parse_method(text: str) -> tuple[str, Amount | None]:
+    """A method, and the budget that is its own if it has one (`lowkey@0.007`).
 
     Raises:
-        ValueError: there is no such method, or the budget does not lie in (0, 1].
+        ValueError: there is no such method, or the budget is none.
     """
     method, _, own = text.partition("@")
     if method not in METHODS:
         raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
-    if own and not 0 < float(own) <= 1:
-        raise ValueError(f"the budget of {text} must lie in (0, 1]")
-    return method, float(own) if own else None
+    return method, parse_budget(own) if own else None
+
+
+def parse_budget(text: str) -> Amount:
+    """A budget: the name of a mode, or DSSIM in (0, 1].
+
+    Raises:
+        ValueError: it is neither.
+    """
+    for mode in get_args(budgets.Mode):
+        if text == mode:
+            return mode
+    try:
+        return budgets.Budget(float(text)).dssim
+    except ValueError:
+        modes = ", ".join(budgets.MODES)
+        raise ValueError(f"budgets must be of {modes}, or lie in (0, 1], not {text}") from None
 
 
 def cloak_method(
-    method: str, budget: float, *, num_steps: int | None
+    method: str, budget: Amount, *, num_steps: int | None
 ) -> fawkes.FawkesConfig | lowkey.LowKeyConfig:
     """The options of a cloak.
 
@@ -132,8 +150,18 @@ def cloak_method(
         budget: DSSIM of a face.
         num_steps: None for the method's own number.
     """
-    config = CLOAKS[method](dssim_budget=budget)
+    if isinstance(budget, str):
+        config = CLOAKS[method](mode=budget, dssim_budget=None)
+    else:
+        config = CLOAKS[method](dssim_budget=budget)
     return config if num_steps is None else dataclasses.replace(config, num_steps=num_steps)
+
+
+def limits_of(budget: Amount) -> budgets.Budget:
+    """The limits of a budget: DSSIM of a face, or the name of a mode."""
+    if isinstance(budget, str):
+        return budgets.choose(budget, None)
+    return budgets.Budget(dssim=budget)
 
 
 def cloak_options() -> dict[str, dict[str, object]]:
@@ -141,5 +169,5 @@ def cloak_options() -> dict[str, dict[str, object]]:
     found = {}
     for name in CLOAKS:
         found[name] = dataclasses.asdict(cloak_method(name, 1.0, num_steps=None))
-        del found[name]["dssim_budget"]
+        del found[name]["dssim_budget"], found[name]["mode"]
     return found

@@ -11,7 +11,7 @@ from absl import logging
 
 from afr_jax.core import files, options, workdir
 from afr_jax.evaluation.report import page, summary
-from afr_jax.methods.cloaking import check, fawkes, folder, records, targets, workflow
+from afr_jax.methods.cloaking import budget, check, fawkes, folder, records, targets, workflow
 from afr_jax.methods.cloaking import face_filter as face_filters
 from afr_jax.recognition import pipeline, shared_options
 from afr_jax.recognition.detectors import union
@@ -56,17 +56,19 @@ class CloakConfig(options.Config):
     (`experiments.fetch_weights` lists them) or given by --weights, but for those of --check
     and for judges (`mobilefacenet_192`), which must be named.
 
-    Expected on two CPU cores with --surrogates=dlib: four seconds a face after half a minute of
-    compilation in the first run; on the sample portrait a dlib distance of 0.9 at DSSIM 0.007
-    (below 0.6 dlib takes two faces for the same person). Every further surrogate takes its time. A
-    cloak hides nothing from a model that already knows the person.
+    Expected on the sample portrait: distances of 0.74 for dlib (below 0.6 it takes two faces for
+    the same person) and 1.33 for SFace (below 1.14), SSIMULACRA2 81. A cloak hides nothing from a
+    model that already knows the person.
     """
 
     images: tuple[str, ...] = options.option(
         (), "photos and folders of photos; default: a sample portrait"
     )
     output_dir: str = options.option("out/cloak", "folder for cloaked photos and reports")
-    mode: Literal["low", "mid", "high"] = options.option("mid", "budget")
+    mode: budget.Mode = options.option("mid", "budget in what people see")
+    dssim: float | None = options.option(
+        None, "budget in DSSIM in place of --mode; the paper's is 0.007", at_most=1
+    )
     surrogates: tuple[str, ...] = options.option(
         DEFAULT_SURROGATES, "extractors to cloak against; all: every one whose weights are there"
     )
@@ -89,9 +91,10 @@ class CloakConfig(options.Config):
 
     @property
     def method(self) -> fawkes.FawkesConfig:
-        """The search with the budget of the mode."""
-        budget = fawkes.MODES[self.mode]
-        return fawkes.FawkesConfig(**dataclasses.asdict(self.search), dssim_budget=budget)
+        """The search with its budget."""
+        return fawkes.FawkesConfig(
+            **dataclasses.asdict(self.search), mode=self.mode, dssim_budget=self.dssim
+        )
 
     def toy(self) -> "CloakConfig":
         """Four steps."""
@@ -199,8 +202,9 @@ def _settings(config: CloakConfig, flow: workflow.Workflow) -> dict[str, files.J
     """What decides the bytes of the outputs."""
     weights = folder.fingerprints(flow)
     return {
-        "mode": config.mode,
         **dataclasses.asdict(config.method),
+        "dssim_budget": config.method.budget.dssim,
+        "budget": dataclasses.asdict(config.method.budget),
         "surrogates": flow.surrogates,
         "weights": {name: weights[name] for name in flow.surrogates},
         "target": config.target,

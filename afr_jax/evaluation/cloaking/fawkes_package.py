@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from afr_jax.evaluation import reference
+from afr_jax.methods.cloaking import budget as budgets
 from afr_jax.methods.cloaking import photo_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import align, chips
@@ -28,7 +29,7 @@ def cloak(
     folder: pathlib.Path,
     faces: Sequence[photo_cloaks.PhotoFaces],
     extractor: registry.Extractor,
-    budget: float,
+    limits: budgets.Budget,
     *,
     num_steps: int,
     seed: int = 0,
@@ -40,7 +41,7 @@ def cloak(
         folder: where chips are put for the package.
         faces: photos with their faces.
         extractor: dlib's.
-        budget: DSSIM, of the package's chips and of the photo's faces.
+        limits: of the photo's faces; the package knows DSSIM alone, that of its chips.
         num_steps: of the package's optimizer.
         seed: of its start.
 
@@ -60,7 +61,7 @@ def cloak(
         "cloak",
         chips=str(source),
         output=str(output),
-        dssim=budget,
+        dssim=limits.dssim,
         steps=num_steps,
         batch=_BATCH,
         learning_rate=_LEARNING_RATE,
@@ -73,8 +74,7 @@ def cloak(
         return _unwarped(next(changes), extractor, region, landmarks)
 
     return [
-        photo_cloaks.change_faces(photo, (extractor,), change, dssim_budget=budget)
-        for photo in faces
+        photo_cloaks.change_faces(photo, (extractor,), change, limits=limits) for photo in faces
     ]
 
 

@@ -6,14 +6,14 @@ Every figure is one PNG with a panel for each extractor, which shows one cell (`
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from afr_jax.evaluation.cloaking import scores, table
-from afr_jax.evaluation.cloaking.cells import CloakCell, file_name
+from afr_jax.evaluation.cloaking.cells import CloakCell, file_name, limits_of
 from afr_jax.evaluation.cloaking.embeddings import Embeddings
 from afr_jax.evaluation.report import figures
 from afr_jax.recognition import match
@@ -65,6 +65,9 @@ class Distances(NamedTuple):
     threshold: float
 
 
+_SEEN = {"mean_dssim": "DSSIM, mean", "ssimulacra2": "SSIMULACRA2 of the face, median"}
+
+
 def shown_cells(
     cells: Sequence[CloakCell], names: Sequence[str], *, method: str = "fawkes"
 ) -> dict[str, CloakCell]:
@@ -87,7 +90,7 @@ def shown_cells(
     for name in names:
         best = max((name not in cell.surrogates, len(cell.surrogates)) for cell in pool)
         own = [c for c in pool if (name not in c.surrogates, len(c.surrogates)) == best]
-        own.sort(key=lambda cell: cell.budget or 0.0)
+        own.sort(key=lambda cell: limits_of(cell.budget).dssim if cell.budget else 0.0)
         shown[name] = own[len(own) // 2]
     return shown
 
@@ -147,16 +150,18 @@ def plot_budgets(
     path: str | os.PathLike[str],
     rows: Sequence[scores.Row],
     *,
+    axis: Literal["mean_dssim", "ssimulacra2"] = "mean_dssim",
     tracker: str = "nearest",
     countermeasures: tuple[str, str] = ("none", "jpeg75"),
 ) -> None:
-    """Draws protection against the DSSIM budget, a line for each method and set of surrogates.
+    """Draws protection against what is seen, a line for each method and set of surrogates.
 
     Markers are filled where the panel's extractor is among the surrogates.
 
     Args:
         path: of the PNG.
         rows: of the table, without leaks; those of other trackers and countermeasures are left out.
+        axis: what is seen: mean DSSIM, or median SSIMULACRA2 (less to the right).
         tracker: of the rows that are drawn.
         countermeasures: drawn solid with intervals, and dotted.
     """
@@ -178,8 +183,10 @@ def plot_budgets(
                 ]
                 if line:
                     label = f"{method}: {surrogates}" if surrogates else method
-                    _budget_line(panel, line, style, label, {"marker": marker, **fill})
-        panel.set(xlabel="DSSIM budget", ylim=(-3, 103), title=name)
+                    _budget_line(panel, line, style, label, axis, {"marker": marker, **fill})
+        panel.set(xlabel=_SEEN[axis], ylim=(-3, 103), title=name)
+        if axis == "ssimulacra2":
+            panel.invert_xaxis()
         panel.grid(alpha=0.3)
     axes[0].set_ylabel(f"probes not identified, % ({tracker})")
     handles, labels = axes[0].get_legend_handles_labels()
@@ -253,23 +260,24 @@ def _budget_line(
     line: Sequence[scores.Row],
     style: str,
     label: str | None,
+    axis: str,
     marker: dict[str, Any],
 ) -> None:
     color = _METHOD_COLORS[line[0]["method"]]
     share = 100 * np.array([row["protection"] for row in line])
-    if line[0]["budget"] is None:
+    if line[0]["budget"] is None or line[0].get(axis) is None:
         label = label if style == "-" else None
         panel.axhline(share[0], color=color, linestyle=style, linewidth=1, label=label)
         return
-    order = np.argsort([row["budget"] for row in line])
-    budgets = np.array([row["budget"] for row in line])[order]
+    order = np.argsort([row[axis] for row in line])
+    seen = np.array([row[axis] for row in line])[order]
     if style == ":":
-        panel.plot(budgets, share[order], style, color=color, markersize=3, **marker)
+        panel.plot(seen, share[order], style, color=color, markersize=3, **marker)
         return
     low, high = (100 * np.array([row[end] for row in line])[order] for end in ("low", "high"))
     spread = np.maximum([share[order] - low, high - share[order]], 0)
     panel.errorbar(
-        budgets,
+        seen,
         share[order],
         spread,
         linestyle=style,

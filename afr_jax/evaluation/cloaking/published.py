@@ -2,8 +2,8 @@
 
 They lie in a folder as PNG, each with a record of what was done. Photos are worked on in groups
 that share batches, so a run that was cut goes on with the first group that lacks a file, and gives
-the same bytes. All methods change the main face of a photo within one DSSIM budget, measured on the
-8-bit photo as `budget.face_dssim` does.
+the same bytes. All methods change the main face of a photo within the cell's budget, measured on
+the 8-bit photo (`budget.Budget`).
 """
 
 import json
@@ -15,10 +15,11 @@ import jax
 import numpy as np
 
 from afr_jax.core import files
+from afr_jax.core.perception import measures
 from afr_jax.data import identities, photos
 from afr_jax.evaluation import reference
 from afr_jax.evaluation.cloaking import cells, fawkes_package
-from afr_jax.methods.cloaking import noise, photo_cloaks
+from afr_jax.methods.cloaking import budget, noise, photo_cloaks
 from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect, pipeline
@@ -39,12 +40,14 @@ class PublishedRecord(TypedDict):
         region: (y0, x0, y1, x1), all that changed; only without a problem, as the others.
         box: the detector's.
         dssim: of the face.
+        visibility: `measures.Visibility` of the region.
     """
 
     problem: str | None
     region: NotRequired[list[int]]
     box: NotRequired[list[int]]
     dssim: NotRequired[float]
+    visibility: NotRequired[dict[str, float | None]]
 
 
 def protect_fn(
@@ -79,17 +82,18 @@ def protect_fn(
         raise ValueError(f"{cell.name} has no budget to protect photos within")
     if cell.method == "fawkes_pypi" and package is None:
         raise ValueError(f"{cell.name} needs the driver of PyPI `fawkes`")
-    limit: float = cell.budget
+    limit = cell.budget
+    limits = cells.limits_of(limit)
     extractors = tuple(recognizer.extractors[name] for name in cell.surrogates)
     variables = tuple(recognizer.variables[name] for name in cell.surrogates)
 
     def protect(faces: Sequence[photo_cloaks.PhotoFaces]) -> Protected:
         if cell.method == "noise":
-            return [noise.add_noise(face, covered, dssim_budget=limit, seed=seed) for face in faces]
+            return [noise.add_noise(face, covered, limits=limits, seed=seed) for face in faces]
         if package is not None and cell.method == "fawkes_pypi":
             steps = cells.cloak_method("fawkes", limit, num_steps=num_steps).num_steps
             return fawkes_package.cloak(
-                package, folder, faces, extractors[0], limit, num_steps=steps, seed=seed
+                package, folder, faces, extractors[0], limits, num_steps=steps, seed=seed
             )
         return photo_cloaks.cloak_photos(
             jax.random.key(seed),
@@ -162,7 +166,14 @@ def _write_group(
         pixels = photo.pixels
         if record["problem"] is None:
             pixels, (face,) = next(results)
-            record.update(region=face.region, box=face.box, dssim=face.dssim)
+            y0, x0, y1, x1 = face.region
+            seen = measures.measure(photo.pixels[y0:y1, x0:x1], pixels[y0:y1, x0:x1])
+            record.update(
+                region=face.region,
+                box=face.box,
+                dssim=budget.face_dssim(photo.pixels, pixels, face.region, face.box),
+                visibility=seen._asdict(),
+            )
         # The record goes first: a photo that is there has one.
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(_record_path(path), record)

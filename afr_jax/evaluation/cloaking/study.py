@@ -26,7 +26,7 @@ from afr_jax.models.extractors import registry
 from afr_jax.recognition import pipeline
 
 _NOTES = {
-    "noise": "Gaussian, the largest that meets the DSSIM budget",
+    "noise": "Gaussian, the largest that meets the budget",
     "fawkes_pypi": "the optimiser of PyPI fawkes with dlib's net, for its own extractors are not "
     "to be had; the change of its chips is brought back to the photo and fitted to the budget",
     "linear_head": "one head for all protected people, whose published photos are as the cell has "
@@ -46,8 +46,8 @@ class FawkesEvaluationConfig(options.Config):
     Others are enrolled clean. One person is protected at a time, the other protected people are
     clean.
 
-    A cell is a method, a set of surrogates and a DSSIM budget. --methods: `none`, `noise`
-    (Gaussian, of equal DSSIM), `fawkes` (ours), `lowkey`, `fawkes_pypi` (the optimizer of PyPI
+    A cell is a method, a set of surrogates and a budget. --methods: `none`, `noise`
+    (Gaussian, within the budget), `fawkes` (ours), `lowkey`, `fawkes_pypi` (the optimizer of PyPI
     `fawkes` with dlib's net); `lowkey@0.007` is made at that budget alone. --surrogates: sets of
     extractors joined by `+`; `all` is every tracker of the registry but for judges
     (`mobilefacenet_192`), `leave_one_out` for each of them all others. --trackers: names of
@@ -61,9 +61,10 @@ class FawkesEvaluationConfig(options.Config):
     identified as the person, with 95 % intervals (bootstrap over people), the rank of the person,
     and distances.
 
-    Writes `result.json`, `table.csv`, `budgets.png`, `embeddings.png`, `distances.png` and for each
-    cell `cells/<name>/` with its photos, scores and `matches.csv` (the nearest photo of each probe,
-    as `DeepFace.find` lists them). What a killed run has written is not made again; methods,
+    Writes `result.json`, `table.csv`, `budgets.png` and `frontier.png` (protection against DSSIM,
+    and against SSIMULACRA2), `embeddings.png`, `distances.png` and for each cell `cells/<name>/`
+    with its photos, scores and `matches.csv` (the nearest photo of each probe, as `DeepFace.find`
+    lists them). What a killed run has written is not made again; methods,
     surrogates, budgets (where --num_steps is one number), trackers, countermeasures and leaks may
     be added later. Exit code 3: some photos have no face or cannot be read. Expected on LFW without
     any cloak: 0 to 2 % of the probes missed. --toy: two synthetic people, dlib alone.
@@ -87,8 +88,8 @@ class FawkesEvaluationConfig(options.Config):
         resumable=True,
     )
     weights: tuple[str, ...] = options.option((), "weight files: NAME=FILE", resumable=True)
-    budgets: tuple[float, ...] = options.option(
-        (0.004, 0.007, 0.012), "DSSIM of a face", at_most=1, resumable=True
+    budgets: tuple[str, ...] = options.option(
+        ("low", "mid", "high"), "modes of experiments.cloak, or DSSIM of a face", resumable=True
     )
     countermeasures: tuple[str, ...] = options.option(
         embeddings.COUNTERMEASURES,
@@ -127,8 +128,7 @@ class FawkesEvaluationConfig(options.Config):
         for name in ("methods", "trackers", "budgets", "countermeasures"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is needed")
-        if not all(value > 0 for value in self.budgets):
-            raise ValueError("budgets must lie in (0, 1]")
+        _ = self.amounts
         if len(self.num_steps) not in (0, 1, len(self.budgets)):
             found = ",".join(map(str, self.num_steps))
             raise ValueError(
@@ -140,12 +140,17 @@ class FawkesEvaluationConfig(options.Config):
         small = {
             **{"people": 2, "cloaked_photos": 2, "probes": 2},
             **{"gallery_people": 3, "gallery_photos": 2, "num_steps": (2,)},
-            **{"trackers": ("dlib",), "surrogates": ("all",), "budgets": (0.007,)},
+            **{"trackers": ("dlib",), "surrogates": ("all",), "budgets": ("0.007",)},
             **{"countermeasures": ("none", "jpeg75"), "leaks": (0.0, 0.5)},
         }
         return dataclasses.replace(options.fill_defaults(self, small), is_toy=True)
 
-    def steps_of(self, budget: float | None) -> int | None:
+    @property
+    def amounts(self) -> tuple[cells.Amount, ...]:
+        """The budgets, as cells have them."""
+        return tuple(map(cells.parse_budget, self.budgets))
+
+    def steps_of(self, budget: cells.Amount | None) -> int | None:
         """Steps of a cloak of a budget; None for the method's own number.
 
         Raises:
@@ -153,9 +158,9 @@ class FawkesEvaluationConfig(options.Config):
         """
         if len(self.num_steps) < 2:
             return self.num_steps[0] if self.num_steps else None
-        if budget not in self.budgets:
+        if budget not in self.amounts:
             raise ValueError(f"--num_steps has no number for a budget of {budget}")
-        return self.num_steps[self.budgets.index(budget)]
+        return self.num_steps[self.amounts.index(budget)]
 
 
 def run(config: FawkesEvaluationConfig) -> options.Outcome:
@@ -173,7 +178,7 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
     try:
         _ = [pipeline.find_extractor(name) for name in config.trackers]
         sets = _surrogate_sets(config)
-        plan = cells.all_cells(config.methods, sets, config.budgets)
+        plan = cells.all_cells(config.methods, sets, config.amounts)
         steps = {cell: config.steps_of(cell.budget) for cell in plan if cell.surrogates}
     except (FileNotFoundError, ValueError) as error:
         raise options.UsageError(str(error)) from error
@@ -243,12 +248,13 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
 
 def _sorted(config: FawkesEvaluationConfig) -> FawkesEvaluationConfig:
     """The config with its budgets, their steps and its leaks in order."""
-    steps = config.num_steps
+    amounts, steps = config.amounts, config.num_steps
+    order = sorted(range(len(amounts)), key=lambda i: cells.limits_of(amounts[i]).dssim)
     if len(steps) > 1:
-        steps = tuple(number for _, number in sorted(zip(config.budgets, steps, strict=True)))
+        steps = tuple(steps[i] for i in order)
     return dataclasses.replace(
         config,
-        budgets=tuple(sorted(config.budgets)),
+        budgets=tuple(config.budgets[i] for i in order),
         leaks=tuple(sorted(config.leaks)),
         num_steps=steps,
     )
@@ -275,7 +281,7 @@ def _resolved(
     """What decides the result, as config.json and result.json have it."""
     names = (
         *("data", "people", "cloaked_photos", "probes", "gallery_people", "gallery_photos"),
-        *("methods", "trackers", "budgets", "countermeasures", "leaks", "num_steps"),
+        *("methods", "trackers", "countermeasures", "leaks", "num_steps"),
         *("end_to_end", "epochs", "seed"),
     )
     cloaks = cells.cloak_options()
@@ -283,6 +289,7 @@ def _resolved(
         del each["num_steps"]
     return {
         **{name: getattr(config, name) for name in names},
+        "budgets": config.amounts,
         "surrogate_sets": sets,
         "toy": config.is_toy,
         "cloaks": cloaks,
@@ -378,9 +385,20 @@ def _rows(
 
         rows.append(workdir.load_or_compute(photos_of.folder / "scores" / kept, train))
     table.write_matches(photos_of.folder / "matches.csv", setup, photos_of)
-    dssims = [record["dssim"] for record in records if not record["problem"]]
-    mean = float(np.mean(dssims)) if dssims else None
-    return [{**row, "mean_dssim": mean} for row in rows]
+    seen = _visibility(records)
+    return [{**row, **seen} for row in rows]
+
+
+def _visibility(records: Sequence[published.PublishedRecord]) -> dict[str, float | None]:
+    """What is seen of a cell's photos: the mean DSSIM, the medians of the others."""
+    done = [record for record in records if not record["problem"]]
+    dssims = [record["dssim"] for record in done]
+    found: dict[str, float | None] = {"mean_dssim": float(np.mean(dssims)) if dssims else None}
+    for name in table.VISIBILITY:
+        values = [record.get("visibility", {}).get(name) for record in done]
+        known = [value for value in values if value is not None]
+        found[name] = float(np.median(known)) if known else None
+    return found
 
 
 def _draw(
@@ -390,6 +408,7 @@ def _draw(
     work: workdir.Workdir,
 ) -> None:
     plots.plot_budgets(work.path / "budgets.png", rows)
+    plots.plot_budgets(work.path / "frontier.png", rows, axis="ssimulacra2")
     by_cell = {photos_of.cell: photos_of for photos_of in made}
     shown = {
         name: (cell, table.cell_embeddings(setup, by_cell[cell], "none"))

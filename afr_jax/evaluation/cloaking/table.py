@@ -21,10 +21,12 @@ from afr_jax.evaluation.cloaking.people import Split
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import chips, pipeline
 
+# Medians over the photos of a cell, of `measures.Visibility`.
+VISIBILITY = ("ssimulacra2", "ciede2000_mean", "ciede2000_p99", "chroma", "flip")
 TABLE_COLUMNS = (
     *("method", "surrogates", "budget", "countermeasure", "leak", "tracker", "extractor"),
     *("transfer", "protection", "low", "high", "people", "probes", "rank_median"),
-    *("rank_1", "rank_5", "rank_50", "enrolled", "not_found", "leaked", "mean_dssim"),
+    *("rank_1", "rank_5", "rank_50", "enrolled", "not_found", "leaked", "mean_dssim", *VISIBILITY),
     *("own_distance_median", "own_distance_clean_median", "other_distance_median"),
 )
 MATCH_COLUMNS = (

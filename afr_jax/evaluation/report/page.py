@@ -242,9 +242,9 @@ def _photos(
     for record, image, head in zip(records, images, heads, strict=True):
         if not head["cloaked"]:
             continue
-        budget = _number(settings.get("dssim_budget"))
+        budget, limits = _number(settings.get("dssim_budget")), settings.get("budget") or {}
         faces = [
-            _face(number, face, budget, axis)
+            _face(number, face, budget, limits, axis)
             for number, face in enumerate(image.get("faces") or [], 1)
         ]
         photo = {**head, "faces": faces, "pictures": None, "problem": None}
@@ -298,8 +298,40 @@ def _head(number: int, image: Mapping[str, files.Json]) -> dict[str, files.Json]
     }
 
 
+# What people see of a change, in words: key, name, digits, the limit's key, its words.
+_VISIBLE = (
+    ("ssimulacra2", "Likeness to people (SSIMULACRA2; 100 is equal)", ".0f", "at least"),
+    ("ciede2000_mean", "Difference of color (CIEDE2000), mean", ".2f", None),
+    ("ciede2000_p99", "The same, at 99 % of the pixels", ".2f", "at most"),
+    ("chroma", "Tint (low-passed chroma), levels", ".2f", "at most"),
+    ("flip", "Seen when the photos alternate (FLIP)", ".3f", "at most"),
+    ("psnr", "Signal to noise, dB", ".1f", None),
+)
+
+
+def _visible(
+    found: Mapping[str, files.Json], limits: Mapping[str, files.Json]
+) -> list[dict[str, str]]:
+    """Names and figures of what people see of a change."""
+    lines = []
+    for key, name, digits, words in _VISIBLE:
+        value = _number(found.get(key))
+        if value is None:
+            continue
+        limit = _number(limits.get({"ciede2000_p99": "ciede2000"}.get(key, key)))
+        text = f"{value:{digits}}"
+        if words is not None and limit is not None:
+            text += f" ({words} {limit:g})"
+        lines.append({"name": name, "value": text})
+    return lines
+
+
 def _face(
-    number: int, face: Mapping[str, files.Json], budget: float | None, axis: float
+    number: int,
+    face: Mapping[str, files.Json],
+    budget: float | None,
+    limits: Mapping[str, files.Json],
+    axis: float,
 ) -> dict[str, files.Json]:
     """The figures of one face, formatted."""
     dssim, linf = _number(face.get("dssim")), _number(face.get("linf"))
@@ -330,6 +362,7 @@ def _face(
                 "mark": _percent(budget / scale),
             }
         view["dssim"] = shown
+    view["visible"] = _visible(face.get("visibility") or {}, limits)
     if view["cloaked"]:
         view["extractors"] = [
             _extractor(name, entry, axis) for name, entry in (face.get("extractors") or {}).items()

@@ -29,7 +29,9 @@ def lines(report: Mapping[str, files.Json]) -> Iterator[str]:
                 yield f"  face {number} at {place}: {face['status']} ({reason})"
                 continue
             lost = "" if face.get("found_again", True) else "; not found again in the written photo"
-            yield f"  face {number}: DSSIM {face['dssim']:.4f}{lost}"
+            seen = face.get("visibility") or {}
+            likeness = f", SSIMULACRA2 {seen['ssimulacra2']:.0f}" if seen else ""
+            yield f"  face {number}: DSSIM {face['dssim']:.4f}{likeness}{lost}"
             for name, entry in face["extractors"].items():
                 after = report_lib.after_jpeg(entry) or {"reason": "not looked at"}
                 yield (

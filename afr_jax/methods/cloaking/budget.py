@@ -1,20 +1,134 @@
-"""Fitting changes of faces to a DSSIM budget, measured on the final 8-bit pixels.
+"""What a cloak may cost: limits of what is seen of it, and changes fitted to them.
 
-A change is `[h, w, 3]` of a region (y0, x0, y1, x1) of the photo. Rounding to 8 bits and regions
-that overlap make the DSSIM of a scaled change uneven, so it is fitted by trying.
+Limits hold on the final 8-bit pixels of every face. A change is `[h, w, 3]` of a region (y0, x0,
+y1, x1) of the photo. Rounding to 8 bits and regions that overlap make what a scaled change costs
+uneven, so it is fitted by trying.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
-from afr_jax.core import ssim
+from afr_jax.core.perception import measures, ssim
 from afr_jax.recognition import detect
 
+# DSSIM of Shan et al. 2020, section 5.
+PUBLISHED_DSSIM = 0.007
+# Flicker beside FLIP: what changes of luma within the budgets have, and a little room.
+_FLICKER_SHARE = 0.27
 # Rounds of fitting several changes together, and how many of them may enlarge a change.
 _ROUNDS, _GROWING_ROUNDS = 12, 4
 # Halvings of the interval that the scale of a single change lies in, and its largest scale.
 _HALVINGS, _LARGEST_SCALE = 14, 64
+
+
+Mode = Literal["low", "mid", "high"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Limits of a face's change; those that are None do not count.
+
+    A search holds DSSIM and flicker, and clips colors at every pixel; the rest is held by fitting.
+    SSIMULACRA2 is no aim of a search: it hardly counts fine noise, which a search that may spend it
+    finds out (`experiments/results/fawkes_attempts.md`).
+
+    Attributes:
+        dssim: Largest DSSIM of the region that changes and of the detector's box, in (0, 1].
+        ciede2000: Largest 99th percentile of CIEDE2000 in the region.
+        chroma: Largest mean change of low-passed chroma in the region (`measures.tint`), gray
+            levels.
+        flip: Largest mean FLIP of the region.
+        ssimulacra2: Least SSIMULACRA2 of the region, below 100.
+    """
+
+    dssim: float
+    ciede2000: float | None = None
+    chroma: float | None = None
+    flip: float | None = None
+    ssimulacra2: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ValueError: a limit is out of its range.
+        """
+        if not 0 < self.dssim <= 1:
+            raise ValueError(f"dssim_budget is {self.dssim}, must lie in (0, 1]")
+        for name in ("ciede2000", "chroma", "flip"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, must be above 0")
+        if self.ssimulacra2 is not None and not 0 < self.ssimulacra2 < 100:
+            raise ValueError(f"ssimulacra2 is {self.ssimulacra2}, must lie in (0, 100)")
+
+    @property
+    def flicker(self) -> float:
+        """What a search may spend of `flicker.flicker`, so that FLIP is about its limit."""
+        return np.inf if self.flip is None else _FLICKER_SHARE * self.flip
+
+    def spent(
+        self, original: np.ndarray, final: np.ndarray, region: np.ndarray, box: np.ndarray
+    ) -> float:
+        """The largest share of a limit that a face's change takes; at most 1 within the budget.
+
+        Args:
+            original: `[H, W, 3]` uint8.
+            final: `[H, W, 3]` uint8.
+            region: `[4]` int, all that may have changed.
+            box: `[4]` int, the detector's.
+        """
+        y0, x0, y1, x1 = region
+        pair = measures.shown(original[y0:y1, x0:x1], final[y0:y1, x0:x1])
+        shares = [face_dssim(original, final, region, box) / self.dssim]
+        if self.ciede2000 is not None:
+            shares.append(float(np.percentile(measures.ciede2000(*pair), 99)) / self.ciede2000)
+        if self.chroma is not None:
+            shares.append(measures.tint(*pair) / self.chroma)
+        if self.flip is not None:
+            shares.append(measures.flip(*pair) / self.flip)
+        # The slow one, where it can still matter.
+        if self.ssimulacra2 is not None and max(shares) <= 1:
+            shares.append((100 - measures.ssimulacra2(*pair)) / (100 - self.ssimulacra2))
+        return max(shares)
+
+    def __str__(self) -> str:
+        """The limits in words."""
+        words = {
+            "dssim": "DSSIM at most {:g}",
+            "ciede2000": "CIEDE2000 at most {:g} at 99 % of the pixels",
+            "chroma": "low-passed chroma at most {:g} gray levels",
+            "flip": "FLIP at most {:g}",
+            "ssimulacra2": "SSIMULACRA2 at least {:g}",
+        }
+        limits = dataclasses.asdict(self)
+        return ", ".join(
+            text.format(limits[name]) for name, text in words.items() if limits[name] is not None
+        )
+
+
+# In what people see: nothing in a flip test, nothing side by side, and hardly anything without the
+# original (SSIMULACRA2's words).
+MODES: dict[str, Budget] = {
+    "low": Budget(0.006, ciede2000=3.0, chroma=0.4, flip=0.032, ssimulacra2=85.0),
+    "mid": Budget(0.012, ciede2000=4.5, chroma=0.4, flip=0.045, ssimulacra2=78.0),
+    "high": Budget(0.02, ciede2000=6.5, chroma=0.6, flip=0.065, ssimulacra2=70.0),
+}
+
+
+def choose(mode: str | None, dssim: float | None) -> Budget:
+    """The budget of a mode, or in place of it a limit of DSSIM.
+
+    Raises:
+        ValueError: there is no such mode, or the limit is out of its range.
+    """
+    if dssim is not None:
+        return Budget(dssim=dssim)
+    if mode not in MODES:
+        raise ValueError(f"there is no mode {mode!r}, only {', '.join(MODES)}")
+    return MODES[mode]
 
 
 def face_dssim(
@@ -40,9 +154,9 @@ def fit_together(
     boxes: Sequence[np.ndarray],
     changes: Sequence[tuple[np.ndarray, np.ndarray]],
     *,
-    dssim_budget: float,
-) -> tuple[np.ndarray, list[float]]:
-    """Adds the changes of all faces, each scaled until its DSSIM fits.
+    budget: Budget,
+) -> np.ndarray:
+    """Adds the changes of all faces, each scaled until it fits the budget.
 
     At first a change below the budget may grow by up to half (rounding and enlarging lose some of
     it), within its pixel limits; later, changes only shrink: those of a face above the budget and
@@ -53,15 +167,15 @@ def fit_together(
         regions: `[4]` int of each face.
         boxes: `[4]` int of each face.
         changes: `[h, w, 3]` of each region in [0, 1] units, and the limits `[h, w, 1]` of its size.
-        dssim_budget: of a face.
+        budget: of a face.
 
     Returns:
-        The final pixels and the DSSIM of each face.
+        The final pixels.
     """
     scales = np.ones(len(regions))
-    best, best_dssims = pixels.copy(), [0.0] * len(regions)
+    best, best_spent = pixels.copy(), 0.0
     if not len(regions):
-        return best, best_dssims
+        return best
     areas = np.array(regions, np.float64)
     neighbors = (detect.overlap(areas, areas) > 0) | np.eye(len(regions), dtype=bool)
     for fit_round in range(_ROUNDS):
@@ -71,25 +185,25 @@ def fit_together(
             levels = np.round(np.clip(scale * delta, -limit, limit) * 255.0)
             final[y0:y1, x0:x1] += levels.astype(np.int16)
         final = np.clip(np.round(final), 0, 255).astype(np.uint8)
-        dssims = np.array(
+        spent = np.array(
             [
-                face_dssim(pixels, final, region, box)
+                budget.spent(pixels, final, region, box)
                 for region, box in zip(regions, boxes, strict=True)
             ]
         )
-        if np.all(dssims <= dssim_budget) and sum(dssims) >= sum(best_dssims):
-            best, best_dssims = final, dssims.tolist()
-        if np.all((dssims >= 0.995 * dssim_budget) & (dssims <= dssim_budget)):
+        if np.all(spent <= 1) and spent.sum() >= best_spent:
+            best, best_spent = final, spent.sum()
+        if np.all((spent >= 0.995) & (spent <= 1)):
             break
-        if fit_round >= _GROWING_ROUNDS and np.all(dssims <= dssim_budget):
+        if fit_round >= _GROWING_ROUNDS and np.all(spent <= 1):
             break
-        wanted = np.sqrt(0.998 * dssim_budget / np.maximum(dssims, 1e-9))
+        wanted = np.sqrt(0.998 / np.maximum(spent, 1e-9))
         if fit_round < _GROWING_ROUNDS:
             scales = np.minimum(scales * np.clip(wanted, 0.5, 1.25), 1.5)
         else:
-            least = np.where(neighbors & (dssims > dssim_budget), wanted, 1.0).min(axis=1)
+            least = np.where(neighbors & (spent > 1), wanted, 1.0).min(axis=1)
             scales = scales * np.maximum(least, 0.5)
-    return best, best_dssims
+    return best
 
 
 def fit_alone(
@@ -99,8 +213,8 @@ def fit_alone(
     box: np.ndarray,
     change: np.ndarray,
     *,
-    dssim_budget: float,
-) -> tuple[np.ndarray, float]:
+    budget: Budget,
+) -> np.ndarray:
     """Adds the largest multiple of one face's change that meets the budget.
 
     Args:
@@ -109,24 +223,31 @@ def fit_alone(
         region: `[4]` int.
         box: `[4]` int.
         change: `[h, w, 3]` or `[h, w, 1]` of the region, in gray levels.
-        dssim_budget: of the face.
+        budget: of the face.
 
     Returns:
-        The final pixels and the face's DSSIM.
+        The final pixels.
     """
     y0, x0, y1, x1 = region
 
-    def changed(scale: float) -> tuple[np.ndarray, float]:
+    def changed(scale: float) -> np.ndarray:
         final = pixels.copy()
         piece = np.round(pixels[y0:y1, x0:x1] + scale * change)
         final[y0:y1, x0:x1] = np.clip(piece, 0, 255).astype(np.uint8)
-        return final, face_dssim(original, final, region, box)
+        return final
 
-    # Twice as much at a time until it is too much, then halving.
+    def fits(scale: float) -> bool:
+        return budget.spent(original, changed(scale), region, box) <= 1
+
+    return changed(_largest(fits))
+
+
+def _largest(fits_fn: Callable[[float], bool]) -> float:
+    """The largest scale that fits: twice as much at a time until it is too much, then halving."""
     low, high = 0.0, 1.0
-    while changed(high)[1] <= dssim_budget and high < _LARGEST_SCALE:
+    while fits_fn(high) and high < _LARGEST_SCALE:
         low, high = high, 2 * high
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if changed(middle)[1] <= dssim_budget else (low, middle)
-    return changed(low)
+        low, high = (middle, high) if fits_fn(middle) else (low, middle)
+    return low

@@ -10,6 +10,7 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 
+from afr_jax.core.perception import measures
 from afr_jax.data import photos
 from afr_jax.methods.cloaking import budget, photo_cloaks
 from afr_jax.models import mtcnn
@@ -68,7 +69,7 @@ class CloakVerdict(TypedDict):
 
 
 class CloakRecord(TypedDict):
-    """A face in report.json; the last five only where it was to be cloaked.
+    """A face in report.json; the last six only where it was to be cloaked.
 
     Attributes:
         box: (y0, x0, y1, x1), all that may have changed for this face.
@@ -82,6 +83,7 @@ class CloakRecord(TypedDict):
         found_again: whether a detector finds the face in the written file; where not, it was
             measured at the landmarks of the original.
         dssim: on the final pixels, the larger of those of region and box.
+        visibility: what people see of the change of the region (`measures.Visibility`).
         linf: largest change of a pixel, in [0, 1] units.
         mean_difference: of the channel where it is largest, in gray levels.
         extractors: verdicts by the extractor's name.
@@ -95,6 +97,7 @@ class CloakRecord(TypedDict):
     detectors: NotRequired[dict[str, float | None]]
     found_again: NotRequired[bool]
     dssim: NotRequired[float]
+    visibility: NotRequired[dict[str, float | None]]
     linf: NotRequired[float]
     mean_difference: NotRequired[float]
     extractors: NotRequired[dict[str, CloakVerdict]]
@@ -116,7 +119,7 @@ def check_photo(
     cloaked: Sequence[photo_cloaks.CloakedFace],
     *,
     surrogates: Collection[str],
-    dssim_budget: float,
+    limits: budget.Budget,
     options: union.UnionOptions,
     reencoded: np.ndarray | None = None,
 ) -> list[CloakRecord]:
@@ -129,15 +132,14 @@ def check_photo(
         final: `[H, W, 3]` uint8, decoded from the final file.
         cloaked: what was done to each face of `photo.faces`.
         surrogates: names of the extractors that the cloak was made against.
-        dssim_budget: of the cloak.
+        limits: of the cloak.
         options: of the detectors.
         reencoded: `[H, W, 3]` uint8, the original through the encoder of the final file; None where
             that loses nothing.
 
     Returns:
-        A record for each face, as in report.json; status `cloaked` only if it changed, its DSSIM
-        lies within the budget and every pixel outside the regions is the original's, or that of
-        `reencoded`.
+        A record for each face, as in report.json; status `cloaked` only if it changed within its
+        limits and every pixel outside the regions is the original's, or that of `reencoded`.
     """
     plain = photo.pixels if reencoded is None else reencoded
     untouched = np.ones(final.shape[:2], bool)
@@ -153,20 +155,22 @@ def check_photo(
     for number, (face, entries) in enumerate(zip(cloaked, judged, strict=True)):
         y0, x0, y1, x1 = face.region
         change = final[y0:y1, x0:x1].astype(np.int32) - photo.pixels[y0:y1, x0:x1]
-        dssim = budget.face_dssim(photo.pixels, final, face.region, face.box)
+        visible = measures.measure(photo.pixels[y0:y1, x0:x1], final[y0:y1, x0:x1])
+        share = limits.spent(photo.pixels, final, face.region, face.box)
         record: CloakRecord = {
             **place(photo.faces, number, face.region),
             "status": "cloaked",
             "reason": None,
             "found_again": found_again[number],
-            "dssim": dssim,
+            "dssim": budget.face_dssim(photo.pixels, final, face.region, face.box),
+            "visibility": visible._asdict(),
             "linf": float(np.abs(change).max() / 255),
             "mean_difference": float(
                 change.mean(axis=(0, 1))[np.abs(change.mean((0, 1))).argmax()]
             ),
             "extractors": entries,
         }
-        problem = _problem(dssim, dssim_budget, leaked)
+        problem = _problem(share, limits, leaked)
         if problem:
             record.update(status="failed", reason=problem)
         elif np.array_equal(final[y0:y1, x0:x1], plain[y0:y1, x0:x1]):
@@ -317,9 +321,9 @@ def _jpeg_reach(region: np.ndarray) -> np.ndarray:
     return np.maximum(whole + np.array([-1, -1, 1, 1]) * _JPEG_BLUR, 0)
 
 
-def _problem(dssim: float, dssim_budget: float, leaked: bool) -> str | None:
-    if dssim > dssim_budget:
-        return f"DSSIM {dssim:.4f} exceeds the budget {dssim_budget}"
+def _problem(share: float, limits: budget.Budget, leaked: bool) -> str | None:
+    if share > 1:
+        return f"the change takes {100 * share:.0f} % of its budget ({limits})"
     if leaked:
         return "pixels outside the face regions changed"
     return None

@@ -17,7 +17,9 @@ import numpy as np
 import optax
 from flax.typing import VariableDict
 
-from afr_jax.core import parallel, ssim
+from afr_jax.core import parallel
+from afr_jax.core.perception import flicker, ssim
+from afr_jax.methods.cloaking import budget
 from afr_jax.models.extractors import registry
 from afr_jax.perturb import loop, penalties, projections, stepping
 from afr_jax.recognition import align
@@ -53,6 +55,8 @@ class Face(NamedTuple):
     Attributes:
         image: canvas `[S, S, 3]`, float in [0, 1].
         limit: `[S, S]`, largest change of each pixel in [0, 1] units; 0 where none is allowed.
+        luma: `[S, S]`, the same of its luma alone.
+        chroma: `[S, S]`, the same of its Cb and Cr.
         boxes: `[2, 4]` int (y0, x0, y1, x1) on the canvas: the region that may change, and the
             detector's box inside it. The budget holds for both, so that a wide region cannot dilute
             the distortion of the face.
@@ -60,15 +64,19 @@ class Face(NamedTuple):
         has_target: float, 1 where `target` counts, else 0.
         gray: float, 1 where the change must be equal in all channels, else 0.
         budget: float, largest DSSIM; `cloak_faces` fills it in.
+        flicker: float, largest `flicker.flicker` of the region; likewise.
     """
 
     image: parallel.AnyArray
     limit: parallel.AnyArray
+    luma: parallel.AnyArray
+    chroma: parallel.AnyArray
     boxes: parallel.AnyArray
     crops: tuple[FaceCrop, ...]
     has_target: parallel.AnyArray
     gray: parallel.AnyArray
     budget: parallel.AnyArray | float = 0.0
+    flicker: parallel.AnyArray | float = np.inf
 
 
 class CloakSearch(Protocol):
@@ -124,12 +132,12 @@ class CloakMethod(CloakSearch, Protocol):
     them.
 
     Attributes:
-        dssim_budget: Largest DSSIM of a face, > 0.
+        budget: What a face's change may cost.
         linf_limit: Largest change of a pixel, in [0, 1] units.
     """
 
     @property
-    def dssim_budget(self) -> float:
+    def budget(self) -> budget.Budget:
         """See the class."""
         ...
 
@@ -182,8 +190,9 @@ def cloak_faces(
     chex.assert_equal_shape_prefix([keys, faces.image, faces.limit, faces.boxes], 1)
     own = embed_faces(variables, faces, surrogates)
     crops = [crop._replace(own=vector) for crop, vector in zip(faces.crops, own, strict=True)]
-    budgets = jnp.full(len(faces.image), config.dssim_budget, jnp.float32)
-    faces = faces._replace(crops=tuple(crops), budget=budgets)
+    limits = (config.budget.dssim, config.budget.flicker)
+    most, flickers = (jnp.full(len(faces.image), limit, jnp.float32) for limit in limits)
+    faces = faces._replace(crops=tuple(crops), budget=most, flicker=flickers)
     references, search = _references(faces.image), config.search
     state = _start(keys, faces, references, search)
     length, reported = stepping.chunk_length(), 0
@@ -231,44 +240,48 @@ def embed_faces(
     return tuple(found)
 
 
-def dssim(cloaked: jax.Array, face: Face, reference: ssim.SsimReference) -> jax.Array:
-    """DSSIM of a canvas `[S, S, 3]`: the larger of those of the face's two boxes."""
+def spent(cloaked: jax.Array, face: Face, reference: ssim.SsimReference) -> jax.Array:
+    """The share of the budget that a changed canvas `[S, S, 3]` takes, at most 1 within it.
+
+    That is the larger of two shares: of DSSIM, the larger of those of the face's boxes; and of
+    flicker.
+    """
     similarity = ssim.ssim_map(cloaked, reference)
-    return jnp.maximum(*(ssim.box_dssim(similarity, box) for box in face.boxes))
+    dssim = jnp.maximum(*(ssim.box_dssim(similarity, box) for box in face.boxes))
+    seen = flicker.flicker(cloaked, face.image, size=face.boxes[0, 2:])
+    return jnp.maximum(dssim / face.budget, seen / face.flicker)
 
 
 def within_budget(
-    gain: jax.Array, dssim: jax.Array, weight: jax.Array, face: Face, **metrics: jax.Array
+    gain: jax.Array, spent: jax.Array, weight: jax.Array, **metrics: jax.Array
 ) -> loop.Evaluation:
     """What a gain is worth under the budget.
 
     Args:
         gain: of a change, scalar.
-        dssim: of the change.
-        weight: multiplier of the DSSIM penalty.
-        face: with its budget.
+        spent: the share of the budget that it takes.
+        weight: multiplier of its penalty.
         **metrics: others to record.
 
     Returns:
-        loss = weight * dssim / budget - gain, score = -gain within the budget and inf outside,
-        metrics `dssim`, `spent` (dssim / budget), `gain` and the others.
+        loss = weight * spent - gain, score = -gain within the budget and inf outside, metrics
+        `spent`, `gain` and the others.
     """
-    spent = dssim / face.budget
-    score = jnp.where(dssim <= face.budget, -gain, jnp.inf)
-    found = {"dssim": dssim, "spent": spent, "gain": gain, **metrics}
+    score = jnp.where(spent <= 1, -gain, jnp.inf)
+    found = {"spent": spent, "gain": gain, **metrics}
     return loop.Evaluation(weight * spent - gain, score, found)
 
 
 def rules(
     tx: optax.GradientTransformation, face: Face, *, ema_decay: float | None = None
 ) -> loop.Rules:
-    """A step with the face's limits and the multiplier of the DSSIM penalty of `within_budget`.
+    """A step with the face's limits and the multiplier of the penalty of `within_budget`.
 
     Args:
         tx: The step.
         face: The face, without a batch axis.
         ema_decay: With it, the average of the changes within the budget is kept, else the best one.
-            DSSIM of small changes is nearly a quadratic form, so averages of changes within the
+            What small changes cost is nearly a quadratic form, so averages of changes within the
             budget are within it, too, and spend less of it.
     """
     return loop.Rules(
@@ -283,7 +296,9 @@ def rules(
 
 def project(delta: jax.Array, face: Face) -> jax.Array:
     """The nearest allowed change: gray where asked, within the pixel limits and the image box."""
-    delta = jnp.where(face.gray > 0, projections.gray(delta), delta)
+    gray = projections.linf_box(projections.gray(delta), face.luma[..., None])
+    color = projections.luma_chroma_box(delta, face.luma, face.chroma)
+    delta = jnp.where(face.gray > 0, gray, color)
     delta = projections.linf_box(delta, face.limit[..., None])
     return projections.image_box(delta, face.image)
 

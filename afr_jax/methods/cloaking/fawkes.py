@@ -11,13 +11,15 @@ Models", USENIX Security 2020. What differs from the paper and from the authors'
   clean embeddings of all faces of the person that are cloaked together (`photo_cloaks.cloak_photos`
   finds them). The code's last release moves each face away from its own clean embedding; what that
   costs is in `experiments/results/fawkes_attempts.md`.
-* Steps are longer where a change costs less DSSIM (`step`).
+* Steps are longer where texture hides a change (`step`).
 * Every step sees the photo as a tracker may get it: blurred or shrunk, compressed, and aligned by
   slightly other landmarks (Athalye et al. 2018; neither paper nor code have this). What survives
   that also carries over better to extractors that are not among the surrogates.
-* The DSSIM budget is held by a multiplier for each face inside the compiled loop; only iterates
-  within the budget count (the code accepts 10 % more). What is kept is a moving average of them,
-  not the best one: its score was good luck with the view as well.
+* Budgets are limits of what people see (`budget`): DSSIM alone, the paper's, is blind to smooth
+  shifts of color. A multiplier for each face holds DSSIM and flicker inside the compiled loop, and
+  luma and chroma are clipped at every pixel; the other limits hold on the final pixels. Only
+  iterates within the budget count (the code accepts 10 % more). What is kept is a moving average of
+  them, not the best one: its score was good luck with the view as well.
 * Boxes instead of tanh space: pixels at 0 and 255 keep their gradient.
 """
 
@@ -28,15 +30,13 @@ import jax.numpy as jnp
 import optax
 from flax.typing import VariableDict
 
-from afr_jax.core import options, parallel, ssim
-from afr_jax.methods.cloaking import face_cloaks
+from afr_jax.core import options, parallel
+from afr_jax.core.perception import ssim
+from afr_jax.methods.cloaking import budget, face_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.perturb import loop, transformations
 from afr_jax.recognition import align
 
-# DSSIM budgets by mode. The paper's budget is 0.007; low is that of the last release's low mode,
-# and high that of its mid mode.
-MODES = {"low": 0.004, "mid": 0.007, "high": 0.012}
 # The share of the steps over which changes are averaged.
 _AVERAGED = 0.1
 
@@ -47,15 +47,15 @@ class FawkesSearch:
 
     Attributes:
         num_steps: gradient steps, >= 0.
-        learning_rate: of Adam at the start for a budget of 0.007, in [0, 1] units, root mean
+        learning_rate: of Adam at the start for the budget of mode mid, in [0, 1] units, root mean
             square over the pixels (`step`); a cosine takes it to a tenth. For other budgets it
-            grows with their root, as DSSIM grows with the square of a small change.
+            grows with the root of their strength .
         repel_weight: weight of the distance from the person.
         attract_weight: weight of the distance to the target embedding, where there is a target.
         softmin_sharpness: how much surrogates that lag behind count for more: the gain is
-            `soft_minimum` of theirs; 0 is their mean. Below a budget of 0.007 the sharpness grows
-            with the inverse square of the budget: nothing can be spared there for those that are
-            ahead.
+            `soft_minimum` of theirs; 0 is their mean. Below the budget of mode mid the sharpness
+            grows with the inverse square of its strength: nothing can be spared there for those
+            that are ahead.
         align_shift: standard deviation of the random shift of each chip at each step, as a share of
             its side: the landmarks that MTCNN finds in the cloaked photo are not ours. This and
             the next are what cloaks of all budgets did to those (`fawkes_attempts.md`). 0 switches
@@ -63,8 +63,8 @@ class FawkesSearch:
         align_turn: standard deviation of the rotation (radians) and of the relative scale of each
             chip about its centre, likewise.
         blur_px: largest standard deviation of the random Gaussian blur, in canvas pixels, at most
-            1.5 (about what halving and doubling the size does). Below a budget of 0.007 it falls
-            with the budget, which does not pay for all views. 0 switches it off.
+            1.5 (about what halving and doubling the size does). Below the budget of mode mid it
+            falls with the budget, which does not pay for all views. 0 switches it off.
         jpeg_quality: (lowest, highest) of the random JPEG compression; None switches it off.
         start_noise: half width of the uniform start, in [0, 1] units.
     """
@@ -138,17 +138,26 @@ class FawkesConfig(FawkesSearch):
     """Options of a cloak; see `face_cloaks.CloakMethod`, and `FawkesSearch` for the others.
 
     Attributes:
-        dssim_budget: Largest DSSIM of a face, > 0.
+        mode: Name of a budget in what people see (`budget.MODES`).
+        dssim_budget: Largest DSSIM of a face, in (0, 1], in place of the mode's limits; 0.007 is
+            the paper's.
         linf_limit: Largest change of a pixel, in [0, 1] units.
     """
 
-    dssim_budget: float = MODES["mid"]
+    mode: budget.Mode = "mid"
+    dssim_budget: float | None = None
     linf_limit: float = 24 / 255
 
     def __post_init__(self) -> None:
         """Checks ranges."""
         super().__post_init__()
-        face_cloaks.check_shares(self, ("dssim_budget", "linf_limit"))
+        face_cloaks.check_shares(self, ("linf_limit",))
+        _ = self.budget
+
+    @property
+    def budget(self) -> budget.Budget:
+        """See `face_cloaks.CloakMethod.budget`."""
+        return budget.choose(self.mode, self.dssim_budget)
 
     @property
     def search(self) -> FawkesSearch:
@@ -172,7 +181,7 @@ def evaluate(
     Args:
         key: of the view and the misalignment.
         delta: `[S, S, 3]`.
-        weight: multiplier of the DSSIM penalty.
+        weight: multiplier of the budget's penalty.
         variables: of each surrogate's module.
         face: without batch axis.
         reference: of the canvas.
@@ -180,13 +189,13 @@ def evaluate(
         config: options.
 
     Returns:
-        loss = weight * dssim / budget - gain, score = -gain within the budget and inf outside,
-        metrics `dssim`, `spent`, `gain` and `distances` from the person `[number of surrogates]`.
+        loss = weight * spent - gain, score = -gain within the budget and inf outside, metrics
+        `spent`, `gain` and `distances` from the person `[number of surrogates]`.
     """
     cloaked = delta + face.image
-    dssim = face_cloaks.dssim(cloaked, face, reference)
+    spent = face_cloaks.spent(cloaked, face, reference)
     view_key, align_key = jax.random.split(key)
-    ease = jnp.minimum(face.budget / MODES["mid"], 1.0)
+    ease = jnp.minimum(face.budget / budget.PUBLISHED_DSSIM, 1.0)
     seen = transformations.random_view(view_key, cloaked, config.views(), blur_share=ease)
     distances, gains = [], []
     for number, (surrogate, params, crop) in enumerate(
@@ -213,7 +222,7 @@ def evaluate(
         gain = soft_minimum(gains, config.softmin_sharpness / ease**2)
     else:
         gain = jnp.mean(gains)
-    return face_cloaks.within_budget(gain, dssim, weight, face, distances=distances)
+    return face_cloaks.within_budget(gain, spent, weight, distances=distances)
 
 
 def soft_minimum(values: jax.Array, sharpness: jax.Array | float) -> jax.Array:
@@ -225,7 +234,7 @@ def soft_minimum(values: jax.Array, sharpness: jax.Array | float) -> jax.Array:
 def step(
     config: FawkesSearch, face: face_cloaks.Face, reference: ssim.SsimReference
 ) -> optax.GradientTransformation:
-    """Adam with a cosine schedule, longer where a change costs less DSSIM.
+    """Adam with a cosine schedule, longer where a change costs less DSSIM: where texture hides it.
 
     Adam alone moves all pixels alike, and smooth skin, where that shows most, eats up the budget.
 
@@ -237,7 +246,7 @@ def step(
     schedule = optax.cosine_decay_schedule(
         config.learning_rate, max(config.num_steps, 1), alpha=0.1
     )
-    size = jnp.sqrt(face.budget / MODES["mid"])
+    size = jnp.sqrt(face.budget / budget.PUBLISHED_DSSIM)
 
     def stretch(updates: parallel.PyTree, _: object) -> parallel.PyTree:
         tolerance = ssim.tolerance(reference)

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import optax
 from flax.typing import VariableDict
 
-from afr_jax.core import options, ssim
-from afr_jax.methods.cloaking import face_cloaks
+from afr_jax.core import options
+from afr_jax.core.perception import ssim
+from afr_jax.methods.cloaking import budget, face_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.perturb import loop, transformations
 
@@ -80,17 +81,25 @@ class LowKeyConfig(LowKeySearch):
     """Options of a cloak; see `face_cloaks.CloakMethod`, and `LowKeySearch` for the others.
 
     Attributes:
-        dssim_budget: Largest DSSIM of a face, > 0.
+        dssim_budget: Largest DSSIM of a face, in (0, 1].
+        mode: Name of a budget in what people see (`budget.MODES`), in place of it.
         linf_limit: Largest change of a pixel, in [0, 1] units.
     """
 
-    dssim_budget: float = 0.007
+    dssim_budget: float | None = 0.007
+    mode: budget.Mode | None = None
     linf_limit: float = 0.05
 
     def __post_init__(self) -> None:
         """Checks ranges."""
         super().__post_init__()
-        face_cloaks.check_shares(self, ("dssim_budget", "linf_limit"))
+        face_cloaks.check_shares(self, ("linf_limit",))
+        _ = self.budget
+
+    @property
+    def budget(self) -> budget.Budget:
+        """See `face_cloaks.CloakMethod.budget`."""
+        return budget.choose(self.mode, None if self.mode else self.dssim_budget)
 
     @property
     def search(self) -> LowKeySearch:
@@ -109,12 +118,12 @@ def evaluate(
     """Loss, score and metrics of one face's change.
 
     Returns:
-        loss = weight * dssim / budget - gain, where gain is the mean, over surrogates and over
+        loss = weight * spent - gain, where gain is the mean, over surrogates and over
         plain and blurred chip, of the squared distance in units of the clean embedding's squared
         length; score = -gain within the budget and inf outside; metrics of `within_budget`.
     """
     cloaked = delta + face.image
-    dssim = face_cloaks.dssim(cloaked, face, reference)
+    spent = face_cloaks.spent(cloaked, face, reference)
     gains = []
     for surrogate, params, crop in zip(surrogates, variables, face.crops, strict=True):
         chip = face_cloaks.chip(surrogate, cloaked, crop.transform)
@@ -122,4 +131,4 @@ def evaluate(
         moved = registry.embed(surrogate.extractor, params, pair) - crop.own[None]
         gains.append(jnp.mean(jnp.sum(moved**2, axis=-1)) / jnp.sum(crop.own**2))
     gain = functools.reduce(operator.add, gains) / len(gains)
-    return face_cloaks.within_budget(gain, dssim, weight, face)
+    return face_cloaks.within_budget(gain, spent, weight)

@@ -1,4 +1,4 @@
-"""Gaussian noise as a baseline: as much of it on every face as the DSSIM budget of a cloak allows.
+"""Gaussian noise as a baseline: as much of it on every face as the budget of a cloak allows.
 
 What an optimizer is worth is what it has over this. Nothing here knows an extractor's network, only
 which pixels its chip covers.
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from afr_jax.methods.cloaking import photo_cloaks
+from afr_jax.methods.cloaking import budget, photo_cloaks
 from afr_jax.models.extractors import registry
 
 # Standard deviation before the noise is fitted to its budget, in gray levels.
@@ -20,7 +20,7 @@ def add_noise(
     photo: photo_cloaks.PhotoFaces,
     extractors: Sequence[registry.Extractor],
     *,
-    dssim_budget: float,
+    limits: budget.Budget,
     seed: int = 0,
 ) -> tuple[np.ndarray, list[photo_cloaks.CloakedFace]]:
     """Adds Gaussian noise to the channels of every pixel of the faces.
@@ -28,7 +28,7 @@ def add_noise(
     Args:
         photo: with its faces.
         extractors: whose chips the noise covers.
-        dssim_budget: largest DSSIM of a face.
+        limits: of a face.
         seed: of the noise, with the photo's name.
 
     Returns:
@@ -39,4 +39,4 @@ def add_noise(
     def draw(region: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
         return generator.normal(0.0, _GRAY_LEVELS, (*(region[2:] - region[:2]), 3))
 
-    return photo_cloaks.change_faces(photo, extractors, draw, dssim_budget=dssim_budget)
+    return photo_cloaks.change_faces(photo, extractors, draw, limits=limits)

@@ -2,7 +2,7 @@
 
 Every face is cut out on a canvas of a bucket size, so faces of many photos share a batch and a
 compiled program; its change is brought back to the photo's pixels, rounded to 8 bits, and scaled
-until the DSSIM of the final pixels meets the budget (`budget`). Nothing outside the face regions
+until the final pixels meet the budget (`budget`). Nothing outside the face regions
 changes.
 """
 
@@ -16,7 +16,8 @@ import numpy as np
 from flax.typing import VariableDict
 from PIL import Image
 
-from afr_jax.core import images, parallel, ssim
+from afr_jax.core import images, parallel
+from afr_jax.core.perception import measures, ssim
 from afr_jax.methods.cloaking import budget, face_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import align, detect, match
@@ -33,6 +34,12 @@ _MARGIN = 0.05
 # averages is shifted, its landmarks may tip the factor, others do not average at all; what is
 # blurrier than this sampling is among the random views.
 _SHARPER = 0.5
+
+
+# The share of the limit of color difference that luma alone may take, and the largest change of
+# chroma beside the limit of its low-passed mean.
+_LUMA_SHARE = 0.9
+_CHROMA_PEAK = 1.25
 
 
 class PhotoFaces(NamedTuple):
@@ -62,13 +69,11 @@ class CloakedFace(NamedTuple):
         box: `[4]` int, the detector's box within the photo.
         distances: from the clean embedding by surrogate, before the change is rounded to 8 bits and
             fitted to the budget.
-        dssim: of the 8-bit result, the larger of region and box.
     """
 
     region: np.ndarray
     box: np.ndarray
     distances: dict[str, float]
-    dssim: float
 
 
 class _Plan(NamedTuple):
@@ -153,17 +158,14 @@ def cloak_photos(
     results = []
     for index, photo in enumerate(photos):
         own = [i for i, plan in enumerate(plans) if plan.photo == index]
-        pixels, dssims = budget.fit_together(
+        pixels = budget.fit_together(
             photo.pixels,
             [plans[i].region for i in own],
             [plans[i].box for i in own],
             [deltas[i] for i in own],
-            dssim_budget=config.dssim_budget,
+            budget=config.budget,
         )
-        faces = [
-            CloakedFace(plans[i].region, plans[i].box, distances[i], value)
-            for i, value in zip(own, dssims, strict=True)
-        ]
+        faces = [CloakedFace(plans[i].region, plans[i].box, distances[i]) for i in own]
         results.append((pixels, faces))
     return results
 
@@ -173,7 +175,7 @@ def change_faces(
     extractors: Sequence[registry.Extractor],
     change_fn: Callable[[np.ndarray, np.ndarray], np.ndarray],
     *,
-    dssim_budget: float,
+    limits: budget.Budget,
 ) -> tuple[np.ndarray, list[CloakedFace]]:
     """Adds a change that is at hand to each face, the largest multiple of it within the budget.
 
@@ -182,7 +184,7 @@ def change_faces(
         extractors: whose chips lie in the regions that change.
         change_fn: takes a face's region `[4]` int and landmarks `[5, 2]`, returns its change
             `[h, w, 3]` in gray levels.
-        dssim_budget: largest DSSIM of a face.
+        limits: of a face.
 
     Returns:
         As `cloak_photos` for one photo.
@@ -201,10 +203,8 @@ def change_faces(
         if photo.visible is not None:
             y0, x0, y1, x1 = region
             change = change * photo.visible[y0:y1, x0:x1, None]
-        final, dssim = budget.fit_alone(
-            final, photo.pixels, region, inner, change, dssim_budget=dssim_budget
-        )
-        faces.append(CloakedFace(region, inner, {}, dssim))
+        final = budget.fit_alone(final, photo.pixels, region, inner, change, budget=limits)
+        faces.append(CloakedFace(region, inner, {}))
     return final, faces
 
 
@@ -232,7 +232,8 @@ def _plan(
     factor = -(-int((region[2:] - region[:2]).max()) // _CANVAS_SIZES[-1])
     canvas = align.cut_canvas(photo.pixels, region, factor=factor, bucket_sizes=_CANVAS_SIZES)
     side = canvas.image.shape[0]
-    limit = _limit(photo, number, region, factor) * config.linf_limit
+    free = images.pad_to(_limit(photo, number, region, factor), (side, side))
+    luma, chroma = _color_limits(canvas.image, config)
     crops, pools = [], []
     for extractor, transform in zip(extractors, transforms, strict=True):
         moved = align.canvas_transform(transform, canvas)
@@ -244,7 +245,9 @@ def _plan(
     boxes = np.array([[0, 0, *canvas.size], _canvas_box(inner, factor, canvas.size)], np.int32)
     face = face_cloaks.Face(
         image=canvas.image,
-        limit=images.pad_to(limit, (side, side)),
+        limit=free * config.linf_limit,
+        luma=free * luma,
+        chroma=free * chroma,
         boxes=boxes,
         crops=tuple(crops),
         has_target=np.asarray(targets is not None, np.float32),
@@ -390,6 +393,20 @@ def _limit(photo: PhotoFaces, number: int, region: np.ndarray, factor: int) -> n
         blocks = np.pad(visible, extra).reshape(len(grids[0]), factor, len(grids[1]), factor)
         limit = limit * blocks.min(axis=(1, 3))
     return limit.astype(np.float32)
+
+
+def _color_limits(
+    image: np.ndarray, config: face_cloaks.CloakMethod
+) -> tuple[np.ndarray | float, float]:
+    """Largest change of luma `[S, S]` and of chroma at the pixels of a canvas, in [0, 1] units."""
+    limits = config.budget
+    luma, chroma = config.linf_limit, 1.0
+    if limits.ciede2000 is not None:
+        tolerance = measures.gray_tolerance(np.round(image * 255).astype(np.uint8))
+        luma = np.minimum(_LUMA_SHARE * limits.ciede2000 * tolerance / 255, luma)
+    if limits.chroma is not None:
+        chroma = _CHROMA_PEAK * limits.chroma / 255
+    return luma, chroma
 
 
 def _to_photo_size(

@@ -20,7 +20,7 @@ from absl import logging
 
 from afr_jax.core import files, parallel
 from afr_jax.data import photos
-from afr_jax.methods.cloaking import budget, check, face_cloaks, fawkes, photo_cloaks, targets
+from afr_jax.methods.cloaking import check, face_cloaks, fawkes, photo_cloaks, targets
 from afr_jax.methods.cloaking import face_filter as face_filters
 from afr_jax.recognition import detect, pipeline
 from afr_jax.recognition.detectors import union, yunet
@@ -267,7 +267,7 @@ class Workflow:
             written,
             outcome[1],
             surrogates=self.surrogates,
-            dssim_budget=self.method.dssim_budget,
+            limits=self.method.budget,
             options=found.options,
             reencoded=file.reencoded,
         )
@@ -314,10 +314,9 @@ class Workflow:
             """File, pixels as they come back, and how much of the budget each face takes."""
             data = encode_fn(_scaled(photo.pixels, pixels, faces, scales))
             written = photos.decode_photo(data).pixels
-            dssims = [
-                budget.face_dssim(photo.pixels, written, face.region, face.box) for face in faces
-            ]
-            return data, written, np.array(dssims) / self.method.dssim_budget
+            limits = self.method.budget
+            shares = [limits.spent(photo.pixels, written, face.region, face.box) for face in faces]
+            return data, written, np.array(shares)
 
         data, written = _fitted(encoded, np.array([face.region for face in faces], np.float64))
         reencoded = photos.decode_photo(encode_fn(photo.pixels)).pixels

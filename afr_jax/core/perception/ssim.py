@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from skimage import metrics
 
+from afr_jax.core.parallel import AnyArray
+
 WINDOW = 11
 _SIGMA = 1.5
 _C1, _C2 = 0.01**2, 0.03**2
@@ -35,13 +37,13 @@ class SsimReference(NamedTuple):
     square: jax.Array
 
 
-def ssim_reference(image: jax.Array) -> SsimReference:
+def ssim_reference(image: AnyArray) -> SsimReference:
     """Prepares `[H, W, C]`, float in [0, 1], sides of at least 11, for `ssim_map`."""
     chex.assert_rank(image, 3)
     chex.assert_axis_dimension_gteq(image, 0, WINDOW)
     chex.assert_axis_dimension_gteq(image, 1, WINDOW)
-    planes = image.transpose(2, 0, 1)
-    return SsimReference(planes, _filter(planes), _filter(planes**2))
+    planes = jnp.asarray(image).transpose(2, 0, 1)
+    return SsimReference(planes, window_means(planes), window_means(planes**2))
 
 
 def ssim_map(image: jax.Array, reference: SsimReference) -> jax.Array:
@@ -101,6 +103,13 @@ def box_dssim(similarity: jax.Array, box: jax.Array) -> jax.Array:
     return (1.0 - mean) / 2.0
 
 
+def window() -> np.ndarray:
+    """The Gaussian window along one axis, `[11]`, of sum 1."""
+    offsets = np.arange(WINDOW) - WINDOW // 2
+    weights = np.exp(-0.5 * (offsets / _SIGMA) ** 2)
+    return weights / weights.sum()
+
+
 def dssim_uint8(image: np.ndarray, other: np.ndarray) -> float:
     """DSSIM of two host images `[H, W, C]` uint8, in float64 by scikit-image.
 
@@ -128,7 +137,7 @@ def _ssim_forward(
     planes: jax.Array, reference: SsimReference
 ) -> tuple[jax.Array, tuple[jax.Array, SsimReference, jax.Array]]:
     """Wang et al. 2004, equation 13, and its derivatives with respect to the windows' moments."""
-    mean, square, product = _filter(jnp.stack([planes, planes**2, planes * reference.planes]))
+    mean, square, product = window_means(jnp.stack([planes, planes**2, planes * reference.planes]))
     luminance = 2 * mean * reference.mean + _C1
     structure = 2 * (product - mean * reference.mean) + _C2
     inverse_squares = 1 / (mean**2 + reference.mean**2 + _C1)
@@ -153,8 +162,8 @@ def _ssim_backward(
 _ssim.defvjp(_ssim_forward, _ssim_backward)
 
 
-def _filter(planes: jax.Array) -> jax.Array:
-    """Gaussian window sums of `[..., H, W]`, transposed: `[..., W - 10, H - 10]`."""
+def window_means(planes: jax.Array) -> jax.Array:
+    """Means by the Gaussian window of `[..., H, W]`, transposed: `[..., W - 10, H - 10]`."""
     return _filter_last(jnp.swapaxes(_filter_last(planes), -1, -2))
 
 
@@ -181,10 +190,7 @@ def _filter_last(values: jax.Array) -> jax.Array:
 
 def _window_matrix(num_out: int) -> np.ndarray:
     """`[num_out + 10, num_out]`: column i holds the normalized window at rows i..i+10."""
-    offsets = np.arange(WINDOW) - WINDOW // 2
-    weights = np.exp(-0.5 * (offsets / _SIGMA) ** 2)
-    weights /= weights.sum()
     matrix = np.zeros((num_out + WINDOW - 1, num_out), np.float32)
-    for shift, weight in enumerate(weights):
+    for shift, weight in enumerate(window()):
         np.fill_diagonal(matrix[shift:], weight)
     return matrix

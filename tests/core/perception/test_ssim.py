@@ -8,7 +8,7 @@ import pytest
 import skimage.data
 import skimage.metrics
 
-from afr_jax.core import ssim
+from afr_jax.core.perception import ssim
 
 _dssim = jax.jit(ssim.dssim)
 _gradient = jax.jit(jax.grad(ssim.dssim))
