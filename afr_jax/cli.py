@@ -30,6 +30,7 @@ PROGRAMS = {
     "make_unlearnable": ("afr_jax.evaluation.unlearnable.protect", "MakeUnlearnableConfig"),
     "match": ("afr_jax.recognition.tasks.match_queries", "MatchConfig"),
     "patch_ablation": ("afr_jax.evaluation.patches.ablation", "AblationConfig"),
+    "pubfig_study": ("afr_jax.evaluation.cloaking.pubfig_study", "PubFigConfig"),
     "train_extractor": ("afr_jax.evaluation.recognition.train_extractor", "TrainExtractorConfig"),
     "train_victim": ("afr_jax.evaluation.unlearnable.victim", "TrainVictimConfig"),
     "unlearnable_faces": ("afr_jax.evaluation.unlearnable.faces_study", "UnlearnableFacesConfig"),

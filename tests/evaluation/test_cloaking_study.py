@@ -94,9 +94,9 @@ def test_leaks_are_the_share_and_spread(share):
 def _embeddings(rng, labels, centres, spread=0.3):
     vectors = centres[labels] + spread * rng.normal(size=(len(labels), centres.shape[1]))
     found = np.ones(len(labels), bool)
-    return embeddings.Embeddings(
-        found, vectors.astype(np.float32), np.zeros((len(labels), 5, 2), np.float32)
-    )
+    points = np.zeros((len(labels), 5, 2), np.float32)
+    boxes = np.zeros((len(labels), 4), np.float32)
+    return embeddings.Embeddings(found, vectors.astype(np.float32), points, boxes)
 
 
 @pytest.fixture(scope="module")

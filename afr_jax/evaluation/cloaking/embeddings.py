@@ -5,6 +5,7 @@ Nothing here knows the landmarks of the originals.
 """
 
 import io
+import json
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from afr_jax.core import files, parallel
 from afr_jax.data import photos
 from afr_jax.evaluation.attackers import countermeasures
 from afr_jax.evaluation.cloaking import cells
+from afr_jax.models.extractors import registry
 from afr_jax.recognition import pipeline
 
 COUNTERMEASURES = ("none", "jpeg75", "jpeg50", "blur", "half_size", "grayscale")
@@ -29,11 +31,13 @@ class Embeddings(NamedTuple):
         found: `[N]` bool, whether a face was found.
         vectors: `[N, D]` float32.
         landmarks: `[N, 5, 2]` float32 (y, x), in the photo after the countermeasure.
+        boxes: `[N, 4]` float32 (y0, x0, y1, x1) of the faces, likewise.
     """
 
     found: np.ndarray
     vectors: np.ndarray
     landmarks: np.ndarray
+    boxes: np.ndarray
 
     def take(self, rows: slice | np.ndarray) -> "Embeddings":
         """Those of some photos."""
@@ -91,6 +95,24 @@ def embed_photos(
     return {name: _read(path) for name, path in paths_of.items()}
 
 
+def check_weights(path: pathlib.Path, recognizer: pipeline.Recognizer) -> None:
+    """Notes the weights of extractors in a file, and refuses others than those noted before.
+
+    Args:
+        path: of the JSON file, in the folder of the run.
+        recognizer: detector and extractors.
+
+    Raises:
+        ValueError: an extractor's weights are not those that the run's files were made with.
+    """
+    known = json.loads(path.read_text()) if path.exists() else {}
+    now = {name: registry.fingerprint(v) for name, v in recognizer.variables.items()}
+    for name in now:
+        if known.get(name, now[name]) != now[name]:
+            raise ValueError(f"{path.parent} was made with other weights of {name}")
+    files.write_json(path, known | now)
+
+
 def _embed(
     recognizer: pipeline.Recognizer, paths: Sequence[pathlib.Path], countermeasure: str
 ) -> dict[str, Embeddings]:
@@ -109,11 +131,13 @@ def _embed(
     mask = np.array([len(item.faces.boxes) > 0 for item in found], bool)
     landmarks = np.zeros((len(found), 5, 2), np.float32)
     landmarks[mask] = [item.faces.landmarks[0] for item in found if len(item.faces.boxes)]
+    boxes = np.zeros((len(found), 4), np.float32)
+    boxes[mask] = [item.faces.boxes[0] for item in found if len(item.faces.boxes)]
     results = {}
     for name, extractor in recognizer.extractors.items():
         vectors = np.zeros((len(found), extractor.embedding_size), np.float32)
         vectors[mask] = np.concatenate([item.embeddings[name] for item in found])
-        results[name] = Embeddings(mask, vectors, landmarks)
+        results[name] = Embeddings(mask, vectors, landmarks, boxes)
     return results
 
 

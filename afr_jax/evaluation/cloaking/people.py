@@ -6,6 +6,7 @@ Everybody else is enrolled clean.
 """
 
 import pathlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -68,24 +69,27 @@ def choose(
     num_people: int,
     num_published: int,
     num_probes: int,
-    num_gallery_people: int,
+    num_gallery_people: int | None,
     num_gallery_photos: int,
     seed: int = 0,
+    first: Mapping[str, str] | None = None,
 ) -> Split:
     """Draws the people and their photos.
 
     Protected are people with `num_published` + `num_probes` photos or more; if they are too few,
-    those with the most photos beside them, whose photos are divided half and half. The gallery
-    prefers people with `num_gallery_photos` or more.
+    those with the most photos beside them, half of whose photos are published, or all but
+    `num_probes` if that is more. The gallery prefers people with `num_gallery_photos` or more.
 
     Args:
         listing: everybody's photos.
         num_people: to protect.
         num_published: photos of each that are enrolled.
         num_probes: photos of each that are asked about.
-        num_gallery_people: other people, enrolled clean.
+        num_gallery_people: other people, enrolled clean; None for everybody.
         num_gallery_photos: photos of each, at most.
         seed: of the draw.
+        first: ids of photos that are the first published ones of their people, by person; nobody
+            else is protected. By default everybody may be, and the draw says which photo is first.
 
     Raises:
         ValueError: there are not enough people, or not enough with two photos.
@@ -98,19 +102,25 @@ def choose(
     wanted = num_published + num_probes
     # A stable sort: the draw decides among those who have enough.
     names.sort(key=lambda name: -min(len(members[name]), wanted))
-    chosen, others = names[:num_people], names[num_people:]
-    usable = sum(len(photos) >= 2 for photos in members.values())
-    if usable < num_people or len(others) < num_gallery_people:
+    there = {sample.sample_id for sample in listing.samples}
+    candidates = [name for name in names if first is None or first.get(name) in there]
+    chosen = candidates[:num_people]
+    others = [name for name in names if name not in chosen]
+    usable = sum(len(members[name]) >= 2 for name in candidates)
+    if usable < num_people or len(others) < (num_gallery_people or 1):
         raise ValueError(
-            f"{len(names)} people, {usable} of them with 2 photos or more; needed are {num_people} "
-            f"such people to protect and {num_gallery_people} others to enroll"
+            f"{len(candidates)} people, {usable} of them with 2 photos or more; needed are "
+            f"{num_people} such people to protect and {num_gallery_people or 1} others to enroll"
         )
     protected = []
     for name in sorted(chosen):
         photos = [members[name][i] for i in rng.permutation(len(members[name]))]
-        first = num_published if len(photos) >= wanted else len(photos) // 2
-        probes = photos[first : first + num_probes]
-        protected.append(ProtectedPerson(name, tuple(photos[:first]), tuple(probes)))
+        if first is not None:  # A stable sort.
+            photos.sort(key=lambda photo: photo.sample_id not in first.values())
+        few = max(len(photos) // 2, len(photos) - num_probes)
+        end = num_published if len(photos) >= wanted else few
+        probes = photos[end : end + num_probes]
+        protected.append(ProtectedPerson(name, tuple(photos[:end]), tuple(probes)))
     others.sort(key=lambda name: -min(len(members[name]), num_gallery_photos))
     gallery = []
     for name in sorted(others[:num_gallery_people]):
@@ -120,19 +130,25 @@ def choose(
 
 
 def choose_readable(
-    listing: identities.Listing, **options: int
+    listing: identities.Listing,
+    *,
+    num_gallery_people: int | None,
+    first: Mapping[str, str] | None = None,
+    **options: int,
 ) -> tuple[Split, identities.Listing]:
     """Draws the people and photos again until all photos of the draw can be read.
 
     Args:
         listing: everybody's photos.
+        num_gallery_people: of `choose`.
+        first: of `choose`.
         **options: of `choose`.
 
     Returns:
         The split, and the listing without the unreadable photos that were met, as problems.
     """
     while True:
-        split = choose(listing, **options)
+        split = choose(listing, num_gallery_people=num_gallery_people, first=first, **options)
         drawn = (*split.published, *split.probes, *split.gallery)
         problems = identities.without_unreadable(identities.Listing(drawn)).problems
         if not problems:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 
@@ -199,7 +198,7 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
         everything = pipeline.load_recognizer(
             *names, weights=pipeline.parse_weights(config.weights, names)
         )
-        _check_weights(work, everything)
+        embeddings.check_weights(work.path / "extractors.json", everything)
         own = {name: everything.extractors[name] for name in config.trackers}
         setup = table.prepare(split, everything._replace(extractors=own), work.path / "clean")
     except (FileNotFoundError, ValueError) as error:
@@ -317,17 +316,6 @@ def _split(
     except (FileNotFoundError, ValueError) as error:
         raise options.UsageError(f"--data: {error}") from error
     return split, [problem.as_result() for problem in listing.problems]
-
-
-def _check_weights(work: workdir.Workdir, recognizer: pipeline.Recognizer) -> None:
-    """Refuses an extractor whose weights are not those that the run's files were made with."""
-    path = work.path / "extractors.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    now = {name: registry.fingerprint(v) for name, v in recognizer.variables.items()}
-    for name in now:
-        if known.get(name, now[name]) != now[name]:
-            raise ValueError(f"{work.path} was made with other weights of {name}")
-    files.write_json(path, known | now)
 
 
 def _publish(

@@ -231,7 +231,7 @@ def write_table(path: pathlib.Path, rows: Sequence[scores.Row]) -> None:
             for name in ("own_distance", "own_distance_clean", "other_distance")
         }
         flat.append({**row, **medians})
-    _write_columns(path, TABLE_COLUMNS, flat)
+    write_columns(path, TABLE_COLUMNS, flat)
 
 
 def write_matches(path: pathlib.Path, setup: Setup, photos_of: CellPhotos) -> None:
@@ -242,7 +242,16 @@ def write_matches(path: pathlib.Path, setup: Setup, photos_of: CellPhotos) -> No
         for name, clean in setup.clean.items()
         for found in scores.top_matches(clean, seen[name])
     ]
-    _write_columns(path, MATCH_COLUMNS, rows)
+    write_columns(path, MATCH_COLUMNS, rows)
+
+
+def write_columns(
+    path: pathlib.Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]
+) -> None:
+    """Writes some columns of rows as CSV; None is empty, floats have six digits."""
+    values = [[row.get(column) for column in columns] for row in rows]
+    short = [[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in values]
+    files.write_csv(path, columns, short)
 
 
 def _about(cell: CloakCell, name: str, change: str, leak: float) -> scores.Row:
@@ -255,15 +264,6 @@ def _about(cell: CloakCell, name: str, change: str, leak: float) -> scores.Row:
         "extractor": file_name(name),
         "transfer": name not in cell.surrogates if cell.surrogates else None,
     }
-
-
-def _write_columns(
-    path: pathlib.Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]
-) -> None:
-    """Writes some columns of rows as CSV; None is empty, floats have six digits."""
-    values = [[row.get(column) for column in columns] for row in rows]
-    short = [[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in values]
-    files.write_csv(path, columns, short)
 
 
 def _cut(

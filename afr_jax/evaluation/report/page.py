@@ -147,7 +147,9 @@ def cloak_report_html(
     Raises:
       ValueError: if preview_px is below 16, or load_pair returns anything but uint8 [H, W, 3].
     """
-    return "".join(_template().generate(_page(report, load_pair, preview_px)))
+    return "".join(
+        load_template("cloak_report.html").generate(_page(report, load_pair, preview_px))
+    )
 
 
 def write_cloak_report(
@@ -167,10 +169,15 @@ def write_cloak_report(
     """
     page = _page(report, load_pair, preview_px)
     with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(_template().generate(page))
+        file.writelines(load_template("cloak_report.html").generate(page))
 
 
-def _template() -> jinja2.Template:
+def load_template(name: str) -> jinja2.Template:
+    """A page of `templates/`; everything that is put into it is escaped.
+
+    Args:
+      name: of the file.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
         autoescape=True,
@@ -179,7 +186,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["sha256"] = _sha256
-    return environment.get_template("cloak_report.html")
+    return environment.get_template(name)
 
 
 def _page(

@@ -84,6 +84,27 @@ def photo_pictures(
     }
 
 
+def data_uri(image: np.ndarray, size: tuple[int, int], *, lossless: bool) -> str:
+    """A picture as text that a page can hold.
+
+    Args:
+      image: uint8 [H, W, 3].
+      size: (width, height) that it is resized to.
+      lossless: whether as PNG; else as JPEG of quality 92.
+    """
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    if lossless:
+        picture.save(buffer, format="PNG", optimize=True)
+    else:
+        # Full color resolution: halved chroma alone would change a face by more than a cloak does.
+        picture.save(buffer, format="JPEG", quality=92, subsampling=0, optimize=True)
+    kind = "png" if lossless else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
 def _crop(
     original: np.ndarray, cloaked: np.ndarray, box: Sequence[int], preview_px: int
 ) -> dict[str, files.Json] | None:
@@ -113,7 +134,7 @@ def _picture_set(
         "after": cloaked,
         "difference": amplified_difference(original, cloaked),
     }
-    uris = {key: _data_uri(array, size, lossless=lossless) for key, array in arrays.items()}
+    uris = {key: data_uri(array, size, lossless=lossless) for key, array in arrays.items()}
     drawn = min(_TALL_PX / size[1], 1.0)
     return {
         **uris,
@@ -126,17 +147,3 @@ def _picture_set(
         "x": 0,
         "y": 0,
     }
-
-
-def _data_uri(image: np.ndarray, size: tuple[int, int], *, lossless: bool) -> str:
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    if lossless:
-        picture.save(buffer, format="PNG", optimize=True)
-    else:
-        # Full color resolution: halved chroma alone would change a face by more than a cloak does.
-        picture.save(buffer, format="JPEG", quality=92, subsampling=0, optimize=True)
-    kind = "png" if lossless else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
