@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import numpy as np
@@ -22,7 +21,7 @@ from afr_jax.evaluation.cloaking import (
     table,
 )
 from afr_jax.evaluation.report import match_page
-from afr_jax.methods.cloaking import fawkes, photo_cloaks
+from afr_jax.methods.cloaking import budget, fawkes, photo_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import pipeline
 
@@ -76,7 +75,7 @@ class PubFigConfig(options.Config):
     surrogates: tuple[str, ...] = options.option(
         cloak_files.DEFAULT_SURROGATES, "extractors to cloak against"
     )
-    mode: Literal["low", "mid", "high"] = options.option("mid", "budget of the cloaks")
+    mode: budget.Mode = options.option("mid", "budget of the cloaks in what people see")
     num_steps: int | None = options.option(
         None, "gradient steps of a cloak; default: the method's own", at_least=0
     )
@@ -102,7 +101,7 @@ class PubFigConfig(options.Config):
     @property
     def method(self) -> fawkes.FawkesConfig:
         """The cloak with the budget of the mode."""
-        config = fawkes.FawkesConfig(dssim_budget=fawkes.MODES[self.mode])
+        config = fawkes.FawkesConfig(mode=self.mode)
         if self.num_steps is None:
             return config
         return dataclasses.replace(config, num_steps=self.num_steps)
