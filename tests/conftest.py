@@ -1,6 +1,7 @@
 """The setting of all tests: 4 CPU devices, strict shapes, parsed flags, shared research data."""
 
 import contextlib
+import gc
 import os
 import pathlib
 import signal
@@ -52,6 +53,17 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("shared"):
                 item.add_marker(pytest.mark.skip(reason=_no_shared_data()))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """Forgets compiled programs now and then: each takes memory maps, of which a process of Linux
+    may have 65,530; the next program would end it with a segmentation fault."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 15_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
