@@ -73,6 +73,53 @@ def protection() -> str:
     return markdown.render(_TRACKER_HEAD, lines, right=3)
 
 
+_MODE_EXTRACTORS = {"dlib": "dlib", "sface": "SFace", **markdown.EXTRACTORS}
+_PLAIN_TRACKERS = {
+    "nearest": "nearest neighbor",
+    "nearest_threshold": "nearest neighbor below the threshold",
+    "knn_vote": "vote of neighbors",
+    "linear_head": "linear head trained on the published photos",
+}
+
+
+@table("protection_modes", "protection_modes.json")
+def protection_modes() -> str:
+    """The default cloak by tracker and extractor."""
+    rows = markdown.result("protection_modes")["table"]
+    lines = [
+        [
+            name,
+            *(
+                markdown.bold(
+                    _png_and_jpeg(rows, method="fawkes", tracker=tracker, extractor=extractor),
+                    extractor not in ("dlib", "sface"),
+                )
+                for extractor in _MODE_EXTRACTORS
+            ),
+        ]
+        for tracker, name in _PLAIN_TRACKERS.items()
+    ]
+    return markdown.render(("tracker", *_MODE_EXTRACTORS.values()), lines, right=4)
+
+
+@table("visibility_modes", "protection_modes.json")
+def visibility_modes() -> str:
+    """What is seen of the default cloak."""
+    rows = markdown.result("protection_modes")["table"]
+    row = next(row for row in rows if row["method"] == "fawkes")
+    names = {
+        "ssimulacra2": ("SSIMULACRA2", ".1f"),
+        "ciede2000_mean": ("CIEDE2000, mean", ".2f"),
+        "ciede2000_p99": ("CIEDE2000, 99 % of the pixels", ".2f"),
+        "chroma": ("tint, gray levels", ".2f"),
+        "flip": ("FLIP", ".3f"),
+        "mean_dssim": ("DSSIM, mean", ".4f"),
+    }
+    cells = [f"{row[key]:{digits}}" for key, (_, digits) in names.items()]
+    heads = [name for name, _ in names.values()]
+    return markdown.render(heads, [cells], right=len(heads))
+
+
 @table("protection_one_extractor", "protection_low.json")
 def protection_one_extractor() -> str:
     """Cloaks made against a single extractor."""
