@@ -274,7 +274,7 @@ def test_cloak(recognizer, pair, tmp_path):
     np.testing.assert_array_equal(written.pixels, cloaked[0].pixels)
     with pytest.raises(ValueError, match=r"written as .png"):
         cloaked[0].save(tmp_path / "a.jpg")
-XX
+    flags = [f"--images={','.join(map(str, pair))}", "--num_steps=3", "--dssim=0.012"]
     flags.append("--surrogates=dlib")
     outcome = cloak_files.run(
         program.parse(cloak_files.CloakConfig, [*flags, f"--output_dir={tmp_path / 'out'}"])
