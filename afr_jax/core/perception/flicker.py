@@ -37,7 +37,7 @@ def flicker(image: jax.Array, original: AnyArray, *, size: AnyArray) -> jax.Arra
     Returns:
         Scalar, at least 0.
     """
-    # A gray level is worth about as much lightness from black to white.
+    # L runs from 0 to 100 while luma runs from 0 to 1, roughly in proportion.
     change = image - original
     red, green, blue = (weight * change[..., i] for i, weight in enumerate(LUMA))
     lightness = 100 * (red + green + blue)
