@@ -1,19 +1,42 @@
-"""Files that are written whole or not at all, and values as JSON can say them."""
+"""Files that are written whole or not at all, by one process at a time, and values as JSON."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import os
 import pathlib
 import re
 import secrets
+import socket
+import threading
+import weakref
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # There are no such locks on Windows.
+    fcntl = None
+
+_LOCK_NAME = ".lock"
+_PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial")
+# What reading a damaged zip archive raises.
+_DAMAGED = (
+    *(OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile),
+    *(RuntimeError, NotImplementedError),
+)
+# The locks of this process, by folder, as long as somebody holds them.
+_held: weakref.WeakValueDictionary[str, "FolderLock"] = weakref.WeakValueDictionary()
+_held_guard = threading.Lock()
 
 # What JSON can say: None, bool, int, float, str, and lists and dicts by str of such values. Type
 # checkers take it for anything, as who reads a file knows its keys and they do not.
@@ -42,20 +65,73 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
         raise NotADirectoryError(
             errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)
         ) from error
-    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
+    partial = None
     try:
-        with partial.open("xb") as file:
+        partial, file = _open_partial(path)
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if overwrite:
-            os.replace(partial, path)
-        else:
-            _publish_new(partial, path)
+            if overwrite:
+                os.replace(partial, path)
+            else:
+                _publish_new(partial, path)
     except PermissionError as error:  # It names the hidden file, which says nothing to people.
         raise PermissionError(error.errno, error.strerror, str(path)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+class InUseError(OSError):
+    """Another process works in the folder."""
+
+
+class FolderLock:
+    """A process's hold on a folder, from `lock_folder`.
+
+    It ends with the last reference to it, or with the process, however that ends.
+    """
+
+    def __init__(self, file: IO[bytes], path: pathlib.Path) -> None:
+        """Takes the open file that is locked, and its path."""
+        self._end = weakref.finalize(self, _unlock, file, path, os.getpid())
+
+
+def lock_folder(folder: str | os.PathLike[str]) -> FolderLock | None:
+    """Takes hold of a folder, so that no other process does.
+
+    The lock is `flock` on a hidden file in the folder, so that one of a killed process is none. The
+    same process may take it more than once.
+
+    Args:
+        folder: It exists.
+
+    Returns:
+        The hold; None where the file system has no locks.
+
+    Raises:
+        InUseError: Another process has it; the message names it.
+        OSError: The file of the lock cannot be written.
+    """
+    key = os.path.realpath(folder)
+    with _held_guard:
+        lock = _held.get(key)
+        if lock is None and fcntl is not None:
+            lock = _take_lock(pathlib.Path(folder))
+            if lock is not None:
+                _held[key] = lock
+    return lock
+
+
+def remove_partials(folder: str | os.PathLike[str]) -> None:
+    """Removes what killed processes left of `write_atomically` in a folder, not in those below."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _PARTIAL.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError), open(entry.path, "rb") as file:
+                    if _lock_file(file):
+                        os.unlink(entry.path)
 
 
 def printable(text: object) -> str:
@@ -80,6 +156,77 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     """
     text = json.dumps(to_jsonable(value), indent=2, allow_nan=False)
     write_atomically(path, f"{text}\n".encode(), overwrite=True)
+
+
+def seal(fields: Mapping[str, object]) -> dict[str, Json]:
+    """Fields as JSON can say them, with a checksum over them, for `unseal`."""
+    plain = to_jsonable(fields)
+    return {**plain, "checksum": _checksum(plain)}
+
+
+def unseal(fields: Json) -> dict[str, Json]:
+    """The fields that were sealed.
+
+    Raises:
+        ValueError: They are not as they were written.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError("damaged: it is no JSON object")
+    plain = {name: value for name, value in fields.items() if name != "checksum"}
+    if fields.get("checksum") != _checksum(plain):
+        raise ValueError("damaged: its checksum is another one")
+    return plain
+
+
+def write_sealed(path: str | os.PathLike[str], fields: Mapping[str, object]) -> None:
+    """Writes a JSON file with a checksum, for `read_sealed`; see `write_json`."""
+    write_json(path, seal(fields))
+
+
+def read_sealed(path: str | os.PathLike[str]) -> dict[str, Json]:
+    """The fields of a file by `write_sealed`.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is damaged.
+    """
+    return unseal(json.loads(pathlib.Path(path).read_bytes()))
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays by name and a checksum as an `.npz`, over an earlier one, for `read_arrays`."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, checksum=np.array(digest_of(arrays)), **arrays)
+    write_atomically(path, buffer.getvalue(), overwrite=True)
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of a file by `write_arrays`, by name.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = dict(archive)
+        checksum = str(arrays.pop("checksum"))
+    except FileNotFoundError:
+        raise
+    except _DAMAGED as error:
+        raise ValueError(f"damaged: {error}") from error
+    if checksum != digest_of(arrays):
+        raise ValueError("damaged: its checksum is another one")
+    return arrays
+
+
+def digest_of(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of arrays with their names, types and shapes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def write_csv(
@@ -132,6 +279,76 @@ def to_jsonable(value: object) -> Json:
             (array.astype(np.float32) if array.dtype.kind == "V" else array).tolist()
         )
     raise TypeError(f"cannot write a {type(value).__name__} as JSON: {value!r}")
+
+
+def _checksum(plain: Json) -> str:
+    """The same for equal values, however the file writes them."""
+    text = json.dumps(plain, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _take_lock(folder: pathlib.Path) -> FolderLock | None:
+    path = folder / _LOCK_NAME
+    while True:
+        with contextlib.ExitStack() as opened:
+            file = opened.enter_context(path.open("a+b"))
+            try:
+                if not _lock_file(file):
+                    return None
+            except BlockingIOError as error:
+                file.seek(0)
+                holder = printable(file.read(200).decode(errors="replace")) or "another process"
+                message = f"{folder} is in use by {holder}: let it finish first"
+                raise InUseError(message) from error
+            # Whoever had it may have removed the file meanwhile.
+            if _is_there(file, path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                file.flush()
+                opened.pop_all()
+                return FolderLock(file, path)
+
+
+def _is_there(file: IO[bytes], path: pathlib.Path) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _unlock(file: IO[bytes], path: pathlib.Path, process: int) -> None:
+    if os.getpid() == process:  # A fork has but a copy.
+        with contextlib.suppress(OSError):
+            path.unlink()
+    file.close()
+
+
+def _lock_file(file: IO[bytes]) -> bool:
+    """Whether the file system has locks, and the file one now.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fcntl is not None
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+
+
+def _open_partial(path: pathlib.Path) -> tuple[pathlib.Path, IO[bytes]]:
+    """A new hidden file beside another, locked, so that `remove_partials` lets it be."""
+    while True:
+        partial = path.with_name(f".{secrets.token_hex(8)}.partial")
+        file = partial.open("xb")
+        with contextlib.suppress(BlockingIOError):
+            if not _lock_file(file) or _is_there(file, partial):
+                return partial, file
+        file.close()  # It was taken for a leftover before it was locked.
 
 
 def _publish_new(partial: pathlib.Path, path: pathlib.Path) -> None:

@@ -1,12 +1,16 @@
-"""The folder of one run: config.json, metrics.jsonl and result.json; made, reopened, checked."""
+"""The folder of one run: config.json, metrics.jsonl and result.json; made, claimed, checked."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import TypeVar
 
-from afr_jax.core import distributed, files, options
+from afr_jax.core import distributed, files, options, progress
+
+_Value = TypeVar("_Value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,31 +20,44 @@ class Workdir:
     Attributes:
       path: the absolute folder.
       resumed: whether the folder held the config of an earlier run when it was opened.
+      lock: keeps other processes out, as long as the run has this object.
     """
 
     path: pathlib.Path
     resumed: bool = False
+    lock: files.FolderLock | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def append_metrics(self, metrics: Mapping[str, object]) -> None:
         """Appends one line to metrics.jsonl; by convention it has an integer "step"."""
         if distributed.is_primary():
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(files.to_jsonable(metrics), allow_nan=False) + "\n")
+            with open(self.path / "metrics.jsonl", "a+b") as file:
+                # Of a line that a killed run left torn, this one must not become the end.
+                is_torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+                file.write(b"\n" * is_torn + _metrics_line(metrics))
 
     def read_metrics(self) -> list[dict[str, files.Json]]:
-        """Returns the lines of metrics.jsonl, without a last line that a killed run left torn."""
-        try:
-            text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in text.split("\n")[:-1] if line]
+        """Returns the lines of metrics.jsonl, without their checksums.
+
+        A last line that a killed run left torn is left out, and so are damaged ones, with a warning
+        that counts them.
+        """
+        path = self.path / "metrics.jsonl"
+        lines, num_damaged = [], 0
+        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
+            try:
+                lines += [files.unseal(json.loads(line))] if line else []
+            except ValueError:
+                num_damaged += 1
+        if num_damaged:
+            progress.warn(path, f"{num_damaged} damaged lines are left out")
+        return lines
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines whose "step" lies after `step`: what a resumed run will measure again."""
         if distributed.is_primary() and (self.path / "metrics.jsonl").exists():
             kept = [line for line in self.read_metrics() if line.get("step", step) <= step]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            files.write_atomically(self.path / "metrics.jsonl", text.encode(), overwrite=True)
+            text = b"".join(map(_metrics_line, kept))
+            files.write_atomically(self.path / "metrics.jsonl", text, overwrite=True)
 
     def write_result(self, result: Mapping[str, object]) -> None:
         """Writes result.json."""
@@ -48,10 +65,30 @@ class Workdir:
             files.write_json(self.path / "result.json", result)
 
 
+@contextlib.contextmanager
+def claimed(
+    folder: str | os.PathLike[str], *, below: Iterable[str | os.PathLike[str]] = ()
+) -> Generator[None]:
+    """Makes a folder of outputs, and keeps other processes from writing to it in the body.
+
+    What killed runs left of half-written files there is removed.
+
+    Args:
+      folder: of the outputs.
+      below: folders below it that are written to as well.
+
+    Raises:
+      UsageError: another process works in the folder, or it cannot be used.
+    """
+    lock = _claim(folder, below)
+    yield
+    del lock
+
+
 def open_workdir(
     path: str | os.PathLike[str] | None, config: object, *, resumable: Iterable[str] | None = None
 ) -> Workdir:
-    """Creates or reopens the folder of a run and makes sure that it is the same run.
+    """Creates or reopens the folder of a run and makes sure that it is the same run, once.
 
     Args:
       path: the folder; None is a usage error.
@@ -63,7 +100,8 @@ def open_workdir(
       The work directory, `resumed` if it held a config.
 
     Raises:
-      UsageError: if the folder belongs to a run with another config, or cannot be used.
+      UsageError: if the folder belongs to a run with another config, another process works in it,
+        or it cannot be used.
     """
     if path is None:
         raise options.UsageError("--workdir is needed")
@@ -75,6 +113,7 @@ def open_workdir(
     known = folder / "config.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = _claim(folder, [path for path, _, _ in os.walk(folder)])
         old = json.loads(known.read_text(encoding="utf-8")) if known.exists() else None
         if old is not None:
             _check_same_run(folder, _flatten(old), _flatten(new), frozenset(resumable))
@@ -84,13 +123,14 @@ def open_workdir(
         raise
     except (OSError, ValueError) as error:
         raise options.UsageError(f"cannot use the work directory {folder}: {error}") from error
-    return Workdir(folder, resumed=old is not None)
+    return Workdir(folder, old is not None, lock)
 
 
 def load_or_compute(path: str | os.PathLike[str], compute_fn: Callable[[], object]) -> files.Json:
     """The value of a JSON file; if there is none yet, what a function returns, which is written.
 
-    So a study keeps its cells: what a killed run has finished is not computed again.
+    So a study keeps its cells: what a killed run has finished is not computed again. The file has
+    a checksum; a damaged one is computed anew, with a warning.
 
     Args:
       path: of the file.
@@ -99,13 +139,55 @@ def load_or_compute(path: str | os.PathLike[str], compute_fn: Callable[[], objec
     Returns:
       The value as JSON has it, also when it was just computed.
     """
-    path = pathlib.Path(path)
-    if not path.exists():
-        value = compute_fn()
-        if not distributed.is_primary():
-            return json.loads(json.dumps(files.to_jsonable(value)))
-        files.write_json(path, value)
-    return json.loads(path.read_text(encoding="utf-8"))
+    if (known := read_or_none(path, files.read_sealed)) is not None:
+        return known["value"]
+    value = files.to_jsonable(compute_fn())
+    if distributed.is_primary():
+        files.write_sealed(path, {"value": value})
+    return json.loads(json.dumps(value))
+
+
+def read_or_none(
+    path: str | os.PathLike[str], read_fn: Callable[[str | os.PathLike[str]], _Value]
+) -> _Value | None:
+    """What a function reads from a file that an earlier run may have left.
+
+    Args:
+      path: of the file.
+      read_fn: raises FileNotFoundError where there is none, ValueError where it is damaged.
+
+    Returns:
+      What it returns; None where there is no file, and, with a warning, where it is damaged.
+    """
+    try:
+        return read_fn(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        progress.warn(path, f"made again: {error}")
+        return None
+
+
+def _claim(
+    folder: str | os.PathLike[str], below: Iterable[str | os.PathLike[str]] = ()
+) -> files.FolderLock | None:
+    """The lock; None where there are none, and where this process of several writes nothing."""
+    if not distributed.is_primary():
+        return None
+    try:
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = files.lock_folder(folder)
+    except files.InUseError as error:
+        raise options.UsageError(str(error)) from error
+    except OSError as error:
+        raise options.UsageError(f"cannot use the folder {folder}: {error}") from error
+    for each in {pathlib.Path(folder), *map(pathlib.Path, below)}:
+        files.remove_partials(each)
+    return lock
+
+
+def _metrics_line(metrics: Mapping[str, object]) -> bytes:
+    return json.dumps(files.seal(metrics), allow_nan=False).encode() + b"\n"
 
 
 def _flatten(config: object, prefix: str = "") -> dict[str, files.Json]:

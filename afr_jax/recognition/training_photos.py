@@ -4,14 +4,13 @@ What can go wrong with the user's data raises ValueError with a message for peop
 """
 
 import dataclasses
-import io
 import os
 import pathlib
 from collections.abc import Callable, Collection
 
 import numpy as np
 
-from afr_jax.core import files, options
+from afr_jax.core import files, options, workdir
 from afr_jax.data import identities, pairs, sampling
 from afr_jax.models import mtcnn
 from afr_jax.recognition import chips
@@ -161,25 +160,22 @@ def kept_chips(
     Raises:
         ValueError: the file is of other photos or another size.
     """
-    cache = pathlib.Path(cache)
-    if cache.exists():
-        with np.load(cache, allow_pickle=False) as kept:
-            problems = [identities.Omission(str(n), str(r)) for n, r in kept["problems"]]
-            found, images = listing.without(problems), kept["images"]
-            same_photos = found.sample_ids == kept["sample_ids"].tolist()
+    kept = workdir.read_or_none(cache, files.read_arrays)
+    if kept is not None:
+        problems = [identities.Omission(str(n), str(r)) for n, r in kept["problems"]]
+        found, images = listing.without(problems), kept["images"]
+        same_photos = found.sample_ids == kept["sample_ids"].tolist()
         if not same_photos or images.shape[-2] != side:
             raise ValueError(f"{cache} is of other photos or another size: remove it")
         return found, images
     found, images = make_fn()
     problems = [(p.name, p.reason) for p in found.problems[len(listing.problems) :]]
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        images=images,
-        sample_ids=np.array(found.sample_ids),
-        problems=np.array(problems, str).reshape(-1, 2),
-    )
-    files.write_atomically(cache, buffer.getvalue(), overwrite=True)
+    arrays = {
+        "images": images,
+        "sample_ids": np.array(found.sample_ids),
+        "problems": np.array(problems, str).reshape(-1, 2),
+    }
+    files.write_arrays(cache, arrays)
     return found, images
 
 

@@ -69,6 +69,49 @@ def test_write_json_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_no_bit_of_a_sealed_file_changes_unseen(tmp_path):
+    fields = {"name": "Zoë", "rate": 0.5, "pair": [1, None], "inner": {"a": True}}
+    path = tmp_path / "a.json"
+    files.write_sealed(path, fields)
+    assert files.read_sealed(path) == fields
+    whole, num_refused = path.read_bytes(), 0
+    for number in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[number // 8] ^= 1 << number % 8
+        path.write_bytes(changed)
+        try:
+            assert files.read_sealed(path) == fields  # A space became a tab, say.
+        except ValueError:
+            num_refused += 1
+    assert num_refused > 6 * len(whole)
+
+
+def test_damaged_arrays_are_an_error_and_never_others(tmp_path):
+    arrays = {"a": np.arange(6, dtype=np.int16).reshape(2, 3), "names": np.array(["x", "yz"])}
+    path = tmp_path / "a.npz"
+    files.write_arrays(path, arrays)
+    whole, num_harmless = path.read_bytes(), 0
+    for number in range(0, 8 * len(whole), 3):
+        changed = bytearray(whole)
+        changed[number // 8] ^= 1 << number % 8
+        path.write_bytes(changed)
+        try:
+            found = files.read_arrays(path)
+        except ValueError as error:
+            assert "damaged" in str(error)
+        else:
+            num_harmless += 1
+            assert found.keys() == arrays.keys()
+            for name in arrays:
+                np.testing.assert_array_equal(found[name], arrays[name])
+    assert num_harmless < len(whole)
+    path.write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match="damaged"):
+        files.read_arrays(path)
+    with pytest.raises(FileNotFoundError):
+        files.read_arrays(tmp_path / "none.npz")
+
+
 def test_write_json_respects_the_umask(tmp_path):
     before = os.umask(0o027)
     try:

@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +61,23 @@ def test_metrics_are_appended_and_truncated_to_the_checkpoint(tmp_path):
     work.truncate_metrics(2)
     assert work.read_metrics() == [{"step": step, "loss": step / 2} for step in range(3)]
     work.append_metrics({"step": 3, "loss": np.nan})
-    assert (tmp_path / "metrics.jsonl").read_text().endswith('{"step": 3, "loss": null}\n')
+    assert '\n{"step": 3, "loss": null, "checksum": "' in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_damaged_lines_of_metrics_are_left_out_and_counted(tmp_path, caplog):
+    work = workdir.open_workdir(tmp_path, {})
+    for step in range(4):
+        work.append_metrics({"step": step, "loss": 0.25 * step})
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    lines[1] = lines[1].replace(b"0.25", b"0.75")
+    lines[2] = lines[2][:-9] + b"\xff\xfe"
+    path.write_bytes(b"\n".join(lines) + b'{"step": 4, "lo')
+    assert [line["step"] for line in work.read_metrics()] == [0, 3]
+    assert f"{path}: 2 damaged lines are left out" in caplog.text
+    # A line is not written behind a torn one.
+    work.append_metrics({"step": 4})
+    assert [line["step"] for line in work.read_metrics()] == [0, 3, 4]
 
 
 def test_result_is_written(tmp_path):
@@ -71,6 +90,70 @@ def test_result_is_written(tmp_path):
 class _Config(options.Config):
     width: int = options.option(8, "channels")
     log_steps: int = options.option(10, "between two log lines", resumable=True)
+
+
+_HOLD = """
+import sys
+from afr_jax.core import options, workdir
+
+try:
+    work = workdir.open_workdir(sys.argv[1], {"a": 1})
+    print("held", flush=True)
+    sys.stdin.readline()
+    work.append_metrics({"step": 1})
+except options.UsageError as error:
+    print(error, flush=True)
+"""
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, start_process):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = [sys.executable, "-c", _HOLD, str(tmp_path)]
+    first, second = (start_process(command, **pipes) for _ in range(2))
+    said = {child.stdout.readline().strip(): child for child in (first, second)}
+    holder = said.pop("held")
+    (message,) = said
+    assert message.startswith(f"{tmp_path} is in use by process {holder.pid} on ")
+    with pytest.raises(options.UsageError, match=f"in use by process {holder.pid}"):
+        workdir.open_workdir(tmp_path, {"a": 1})
+    with pytest.raises(options.UsageError, match="in use"), workdir.claimed(tmp_path):
+        pass
+    holder.kill()  # A lock goes with its process.
+    holder.wait()
+    work = workdir.open_workdir(tmp_path, {"a": 1})
+    third = start_process(command, **pipes)
+    assert f"in use by process {os.getpid()}" in third.stdout.readline()
+    assert workdir.open_workdir(tmp_path, {"a": 1}) == work and work.resumed
+    del work  # And with the object.
+    fourth = start_process(command, **pipes)
+    assert fourth.stdout.readline() == "held\n"
+
+
+def test_what_killed_runs_left_half_written_goes(tmp_path, start_process):
+    left = [tmp_path / name / ".0123456789abcdef.partial" for name in ("", "cells", "a/b")]
+    others = [
+        tmp_path / ".partial",
+        tmp_path / "cells" / "x.partial",
+        tmp_path / "a" / ".0.partial",
+    ]
+    for path in [*left, *others]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    code = (
+        "import os, sys; from afr_jax.core import files\n"
+        "def fsync(number): print('writing', flush=True); sys.stdin.readline()\n"
+        "os.fsync = fsync; files.write_atomically(sys.argv[1], b'whole')"
+    )
+    writer = start_process(
+        [sys.executable, "-c", code, str(tmp_path / "cells" / "new")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    writer.stdout.readline()
+    workdir.open_workdir(tmp_path, {})
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+    writer.stdin.close()
+    assert writer.wait() == 0 and (tmp_path / "cells" / "new").read_bytes() == b"whole"
 
 
 def test_an_options_class_says_what_may_change(tmp_path):
@@ -91,6 +174,15 @@ def test_a_cell_is_computed_once(tmp_path):
     first = workdir.load_or_compute(path, compute)
     assert first == workdir.load_or_compute(path, compute) == {"rate": 0.5, "pair": [1, 2]}
     assert calls == [1]
+
+
+def test_a_damaged_cell_is_computed_again(tmp_path, caplog):
+    path = tmp_path / "a.json"
+    workdir.load_or_compute(path, lambda: 0.5)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"0.5", b"0.4"))
+    assert workdir.load_or_compute(path, lambda: 0.5) == 0.5
+    assert f"{path}: made again: damaged" in caplog.text and path.read_bytes() == whole
 
 
 def test_a_cell_that_fails_leaves_no_file(tmp_path):

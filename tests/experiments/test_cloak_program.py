@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, ImageOps
 from afr_jax.core import files, options, program
 from afr_jax.core.perception import ssim
 from afr_jax.evaluation.cloaking import cloak_files
-from afr_jax.methods.cloaking import workflow
+from afr_jax.methods.cloaking import records, workflow
 from afr_jax.models.extractors import registry
 from afr_jax.recognition.detectors import union
 from afr_jax.training import trained
@@ -345,6 +345,57 @@ def test_outputs_without_a_note_are_known_by_their_pixels(tmp_path):
     records, _ = _report(tmp_path)
     assert records["copy.bmp"]["status"] == "already_cloaked" and not records["copy.bmp"]["faces"]
     assert records["a.png"]["status"] == "cloaked"
+
+
+def test_records_that_are_damaged_or_name_other_files_count_for_nothing(tmp_path, caplog):
+    photo = tmp_path / "photos" / "a.png"
+    photo.parent.mkdir()
+    _portrait(144).save(photo)
+    flags = [f"--images={photo.parent}"]
+    flags.append(f"--surrogates={_save_extractor(tmp_path / 'made', 0)}")
+    first = _run(tmp_path, *flags)
+    report, output = _report(tmp_path), (tmp_path / "out" / "a_cloaked.png").read_bytes()
+    (path,) = (tmp_path / "out" / ".cloak" / "records").iterdir()
+    whole, known = path.read_bytes(), files.read_sealed(path)
+    (tmp_path / "out" / "link").symlink_to(tmp_path)
+    for name in ("../ESCAPED.png", str(tmp_path / "ESCAPED.png"), "link/ESCAPED.png"):
+        forged = files.seal({**known, "output": name})
+        path.write_text(json.dumps(forged))
+        assert _run(tmp_path, *flags) == first and _report(tmp_path) == report
+        assert (tmp_path / "out" / "a_cloaked.png").read_bytes() == output
+        assert not (tmp_path / "ESCAPED.png").exists() and path.read_bytes() == whole
+    (job,), _ = records.list_jobs([photo], tmp_path / "out", path.parent.parent)
+    caplog.clear()
+    num_refused = 0
+    for number in range(0, 8 * len(whole), 13):
+        changed = bytearray(whole)
+        changed[number // 8] ^= 1 << number % 8
+        path.write_bytes(changed)
+        if records.is_done(job):
+            assert records.read(job) == known
+        else:
+            num_refused += 1
+    assert num_refused > len(whole) / 3
+    records.list_jobs([photo], tmp_path / "out", path.parent.parent)
+    assert f"{path}: the record counts for nothing" in caplog.text
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path, start_process):
+    _portrait(144).save(tmp_path / "a.png")
+    code = (
+        "import sys; from afr_jax.core import workdir\n"
+        "with workdir.claimed(sys.argv[1]):\n print('held', flush=True); sys.stdin.readline()"
+    )
+    (tmp_path / "out").mkdir()
+    holder = start_process(
+        [sys.executable, "-c", code, str(tmp_path / "out")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    holder.stdout.readline()
+    message = _run(tmp_path, f"--images={tmp_path / 'a.png'}", f"--workdir={tmp_path / 'work'}")
+    assert f"out is in use by process {holder.pid}" in message
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_foreign_output_is_kept_unless_told(tmp_path):

@@ -139,12 +139,13 @@ def run(config: CloakConfig) -> options.Outcome:
         config.gallery,
         config.overwrite,
     )
-    try:
-        images = folder_run.cloak(jobs)
-    except targets.TargetError as error:
-        raise options.UsageError(f"--target={config.target}: {error}") from error
-    report = _report(settings, folder_run, images, num_skipped)
-    _write_report(output_dir, report, jobs)
+    with workdir.claimed(output_dir, below=[job.output.parent for job in jobs]):
+        try:
+            images = folder_run.cloak(jobs)
+        except targets.TargetError as error:
+            raise options.UsageError(f"--target={config.target}: {error}") from error
+        report = _report(settings, folder_run, images, num_skipped)
+        _write_report(output_dir, report, jobs)
     trouble = ["unreadable", "failed"]
     if config.face_filter.boxes is None:  # Else a person chose what is left.
         trouble.append("partly_cloaked")

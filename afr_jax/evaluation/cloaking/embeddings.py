@@ -4,8 +4,8 @@ Published photos reach the tracker re-encoded or edited; it detects, aligns and 
 Nothing here knows the landmarks of the originals.
 """
 
-import io
 import json
+import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from afr_jax.core import files, parallel
+from afr_jax.core import files, parallel, workdir
 from afr_jax.data import photos
 from afr_jax.evaluation.attackers import countermeasures
 from afr_jax.evaluation.cloaking import cells
@@ -83,16 +83,15 @@ def embed_photos(
         name: folder / f"{countermeasure}-{cells.file_name(name)}.npz"
         for name in recognizer.extractors
     }
-    missing = {
-        name: recognizer.extractors[name] for name in paths_of if not paths_of[name].exists()
-    }
+    read = {name: workdir.read_or_none(path, _read) for name, path in paths_of.items()}
+    found = {name: known for name, known in read.items() if known is not None}
+    missing = {name: each for name, each in recognizer.extractors.items() if name not in found}
     if missing:
         some = recognizer._replace(extractors=missing)
         for name, new in _embed(some, paths, countermeasure).items():
-            buffer = io.BytesIO()
-            np.savez(buffer, **new._asdict())
-            files.write_atomically(paths_of[name], buffer.getvalue(), overwrite=True)
-    return {name: _read(path) for name, path in paths_of.items()}
+            files.write_arrays(paths_of[name], new._asdict())
+            found[name] = new
+    return {name: found[name] for name in paths_of}
 
 
 def check_weights(path: pathlib.Path, recognizer: pipeline.Recognizer) -> None:
@@ -141,6 +140,5 @@ def _embed(
     return results
 
 
-def _read(path: pathlib.Path) -> Embeddings:
-    with np.load(path) as file:
-        return Embeddings(*(file[field] for field in Embeddings._fields))
+def _read(path: str | os.PathLike[str]) -> Embeddings:
+    return Embeddings(**files.read_arrays(path))

@@ -6,15 +6,14 @@ the same bytes. All methods change the main face of a photo within the cell's bu
 the 8-bit photo (`budget.Budget`).
 """
 
-import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import jax
 import numpy as np
 
-from afr_jax.core import files
+from afr_jax.core import files, workdir
 from afr_jax.core.perception import measures
 from afr_jax.data import identities, photos
 from afr_jax.evaluation import reference
@@ -134,11 +133,17 @@ def write_photos(
     paths = [folder / "photos" / f"{sample.sample_id}.png" for sample in samples]
     for start in range(0, len(samples), group):
         part = slice(start, start + group)
-        if not all(path.exists() for path in paths[part]):
+        if None in [_known(path) for path in paths[part]]:
             _write_group(samples[part], paths[part], detector, protect_fn)
         if report_fn is not None:
             report_fn(len(paths[part]))
-    return paths, [json.loads(_record_path(path).read_text()) for path in paths]
+    known = [files.read_sealed(_record_path(path)) for path in paths]
+    return paths, cast(list[PublishedRecord], known)
+
+
+def _known(path: pathlib.Path) -> files.Json:
+    """The record of a photo that is there; None if it is to be made."""
+    return workdir.read_or_none(_record_path(path), files.read_sealed) if path.exists() else None
 
 
 def _write_group(
@@ -176,7 +181,7 @@ def _write_group(
             )
         # The record goes first: a photo that is there has one.
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(_record_path(path), record)
+        files.write_sealed(_record_path(path), record)
         files.write_atomically(path, photos.encode_png(photo, pixels), overwrite=True)
 
 

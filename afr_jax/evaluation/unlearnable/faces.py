@@ -5,7 +5,6 @@ of auxiliary people who are not in the victim's data; the victim trains on prote
 people, and is judged on clean photos that it has not seen. Host code, but for the embeddings.
 """
 
-import io
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from afr_jax.core import files, parallel
+from afr_jax.core import files, parallel, workdir
 from afr_jax.core import images as image_ops
 from afr_jax.data import identities, image_sets, pairs, photos, sampling
 from afr_jax.evaluation.metrics import verification
@@ -250,9 +249,9 @@ def read_pairs(
     if len(named) < 20 or same.all() or not same.any():
         raise ValueError(f"{table} needs 20 pairs or more, of both kinds")
     names = sorted({name for pair in named for name in pair})
-    if kept.exists():
-        with np.load(kept, allow_pickle=False) as archive:
-            crops, found, unreadable = (archive[n] for n in ("crops", "found", "unreadable"))
+    known = workdir.read_or_none(kept, files.read_arrays)
+    if known is not None:
+        crops, found, unreadable = (known[name] for name in ("crops", "found", "unreadable"))
     else:
         crops = np.zeros((len(names), side, side, 3), np.uint8)
         found, unreadable = np.zeros((2, len(names)), bool)
@@ -263,9 +262,8 @@ def read_pairs(
                 unreadable[row] = True
                 continue
             crops[row], found[row] = cut_face(detector, pixels, side)
-        buffer = io.BytesIO()
-        np.savez(buffer, crops=crops, found=found, unreadable=unreadable)
-        files.write_atomically(kept, buffer.getvalue(), overwrite=True)
+        made = {"crops": crops, "found": found, "unreadable": unreadable}
+        files.write_arrays(kept, made)
     row_of = {name: row for row, name in enumerate(names)}
     rows = np.array([[row_of[first], row_of[second]] for first, second in named])
     usable = ~unreadable[rows].any(axis=1)

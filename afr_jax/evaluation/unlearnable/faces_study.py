@@ -302,8 +302,8 @@ def _noise(
 ) -> noise_files.Noise:
     """Class-wise noise of the protected people, found beside the auxiliary ones."""
     path = setup.work.path / "noise" / f"{name}.npz"
-    if path.exists():
-        return noise_files.read_noise(path)
+    if (known := workdir.read_or_none(path, noise_files.read_noise)) is not None:
+        return known
     data = faces.people(division.search, (*division.auxiliary, *protected))
     with checkpoint.Checkpoints(setup.work.path / "searches" / name) as checkpoints:
         found = recipes.make_unlearnable(

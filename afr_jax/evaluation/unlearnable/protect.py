@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -149,10 +150,23 @@ def run(config: MakeUnlearnableConfig) -> options.Outcome:
         **method.describe(),
         "seed": config.seed,
     }
+    folders = {(output / "images" / name).parent for name in data.sample_ids}
+    with workdir.claimed(output, below=folders):
+        return _write(config, data, method, settings, output)
+
+
+def _write(
+    config: MakeUnlearnableConfig,
+    data: image_sets.ImageSet,
+    method: recipes.NoiseConfig,
+    settings: Mapping[str, files.Json],
+    output: pathlib.Path,
+) -> options.Outcome:
+    """Makes the noise and the protected images, and writes all results."""
     work = workdir.open_workdir(config.workdir or output / "work", settings)
     noise = _make(data, method, config.seed, work)
     report = noise.settings["report"]
-    noise = noise._replace(settings=settings | {"report": report})
+    noise = noise._replace(settings={**settings, "report": report})
     noise.save(output / ("noise.npz" if config.noise_format == "npz" else "noise"))
     protected = noise.apply(data)
     protected.save(output / "images")

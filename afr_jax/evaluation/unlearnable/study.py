@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -181,8 +180,12 @@ def run(config: UnlearnableStudyConfig) -> options.Outcome:
     work = workdir.open_workdir(config.workdir, settings)
     study = _Study(scale, config.epsilon / 255, train_set, test_set, work)
     groups: dict[tuple[str, str], list[matrix.VictimCell]] = {}
+    records: dict[matrix.VictimCell, Mapping[str, files.Json]] = {}
     for cell in cells:
-        if not study.path_of(cell).exists():
+        known = workdir.read_or_none(study.path_of(cell), files.read_sealed)
+        if known is not None:
+            records[cell] = known["value"]
+        else:
             groups.setdefault((cell.architecture, cell.countermeasure), []).append(cell)
     logging.info("%d of %d cells to do", sum(map(len, groups.values())), len(cells))
     parts = [
@@ -190,14 +193,16 @@ def run(config: UnlearnableStudyConfig) -> options.Outcome:
         for group in groups.values()
         for start in range(0, len(group), config.at_once)
     ]
-    records: dict[matrix.VictimCell, Mapping[str, files.Json]] = {}
     for part in progress.track(parts, description="victims"):
         for cell, curve in zip(part, _train(study, part), strict=True):
             summary = learnability.summary(curve)
             logging.info("%s: last %.3f, peak %.3f", cell.file_name, *summary[:2])
             record = {"cell": cell, "summary": summary, "curve": curve}
             records[cell] = workdir.load_or_compute(study.path_of(cell), lambda r=record: r)
-    curves = {cell: _curve(study, cell, records) for cell in cells}
+    curves = {}
+    for cell in cells:
+        curve = records[cell]["curve"]
+        curves[cell] = learnability.Curve(*(np.array(curve[name], np.float32) for name in curve))
     chance = 1 / len(train_set.classes)
     rows = matrix.rows_of(curves)
     result = {
@@ -291,8 +296,8 @@ def _noise(study: _Study, cell: matrix.VictimCell) -> noise_files.Noise:
     """The noise of a cell, made once."""
     name = f"{cell.method}-{cell.granularity}-seed{cell.seed}"
     path = study.work.path / "noise" / f"{name}.npz"
-    if path.exists():
-        return noise_files.read_noise(path)
+    if (known := workdir.read_or_none(path, noise_files.read_noise)) is not None:
+        return known
     kind = recipes.METHODS[cell.method]
     config = kind(
         granularity="class" if cell.granularity == "class" else "sample", epsilon=study.epsilon
@@ -313,14 +318,3 @@ def _noise(study: _Study, cell: matrix.VictimCell) -> noise_files.Noise:
         )
     noise.save(path)
     return noise
-
-
-def _curve(
-    study: _Study,
-    cell: matrix.VictimCell,
-    records: Mapping[matrix.VictimCell, Mapping[str, files.Json]],
-) -> learnability.Curve:
-    """The curve of a cell that was trained now or by an earlier run."""
-    record = records.get(cell) or json.loads(study.path_of(cell).read_text(encoding="utf-8"))
-    curve = record["curve"]
-    return learnability.Curve(*(np.array(curve[name], np.float32) for name in curve))

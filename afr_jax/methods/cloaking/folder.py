@@ -7,7 +7,6 @@ that was killed goes on where it was and ends with the same bytes.
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -93,8 +92,8 @@ class FolderRun:
 
     def target_identity(self) -> str | None:
         """Name of the person whom faces were moved towards."""
-        known = self.work.path / _TARGET
-        return json.loads(known.read_text())["identity"] if known.exists() else None
+        known = self._known_target()
+        return None if known is None else known.identity
 
     def _work_on_group(
         self,
@@ -200,17 +199,21 @@ class FolderRun:
 
     def _choose_target(self, jobs: Sequence[records.Job]) -> targets.Target | None:
         """The target; chosen once and kept for resumed runs."""
-        stored = self.work.path / _TARGET
-        if stored.exists():
-            known = json.loads(stored.read_text())
-            centroids = {
-                name: np.array(vector, np.float32) for name, vector in known["centroids"].items()
-            }
-            return targets.Target(known["identity"], centroids)
+        if (known := self._known_target()) is not None:
+            return known
         chosen = self.flow.choose_target(self.target, self.gallery, _readable_pixels(jobs))
         if chosen is not None:
-            files.write_json(stored, chosen)
+            files.write_sealed(self.work.path / _TARGET, chosen._asdict())
         return chosen
+
+    def _known_target(self) -> targets.Target | None:
+        known = workdir.read_or_none(self.work.path / _TARGET, files.read_sealed)
+        if known is None:
+            return None
+        centroids = {
+            name: np.array(vector, np.float32) for name, vector in known["centroids"].items()
+        }
+        return targets.Target(known["identity"], centroids)
 
 
 def forget(path: pathlib.Path) -> None:

@@ -3,18 +3,20 @@
 One JSON file for each photo. A resumed run goes by them, and report.json is put together from them:
 `image` in a record is a photo's entry there, the rest is for resuming alone. The record of an
 output is written before the output itself, so that a killed run knows its own file.
+
+A record has a checksum, and names an output below the output folder. One that is damaged, or names
+another file, counts for nothing: its photo is worked on again.
 """
 
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypedDict, cast
 
-from afr_jax.core import files
+from afr_jax.core import files, progress
 from afr_jax.data import photo_files, photos
 from afr_jax.methods.cloaking import check
 from afr_jax.recognition import detect
@@ -95,11 +97,11 @@ def list_jobs(
     Raises:
         FileNotFoundError: one of `images` does not exist.
     """
-    earlier = {}
-    for path in sorted((workdir / FOLDER).glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            known = json.loads(path.read_text())
-            earlier[known["source"]] = str(output_dir / known["output"])
+    earlier = {
+        known["source"]: str(output_dir / known["output"])
+        for known in _readable(workdir, warn_fn=progress.warn)
+        if _lies_below(known["output"], output_dir)
+    }
     own = [pathlib.Path(path) for path in earlier.values()]
     reports = [output_dir / name for name in ("report.json", "report.html")]
     inputs, num_skipped = photos.list_photos(images, exclude=[output_dir, *own, *reports])
@@ -123,11 +125,8 @@ def list_jobs(
 
 def known_pixels(workdir: pathlib.Path) -> frozenset[str]:
     """`pixels_sha256` of all outputs of a run."""
-    found = set()
-    for path in (workdir / FOLDER).glob("*.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            found.add(json.loads(path.read_text())["pixels_sha256"])
-    return frozenset(found - {None})
+    found = {known["pixels_sha256"] for known in _readable(workdir)}
+    return frozenset(digest for digest in found if digest is not None)
 
 
 def forget(workdir: pathlib.Path) -> None:
@@ -140,9 +139,12 @@ def read(job: Job) -> Record:
     """The record of a job.
 
     Raises:
-        OSError, ValueError: there is none that can be read.
+        OSError, ValueError: there is none, it is damaged, or it names another output.
     """
-    return json.loads(job.record.read_text())
+    known = cast(Record, files.read_sealed(job.record))
+    if known["output"] != job.name:
+        raise ValueError(f"{job.record} names {known['output']}, not {job.name}")
+    return known
 
 
 def write(
@@ -190,7 +192,7 @@ def write(
             "faces": list(faces),
         },
     }
-    files.write_json(job.record, record)
+    files.write_sealed(job.record, record)
 
 
 def is_done(job: Job) -> bool:
@@ -273,6 +275,22 @@ def publish(
 def sha256_of(data: bytes) -> str:
     """SHA-256, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def _readable(
+    workdir: pathlib.Path, *, warn_fn: Callable[[object, object], None] | None = None
+) -> Iterator[Record]:
+    for path in sorted((workdir / FOLDER).glob("*.json")):
+        try:
+            yield cast(Record, files.read_sealed(path))
+        except (OSError, ValueError) as error:
+            if warn_fn is not None:
+                warn_fn(path, f"the record counts for nothing: {error}")
+
+
+def _lies_below(name: str, folder: pathlib.Path) -> bool:
+    """Whether a name stands for a file below a folder, links followed."""
+    return folder.resolve() in (folder / name).resolve().parents
 
 
 def _recorded_output(job: Job) -> str | None:

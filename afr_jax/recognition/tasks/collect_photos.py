@@ -72,6 +72,20 @@ def run(config: CollectConfig) -> options.Outcome:
     with progress.counter(len(listing.samples), description="reading") as advance:
         distance = None if config.max_distance < 0 else config.max_distance
         found = collect.collect(listing, max_distance=distance, report_fn=advance)
+    with workdir.claimed(output):
+        result, is_complete = _write(config, listing, found, output)
+    if work is not None:
+        work.write_result(result)
+    return options.Outcome(result, is_complete)
+
+
+def _write(
+    config: CollectConfig,
+    listing: identities.Listing,
+    found: collect.Collection,
+    output: pathlib.Path,
+) -> tuple[dict[str, Any], bool]:
+    """Writes what was found; returns the result, and whether all photos could be used."""
     kept = found.listing.with_photos(config.min_photos)
     files.write_csv(
         output / "photos.csv",
@@ -105,9 +119,7 @@ def run(config: CollectConfig) -> options.Outcome:
         problems += unreadable
     result["not_handled"] = [problem.as_result() for problem in problems]
     files.write_json(output / "result.json", result)
-    if work is not None:
-        work.write_result(result)
-    return options.Outcome(result, complete=not problems)
+    return result, not problems
 
 
 def _write_records(

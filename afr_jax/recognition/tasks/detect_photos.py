@@ -116,10 +116,11 @@ def run(config: DetectConfig) -> options.Outcome:
         )
 
     pairs = progress.track(list(zip(inputs, drawings, strict=True)), description="photos")
-    records = _tell_namesakes_apart(parallel.thread_map(record_of, pairs), inputs)
-    if distributed.is_primary():
-        found = {"images": records, "settings": config.detector}
-        files.write_json(output_dir / "faces.json", found)
+    with workdir.claimed(output_dir, below=[drawing.parent for drawing in drawings]):
+        records = _tell_namesakes_apart(parallel.thread_map(record_of, pairs), inputs)
+        if distributed.is_primary():
+            found = {"images": records, "settings": config.detector}
+            files.write_json(output_dir / "faces.json", found)
     statuses = ("ok", "no_face", "unreadable", "failed")
     not_handled = [
         {"image": record.image, "status": record.status, "reason": record.reason}
