@@ -5,11 +5,12 @@ use (`recognize`). On that stand verification of two photos (`verify`), enrollme
 database and matching against it (methods of `Recognizer`).
 """
 
+import functools
 import hashlib
 import itertools
 import os
 import pathlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -493,6 +494,7 @@ def recognize(
     *,
     which: Literal["main", "all"] = "main",
     min_confidence: float = 0.0,
+    detect_fn: Callable[[np.ndarray], detect.Faces] | None = None,
 ) -> Iterator[Recognized]:
     """Reads photos, finds and embeds their faces.
 
@@ -505,15 +507,21 @@ def recognize(
             `photos.list_sources` makes of them.
         which: the face that a photo is of (`detect.main_face`), or every one.
         min_confidence: of the detector, for a face to count.
+        detect_fn: finds the faces of `[H, W, 3]` uint8 in place of the recognizer's MTCNN, in
+            several threads (`yunet.load` makes one).
 
     Yields:
         One result for each photo, in their order.
     """
+    if detect_fn is None:
+        detect_fn = functools.partial(
+            detect.detect_faces, recognizer.detector, options=recognizer.options
+        )
     sources = list(sources)
     for start in range(0, len(sources), _GROUP):
         group = sources[start : start + _GROUP]
         found = parallel.thread_map(
-            lambda source: _find(recognizer, source, which, min_confidence), group
+            lambda source: _find(detect_fn, source, which, min_confidence), group
         )
         pairs = [
             (pixels, landmarks) for pixels, faces, _, _ in found for landmarks in faces.landmarks
@@ -624,7 +632,7 @@ def _spoken(box: np.ndarray) -> str:
 
 
 def _find(
-    recognizer: Recognizer,
+    detect_fn: Callable[[np.ndarray], detect.Faces],
     source: photos.PhotoLike | photos.PhotoSource,
     which: str,
     min_confidence: float,
@@ -634,7 +642,7 @@ def _find(
         pixels, digest = _read(source)
     except photos.PhotoError as error:
         return np.zeros((0, 0, 3), np.uint8), detect.no_faces(), "", str(error)
-    faces = detect.detect_faces(recognizer.detector, pixels, options=recognizer.options)
+    faces = detect_fn(pixels)
     spread = np.ptp(faces.landmarks, axis=1).max(axis=1, initial=0.0)
     # Landmarks in one spot cannot be aligned.
     faces = detect.select_faces(faces, (faces.confidences >= min_confidence) & (spread >= 1.0))

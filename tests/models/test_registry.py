@@ -61,6 +61,33 @@ def test_embed_converts_the_range_and_normalizes(normalized, is_bgr):
     np.testing.assert_allclose(embeddings, expected, atol=1e-6)
 
 
+class _Flat(nn.Module):
+    """Tells a chip from its mirror image."""
+
+    @nn.compact
+    def __call__(self, chips):
+        return nn.Dense(3)(chips.reshape(len(chips), -1))
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_mirrored_embedding_is_the_mean_of_both(normalized):
+    generator = np.random.default_rng(1)
+    chips = generator.uniform(size=(2, 8, 8, 3)).astype(np.float32)
+    kernel = generator.normal(size=(192, 3)).astype(np.float32)
+    variables = {"params": {"Dense_0": {"kernel": kernel, "bias": np.ones(3, np.float32)}}}
+    extractor = _toy(module=_Flat(), normalized=normalized, mirrored=True)
+    both = [(2 * x - 1).reshape(2, -1) @ kernel + 1 for x in (chips, chips[:, :, ::-1])]
+    assert not np.allclose(*both, atol=1e-2)
+    if normalized:
+        both = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in both]
+    expected = np.mean(both, axis=0)
+    if normalized:
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        registry.embed(extractor, variables, chips), expected, atol=1e-5, rtol=1e-5
+    )
+
+
 def test_embed_takes_chips_of_its_own_size_only():
     with pytest.raises(AssertionError):
         registry.embed(_toy(), {}, jnp.zeros((1, 9, 8, 3)))

@@ -16,10 +16,11 @@ from PIL import Image
 
 from afr_jax.core import files, parallel, workdir
 from afr_jax.data import photos
-from afr_jax.evaluation.attackers import countermeasures
+from afr_jax.evaluation.attackers import countermeasures, tracker_names
 from afr_jax.evaluation.cloaking import cells
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import pipeline
+from afr_jax.recognition.detectors import yunet
 
 COUNTERMEASURES = ("none", "jpeg75", "jpeg50", "blur", "half_size", "grayscale")
 
@@ -126,7 +127,24 @@ def _embed(
                 return folder / f"{number}.png"
 
             paths = parallel.thread_map(write, list(enumerate(paths)))
-        found = list(pipeline.recognize(recognizer, paths))
+        results: dict[str, Embeddings] = {}
+        for aligner in tracker_names.ALIGNERS:
+            own = {
+                name: extractor
+                for name, extractor in recognizer.extractors.items()
+                if tracker_names.parse(name).aligner == aligner
+            }
+            if own:
+                results |= _recognize(recognizer._replace(extractors=own), paths, aligner)
+        return results
+
+
+def _recognize(
+    recognizer: pipeline.Recognizer, paths: Sequence[pathlib.Path], aligner: str
+) -> dict[str, Embeddings]:
+    """Embeddings of photos whose faces one detector finds."""
+    detect_fn = yunet.load() if aligner == "yunet" else None
+    found = list(pipeline.recognize(recognizer, paths, detect_fn=detect_fn))
     mask = np.array([len(item.faces.boxes) > 0 for item in found], bool)
     landmarks = np.zeros((len(found), 5, 2), np.float32)
     landmarks[mask] = [item.faces.landmarks[0] for item in found if len(item.faces.boxes)]

@@ -10,7 +10,7 @@ import numpy as np
 from afr_jax.core import files, options, program, progress, workdir
 from afr_jax.data import identities
 from afr_jax.evaluation import reference
-from afr_jax.evaluation.attackers import tracker_training
+from afr_jax.evaluation.attackers import tracker_names, tracker_training
 from afr_jax.evaluation.cloaking import (
     cells,
     embeddings,
@@ -50,9 +50,10 @@ class FawkesEvaluationConfig(options.Config):
     `fawkes` with dlib's net); `lowkey@0.007` is made at that budget alone. --surrogates: sets of
     extractors joined by `+`; `all` is every tracker of the registry but for judges
     (`mobilefacenet_192`), `leave_one_out` for each of them all others. --trackers: names of
-    extractors, or folders of trained and hardened ones (adaptive trackers). For each: the nearest
-    enrolled photo, with and without the extractor's threshold; a vote of the 5 nearest; a linear
-    head; with --end_to_end=N the whole network, trained for the first N people.
+    extractors, or folders of trained and hardened ones (adaptive trackers); `sface@yunet` aligns
+    faces by the second detector, `sface@mirror` also embeds their mirror images. For each: the
+    nearest enrolled photo, with and without the extractor's threshold; a vote of the 5 nearest; a
+    linear head; with --end_to_end=N the whole network, trained for the first N people.
 
     Published photos go through each of --countermeasures before the tracker sees them. --leaks are
     shares of the published photos that the tracker has clean, spread evenly: of five photos a
@@ -83,7 +84,8 @@ class FawkesEvaluationConfig(options.Config):
     )
     trackers: tuple[str, ...] = options.option(
         ("dlib", "facenet_casia", "mobilefacenet"),
-        f"of {', '.join(registry.EXTRACTORS)}, or folders of trained or hardened ones",
+        f"of {', '.join(registry.EXTRACTORS)}, or folders of trained or hardened ones; "
+        "NAME@yunet aligns by the second detector, NAME@mirror adds the mirror image",
         resumable=True,
     )
     weights: tuple[str, ...] = options.option((), "weight files: NAME=FILE", resumable=True)
@@ -175,7 +177,8 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
             "--data is needed: a folder with a folder of photos for each person"
         )
     try:
-        _ = [pipeline.find_extractor(name) for name in config.trackers]
+        bases = [tracker_names.parse(name).extractor for name in config.trackers]
+        _ = [pipeline.find_extractor(name) for name in bases]
         sets = _surrogate_sets(config)
         plan = cells.all_cells(config.methods, sets, config.amounts)
         steps = {cell: config.steps_of(cell.budget) for cell in plan if cell.surrogates}
@@ -185,9 +188,10 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
     if needs_package and config.references.reference_python is None:
         raise options.UsageError("--methods=fawkes_pypi needs --reference_python")
     pipeline.warn_of_judges({name for cell in plan for name in cell.surrogates})
-    names = list(dict.fromkeys([*config.trackers, *(n for cell in plan for n in cell.surrogates)]))
-    if len({cells.file_name(name) for name in names}) < len(names):
-        raise options.UsageError(f"each of {', '.join(names)} must have one name of its own")
+    names = list(dict.fromkeys([*bases, *(n for cell in plan for n in cell.surrogates)]))
+    every = list(dict.fromkeys([*names, *config.trackers]))
+    if len({cells.file_name(name) for name in every}) < len(every):
+        raise options.UsageError(f"each of {', '.join(every)} must have one name of its own")
     resolved = _resolved(config, sets)
     growing = [*options.resumable(FawkesEvaluationConfig), "surrogate_sets"]
     if len(config.num_steps) > 1:
@@ -199,8 +203,8 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
             *names, weights=pipeline.parse_weights(config.weights, names)
         )
         embeddings.check_weights(work.path / "extractors.json", everything)
-        own = {name: everything.extractors[name] for name in config.trackers}
-        setup = table.prepare(split, everything._replace(extractors=own), work.path / "clean")
+        trackers = tracker_names.add_trackers(everything, config.trackers)
+        setup = table.prepare(split, trackers, work.path / "clean")
     except (FileNotFoundError, ValueError) as error:
         raise options.UsageError(str(error)) from error
     unseen = table.without_faces(setup)

@@ -13,7 +13,7 @@ import numpy as np
 
 from afr_jax.core import files, workdir
 from afr_jax.data import photos
-from afr_jax.evaluation.attackers import tracker_training
+from afr_jax.evaluation.attackers import tracker_names, tracker_training
 from afr_jax.evaluation.cloaking import embeddings, scores
 from afr_jax.evaluation.cloaking.cells import CloakCell, file_name
 from afr_jax.evaluation.cloaking.embeddings import Embeddings
@@ -262,7 +262,9 @@ def _about(cell: CloakCell, name: str, change: str, leak: float) -> scores.Row:
         "countermeasure": change,
         "leak": leak,
         "extractor": file_name(name),
-        "transfer": name not in cell.surrogates if cell.surrogates else None,
+        "transfer": (
+            tracker_names.parse(name).extractor not in cell.surrogates if cell.surrogates else None
+        ),
     }
 
 

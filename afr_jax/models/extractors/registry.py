@@ -80,6 +80,8 @@ class Extractor:
             people (950 photos in all): the median over LFW; None where it was not measured.
         is_judge: whether it is kept for judging cloaks: made against it are those alone whose
             surrogates name it.
+        mirrored: whether `embed` takes the mean of a chip's embedding and its mirror image's, as
+            many trackers do.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Extractor:
     is_bgr: bool = False
     nearest_other: float | None = None
     is_judge: bool = False
+    mirrored: bool = False
 
     @property
     def metric(self) -> str:
@@ -485,11 +488,20 @@ def embed(extractor: Extractor, variables: conversion.Variables, chips: jax.Arra
     inputs = chips * extractor.input_scale + extractor.input_offset
     if extractor.is_bgr:
         inputs = inputs[..., ::-1]
+    if extractor.mirrored:
+        inputs = jnp.concatenate([inputs, inputs[:, :, ::-1]])
     embeddings = jnp.asarray(extractor.module.apply(variables, inputs))
     if extractor.normalized:
-        length = jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
-        embeddings = embeddings / jnp.maximum(length, 1e-12)
+        embeddings = _unit(embeddings)
+    if extractor.mirrored:
+        embeddings = embeddings.reshape(2, -1, embeddings.shape[-1]).mean(axis=0)
+        embeddings = _unit(embeddings) if extractor.normalized else embeddings
     return embeddings
+
+
+def _unit(embeddings: jax.Array) -> jax.Array:
+    length = jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
+    return embeddings / jnp.maximum(length, 1e-12)
 
 
 def distance(embeddings: jax.Array, others: AnyArray) -> jax.Array:
