@@ -430,3 +430,17 @@ def test_a_killed_run_goes_on_group_by_group_with_the_same_bytes(folder):
     again = []
     write("straight", _protect(again))
     assert not again
+
+
+def test_the_tint_of_irises_is_measured_apart():
+    original = np.full((60, 80, 3), 128, np.uint8)
+    landmarks = np.array([[30.0, 20.0], [30.0, 60.0], [40, 40], [50, 30], [50, 50]])
+    region = np.array([5, 0, 60, 80])
+    reddish = original.copy()
+    reddish[20:40, 10:30, 0] += 10  # about one eye of the two
+    found = published._iris_tint(original, reddish, landmarks, region)
+    # Cb and Cr of 10 levels of red; half of the irises have it.
+    assert found == pytest.approx(10 * np.hypot(0.168736, 0.5) / 2, rel=0.02)
+    elsewhere = original.copy()
+    elsewhere[45:, :, 0] += 10
+    assert published._iris_tint(original, elsewhere, landmarks, region) < 0.01

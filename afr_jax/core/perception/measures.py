@@ -102,13 +102,20 @@ def ciede2000(original: np.ndarray, final: np.ndarray) -> np.ndarray:
     return color.deltaE_ciede2000(color.rgb2lab(original), color.rgb2lab(final))
 
 
-def tint(original: np.ndarray, final: np.ndarray) -> float:
-    """Mean length of the low-passed change of (Cb, Cr), in gray levels; as `measure`."""
+def tint(original: np.ndarray, final: np.ndarray, *, where: np.ndarray | None = None) -> float:
+    """Mean length of the low-passed change of (Cb, Cr), in gray levels.
+
+    Args:
+        original: `[H, W, 3]` uint8, as the other.
+        final: Of the same shape.
+        where: `[H, W]` bool, the pixels whose mean is taken, one or more; all by default.
+    """
     change = final.astype(np.float32) - original
     chroma = np.stack([change @ row for row in _TO_CHROMA], axis=-1)
     sigma = max(_TINT_BLUR * min(change.shape[:2]), 1.0)
     smooth = cv2.GaussianBlur(chroma, (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
-    return float(np.hypot(smooth[..., 0], smooth[..., 1]).mean())
+    length = np.hypot(smooth[..., 0], smooth[..., 1])
+    return float((length if where is None else length[where]).mean())
 
 
 def gray_tolerance(pixels: np.ndarray) -> np.ndarray:

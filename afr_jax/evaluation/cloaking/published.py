@@ -26,6 +26,8 @@ from afr_jax.recognition import detect, pipeline
 Protected = list[tuple[np.ndarray, list[photo_cloaks.CloakedFace]]]
 ProtectFn = Callable[[Sequence[photo_cloaks.PhotoFaces]], Protected]
 
+# Radius of an iris, of the distance between the eyes (5.9 of 63 mm).
+_IRIS = 5.9 / 63
 # Photos that are worked on together: all those of a person should lie in one group, and many photos
 # fill the batches better.
 _GROUP = 60
@@ -39,7 +41,7 @@ class PublishedRecord(TypedDict):
         region: (y0, x0, y1, x1), all that changed; only without a problem, as the others.
         box: the detector's.
         dssim: of the face.
-        visibility: `measures.Visibility` of the region.
+        visibility: `measures.Visibility` of the region, and `iris_chroma`, the tint of the irises.
     """
 
     problem: str | None
@@ -166,23 +168,39 @@ def _write_group(
                 sample.sample_id, photo.pixels, photo.gray, visible, found
             )
             tasks.append(task)
-    results = iter(protect_fn(tasks) if tasks else [])
+    results = zip(tasks, protect_fn(tasks) if tasks else [], strict=True)
     for path, photo, record in zip(paths, originals, records, strict=True):
         pixels = photo.pixels
         if record["problem"] is None:
-            pixels, (face,) = next(results)
+            task, (pixels, (face,)) = next(results)
+            landmarks = task.faces.landmarks[0]
             y0, x0, y1, x1 = face.region
             seen = measures.measure(photo.pixels[y0:y1, x0:x1], pixels[y0:y1, x0:x1])
             record.update(
                 region=face.region,
                 box=face.box,
                 dssim=budget.face_dssim(photo.pixels, pixels, face.region, face.box),
-                visibility=seen._asdict(),
+                visibility={
+                    **seen._asdict(),
+                    "iris_chroma": _iris_tint(photo.pixels, pixels, landmarks, face.region),
+                },
             )
         # The record goes first: a photo that is there has one.
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_sealed(_record_path(path), record)
         files.write_atomically(path, photos.encode_png(photo, pixels), overwrite=True)
+
+
+def _iris_tint(
+    original: np.ndarray, final: np.ndarray, landmarks: np.ndarray, region: np.ndarray
+) -> float:
+    """Tint of the discs about both eyes that are as wide as irises, of a face's region."""
+    y0, x0, y1, x1 = region
+    eyes = landmarks[:2]
+    radius = max(_IRIS * float(np.linalg.norm(eyes[1] - eyes[0])), 1.0)
+    places = np.moveaxis(np.mgrid[y0:y1, x0:x1], 0, -1)[:, :, None]
+    where = (np.linalg.norm(places - eyes, axis=-1) <= radius).any(axis=-1)
+    return measures.tint(original[y0:y1, x0:x1], final[y0:y1, x0:x1], where=where)
 
 
 def _record_path(path: pathlib.Path) -> pathlib.Path:

@@ -21,8 +21,8 @@ from afr_jax.evaluation.cloaking.people import Split
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import chips, pipeline
 
-# Medians over the photos of a cell, of `measures.Visibility`.
-VISIBILITY = ("ssimulacra2", "ciede2000_mean", "ciede2000_p99", "chroma", "flip")
+# Medians over the photos of a cell, as their records have them.
+VISIBILITY = ("ssimulacra2", "ciede2000_mean", "ciede2000_p99", "chroma", "iris_chroma", "flip")
 TABLE_COLUMNS = (
     *("method", "surrogates", "budget", "countermeasure", "leak", "tracker", "extractor"),
     *("transfer", "protection", "low", "high", "people", "probes", "rank_median"),
