@@ -23,6 +23,7 @@ _COUNTERMEASURES = {
     "blur": "blur",
     "half_size": "half size",
     "grayscale": "grayscale",
+    "denoise": "denoiser",
 }
 
 

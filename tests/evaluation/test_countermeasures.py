@@ -57,6 +57,16 @@ def test_bit_depth_and_blur(images):
         countermeasures.convert("sepia", images)
 
 
+def test_the_denoiser_takes_noise_away_and_leaves_edges():
+    clean = np.full((64, 64, 3), 60, np.uint8)
+    clean[:, 32:] = 180
+    noise = np.random.default_rng(3).normal(0, 4, clean.shape)
+    noisy = np.clip(np.rint(clean + noise), 0, 255).astype(np.uint8)
+    found = countermeasures.convert("denoise", noisy[None])[0].astype(float)
+    assert np.abs(found - clean).mean() < np.abs(noisy.astype(float) - clean).mean() / 2
+    assert np.abs(found - clean).max() < 20
+
+
 def test_mixed_images_are_what_their_shares_say():
     images = jax.random.uniform(jax.random.key(0), (6, 8, 8, 3))
     mixed = countermeasures.mixup(jax.random.key(1), images)

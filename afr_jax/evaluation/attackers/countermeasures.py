@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,11 +19,13 @@ from PIL import Image, ImageFilter
 from afr_jax.core import parallel
 from afr_jax.data import photos
 
-STORED = ("none", "grayscale", "jpeg10", "jpeg50", "jpeg75", "blur", "bit_depth")
+STORED = ("none", "grayscale", "jpeg10", "jpeg50", "jpeg75", "blur", "denoise", "bit_depth")
 IN_TRAINING = ("cutout", "mixup", "cutmix", "randaugment", "adversarial")
 NAMES = STORED + IN_TRAINING
 Operation = Callable[[jax.Array, jax.Array], jax.Array]
 _BLUR_SIGMA_PX = 1.0
+# Standard deviation of the noise that the denoiser takes away, in gray levels.
+_DENOISED = 6
 # Image Shortcut Squeezing reduces to 2 bits.
 _BITS = 2
 
@@ -45,7 +48,8 @@ def convert(name: str, images: np.ndarray, *, num_threads: int = 4) -> np.ndarra
     """Stored images as the victim converts them.
 
     grayscale: ITU-R 601 luma in three channels. jpegNN: a file of that quality, 4:2:0, and back.
-    blur: Gaussian, standard deviation 1 px. bit_depth: 2 bits a channel, spread over 0..255.
+    blur: Gaussian, standard deviation 1 px. denoise: non-local means of strength 6 (Buades et al.
+    2005, by OpenCV). bit_depth: 2 bits a channel, spread over 0..255.
 
     Args:
         name: one of `STORED`.
@@ -246,6 +250,8 @@ def _luma(image: jax.Array) -> jax.Array:
 def _convert_one(name: str, pixels: np.ndarray) -> np.ndarray:
     if name.startswith("jpeg"):
         return photos.through_jpeg(pixels, quality=int(name.removeprefix("jpeg")))
+    if name == "denoise":
+        return cv2.fastNlMeansDenoisingColored(pixels, None, _DENOISED, _DENOISED)
     image = Image.fromarray(pixels)
     if name == "grayscale":
         image = image.convert("L")

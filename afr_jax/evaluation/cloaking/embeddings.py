@@ -22,7 +22,7 @@ from afr_jax.models.extractors import registry
 from afr_jax.recognition import pipeline
 from afr_jax.recognition.detectors import yunet
 
-COUNTERMEASURES = ("none", "jpeg75", "jpeg50", "blur", "half_size", "grayscale")
+COUNTERMEASURES = ("none", "jpeg75", "jpeg50", "blur", "half_size", "grayscale", "denoise")
 
 
 class Embeddings(NamedTuple):

@@ -29,9 +29,9 @@ class TrainVictimConfig(options.Config):
     --data=cifar10 it is CIFAR-10's test set.
 
     --countermeasure: what the victim does against the noise. Conversions of its stored images
-    (grayscale, jpeg10, jpeg50, jpeg75, blur, bit_depth), which --convert_test also does to what it
-    is tested on; or changes in training (cutout, mixup, cutmix, randaugment, adversarial: PGD-10
-    with 8 gray levels).
+    (grayscale, jpeg10, jpeg50, jpeg75, blur, denoise, bit_depth), which --convert_test also does to
+    what it is tested on; or changes in training (cutout, mixup, cutmix, randaugment, adversarial:
+    PGD-10 with 8 gray levels).
 
     Writes into --workdir `result.json` with the clean test accuracy of the last and of the best
     epoch and Wilson's 95 % intervals, `curve.csv`, `curve.png`; resumed after any epoch. Exit code
