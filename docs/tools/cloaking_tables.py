@@ -23,7 +23,6 @@ _COUNTERMEASURES = {
     "blur": "blur",
     "half_size": "half size",
     "grayscale": "grayscale",
-    "denoise": "denoiser",
 }
 
 
@@ -175,31 +174,23 @@ def protection_methods() -> str:
 @table("protection_countermeasures", "protection_lfw.csv")
 def protection_countermeasures() -> str:
     """What a tracker does to the published photos first."""
-    rows = markdown.records("protection_lfw")
-    lines = []
-    for countermeasure, name in _COUNTERMEASURES.items():
-        cells = [
-            percent(
-                _cell(
-                    rows,
-                    method="fawkes",
-                    budget=0.007,
-                    leak="0",
-                    countermeasure=countermeasure,
-                    surrogates=surrogates,
-                    extractor=_UNSEEN[surrogates],
-                )
-            )
-            for surrogates in _PAIRS
-        ]
-        lines.append([name, *cells])
-    unseen = [f"{markdown.EXTRACTORS[_UNSEEN[surrogates]]}, unseen" for surrogates in _PAIRS]
-    return markdown.render(("photos that the tracker enrolls", *unseen), lines, right=3)
+    columns = {
+        f"{markdown.EXTRACTORS[_UNSEEN[pair]]}, unseen": (pair, _UNSEEN[pair]) for pair in _PAIRS
+    }
+    return _after_countermeasures(columns, budget=0.007)
 
 
 @table("protection_low_mode", "protection_lfw.csv")
 def protection_low_mode() -> str:
     """The low mode after blur, half size and grayscale."""
+    columns = {name: (_PAIRS[0], key) for key, name in markdown.EXTRACTORS.items()}
+    return _after_countermeasures(columns, budget=0.004, bold_first=True)
+
+
+def _after_countermeasures(
+    columns: Mapping[str, tuple[str, str]], *, budget: float, bold_first: bool = False
+) -> str:
+    """A line for each countermeasure, a column for each (surrogates, extractor)."""
     rows = markdown.records("protection_lfw")
     lines = []
     for countermeasure, name in _COUNTERMEASURES.items():
@@ -208,18 +199,18 @@ def protection_low_mode() -> str:
                 _cell(
                     rows,
                     method="fawkes",
-                    budget=0.004,
+                    budget=budget,
                     leak="0",
                     countermeasure=countermeasure,
-                    surrogates=_PAIRS[0],
+                    surrogates=surrogates,
                     extractor=extractor,
                 )
             )
-            for extractor in _TRACKERS
+            for surrogates, extractor in columns.values()
         ]
-        lines.append([name, markdown.bold(cells[0]), *cells[1:]])
-    head = ("photos that the tracker enrolls", *markdown.EXTRACTORS.values())
-    return markdown.render(head, lines, right=3)
+        first = markdown.bold(cells[0]) if bold_first else cells[0]
+        lines.append([name, first, *cells[1:]])
+    return markdown.render(("photos that the tracker enrolls", *columns), lines, right=3)
 
 
 @table("protection_leaks", "protection_lfw.csv")
