@@ -117,10 +117,11 @@ def _filled(
         entries = database.Entries(
             identities=[f"person {number // _FACES_PER_PERSON}" for number in index],
             images=[f"{number}.jpg" for number in index],
-            digests=["0" * 64] * len(index),
+            digests=[f"{number:064x}" for number in index],
             faces=[0] * len(index),
             boxes=np.zeros((len(index), 4), np.float32),
             vectors=synthetic_faces(people, index // _FACES_PER_PERSON, seed=seed + 3 + start),
+            made=[""] * len(index),
         )
         before = time.perf_counter()
         opened.append(entries)

@@ -6,16 +6,21 @@ whose it is, the photo and the box it was cut from, and which extractor with whi
 embedding. All rows of a table come from one extractor; another one is refused.
 
 Every change is one transaction of the table: a reader, or the next run after a kill, sees all of it
-or nothing. Boxes are `[y0, x0, y1, x1]` in pixels of the upright photo.
+or nothing. A folder is changed by one process at a time; others are refused. No two rows are the
+same face of the same photo of a person. Each row has a checksum; what is not as it was written is
+refused on reading, and `repair` drops it. Boxes are `[y0, x0, y1, x1]` in pixels of the upright
+photo.
 """
 
+import contextlib
 import datetime
 import math
 import os
 import pathlib
 import re
-import time
-from collections.abc import Iterable, Mapping
+import urllib.parse
+import urllib.request
+from collections.abc import Generator, Iterable, Iterator, Mapping
 
 import lancedb
 import numpy as np
@@ -23,6 +28,7 @@ import pyarrow as pa
 from lancedb.index import IvfFlat
 from lancedb.query import LanceVectorQueryBuilder
 
+from afr_jax.core import files
 from afr_jax.recognition import entries as recognition_entries
 from afr_jax.recognition import match
 from afr_jax.recognition.entries import DatabaseError, Entries, ExtractorTag, Hits
@@ -31,6 +37,12 @@ TABLE = "faces"
 # From this many rows on searches go through an index (an exact one takes under 50 ms below it).
 INDEX_FROM = 100_000
 _INDEX = "vector_idx"
+# Rows that one condition names, and rows whose bytes are looked for after a purge.
+_ROWS_AT_ONCE, _PURGE_SAMPLE = 1000, 32
+# Shorter texts are found by chance.
+_TELLING = 6
+# The one file of a table that keeps its name.
+_HINT = "latest_version_hint.json"
 _MAX_PARTITIONS = 4096
 
 
@@ -42,6 +54,7 @@ class Database:
     ) -> None:
         """Reads what made the table's embeddings."""
         self.uri = uri
+        self._folder = _folder_of(uri)
         self._connection = connection
         self._table = table
         self.tag = recognition_entries.read_tag(table.schema, uri)
@@ -54,7 +67,8 @@ class Database:
 
     def __len__(self) -> int:
         """Number of faces."""
-        return self._table.count_rows()
+        with _naming_damage(self.uri):
+            return self._table.count_rows()
 
     def check_tag(self, tag: ExtractorTag) -> None:
         """Raises DatabaseError if another extractor, or other weights, made the embeddings."""
@@ -69,10 +83,26 @@ class Database:
         if not len(self):
             raise DatabaseError(f"nobody is enrolled in {self.uri}")
 
-    def images(self) -> dict[str, tuple[str, str]]:
-        """SHA-256 of the file, and the identity, of every enrolled photo, by the photo's name."""
-        rows = self._scan(["image", "digest", "identity"])
-        return {row["image"]: (row["digest"], row["identity"]) for row in rows.to_pylist()}
+    @contextlib.contextmanager
+    def hold(self) -> Generator[None]:
+        """Keeps other processes from changing the database in the body; it may be nested.
+
+        What they changed before is seen. Changes do it themselves: it is for several that belong
+        together. A database in an object store has no lock.
+
+        Raises:
+            DatabaseError: another process changes it now.
+        """
+        with _held(self._folder):
+            self._table.checkout_latest()
+            yield
+
+    def images(self) -> dict[str, tuple[str, str, str]]:
+        """SHA-256 of the file, identity and `made` of every enrolled photo, by the photo's name."""
+        rows = self._scan(["image", "digest", "identity", "made"])
+        return {
+            row["image"]: (row["digest"], row["identity"], row["made"]) for row in rows.to_pylist()
+        }
 
     def identities(self) -> dict[str, int]:
         """Number of faces of every identity, by name, sorted."""
@@ -80,33 +110,64 @@ class Database:
         return dict(sorted((count["values"], count["counts"]) for count in counts))
 
     def entries(self) -> Entries:
-        """All faces, in the order of their enrollment; kept in memory until the table changes."""
+        """All faces, in the order of their enrollment; kept in memory until the table changes.
+
+        Raises:
+            DatabaseError: rows are not as they were written.
+        """
         version = self._table.version
         if self._entries is None or self._entries[0] != version:
-            rows = self._scan(["identity", "image", "digest", "face", "box", "vector"])
-            entries = Entries(
-                rows["identity"].to_pylist(),
-                rows["image"].to_pylist(),
-                rows["digest"].to_pylist(),
-                rows["face"].to_pylist(),
-                recognition_entries.matrix(rows["box"], 4),
-                recognition_entries.matrix(rows["vector"], self.tag.embedding_size),
-            )
-            self._entries = version, entries
+            self._entries = version, self._whole(self._scan(self._table.schema.names))
         return self._entries[1]
 
     def append(self, entries: Entries) -> None:
-        """Adds faces.
+        """Adds faces; those that are there already, of the same photo and person, are replaced.
 
         Raises:
-            DatabaseError: vectors that are not finite or of another size, an empty identity.
+            DatabaseError: vectors that are none of the extractor's, an empty identity.
         """
-        self._table.add(recognition_entries.to_table(entries, self.tag))
+        rows = recognition_entries.to_table(entries, self.tag)
+        with self.hold():
+            digests = ", ".join(map(_quoted, sorted(set(entries.digests))))
+            query = self._table.search().where(f"digest IN ({digests})")
+            known = query.select(["identity", "digest", "face"]).to_arrow().to_pylist()
+            known = {(row["identity"], row["digest"], row["face"]) for row in known}
+            if known.isdisjoint(entries.keys):
+                self._table.add(_without_repeats(rows))
+            else:
+                self._merge(rows, None)
+
+    def repair(self) -> tuple[int, int]:
+        """Drops rows that are not as they were written, and such as stand for the same face.
+
+        Returns:
+            The number of each kind.
+        """
+        with self.hold():
+            damaged, repeated, known = [], [], set()
+            for batch in self._batches():
+                rows = pa.Table.from_batches([batch])
+                entries, is_whole = recognition_entries.from_table(rows, self.tag)
+                numbers = rows["_rowid"].to_pylist()
+                for key, whole, row in zip(entries.keys, is_whole, numbers, strict=True):
+                    if not whole:
+                        damaged.append(row)
+                    elif key in known:
+                        repeated.append(row)
+                    else:
+                        known.add(key)
+            useless = damaged + repeated
+            for start in range(0, len(useless), _ROWS_AT_ONCE):
+                part = ", ".join(map(str, useless[start : start + _ROWS_AT_ONCE]))
+                self._table.delete(f"_rowid IN ({part})")
+        return len(damaged), len(repeated)
 
     def replace_images(self, entries: Entries) -> None:
         """Puts faces in the place of everything enrolled from the same photos."""
         names = ", ".join(map(_quoted, sorted(set(entries.images))))
-        self._merge(entries, f"image IN ({names})")
+        rows = recognition_entries.to_table(entries, self.tag)
+        with self.hold():
+            self._merge(rows, f"image IN ({names})")
 
     def replace_identity(self, identity: str, entries: Entries) -> None:
         """Puts the faces of one identity in the place of all that are enrolled for it.
@@ -116,12 +177,15 @@ class Database:
         """
         if set(entries.identities) != {identity}:
             raise DatabaseError(f"the entries are not all of {identity!r}")
-        self._merge(entries, f"identity = {_quoted(identity)}")
+        rows = recognition_entries.to_table(entries, self.tag)
+        with self.hold():
+            self._merge(rows, f"identity = {_quoted(identity)}")
 
     def delete_images(self, names: Iterable[str]) -> None:
         """Deletes everything enrolled from some photos; those that are not there do not matter."""
         if names := sorted(set(names)):
-            self._table.delete(f"image IN ({', '.join(map(_quoted, names))})")
+            with self.hold():
+                self._table.delete(f"image IN ({', '.join(map(_quoted, names))})")
 
     def delete_identities(self, names: Iterable[str], *, purge: bool = False) -> int:
         """Deletes all faces of some identities.
@@ -131,34 +195,32 @@ class Database:
 
         Args:
             names: of the identities; all must be there.
-            purge: rewrite the table without them, and drop all its earlier versions. Nobody else
-                may be using the database.
+            purge: rewrite the table without them, and drop all its earlier versions, those of
+                earlier deletions too. Nobody else may be reading the database.
 
         Returns:
             Number of faces deleted.
 
         Raises:
-            DatabaseError: an identity is not enrolled; nothing was deleted then.
+            DatabaseError: an identity is not enrolled, then nothing was deleted; or bytes remain on
+                the disk after a purge.
         """
         names = sorted(set(names))
-        enrolled = self.identities()
-        if absent := [name for name in names if name not in enrolled]:
-            raise DatabaseError(f"{self.uri} has no identity {', '.join(map(repr, absent))}")
-        if names:
-            self._table.delete(f"identity IN ({', '.join(map(_quoted, names))})")
-        if purge:
-            kept = self._table.search().select(self._table.schema.names).to_batches()
-            schema = self._table.schema
-            reader = pa.RecordBatchReader.from_batches(
-                schema, (batch.select(schema.names).cast(schema) for batch in kept)
-            )
-            self._table = self._connection.create_table(
-                TABLE, reader, schema=schema, mode="overwrite"
-            )
-            time.sleep(0.01)  # Everything before this version is then old enough.
-            millisecond = datetime.timedelta(milliseconds=1)
-            self._table.optimize(cleanup_older_than=millisecond, delete_unverified=True)
-            self.maintain()
+        with self.hold():
+            enrolled = self.identities()
+            if absent := [name for name in names if name not in enrolled]:
+                raise DatabaseError(f"{self.uri} has no identity {', '.join(map(repr, absent))}")
+            gone = None
+            if names:
+                condition = f"identity IN ({', '.join(map(_quoted, names))})"
+                rows = self._table.search().where(condition).limit(_PURGE_SAMPLE)
+                rows = rows.select(self._table.schema.names).to_arrow()
+                gone, _ = recognition_entries.from_table(rows, self.tag)
+                self._table.delete(condition)
+            if purge:
+                self._purge()
+                if gone is not None:
+                    self._check_gone(gone)
         return sum(enrolled[name] for name in names)
 
     def maintain(self) -> None:
@@ -167,16 +229,17 @@ class Database:
         Below `INDEX_FROM` rows there is none. The index is trained again when the table has
         doubled, else new rows are added to it.
         """
-        count = len(self)
-        self._table.optimize()
-        if count < INDEX_FROM:
-            return
-        stats = self._table.index_stats(_INDEX) if self._has_index() else None
-        # A retrained index has sqrt(N) partitions, so this is the growth by two.
-        wanted = num_partitions(count)
-        if stats is None or wanted > math.sqrt(2) * num_partitions(stats.num_indexed_rows):
-            config = IvfFlat(distance_type="l2", num_partitions=wanted)
-            self._table.create_index("vector", config=config, replace=True)
+        with self.hold():
+            count = len(self)
+            self._table.optimize()
+            if count < INDEX_FROM:
+                return
+            stats = self._table.index_stats(_INDEX) if self._has_index() else None
+            # A retrained index has sqrt(N) partitions, so this is the growth by two.
+            wanted = num_partitions(count)
+            if stats is None or wanted > math.sqrt(2) * num_partitions(stats.num_indexed_rows):
+                config = IvfFlat(distance_type="l2", num_partitions=wanted)
+                self._table.create_index("vector", config=config, replace=True)
 
     def search(
         self,
@@ -238,13 +301,9 @@ class Database:
         for probe in probes:
             query = self._table.search(probe, vector_column_name="vector")
             assert isinstance(query, LanceVectorQueryBuilder)
-            rows = (
-                query.distance_type("l2")
-                .nprobes(num_probes)
-                .limit(k)
-                .select(["identity", "image", "box", "_distance"])
-                .to_arrow()
-            )
+            query = query.distance_type("l2").nprobes(num_probes).limit(k)
+            with _naming_damage(self.uri):
+                rows = query.select([*self._table.schema.names, "_distance"]).to_arrow()
             if rows.num_rows < k:  # The cells looked through hold too few.
                 found = self._search_exactly(probe[None], k, self.tag.metric)
                 identities += found.identities
@@ -252,9 +311,10 @@ class Database:
                 boxes.append(found.boxes[0])
                 distances.append(found.distances[0])
                 continue
-            identities.append(rows["identity"].to_pylist())
-            images.append(rows["image"].to_pylist())
-            boxes.append(recognition_entries.matrix(rows["box"], 4))
+            entries = self._whole(rows)
+            identities.append(list(entries.identities))
+            images.append(list(entries.images))
+            boxes.append(entries.boxes)
             # LanceDB's "l2" is the squared distance; that of unit vectors is the metric's.
             squared = rows["_distance"].to_numpy()
             distances.append(np.sqrt(np.maximum(squared, 0)).astype(np.float32))
@@ -264,16 +324,72 @@ class Database:
         return any(index.name == _INDEX for index in self._table.list_indices())
 
     def _scan(self, columns: list[str]) -> pa.Table:
-        return self._table.search().select(columns).to_arrow()
+        with _naming_damage(self.uri):
+            return self._table.search().select(columns).to_arrow()
 
-    def _merge(self, entries: Entries, scope: str) -> None:
-        (
-            self._table.merge_insert(["image", "face"])
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        """All rows with all columns and their numbers, `_rowid`."""
+        with _naming_damage(self.uri):
+            names = self._table.schema.names
+            yield from self._table.search().select(names).with_row_id(True).to_batches()
+
+    def _whole(self, rows: pa.Table) -> Entries:
+        """The faces of rows with all columns; raises DatabaseError where one is damaged."""
+        entries, is_whole = recognition_entries.from_table(rows, self.tag)
+        if not is_whole.all():
+            count, first = np.sum(~is_whole), entries.images[int(np.argmin(is_whole))]
+            raise DatabaseError(
+                f"{count} rows of {self.uri} are damaged, the first of {first!r}: enroll the "
+                "gallery again, which makes them anew"
+            )
+        return entries
+
+    def _merge(self, rows: pa.Table, scope: str | None) -> None:
+        """Puts rows in the place of the same faces, and of all others in a scope."""
+        merge = (
+            self._table.merge_insert(["identity", "digest", "face"])
             .when_matched_update_all()
             .when_not_matched_insert_all()
-            .when_not_matched_by_source_delete(scope)
-            .execute(recognition_entries.to_table(entries, self.tag))
         )
+        if scope is not None:
+            merge = merge.when_not_matched_by_source_delete(scope)
+        merge.execute(_without_repeats(rows))
+
+    def _purge(self) -> None:
+        """Rewrites the table, and removes the files of all its earlier versions."""
+        earlier = _files_below(self._folder and self._folder / f"{TABLE}.lance")
+        schema = self._table.schema
+        kept = self._table.search().select(schema.names).to_batches()
+        reader = pa.RecordBatchReader.from_batches(
+            schema, (batch.select(schema.names).cast(schema) for batch in kept)
+        )
+        self._table = self._connection.create_table(TABLE, reader, schema=schema, mode="overwrite")
+        # LanceDB drops what is older than now: nothing, if the clock was set back meanwhile. But no
+        # file from before is one of a table that was written as a whole.
+        for path in earlier:
+            if path.name != _HINT:
+                path.unlink(missing_ok=True)
+        if self._folder is None:
+            self._table.optimize(cleanup_older_than=datetime.timedelta(0), delete_unverified=True)
+            if len(self._table.list_versions()) > 1:
+                raise DatabaseError(f"earlier versions remain in {self.uri}: purge once more")
+        self.maintain()
+
+    def _check_gone(self, gone: Entries) -> None:
+        """Raises DatabaseError if bytes of deleted rows are still in a file of the folder."""
+        rest = self._scan(["identity", "image", "digest"])
+        kept = "\n".join(text for column in rest.columns for text in column.to_pylist())
+        texts = {*gone.identities, *gone.images, *gone.digests}
+        wanted = [text.encode() for text in texts if len(text) >= _TELLING and text not in kept]
+        wanted += [
+            vector.tobytes()
+            for vector, digest in zip(gone.vectors, gone.digests, strict=True)
+            if digest not in kept
+        ]
+        for path in _files_below(self._folder):
+            data = path.read_bytes()
+            if any(piece in data for piece in wanted):
+                raise DatabaseError(f"bytes of what was deleted remain in {path}")
 
 
 def open_database(
@@ -296,13 +412,12 @@ def open_database(
             other weights.
     """
     uri = os.fspath(uri)
-    # (file:///place is a folder written as an address; one letter is a drive.)
-    is_folder = re.match(r"^[A-Za-z][A-Za-z0-9+.-]+://", uri) is None
     try:
-        if is_folder:
-            uri = str(pathlib.Path(uri).expanduser().absolute())
-            if not create and not pathlib.Path(uri).is_dir():
-                raise DatabaseError(f"there is no database {uri}")
+        folder = _folder_of(uri)
+        if folder is not None and not uri.startswith("file://"):
+            uri = str(folder)
+        if folder is not None and not create and not folder.is_dir():
+            raise DatabaseError(f"there is no database {uri}")
         options = dict(storage_options) if storage_options else None
         connection = lancedb.connect(uri, storage_options=options)
         try:
@@ -310,11 +425,14 @@ def open_database(
         except ValueError as error:
             if not create or tag is None:
                 raise DatabaseError(f"{uri} holds no reference database ({error})") from error
-            table = connection.create_table(
-                TABLE, schema=recognition_entries.schema(tag), exist_ok=True
-            )
+            with _held(folder):
+                table = connection.create_table(
+                    TABLE, schema=recognition_entries.schema(tag), exist_ok=True
+                )
         database = Database(connection, table, uri)
-    except (OSError, RuntimeError, ValueError) as error:
+    except DatabaseError:
+        raise
+    except Exception as error:  # As in `_naming_damage`.
         raise DatabaseError(f"{uri} cannot be used as a database: {error}") from error
     if tag is not None:
         database.check_tag(tag)
@@ -324,6 +442,55 @@ def open_database(
 def num_partitions(count: int) -> int:
     """Cells of an index over so many rows: their square root, within bounds."""
     return min(max(round(math.sqrt(count)), 16), _MAX_PARTITIONS)
+
+
+@contextlib.contextmanager
+def _naming_damage(uri: str) -> Generator[None]:
+    """Says which database it is that LanceDB cannot read; it has many errors for damaged files."""
+    try:
+        yield
+    except DatabaseError:
+        raise
+    except Exception as error:
+        raise DatabaseError(f"{uri} cannot be read, and may be damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def _held(folder: pathlib.Path | None) -> Generator[None]:
+    """Keeps other processes from changing a folder; nothing where there is none."""
+    lock = None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = files.lock_folder(folder)
+        except files.InUseError as error:
+            raise DatabaseError(str(error)) from error
+    yield
+    del lock
+
+
+def _folder_of(uri: str) -> pathlib.Path | None:
+    """The folder that an address stands for; None where it is in an object store."""
+    if uri.startswith("file://"):
+        return pathlib.Path(urllib.request.url2pathname(urllib.parse.urlsplit(uri).path))
+    # One letter is a drive.
+    if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+://", uri):
+        return None
+    return pathlib.Path(uri).expanduser().absolute()
+
+
+def _files_below(folder: pathlib.Path | None) -> list[pathlib.Path]:
+    paths = folder.rglob("*") if folder is not None else ()
+    return [path for path in paths if path.is_file()]
+
+
+def _without_repeats(rows: pa.Table) -> pa.Table:
+    """The first row of each face."""
+    columns = (rows[name].to_pylist() for name in ("identity", "digest", "face"))
+    first: dict[tuple[str, str, int], int] = {}
+    for number, key in enumerate(zip(*columns, strict=True)):
+        first.setdefault(key, number)
+    return rows if len(first) == rows.num_rows else rows.take(list(first.values()))
 
 
 def _spoken(tag: ExtractorTag) -> str:

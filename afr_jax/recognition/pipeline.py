@@ -5,9 +5,11 @@ use (`recognize`). On that stand verification of two photos (`verify`), enrollme
 database and matching against it (methods of `Recognizer`).
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -69,7 +71,9 @@ class Recognizer(NamedTuple):
 
         The face that each photo is of (large and central) is written with its identity, the photo's
         name, its box and the extractor. Every 64 photos, or with `replace` every person, are one
-        transaction, so that a killed run is completed by the next.
+        transaction, so that a killed run is completed by the next. Rows that were made with other
+        options of the detector are made again, and damaged and repeated ones are dropped first. No
+        other process can change the database meanwhile.
 
         Args:
             gallery: folder with a folder of photos for each person, a listing of photos, or photos
@@ -80,7 +84,8 @@ class Recognizer(NamedTuple):
             min_confidence: of the detector, for a face to be enrolled.
 
         Raises:
-            DatabaseError: it cannot be used, or holds another extractor's embeddings.
+            DatabaseError: it cannot be used, another process changes it, or it holds another
+                extractor's embeddings.
             FileNotFoundError: the gallery does not exist.
             ValueError: it holds no photo of a person, or the recognizer has no such extractor.
         """
@@ -92,37 +97,8 @@ class Recognizer(NamedTuple):
         if not isinstance(database, databases.Database):
             database = databases.open_database(database, tag=own_tag, create=True)
         database.check_tag(own_tag)
-        # Name of an enrolled photo -> its digest and identity.
-        enrolled = {} if replace else database.images()
-        todo = [
-            item
-            for item in items
-            if item.name not in enrolled
-            or enrolled[item.name] != (_read_digest(item.photo), item.identity)
-        ]
-        if replace:
-            todo.sort(key=lambda item: item.identity)
-        found = recognize(self, [item.photo for item in todo], min_confidence=min_confidence)
-        found = progress.track(found, description="photos", total=len(todo))
-        added = changed = 0
-        for group in _transactions(zip(todo, found, strict=True), by_person=replace):
-            usable = [(item, seen) for item, seen in group if seen.problem is None]
-            useless = [(item, seen.problem) for item, seen in group if seen.problem is not None]
-            problems += [identities.Omission(item.name, reason) for item, reason in useless]
-            new = [pair for pair in usable if pair[0].name not in enrolled]
-            again = [pair for pair in usable if pair[0].name in enrolled]
-            added += len(new)
-            changed += len(again)
-            if replace and new:
-                database.replace_identity(new[0][0].identity, _entries(new, name))
-            elif new:
-                database.append(_entries(new, name))
-            if again:
-                database.replace_images(_entries(again, name))
-            database.delete_images(item.name for item, _ in useless if item.name in enrolled)
-        database.maintain()
-        unchanged = len(items) - len(todo)
-        return EnrollmentReport(database, added, changed, unchanged, tuple(problems))
+        with database.hold():
+            return self._enroll(items, problems, database, name, replace, min_confidence)
 
     def match(
         self,
@@ -186,6 +162,54 @@ class Recognizer(NamedTuple):
             threshold,
         )
 
+    def _enroll(
+        self,
+        items: "list[_Enrollee]",
+        problems: list[identities.Omission],
+        database: databases.Database,
+        name: str,
+        replace: bool,
+        min_confidence: float,
+    ) -> "EnrollmentReport":
+        num_damaged, num_repeated = database.repair()
+        if num_damaged or num_repeated:
+            what = f"{num_damaged} damaged rows and {num_repeated} repeated ones are dropped"
+            progress.warn(database.uri, what)
+        made = _made(self, name, min_confidence)
+        enrolled = {} if replace else database.images()
+        todo, known, repeats = [], set(), 0
+        for item in items:
+            digest = _read_digest(item.photo)
+            if digest and (item.identity, digest) in known:
+                repeats += 1
+                continue
+            known.add((item.identity, digest))
+            if enrolled.get(item.name) != (digest, item.identity, made):
+                todo.append(item)
+        if replace:
+            todo.sort(key=lambda item: item.identity)
+        found = recognize(self, [item.photo for item in todo], min_confidence=min_confidence)
+        found = progress.track(found, description="photos", total=len(todo))
+        added = changed = 0
+        for group in _transactions(zip(todo, found, strict=True), by_person=replace):
+            usable = [(item, seen) for item, seen in group if seen.problem is None]
+            useless = [(item, seen.problem) for item, seen in group if seen.problem is not None]
+            problems += [identities.Omission(item.name, reason) for item, reason in useless]
+            new = [pair for pair in usable if pair[0].name not in enrolled]
+            again = [pair for pair in usable if pair[0].name in enrolled]
+            added += len(new)
+            changed += len(again)
+            if replace and new:
+                database.replace_identity(new[0][0].identity, _entries(new, name, made))
+            elif new:
+                database.append(_entries(new, name, made))
+            if again:
+                database.replace_images(_entries(again, name, made))
+            database.delete_images(item.name for item, _ in useless if item.name in enrolled)
+        database.maintain()
+        unchanged = len(items) - len(todo) - repeats
+        return EnrollmentReport(database, added, changed, unchanged, tuple(problems), repeats)
+
     def _extractor_of(self, database: databases.Database) -> str:
         """Name of the extractor that made a database's embeddings."""
         tags = {name: tag(self, name) for name in self.extractors}
@@ -243,9 +267,11 @@ class EnrollmentReport(NamedTuple):
     Attributes:
         database: the reference database.
         added: photos that were new.
-        changed: photos that were enrolled before and have changed.
+        changed: photos that were enrolled before, and have changed or are now looked at with other
+            options of the detector.
         unchanged: photos that were enrolled before.
         problems: photos that could not be enrolled, and why.
+        repeats: photos whose file is that of another one of the same person, which stands for both.
     """
 
     database: databases.Database
@@ -253,6 +279,7 @@ class EnrollmentReport(NamedTuple):
     changed: int
     unchanged: int
     problems: tuple[identities.Omission, ...]
+    repeats: int = 0
 
 
 class Query(NamedTuple):
@@ -595,7 +622,20 @@ def _transactions(
         yield group
 
 
-def _entries(pairs: Sequence[tuple[_Enrollee, Recognized]], name: str) -> databases.Entries:
+def _made(recognizer: Recognizer, name: str, min_confidence: float) -> str:
+    """What decides a row of the database beside the photo and the extractor's weights."""
+    extractor = recognizer.extractors[name]
+    fields = {
+        "detector": {"name": "mtcnn", **dataclasses.asdict(recognizer.options)},
+        "min_confidence": min_confidence,
+        "chip": [extractor.input_px, extractor.template, extractor.stretch],
+    }
+    return json.dumps(fields, sort_keys=True)
+
+
+def _entries(
+    pairs: Sequence[tuple[_Enrollee, Recognized]], name: str, made: str
+) -> databases.Entries:
     return databases.Entries(
         identities=[item.identity for item, _ in pairs],
         images=[item.name for item, _ in pairs],
@@ -603,6 +643,7 @@ def _entries(pairs: Sequence[tuple[_Enrollee, Recognized]], name: str) -> databa
         faces=[0] * len(pairs),
         boxes=np.stack([seen.faces.boxes[0] for _, seen in pairs]),
         vectors=np.stack([seen.embeddings[name][0] for _, seen in pairs]),
+        made=[made] * len(pairs),
     )
 
 

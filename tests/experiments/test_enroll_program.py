@@ -2,9 +2,11 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 
+import lancedb
 import numpy as np
 import programs
 import pytest
@@ -119,6 +121,64 @@ def test_new_changed_gone_and_replaced_photos(gallery, tmp_path, stand_in):
         f"--database={tmp_path / 'db'}", "--delete=p0", "--delete=p9", "--purge"
     )
     assert (complete, result["deleted"], result["identities"]) == (True, 4, 4)
+
+
+def test_equal_files_renamed_photos_and_other_options(gallery, tmp_path, stand_in):
+    flags = [f"--gallery={gallery}", f"--database={tmp_path / 'db'}"]
+    shutil.copy(gallery / "p0" / "0.png", gallery / "p0" / "z.png")
+    _, result = _enroll(*flags)
+    assert (result["added"], result["repeats"], result["enrolled"]) == (20, 1, 20)
+    assert _rows(tmp_path / "db") == _expected(gallery)
+    # A photo has another name, and another photo has its old one.
+    (gallery / "p0" / "z.png").unlink()
+    (gallery / "p1" / "0.png").rename(gallery / "p1" / "new.png")
+    programs.save_photo(gallery / "p1" / "0.png", (1, 200, 9))
+    _, result = _enroll(*flags)
+    counts = [result[name] for name in ("added", "changed", "unchanged", "repeats", "enrolled")]
+    assert counts == [1, 1, 19, 0, 21]
+    rows = _expected(gallery) | {"p1/new.png": ("p1", (1, 0, 9)), "p1/0.png": ("p1", (1, 200, 9))}
+    assert _rows(tmp_path / "db") == rows
+    for option in ("--min_confidence=0.95", "--min_face_px=40"):
+        _, result = _enroll(*flags, option)
+        assert (result["added"], result["changed"], result["unchanged"]) == (0, 21, 0)
+        _, result = _enroll(*flags, option)
+        assert (result["changed"], result["unchanged"]) == (0, 21)
+    assert _rows(tmp_path / "db") == rows
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_damaged_and_repeated_rows_are_made_again(gallery, tmp_path, stand_in, caplog, replace):
+    flags = [f"--gallery={gallery}", f"--database={tmp_path / 'db'}"]
+    _enroll(*flags)
+    table = lancedb.connect(tmp_path / "db").open_table(database.TABLE)
+    table.add(table.to_arrow())  # As two processes without locks leave it.
+    table.update(where="image = 'p1/2.png'", values={"identity": "p3"})
+    assert table.count_rows() == 40
+    answer = _match(f"--queries={gallery / 'p0'}", f"--database={tmp_path / 'db'}")
+    assert "2 rows of" in answer and "damaged" in answer
+    complete, result = _enroll(*flags, *["--replace"] * replace)
+    assert complete and result["enrolled"] == 20
+    assert "2 damaged rows and 19 repeated ones are dropped" in caplog.text
+    assert _rows(tmp_path / "db") == _expected(gallery)
+
+
+def test_a_second_run_is_refused_while_one_enrolls(gallery, tmp_path, stand_in, start_process):
+    flags = [f"--gallery={gallery}", f"--database={tmp_path / 'db'}"]
+    script = _SLOW.replace("time.sleep(0.2)", "print('on', flush=True); sys.stdin.readline()")
+    child = start_process(
+        [sys.executable, "-c", script, *flags],
+        cwd=programs.ROOT,
+        env=os.environ | {"PYTHONPATH": f"{programs.ROOT}:{programs.ROOT / 'tests'}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdout.readline() == "on\n"
+    for some in (flags, [*flags, "--replace"], [flags[1], "--delete=p0"], [flags[1], "--purge"]):
+        answer = programs.call(enroll_gallery.EnrollConfig, enroll_gallery.run, *some)
+        assert f"in use by process {child.pid}" in answer
+    child.stdin.close()
+    assert child.wait() == 0
+    assert _rows(tmp_path / "db") == _expected(gallery)
 
 
 def test_a_csv_names_the_people(gallery, tmp_path, stand_in):

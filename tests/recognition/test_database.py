@@ -1,5 +1,6 @@
 """The reference database: transactions, replacing, refusing, searching."""
 
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from afr_jax.recognition import database
+from afr_jax.recognition import entries as recognition_entries
 
 _TAG = database.ExtractorTag("dlib", "ab" * 32, 8, "euclidean")
 _STRANGE = ["O'Brien", 'a "quoted" one', "Zoë; DROP TABLE faces", "new\nline", "100 %", "李雷", " "]
@@ -24,6 +26,7 @@ def _entries(names, *, seed=0, size=8, first=0):
         faces=[0] * count,
         boxes=rng.uniform(0, 100, (count, 4)).astype(np.float32),
         vectors=rng.normal(size=(count, size)).astype(np.float32),
+        made=["as now"] * count,
     )
 
 
@@ -41,7 +44,7 @@ def test_what_is_appended_is_read_back(filled):
     np.testing.assert_array_equal(again.vectors, entries.vectors)
     np.testing.assert_array_equal(again.boxes, entries.boxes)
     assert filled.identities() == {"ann": 2, "bob": 1} and "3 faces" in repr(filled)
-    assert filled.images()["bob/1.jpg"] == (entries.digests[1], "bob")
+    assert filled.images()["bob/1.jpg"] == (entries.digests[1], "bob", "as now")
 
 
 @pytest.mark.parametrize("name", _STRANGE)
@@ -59,7 +62,7 @@ def test_strange_names_are_enrolled_replaced_and_deleted_exactly(filled, name):
 def test_replacing_a_photo_drops_its_old_faces_only(filled):
     entries = _entries(["ann"], seed=3)._replace(digests=["new"])
     filled.replace_images(entries)
-    assert filled.images()["ann/0.jpg"] == ("new", "ann")
+    assert filled.images()["ann/0.jpg"] == ("new", "ann", "as now")
     assert filled.identities() == {"ann": 2, "bob": 1}
     filled.delete_images(["ann/0.jpg", "not there"])
     assert filled.identities() == {"ann": 1, "bob": 1}
@@ -112,6 +115,162 @@ def test_purging_removes_the_bytes(filled, tmp_path, purge):
     assert is_on_disk() is not purge
     again = database.open_database(filled.uri, tag=_TAG)
     assert again.identities() == filled.identities() == {"ann": 2}
+
+
+@pytest.mark.parametrize("deleted_before", [True, False])
+def test_a_purge_does_not_depend_on_the_clock(filled, tmp_path, monkeypatch, deleted_before):
+    """LanceDB's own clean-up drops nothing, as where the clock was set back."""
+    gone = _entries(["ann", "bob", "ann"])
+    if deleted_before:
+        filled.delete_identities(["bob"])
+        assert _remains(tmp_path, gone.vectors[1].tobytes())
+    monkeypatch.setattr(type(filled._table), "optimize", lambda table, **options: None)
+    filled.delete_identities([] if deleted_before else ["bob"], purge=True)
+    for piece in (b"bob", gone.digests[1].encode(), gone.vectors[1].tobytes()):
+        assert not _remains(tmp_path, piece)
+    again = database.open_database(filled.uri, tag=_TAG)
+    assert again.identities() == filled.identities() == {"ann": 2}
+    again.append(_entries(["carl"], seed=4))
+    assert len(filled.entries().images) == 2 and len(again.entries().images) == 3
+
+
+def test_a_purge_that_leaves_bytes_is_an_error(filled, monkeypatch):
+    monkeypatch.setattr(type(filled._table), "optimize", lambda table, **options: None)
+    monkeypatch.setattr(pathlib.Path, "unlink", lambda path, **options: None)
+    with pytest.raises(database.DatabaseError, match=r"what was deleted remain in .*\.lance"):
+        filled.delete_identities(["bob"], purge=True)
+
+
+def _remains(folder, piece):
+    return any(piece in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_no_face_is_there_twice(filled):
+    entries = _entries(["ann", "bob", "ann"])
+    renamed = entries._replace(images=["ann/new.jpg", "bob/1.jpg", "ann/2.jpg"])
+    filled.append(renamed)
+    assert sorted(filled.entries().images) == sorted(renamed.images)
+    twice = _entries(["cem", "cem"])._replace(digests=["e" * 64] * 2)
+    filled.append(twice)
+    assert filled.identities() == {"ann": 2, "bob": 1, "cem": 1}
+    # The same photo of another person, or another face of it, is another row.
+    filled.append(entries._replace(identities=["bob", "ann", "bob"]))
+    filled.append(entries._replace(faces=[1, 1, 1]))
+    assert filled.identities() == {"ann": 5, "bob": 4, "cem": 1}
+
+
+def _add_unchecked(opened, entries, **columns):
+    rows = recognition_entries.to_table(entries, opened.tag)
+    for name, values in columns.items():
+        at = rows.schema.get_field_index(name)
+        rows = rows.set_column(
+            at, rows.schema.field(at), pa.array(values, rows.schema.field(at).type)
+        )
+    opened._table.add(rows)
+
+
+def test_rows_that_are_there_twice_are_dropped(filled):
+    """As two processes without locks leave them."""
+    entries = _entries(["ann", "bob", "ann"])
+    _add_unchecked(filled, entries)
+    _add_unchecked(filled, entries)
+    assert len(filled) == 9
+    assert filled.repair() == (0, 6) and filled.repair() == (0, 0)
+    assert filled.entries().images == entries.images
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"identity": ["carl"]},
+        {"image": ["bob/x.jpg"]},
+        {"vector": [[1.0] * 8]},
+        {"vector": [[float("inf")] * 8]},
+        {"box": [[1.0] * 4]},
+        {"checksum": [0]},
+        {"made": ["otherwise"]},
+    ],
+    ids=str,
+)
+def test_a_row_that_is_not_as_it_was_written_is_refused_and_dropped(filled, columns):
+    _add_unchecked(filled, _entries(["bob"], seed=3, first=7), **columns)
+    with pytest.raises(database.DatabaseError, match=r"1 rows of .* damaged, the first of 'bob/"):
+        filled.search(_entries(["x"]).vectors, k=1)
+    assert filled.repair() == (1, 0)
+    assert filled.entries().identities == ["ann", "bob", "ann"]
+
+
+def test_vectors_of_another_length_are_refused_where_they_are_unit(tmp_path):
+    tag = _TAG._replace(metric="euclidean_l2")
+    opened = database.open_database(tmp_path, tag=tag, create=True)
+    entries = _entries(["ann", "bob"])
+    unit = entries.vectors / np.linalg.norm(entries.vectors, axis=1, keepdims=True)
+    opened.append(entries._replace(vectors=unit))
+    for vectors in (0 * unit, 1.01 * unit):
+        with pytest.raises(database.DatabaseError, match="unit length"):
+            opened.append(entries._replace(vectors=vectors.astype(np.float32)))
+    np.testing.assert_array_equal(opened.entries().vectors, unit)
+
+
+def test_flipped_bits_are_named_or_harmless(filled):
+    folder, rng, num_named = pathlib.Path(filled.uri), np.random.default_rng(0), 0
+    expected = filled.entries()
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
+        whole = path.read_bytes()
+        for bit in rng.choice(8 * len(whole), 15, replace=False):
+            changed = bytearray(whole)
+            changed[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            try:
+                found = database.open_database(folder, tag=_TAG).entries()
+            except database.DatabaseError:
+                num_named += 1
+                continue
+            assert found[:4] == expected[:4] and found.made == expected.made
+            np.testing.assert_array_equal(found.vectors, expected.vectors)
+            np.testing.assert_array_equal(found.boxes, expected.boxes)
+        path.write_bytes(whole)
+    assert num_named
+
+
+def test_one_process_changes_a_database_at_a_time(filled, start_process):
+    script = textwrap.dedent(
+        """
+        import sys
+        from afr_jax.recognition import database
+
+        opened = database.open_database(sys.argv[1])
+        with opened.hold():
+            print("held", flush=True)
+            sys.stdin.readline()
+            opened.delete_identities(["ann"])
+        print("done", flush=True)
+        sys.stdin.readline()
+        """
+    )
+    child = start_process(
+        [sys.executable, "-c", script, filled.uri], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout.readline() == "held\n"
+    changes = [
+        lambda: filled.append(_entries(["carl"], first=9)),
+        lambda: filled.replace_images(_entries(["ann"])),
+        lambda: filled.replace_identity("ann", _entries(["ann"])),
+        lambda: filled.delete_images(["ann/0.jpg"]),
+        lambda: filled.delete_identities(["bob"]),
+        filled.maintain,
+        filled.repair,
+    ]
+    for change in changes:
+        with pytest.raises(database.DatabaseError, match=f"in use by process {child.pid}"):
+            change()
+    assert filled.identities() == {"ann": 2, "bob": 1}  # Readers need not wait.
+    child.stdin.write("\n")
+    child.stdin.flush()
+    assert child.stdout.readline() == "done\n"
+    filled.append(_entries(["carl"], first=9))
+    assert filled.identities() == {"bob": 1, "carl": 1}  # What the other did is seen.
 
 
 def test_a_folder_that_is_no_database(tmp_path):
@@ -202,10 +361,11 @@ def test_kills_while_appending_leave_whole_rows(tmp_path):
                 database.Entries(
                     ["p"] * count,
                     [f"{number + i}" for i in range(count)],
-                    ["d"] * count,
+                    [f"{number + i}" for i in range(count)],
                     [0] * count,
                     np.zeros((count, 4), np.float32),
                     np.repeat(np.arange(number, number + count, dtype=np.float32)[:, None], 64, 1),
+                    [""] * count,
                 )
             )
             number += count

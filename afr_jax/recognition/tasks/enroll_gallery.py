@@ -22,12 +22,17 @@ class EnrollConfig(options.Config):
     extractor's weights. --database is a folder, or an address in an object store
     (s3://bucket/people; LanceDB reads the credentials from the environment).
 
-    Running it again enrolls what is new and what has changed; a killed run is completed that way.
-    --replace makes the database hold for each person of the gallery exactly the photos that are in
-    the gallery now. --delete removes people; with --purge also the bytes of their rows and all
-    earlier versions of the database, while nobody else uses it. A database holds embeddings of one
-    extractor with one set of weights; others are refused. A photo is known by its path below
-    --gallery.
+    Running it again enrolls what is new, what has changed and what was made with another
+    --min_face_px or --min_confidence; a killed run is completed that way. A photo is known by its
+    path below --gallery; of equal files of a person one is enrolled. Rows that are damaged or stand
+    for one face are dropped first. --replace makes the database hold for each person of the gallery
+    exactly the photos that are in the gallery now.
+
+    --delete removes people; with --purge also the bytes of their rows and all earlier versions of
+    the database, while nobody else uses it, and the files are then searched for what was deleted;
+    --purge alone does that for earlier deletions. A database holds embeddings of one extractor with
+    one set of weights; others are refused. While one process enrolls or deletes, others that would
+    change the same folder are refused (in an object store nothing keeps them apart).
 
     The result names every photo that could not be enrolled, and why. Exit codes: 0 done; 2 wrong
     usage; 3 done, but some photos could not be enrolled. --toy enrolls the first 8 photos.
@@ -64,7 +69,7 @@ def run(config: EnrollConfig) -> options.Outcome:
     """
     if not config.database:
         raise options.UsageError("--database is needed")
-    if bool(config.gallery) == bool(config.delete):
+    if bool(config.gallery) == bool(config.delete or config.purge):
         raise options.UsageError("give one of --gallery and --delete")
     try:
         with options.usage(""):
@@ -101,6 +106,7 @@ def _enroll(config: EnrollConfig, gallery: str, place: str) -> options.Outcome:
         "added": done.added,
         "changed": done.changed,
         "unchanged": done.unchanged,
+        "repeats": done.repeats,
         "enrolled": len(done.database),
         "identities": len(done.database.identities()),
         "skipped": listing.num_skipped,
