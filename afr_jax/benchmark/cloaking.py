@@ -70,6 +70,7 @@ def run(config: CloakingOptions, given: setting.Setting) -> setting.Measured:
         num_steps=config.num_steps,
         align_shift=0.0,
         align_turn=0.0,
+        mirror=False,
     )
     rows = []
     with given.reference.open(DRIVER) as other:

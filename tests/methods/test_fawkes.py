@@ -27,6 +27,7 @@ _CONFIG = fawkes.FawkesConfig(
     learning_rate=0.0084,  # 0.01 at this budget.
     align_shift=0.0,
     align_turn=0.0,
+    mirror=False,
     blur_px=0.0,
     jpeg_quality=None,
 )
@@ -371,6 +372,26 @@ def test_the_objective(size, fits, has_target):
     np.testing.assert_allclose(found.metrics["distances"], [away], rtol=1e-3)
     np.testing.assert_allclose(found.loss, 3.0 * dssim / 0.02 - gain, rtol=1e-3)
     np.testing.assert_allclose(found.score, -gain if fits else np.inf, rtol=1e-3)
+
+
+def test_chips_are_mirrored_half_of_the_time():
+    face = _face(1)
+    transform = face.crops[0].transform
+    chip = align.warp(jnp.asarray(face.image), transform, size=_TOY.input_px)
+    expected = [
+        float(jnp.linalg.norm(registry.embed(_TOY, _variables(), x[None])[0]))
+        for x in (chip, chip[:, ::-1])
+    ]
+    evaluate = _evaluate_fn(dataclasses.replace(_CONFIG, mirror=True))
+    reference = ssim.ssim_reference(jnp.asarray(face.image))
+    # `own` is zero here: the distance is the length of the embedding.
+    crops = (face.crops[0]._replace(own=np.zeros(6, np.float32)),)
+    face = face._replace(crops=crops, budget=jnp.float32(0.01), flicker=jnp.float32(np.inf))
+    args = np.zeros_like(face.image), jnp.float32(1.0), (_variables(),), face, reference
+    found = [float(evaluate(jax.random.key(n), *args).metrics["distances"][0]) for n in range(40)]
+    is_mirrored = np.abs(np.subtract.outer(found, expected)).argmin(axis=1)
+    np.testing.assert_allclose(found, np.array(expected)[is_mirrored], rtol=1e-4)
+    assert 8 < is_mirrored.sum() < 32
 
 
 def test_small_budgets_see_milder_blur_and_balance_more_sharply():

@@ -12,9 +12,9 @@ Models", USENIX Security 2020. What differs from the paper and from the authors'
   finds them). The code's last release moves each face away from its own clean embedding; what that
   costs is in `experiments/results/fawkes_attempts.md`.
 * Steps are longer where texture hides a change (`step`).
-* Every step sees the photo as a tracker may get it: blurred or shrunk, compressed, and aligned by
-  slightly other landmarks (Athalye et al. 2018; neither paper nor code have this). What survives
-  that also carries over better to extractors that are not among the surrogates.
+* Every step sees the photo as a tracker may get it: blurred or shrunk, compressed, mirrored or not,
+  and aligned by other landmarks (Athalye et al. 2018; neither paper nor code have this). What
+  survives that also carries over better to extractors that are not among the surrogates.
 * Budgets are limits of what people see (`budget`): DSSIM alone, the paper's, is blind to smooth
   shifts of color. A multiplier for each face holds DSSIM and flicker inside the compiled loop, and
   luma and chroma are clipped at every pixel; the other limits hold on the final pixels. Only
@@ -57,11 +57,12 @@ class FawkesSearch:
             grows with the inverse square of its strength: nothing can be spared there for those
             that are ahead.
         align_shift: standard deviation of the random shift of each chip at each step, as a share of
-            its side: the landmarks that MTCNN finds in the cloaked photo are not ours. This and
-            the next are what cloaks of all budgets did to those (`fawkes_attempts.md`). 0 switches
-            it off.
+            its side: the landmarks that a tracker finds in the cloaked photo are not ours. By
+            MTCNN they move by a quarter of the default; three to four times as much is what
+            carries over best to other extractors (`fawkes_attempts.md`). 0 switches it off.
         align_turn: standard deviation of the rotation (radians) and of the relative scale of each
-            chip about its centre, likewise.
+            chip about its center, likewise.
+        mirror: whether each chip is mirrored at each step with probability one half.
         blur_px: largest standard deviation of the random Gaussian blur, in canvas pixels, at most
             1.5 (about what halving and doubling the size does). Below the budget of mode mid it
             falls with the budget, which does not pay for all views. 0 switches it off.
@@ -77,11 +78,12 @@ class FawkesSearch:
         8.0, "how much surrogates that lag behind count for more; 0: as the others", at_least=0
     )
     align_shift: float = options.option(
-        0.005, "standard deviation of a chip's random shift, of its side", at_least=0
+        0.02, "standard deviation of a chip's random shift, of its side", at_least=0
     )
     align_turn: float = options.option(
-        0.019, "standard deviation of a chip's random rotation, radians, and scale", at_least=0
+        0.06, "standard deviation of a chip's random rotation, radians, and scale", at_least=0
     )
+    mirror: bool = options.option(True, "chips are mirrored at random")
     blur_px: float = options.option(1.5, "largest random blur, canvas pixels", at_least=0)
     jpeg_quality: tuple[int, int] | None = (60, 95)
     start_noise: float = 1 / 255
@@ -179,7 +181,7 @@ def evaluate(
     """Loss, score and metrics of one face's change (equation 2 of the paper, repelling by default).
 
     Args:
-        key: of the view and the misalignment.
+        key: of the view, the misalignment and the mirroring.
         delta: `[S, S, 3]`.
         weight: multiplier of the budget's penalty.
         variables: of each surrogate's module.
@@ -202,15 +204,19 @@ def evaluate(
         zip(surrogates, variables, face.crops, strict=True)
     ):
         transform = crop.transform
+        own_key = jax.random.fold_in(align_key, number)
         if config.align_shift > 0 or config.align_turn > 0:
             transform = align.jitter_transform(
-                jax.random.fold_in(align_key, number),
+                own_key,
                 transform,
                 surrogate.extractor.input_px,
                 shift=config.align_shift,
                 turn=config.align_turn,
             )
         chip = face_cloaks.chip(surrogate, seen, transform)
+        if config.mirror:
+            is_mirrored = jax.random.bernoulli(jax.random.fold_in(own_key, 1))
+            chip = jnp.where(is_mirrored, chip[:, ::-1], chip)
         embedding = registry.embed(surrogate.extractor, params, chip[None])[0]
         away = registry.distance(embedding, crop.own + crop.to_person)
         left = registry.distance(embedding, crop.target)
