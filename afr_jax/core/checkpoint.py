@@ -3,17 +3,29 @@
 A checkpoint holds arrays, typed keys, numpy arrays and Python numbers. The types of the tree
 (NamedTuples, optax states) and the placement of its arrays come from an example at `restore`, so
 that a run resumes on another number of devices.
+
+Beside the files of a checkpoint lie their checksums. One that is damaged is put aside when the
+folder is opened, and the one before it is the newest.
 """
 
+import hashlib
 import os
 import pathlib
+import shutil
 import types
 from typing import Self, cast
 
 import jax
 import orbax.checkpoint as ocp
 
+from afr_jax.core import distributed, files, progress
 from afr_jax.core.parallel import PyTree, Tree
+
+_CHECKSUMS = "checksums.json"
+# Orbax writes the time into it at last.
+_TIMED = "_CHECKPOINT_METADATA"
+# A checkpoint is written to `<step>` and this, and then takes its name.
+_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Checkpoints:
@@ -23,7 +35,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, num_kept: int = 2) -> None:
-        """Opens the folder, or creates it.
+        """Opens the folder, or creates it, and puts damaged checkpoints aside, with a warning each.
 
         Args:
           folder: for the checkpoints alone, say `workdir / "checkpoints"`.
@@ -32,10 +44,15 @@ class Checkpoints:
         if num_kept < 1:
             raise ValueError(f"num_kept is {num_kept}, but must be at least 1")
         self._folder = pathlib.Path(folder).expanduser().absolute()
+        if distributed.is_primary():
+            _put_damaged_aside(self._folder)
+        distributed.barrier("damaged checkpoints are put aside")
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(num_kept), create=True
+                preservation_policy=ocp.checkpoint_managers.LatestN(num_kept),
+                create=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
             ),
         )
 
@@ -83,6 +100,12 @@ class Checkpoints:
         )
         return step, cast(Tree, tree)
 
+    def _write_checksums(self) -> None:
+        """Called when all of a checkpoint is written, before it takes its name."""
+        if distributed.is_primary():
+            for path in self._folder.glob(f"*{_UNFINISHED}*"):
+                files.write_sealed(path / _CHECKSUMS, {"files": _checksums(path)})
+
     def wait(self) -> None:
         """Returns when everything saved so far is complete on disk."""
         self._manager.wait_until_finished()
@@ -104,6 +127,45 @@ class Checkpoints:
     ) -> None:
         """Closes."""
         self.close()
+
+
+def _put_damaged_aside(folder: pathlib.Path) -> None:
+    """Renames the newest checkpoints until one is whole."""
+    steps = [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal()]
+    for step in sorted(steps, reverse=True):
+        path = folder / str(step)
+        if _is_whole(path):
+            break
+        aside = folder / f"damaged-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        progress.warn(path, f"the checkpoint is damaged, and now {aside.name}; one before is taken")
+
+
+def _is_whole(path: pathlib.Path) -> bool:
+    """Whether the files of a checkpoint are those that were written."""
+    try:
+        known = files.read_sealed(path / _CHECKSUMS)["files"]
+        return {name: _checksum(path / name) for name in known} == known
+    except FileNotFoundError as error:
+        # Earlier versions wrote none.
+        return pathlib.Path(error.filename).name == _CHECKSUMS
+    except ValueError:
+        return False
+
+
+def _checksums(path: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of all files below a folder, by their paths there."""
+    return {
+        each.relative_to(path).as_posix(): _checksum(each)
+        for each in sorted(path.rglob("*"))
+        if each.is_file() and each.name not in (_CHECKSUMS, _TIMED)
+    }
+
+
+def _checksum(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _placed(leaf: PyTree) -> PyTree:

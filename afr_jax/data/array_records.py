@@ -11,12 +11,15 @@ A data set has the splits it is given; each example is {"image": uint8 [H, W, 3]
 import io
 import os
 import pathlib
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core import writer
+from tensorflow_datasets.proto import tf_example_pb2
 
 from afr_jax.core import files
 from afr_jax.data import cifar10, identities, photos
@@ -75,6 +78,25 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self) -> None:
         """Not called: the splits are iterators already."""
 
+    def _example_writer(self) -> writer.ExampleWriter:
+        return _SameBytes(file_format=self.info.file_format)
+
+
+class _SameBytes(writer.ExampleWriter):
+    """Writes equal examples as equal bytes: the order of their features differs by process."""
+
+    def write(
+        self, path: str | os.PathLike[str], examples: Iterable[tuple[Any, bytes]]
+    ) -> list[Any] | None:
+        protos: Any = tf_example_pb2  # Its classes are made when it is imported.
+
+        def in_order() -> Iterator[tuple[Any, bytes]]:
+            for key, data in examples:
+                example = protos.Example.FromString(data)
+                yield key, example.SerializeToString(deterministic=True)
+
+        return super().write(path, in_order())
+
 
 def write_records(
     splits: Mapping[str, Iterable[tuple[str, Mapping[str, object]]]],
@@ -101,15 +123,22 @@ def write_records(
 
     Raises:
         FileExistsError: it is there already.
+        files.InUseError: another process writes to the folder of data sets.
     """
+    pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
+    lock = files.lock_folder(data_dir)
     builder = Records(
         data_dir=data_dir, dataset_name=name, features=features, splits=splits, metadata=metadata
     )
-    if pathlib.Path(builder.data_dir).exists():
-        raise FileExistsError(f"{builder.data_dir} exists; remove it, or choose another name")
+    folder = pathlib.Path(builder.data_dir)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; remove it, or choose another name")
+    for left in folder.parent.glob(f"incomplete.*_{folder.name}"):  # By a killed run.
+        shutil.rmtree(left)
     config = tfds.download.DownloadConfig(num_shards=num_shards)
     builder.download_and_prepare(download_config=config)
-    return pathlib.Path(builder.data_dir)
+    del lock
+    return folder
 
 
 def write_examples(

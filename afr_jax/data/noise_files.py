@@ -10,7 +10,7 @@ import io
 import json
 import os
 import pathlib
-import tempfile
+import shutil
 import types
 import zipfile
 from collections.abc import Mapping
@@ -132,6 +132,7 @@ def write_noise_records(
         num_shards: files; by default as many as TFDS finds right.
     """
     folder = pathlib.Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
     levels = _narrow(noise.levels)
     encoding = tfds.features.Encoding.ZLIB
     features = {
@@ -142,39 +143,46 @@ def write_noise_records(
     }
     pairs = zip(noise.names, levels, strict=True)
     examples = ((name, {"name": name, "levels": values}) for name, values in pairs)
+    metadata = {
+        "granularity": noise.granularity,
+        "settings": noise.settings,
+        "rows": _digest(noise),
+    }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".noise") as partial:
+    lock = files.lock_folder(folder.parent)
+    shutil.rmtree(partial, ignore_errors=True)  # Of a killed run.
+    try:
         array_records.write_records(
             {_RECORDS: examples},
             features,
             partial,
             name=_RECORDS,
-            metadata={
-                "granularity": noise.granularity,
-                "settings": files.to_jsonable(noise.settings),
-            },
+            metadata=files.seal(metadata),
             num_shards=num_shards,
         )
         if folder.exists():
-            folder.rename(pathlib.Path(partial) / "old")
-        (pathlib.Path(partial) / _RECORDS).rename(folder)
+            folder.rename(partial / "old")
+        (partial / _RECORDS).rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        del lock
 
 
 def read_noise(path: str | os.PathLike[str]) -> Noise:
     """Reads what `write_noise` or, if it is a folder, `write_noise_records` wrote.
 
-    Records come in the order of their names.
+    Records come in the order of their names. Both kinds have checksums.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: it is no such file or folder.
+        ValueError: it is no such file or folder, or damaged.
     """
     try:
         found = _read_records if pathlib.Path(path).is_dir() else _read_archive
         noise = found(pathlib.Path(path))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist, or is no folder of noise") from error
-    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # The libraries have many errors for damaged files.
         raise ValueError(f"{path} is no noise file: {error}") from error
     shape = noise.levels.shape
     if noise.granularity not in ("sample", "class") or len(shape) != 4:
@@ -185,7 +193,10 @@ def read_noise(path: str | os.PathLike[str]) -> Noise:
 
 
 def _read_archive(path: pathlib.Path) -> Noise:
-    with np.load(path, allow_pickle=False) as archive:
+    with zipfile.ZipFile(path) as archive:
+        if (member := archive.testzip()) is not None:
+            raise ValueError(f"damaged: the checksum of {member} is another one")
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
         names = tuple(str(name) for name in archive["names"])
         levels = archive["levels"].astype(np.int16)
         settings = json.loads(str(archive["settings"]))
@@ -195,6 +206,8 @@ def _read_archive(path: pathlib.Path) -> Noise:
 
 def _read_records(folder: pathlib.Path) -> Noise:
     metadata = array_records.metadata_of(folder.parent, folder.name)
+    if "checksum" in metadata:  # Earlier versions wrote none.
+        metadata = files.unseal(metadata)
     source = array_records.open_source(folder.parent, folder.name, _RECORDS)
     found = {}
     for row in range(len(source)):
@@ -202,7 +215,17 @@ def _read_records(folder: pathlib.Path) -> Noise:
         found[example["name"].decode()] = example["levels"]
     names = tuple(sorted(found))
     levels = np.stack([found[name] for name in names]).astype(np.int16)
-    return Noise(names, levels, metadata["granularity"], metadata["settings"])
+    noise = Noise(names, levels, metadata["granularity"], metadata["settings"])
+    if "rows" in metadata and metadata["rows"] != _digest(noise):
+        raise ValueError("damaged: the checksum of its rows is another one")
+    return noise
+
+
+def _digest(noise: Noise) -> str:
+    """SHA-256 of names and levels, in the order of the names."""
+    order = np.argsort(np.array(noise.names, object))
+    names = np.array([noise.names[row] for row in order])
+    return files.digest_of({"names": names, "levels": noise.levels[order].astype(np.int16)})
 
 
 def _narrow(levels: np.ndarray) -> np.ndarray:

@@ -1,3 +1,4 @@
+import shutil
 from typing import NamedTuple
 
 import chex
@@ -137,6 +138,49 @@ def test_a_killed_save_is_ignored(tmp_path):
         step, restored = checkpoints.restore({"a": jnp.zeros(2)})
     assert step == 1
     chex.assert_trees_all_equal(restored, {"a": jnp.ones(2)})
+
+
+def test_no_bit_of_a_checkpoint_changes_unseen(tmp_path, caplog):
+    states = {1: {"a": jnp.arange(99.0)}, 2: {"a": jnp.arange(99.0) + 1}}
+    with checkpoint.Checkpoints(tmp_path / "whole") as checkpoints:
+        for step, state in states.items():
+            checkpoints.save(step, state)
+    names = [p.relative_to(tmp_path) for p in (tmp_path / "whole" / "2").rglob("*") if p.is_file()]
+    rng = np.random.default_rng(0)
+    for name in names:
+        folder = tmp_path / "damaged"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", folder)
+        path = folder / name.relative_to("whole")
+        changed = bytearray(path.read_bytes())
+        bit = int(rng.integers(8 * len(changed)))
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with checkpoint.Checkpoints(folder) as checkpoints:
+            latest = checkpoints.latest_step()
+            step, restored = checkpoints.restore(states[1])
+            chex.assert_trees_all_equal(restored, states[step])
+            assert latest == step
+            if step == 1:
+                assert f"{folder / '2'}: the checkpoint is damaged" in caplog.text
+                checkpoints.save(2, states[2])
+                assert checkpoints.latest_step() == 2
+            # The rest says when it was written.
+            assert step == 1 or "default" not in name.parts or name.name == "commit_success.txt"
+        caplog.clear()
+
+
+def test_a_cut_file_and_a_lost_one_are_damage(tmp_path):
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"a": jnp.full(999, step)})
+    for step in (3, 2):
+        data = [p for p in (tmp_path / str(step)).rglob("d/*") if p.is_file()]
+        largest = max(data, key=lambda path: path.stat().st_size)
+        largest.unlink() if step == 3 else largest.write_bytes(largest.read_bytes()[:-9])
+        with checkpoint.Checkpoints(tmp_path) as checkpoints:
+            assert checkpoints.latest_step() == (2 if step == 3 else None)
+    assert {path.name for path in tmp_path.iterdir()} == {"damaged-2", "damaged-3"}
 
 
 def test_keeping_none_is_an_error(tmp_path):

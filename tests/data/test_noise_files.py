@@ -230,6 +230,66 @@ def test_noise_files_round_trip_with_equal_bytes(tmp_path, largest):
         assert path.read_bytes() == other.read_bytes()
 
 
+def test_records_do_not_depend_on_the_order_of_features(tmp_path, monkeypatch):
+    """Which differs from process to process."""
+    levels = np.arange(36, dtype=np.int16).reshape(3, 2, 2, 3)
+    noise = noise_files.Noise(("a", "b", "c"), levels, "sample")
+    noise.save(tmp_path / "one")
+
+    def backwards(serializer, example):
+        whole = serializer.get_tf_example(example)
+        features = sorted(whole.features.feature.items(), reverse=True)
+        parts = [type(whole)(features={"feature": dict([item])}) for item in features]
+        return b"".join(part.SerializeToString() for part in parts)
+
+    monkeypatch.setattr(tfds.core.ExampleSerializer, "serialize_example", backwards)
+    noise.save(tmp_path / "two")
+    (one,), (two,) = ((tmp_path / name).rglob("*.array_record*") for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    np.testing.assert_array_equal(noise_files.read_noise(tmp_path / "two").levels, levels)
+
+
+@pytest.mark.parametrize("name", ["noise.npz", "noise"])
+def test_damaged_noise_is_told_and_never_other_noise(tmp_path, name):
+    levels = np.random.default_rng(2).integers(-8, 9, (5, 8, 8, 3)).astype(np.int16)
+    noise = noise_files.Noise(tuple("abcde"), levels, "sample", {"seed": 3})
+    noise.save(tmp_path / name)
+    place = tmp_path / name
+    paths = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+    rng, num_told = np.random.default_rng(0), 0
+    for path in paths:
+        whole = path.read_bytes()
+        used = len(whole.rstrip(b"\0"))
+        for bit in rng.choice(8 * used, 30, replace=False):
+            changed = bytearray(whole)
+            changed[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            try:
+                found = noise_files.read_noise(place)
+            except (ValueError, FileNotFoundError) as error:
+                assert str(place) in str(error)
+                num_told += 1
+                continue
+            assert found.names == noise.names and found.granularity == "sample"
+            assert found.settings == {"seed": 3}
+            np.testing.assert_array_equal(found.levels, levels)
+        path.write_bytes(whole)
+    assert num_told > 10
+
+
+def test_killed_runs_leave_no_records(tmp_path):
+    noise = noise_files.Noise(("a",), np.ones((1, 2, 2, 3), np.int16), "sample")
+    for name in (".noise.partial/noise/1.0.0", "sets/noise/incomplete.QWERTY_1.0.0"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x").touch()
+    noise.save(tmp_path / "noise")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "sets"] == ["noise"]
+    features = {"name": tfds.features.Text()}
+    examples = {"train": [("a", {"name": "a"})]}
+    array_records.write_records(examples, features, tmp_path / "sets", name="noise")
+    assert [path.name for path in (tmp_path / "sets" / "noise").iterdir()] == ["1.0.0"]
+
+
 def test_records_of_noise_keep_their_names_through_shuffling_and_resharding(tmp_path):
     levels = np.arange(40, dtype=np.int16)[:, None, None, None] - np.zeros((2, 2, 3), np.int16)
     noise = noise_files.Noise(tuple(f"c/{number:02d}" for number in range(40)), levels, "sample")

@@ -40,6 +40,16 @@ def test_the_program_measures_writes_and_resumes(trees, tmp_path):
     assert len((tmp_path / "work/curve.csv").read_text().splitlines()) == 3
     assert (tmp_path / "work/curve.png").stat().st_size > 5000
     assert programs.call_alone(victim.TrainVictimConfig, victim.run, *flags)[0] == result
+    # The newest checkpoint and a line of the metrics are damaged: what comes out stays the same.
+    lines = (tmp_path / "work/metrics.jsonl").read_bytes()
+    (tmp_path / "work/metrics.jsonl").write_bytes(lines.replace(b'"step": 2', b'"step": 9'))
+    checkpoints = tmp_path / "work/checkpoints"
+    data = [path for path in (checkpoints / "2").rglob("d/*") if path.is_file()]
+    largest = max(data, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    assert programs.call_alone(victim.TrainVictimConfig, victim.run, *flags)[0] == result
+    assert (tmp_path / "work/metrics.jsonl").read_bytes() == lines
+    assert {path.name for path in checkpoints.iterdir()} == {"1", "2", "damaged-2"}
 
 
 def test_wrong_usage_is_said(trees, tmp_path):
