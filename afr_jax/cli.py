@@ -45,6 +45,7 @@ def main(*, argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the command line with the command's own name first; default `sys.argv`.
     """
+    importlib.import_module("afr_jax.core.interrupts").end_at_once()
     _, *arguments = sys.argv if argv is None else argv
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "-help", "--help", "help"):

@@ -1,9 +1,12 @@
 """Settings of XLA and of the process: compiler options, memory, the cache of compiled programs."""
 
+import contextlib
 import ctypes
+import functools
 import os
 import pathlib
 import platform
+import resource
 import tempfile
 
 import jax
@@ -13,6 +16,11 @@ from absl import logging
 # XLA stops the process at an option that it does not know: only where it was tried.
 _YNNPACK_OPTION = "--xla_cpu_experimental_ynn_fusion_type"
 _YNNPACK_VERSIONS = ("0.10.",)
+_CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
+# What a program takes before its first photo, what one takes for each pixel of a photo at its peak
+# (decoding, detection, encoding), and the share of the memory that photos may take.
+_PROGRAM_BYTES, _PIXEL_BYTES, _PHOTO_SHARE = 3 << 30, 20, 0.5
+_FEWEST_PIXELS, _MOST_PIXELS = 8_000_000, 100_000_000
 # glibc's mallopt: one arena, no maps of single blocks, nothing given back, 256 MiB at a time.
 _MALLOPT = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 256 << 20}
 
@@ -33,11 +41,17 @@ def keep_freed_memory() -> None:
 
     XLA for CPUs allocates the working memory of every call anew. Given back to the system each time
     and cleared by it again, it cost a seventh of a cloak's step (tried once: two cores, two nets).
-    The price is that the process stays as large as it ever was.
+    The price is that the process stays as large as it ever was, until `give_back_memory`.
     """
     if platform.libc_ver()[0] == "glibc":
         for parameter, value in _MALLOPT.items():
             ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def give_back_memory() -> None:
+    """Gives the system what is free now; for after a photo that took much more than others do."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def enable_compilation_cache() -> pathlib.Path | None:
@@ -66,3 +80,36 @@ def enable_compilation_cache() -> pathlib.Path | None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return folder
+
+
+def memory_bytes() -> int:
+    """Memory this process may have: the machine's, its container's, or what `ulimit -v` says."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in _CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit.
+            found.append(int(pathlib.Path("/sys/fs/cgroup", name).read_text()))
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return min([*found, soft] if soft != resource.RLIM_INFINITY else found)
+
+
+def most_pixels() -> int:
+    """Width times height of the largest photo that is decoded.
+
+    By default what half of the machine's memory holds at the peak of a program's work, from 8 to
+    100 megapixels: an allocation that fails inside of XLA would not come back as an error.
+    """
+    return _limit[0] if _limit else _pixels_that_fit()
+
+
+def limit_pixels(megapixels: float | None) -> None:
+    """Sets `most_pixels` for this process; None for the default."""
+    _limit[:] = [] if megapixels is None else [round(megapixels * 1e6)]
+
+
+_limit: list[int] = []
+
+
+@functools.cache
+def _pixels_that_fit() -> int:
+    pixels = int((memory_bytes() - _PROGRAM_BYTES) * _PHOTO_SHARE / _PIXEL_BYTES)
+    return min(max(pixels, _FEWEST_PIXELS), _MOST_PIXELS)

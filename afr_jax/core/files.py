@@ -38,6 +38,15 @@ _DAMAGED = (
 _held: weakref.WeakValueDictionary[str, "FolderLock"] = weakref.WeakValueDictionary()
 _held_guard = threading.Lock()
 
+# Errors of the place where files are written, not of one name in it: a disk that is full,
+# read-only, broken or gone. Whoever writes many files need not try the next one.
+_OF_THE_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
+    *(errno.ESTALE, errno.ENODEV, errno.ENOTCONN),
+)
+# Cells that spreadsheets take for formulas, behind any number of the marks that keep them text.
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_MARKED = re.compile(r"'+[=+\-@\t\r]")
 # What JSON can say: None, bool, int, float, str, and lists and dicts by str of such values. Type
 # checkers take it for anything, as who reads a file knows its keys and they do not.
 Json = Any
@@ -56,7 +65,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
 
     Raises:
         FileExistsError: If `path` exists and `overwrite` is False, even if it came up meanwhile.
-        OSError: If the file cannot be written, such as when the disk is full.
+        OSError: If the file cannot be written, such as when the disk is full; names `path`.
     """
     path = pathlib.Path(path)
     try:
@@ -76,8 +85,10 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
                 os.replace(partial, path)
             else:
                 _publish_new(partial, path)
-    except PermissionError as error:  # It names the hidden file, which says nothing to people.
-        raise PermissionError(error.errno, error.strerror, str(path)) from error
+    except FileExistsError:
+        raise
+    except OSError as error:  # It names the hidden file, which says nothing to people, or none.
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
@@ -234,16 +245,57 @@ def write_csv(
 ) -> None:
     """Writes a CSV file (UTF-8, lines end in a line feed) whole or not at all.
 
+    Cells with commas, quotes and line ends are quoted as RFC 4180 says. Text that spreadsheets
+    would run as a formula, because it begins with =, +, -, @, a tab or a carriage return, gets an
+    apostrophe before it, unless it is a number; `read_csv` takes it off again.
+
     Args:
       path: the file; an existing one is replaced.
       header: names of the columns.
       rows: values of each row.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode(), overwrite=True)
+    lines = []
+    for row in (header, *rows):
+        # The writer quotes what stands in its line end: with "\n" alone, no carriage return.
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\r\n").writerow(map(_cell, row))
+        lines.append(line.getvalue().removesuffix("\r\n"))
+    text = "".join(f"{line}\n" for line in lines)
+    write_atomically(path, text.encode("utf-8", "backslashreplace"), overwrite=True)
+
+
+def read_csv(
+    path: str | os.PathLike[str], columns: Sequence[str]
+) -> list[tuple[int, tuple[str, ...]]]:
+    """Reads some columns of a CSV file in UTF-8, as `write_csv` or anybody else wrote it.
+
+    Returns:
+      For each row its number (the header is row 1) and its cells, in the order of `columns`; a cell
+      that is missing is empty.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no such CSV, or lacks a column.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = sorted(set(columns) - set(reader.fieldnames or ()))
+            if missing:
+                raise ValueError(f"{path} has no column {' and no column '.join(missing)}")
+            return [
+                (reader.line_num, tuple(_unmarked(row[name] or "") for name in columns))
+                for row in reader
+            ]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV in UTF-8: {error}") from error
+
+
+def is_of_the_disk(error: OSError) -> bool:
+    """Whether an error of writing is that of a disk, full or read-only, say, not of one file."""
+    return error.errno in _OF_THE_DISK
 
 
 def to_jsonable(value: object) -> Json:
@@ -349,6 +401,20 @@ def _open_partial(path: pathlib.Path) -> tuple[pathlib.Path, IO[bytes]]:
             if not _lock_file(file) or _is_there(file, partial):
                 return partial, file
         file.close()  # It was taken for a leftover before it was locked.
+
+
+def _cell(value: object) -> object:
+    if not isinstance(value, str) or not _FORMULA.match(value):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def _unmarked(cell: str) -> str:
+    return cell[1:] if _MARKED.match(cell) else cell
 
 
 def _publish_new(partial: pathlib.Path, path: pathlib.Path) -> None:

@@ -23,6 +23,14 @@ def to_uint8(image: jax.Array) -> jax.Array:
     return jnp.round(jnp.clip(image, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
+def changed_pixels(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Which pixels of two images `[H, W, 3]` differ in any channel, `[H, W]` bool; on the host."""
+    changed = first[..., 0] != second[..., 0]
+    for channel in (1, 2):
+        changed |= first[..., channel] != second[..., channel]
+    return changed
+
+
 def resize_area(
     image: jax.Array,
     shape: tuple[int, int],

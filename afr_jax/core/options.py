@@ -129,6 +129,13 @@ class Config:
 
     workdir: str | None = option(None, WORKDIR_HELP)
     seed: int = option(0, "seed of all randomness of the run")
+    max_megapixels: float | None = option(
+        None,
+        "larger photos are refused; default: by the machine's memory, at most 100",
+        at_least=0.01,
+        at_most=10_000,
+        resumable=True,
+    )
 
     def __post_init__(self) -> None:
         """Checks ranges and choices.

@@ -9,6 +9,7 @@ With several processes the mesh spans the devices of all of them. Steps of train
 each process (`shard_batch`); `map_batches` takes all rows in every process.
 """
 
+import collections
 import concurrent.futures
 import functools
 import operator
@@ -18,6 +19,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, overload
 import chex
 import jax
 import numpy as np
+
+from afr_jax.core import interrupts
 
 # Any nest of containers with arrays as leaves (a pytree); type checkers cannot say more of it.
 PyTree = Any
@@ -121,8 +124,51 @@ def thread_map(
     Returns:
       The results, in the order of the items; the first exception is raised.
     """
+    return list(thread_stream(fn, items, width=width))
+
+
+def thread_stream(
+    fn: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    width: int = 2,
+    weight_fn: Callable[[Item], int] | None = None,
+    limit: int = 0,
+) -> Iterator[Result]:
+    """`thread_map`, result by result: few items are begun whose results were not taken yet.
+
+    Args:
+        fn: as of `thread_map`.
+        items: in order; taken when their turn comes.
+        width: how many at a time; as many again may be done and waiting.
+        weight_fn: what an item weighs, such as the pixels of a photo.
+        limit: of the weight of all that is begun and not taken; a heavier item is begun alone.
+
+    Yields:
+        The results, in the order of the items; an exception ends it.
+    """
+    begun: collections.deque[tuple[concurrent.futures.Future[Result], int]] = collections.deque()
+    held = 0
+
+    def checked(item: Item) -> Result:
+        interrupts.check()
+        return fn(item)
+
     with concurrent.futures.ThreadPoolExecutor(width) as pool:
-        return list(pool.map(fn, items))
+        try:
+            for item in items:
+                weight = 0 if weight_fn is None else weight_fn(item)
+                while len(begun) >= 2 * width or (begun and weight and held + weight > limit):
+                    future, taken = begun.popleft()
+                    held -= taken
+                    yield future.result()
+                begun.append((pool.submit(checked, item), weight))
+                held += weight
+            while begun:
+                yield begun.popleft()[0].result()
+        finally:
+            for future, _ in begun:
+                future.cancel()
 
 
 def local_rows(tree: Tree) -> Tree:
@@ -216,6 +262,7 @@ def map_batches(
             raise ValueError("no rows to map over")
         used = (min(*sizes, count),) if is_cut else sizes
         for begin, end, size in _cut(count, used, mesh.devices.size):
+            interrupts.check()
             part = jax.tree.map(operator.itemgetter(slice(begin, end)), batched)
             padded, _ = pad_batch(part, size)
             rows = iter(padded)

@@ -26,13 +26,12 @@ from typing import NoReturn, TypeVar
 
 from absl import app, flags, logging
 
-from afr_jax.core import backend, distributed, files, options
+from afr_jax.core import backend, distributed, files, interrupts, options
 from afr_jax.core import provenance as provenance_lib
 
 EXIT_OK = 0
 EXIT_USAGE = 2
 EXIT_PARTIAL = 3
-_EXIT_INTERRUPTED = 130
 
 UsageError = options.UsageError
 _OWN_FLAGS = {
@@ -60,8 +59,8 @@ def main(
     Parses the flags into a config, settles compiler options and memory, joins the cluster if there
     is one, switches the compilation cache on, calls `run_fn` and prints its result as one JSON
     line, the last of standard output. Exit codes: 0; 3 if the outcome is not complete; 2 for wrong
-    flags, extra arguments, an `options.UsageError` or a path without permission; 130 when
-    interrupted; 1 with a traceback for everything else.
+    flags, extra arguments, an `options.UsageError` or a file that cannot be read or written; 130
+    and 143 when told to stop by SIGINT and SIGTERM; 1 with a traceback for everything else.
 
     Args:
       config_class: the program's options; its docstring is the program's help.
@@ -69,25 +68,31 @@ def main(
       argv: the command line with the program's name first; default `sys.argv`.
     """
     argv = list(sys.argv if argv is None else argv)
+    interrupts.end_at_once()
 
     def call(_: Sequence[str]) -> int:
         try:
             config = _read(config_class, flags.FLAGS)
             backend.choose_compiler_options()
             backend.keep_freed_memory()
+            backend.limit_pixels(config.max_megapixels)
             _join_cluster()
             backend.enable_compilation_cache()
+            interrupts.raise_and_remember()  # Last: a cluster's runtime has handlers of its own.
             with contextlib.redirect_stdout(sys.stderr):
                 outcome = run_fn(config)
+            interrupts.end_at_once()
+            interrupts.check()
         except options.UsageError as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_USAGE
-        except (PermissionError, NotADirectoryError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except OSError as error:
+            print(f"error: {files.printable(error)}", file=sys.stderr)
+            logging.debug("where it happened", exc_info=True)
             return EXIT_USAGE
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return _EXIT_INTERRUPTED
+        except KeyboardInterrupt as error:
+            interrupts.end_at_once()
+            return interrupts.told(error)
         if distributed.is_primary():
             print(json.dumps(files.to_jsonable(outcome.result), allow_nan=False), flush=True)
         return EXIT_OK if outcome.complete else EXIT_PARTIAL

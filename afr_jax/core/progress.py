@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import tqdm
 from absl import logging
 
-from afr_jax.core import distributed, files
+from afr_jax.core import distributed, files, interrupts
 
 _Item = TypeVar("_Item")
 
@@ -33,6 +33,7 @@ def track(
         total = len(items)
     with counter(total, description=description, interval_seconds=interval_seconds) as advance:
         for item in items:
+            interrupts.check()
             yield item
             advance(1)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -188,6 +189,54 @@ def _claim(
 
 def _metrics_line(metrics: Mapping[str, object]) -> bytes:
     return json.dumps(files.seal(metrics), allow_nan=False).encode() + b"\n"
+
+
+_KEY = 32  # Hexadecimal digits of a name.
+
+
+class Kept:
+    """What a run has found so far, so that the next run of a killed one goes on from there.
+
+    Each thing found is a JSON file (`load_or_compute`) under a name that says all it depends on:
+    another input or other options are another file, and nothing has to be checked.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        """Takes the folder, which is made if need be; None keeps nothing."""
+        self._folder = None if folder is None else pathlib.Path(folder)
+        self._used: set[str] = set()
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def __bool__(self) -> bool:
+        """Whether anything is kept."""
+        return self._folder is not None
+
+    def load_or_compute(
+        self, dependencies: object, compute_fn: Callable[[], object], *, anew: bool = False
+    ) -> files.Json:
+        """What was found, or what a function returns, which is kept then.
+
+        Args:
+            dependencies: all that it depends on: what `files.to_jsonable` takes.
+            compute_fn: returns likewise; what it raises is raised, and nothing is kept.
+            anew: whether to compute it in any case.
+        """
+        if self._folder is None:
+            return files.to_jsonable(compute_fn())
+        text = json.dumps(files.to_jsonable(dependencies), sort_keys=True)
+        path = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:_KEY]}.json"
+        self._used.add(path.name)
+        if anew:
+            path.unlink(missing_ok=True)
+        return load_or_compute(path, compute_fn)
+
+    def drop_unused(self) -> None:
+        """Deletes what this run had no use for, when it has come to its end."""
+        if self._folder is not None:
+            for path in self._folder.glob(f"{'[0-9a-f]' * _KEY}.json"):
+                if path.name not in self._used:
+                    path.unlink(missing_ok=True)
 
 
 def _flatten(config: object, prefix: str = "") -> dict[str, files.Json]:

@@ -7,7 +7,6 @@ path below the root, which does not depend on the machine or on the other photos
 Nothing is decoded here; `read_samples` does that.
 """
 
-import csv
 import dataclasses
 import functools
 import os
@@ -18,8 +17,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from afr_jax.core import parallel
-from afr_jax.data import photos
+from afr_jax.core import files, parallel
+from afr_jax.data import photo_files, photos
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +119,9 @@ def list_tree(root: str | os.PathLike[str]) -> Listing:
 
     Files that are no photos by name and content are only counted (`photos.list_photos`). Left out
     with a reason: files directly in the root, identity folders without files, links that lead
-    out of the root. Names of identities are put into Unicode's composed form (NFC), so that a data
-    set has the same identities on every file system.
+    out of the root, names that are not Unicode, which no table could hold. Names of identities are
+    put into Unicode's composed form (NFC), so that a data set has the same identities on every file
+    system.
 
     Raises:
         FileNotFoundError: the root does not exist.
@@ -136,6 +136,8 @@ def list_tree(root: str | os.PathLike[str]) -> Listing:
         filled.update(item.relative.parents)
         if item.problem is not None:
             problems.append(Omission(name, item.problem))
+        elif not photo_files.is_unicode(name):
+            problems.append(Omission(name, photo_files.NOT_UNICODE))
         elif len(item.relative.parts) == 1:
             problems.append(Omission(name, "lies in no identity's folder"))
         else:
@@ -171,18 +173,16 @@ def list_csv(table: str | os.PathLike[str], root: str | os.PathLike[str]) -> Lis
     root = root.resolve()
     found: dict[str, Sample] = {}
     problems = []
-    for number, image, identity in _rows(pathlib.Path(table)):
-        path = root / image if image else root
+    for number, image, identity in _rows(table):
+        item = photo_files.find_below(root, image)
         if not image or not identity:
             reason = "has no image" if not image else "has no identity"
-        elif not path.is_file():
-            reason = f"{image}: the file does not exist"
-        elif root not in path.resolve().parents:
-            reason = f"{image}: lies outside {root}"
+        elif item.problem is not None:
+            reason = f"{image}: {item.problem}"
         else:
-            sample_id = pathlib.PurePosixPath(os.path.relpath(path, root)).as_posix()
-            other = found.setdefault(sample_id, Sample(sample_id, identity, path))
-            if other.path is path:
+            sample_id = item.relative.as_posix()
+            other = found.setdefault(sample_id, Sample(sample_id, identity, item.path))
+            if other.path is item.path:
                 continue
             same = other.identity == identity
             reason = f"{image}: listed before" + ("" if same else f", as {other.identity}")
@@ -289,23 +289,9 @@ def _check_folder(root: pathlib.Path) -> None:
         raise ValueError(f"{root} is not a folder")
 
 
-def _rows(table: pathlib.Path) -> list[tuple[int, str, str]]:
+def _rows(table: str | os.PathLike[str]) -> list[tuple[int, str, str]]:
     """(row number, image, identity) of every row, stripped, identities composed."""
-    try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = {"image", "identity"} - set(reader.fieldnames or ())
-            if missing:
-                raise ValueError(f"{table} has no column {' and no column '.join(sorted(missing))}")
-            return [
-                (
-                    reader.line_num,
-                    (row["image"] or "").strip(),
-                    unicodedata.normalize("NFC", (row["identity"] or "").strip()),
-                )
-                for row in reader
-            ]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{table} does not exist") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{table} is no CSV in UTF-8: {error}") from error
+    return [
+        (number, image.strip(), unicodedata.normalize("NFC", identity.strip()))
+        for number, (image, identity) in files.read_csv(table, ("image", "identity"))
+    ]

@@ -21,6 +21,9 @@ from PIL import Image
 from afr_jax.core import files, options, parallel
 from afr_jax.data import array_records, cifar10, identities, photos
 
+# Of the usual file systems.
+_MOST_NAME_BYTES = 255
+
 
 class ImageSet(NamedTuple):
     """Images with labels.
@@ -178,6 +181,25 @@ def check(data: ImageSet, *, name: str) -> None:
     if not isinstance(data, ImageSet):
         kind = type(data).__name__
         raise TypeError(f"{name} must be an ImageSet, as `load_image_folder` returns, got {kind}")
+
+
+def without_unnameable(data: ImageSet) -> ImageSet:
+    """The set without images whose id no file can have; these become problems.
+
+    Names on disk have at most 255 bytes, and `ImageSet.save` adds four to an id.
+    """
+    kept, problems = [], []
+    for row, sample_id in enumerate(data.sample_ids):
+        longest = max(len(os.fsencode(f"{part}.png")) for part in sample_id.split("/"))
+        if longest > _MOST_NAME_BYTES or "\0" in sample_id:
+            problems.append(identities.Omission(sample_id, "no file can have its name and .png"))
+        else:
+            kept.append(row)
+    return (
+        take(data, np.array(kept, int))._replace(problems=(*data.problems, *problems))
+        if problems
+        else data
+    )
 
 
 def take(data: ImageSet, rows: Sequence[int] | np.ndarray) -> ImageSet:

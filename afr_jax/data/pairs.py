@@ -1,10 +1,10 @@
 """Pairs of photos for verification: from a CSV, or drawn from labels."""
 
-import csv
 import os
-import pathlib
 
 import numpy as np
+
+from afr_jax.core import files
 
 
 def read_pairs(table: str | os.PathLike[str]) -> tuple[list[tuple[str, str]], np.ndarray]:
@@ -17,25 +17,12 @@ def read_pairs(table: str | os.PathLike[str]) -> tuple[list[tuple[str, str]], np
         FileNotFoundError: there is no such file.
         ValueError: it is no such CSV; the message names the row (the header is row 1).
     """
-    table = pathlib.Path(table)
     names, same = [], []
-    try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = {"image_a", "image_b", "same"} - set(reader.fieldnames or ())
-            if missing:
-                raise ValueError(f"{table} has no column {' and no column '.join(sorted(missing))}")
-            for row in reader:
-                if not row["image_a"] or not row["image_b"] or row["same"] not in ("0", "1"):
-                    raise ValueError(
-                        f"{table}, row {reader.line_num}: two photos and 0 or 1 are needed"
-                    )
-                names.append((row["image_a"], row["image_b"]))
-                same.append(row["same"] == "1")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{table} does not exist") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{table} is no CSV in UTF-8: {error}") from error
+    for number, (first, second, kind) in files.read_csv(table, ("image_a", "image_b", "same")):
+        if not first or not second or kind not in ("0", "1"):
+            raise ValueError(f"{table}, row {number}: two photos and 0 or 1 are needed")
+        names.append((first, second))
+        same.append(kind == "1")
     return names, np.array(same, bool)
 
 

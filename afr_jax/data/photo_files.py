@@ -11,6 +11,7 @@ import stat
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+NOT_UNICODE = "the name is not Unicode"
 _SYSTEM_NAMES = (".ds_store", "thumbs.db", "desktop.ini")
 
 
@@ -76,6 +77,37 @@ def list_photos(
         for target, item in sorted(pairs, key=lambda pair: pair[1].relative.as_posix()):
             found.setdefault(target, item)
     return [item for item in found.values() if with_system_files or not item.is_of_the_system]
+
+
+def find_below(root: str | os.PathLike[str], name: str) -> PhotoInput:
+    """A file that a table names below a folder, for tables that come from somebody else.
+
+    Args:
+        root: The folder.
+        name: Path below it; the problem says so if there is no such file, or if the path or a link
+            leads out of the folder.
+    """
+    root = pathlib.Path(root).resolve()
+    path = root / name
+    relative = pathlib.PurePosixPath(pathlib.Path(os.path.relpath(path, root)).as_posix())
+    problem = None
+    try:
+        if root not in path.resolve().parents:
+            problem = f"lies outside {root}"
+        elif not path.is_file():
+            problem = "the file does not exist"
+    except (OSError, RuntimeError, ValueError) as error:  # A circle of links, a null character.
+        problem = f"cannot be looked up: {getattr(error, 'strerror', None) or error}"
+    return PhotoInput(path, relative, problem)
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a name can stand in a file of text: names on disk may be any bytes."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def output_paths(

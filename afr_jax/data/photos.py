@@ -10,15 +10,18 @@ Listing photos of folders and naming outputs is in photo_files.py; conversion to
 
 import contextlib
 import dataclasses
+import hashlib
 import io
+import math
+import mmap
 import os
 import pathlib
 import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import (
@@ -35,11 +38,14 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from afr_jax.core import backend
 from afr_jax.data import photo_files
 
-MAX_PIXELS = 100_000_000
 _MAX_FILE_BYTES = 1 << 30  # 100 megapixels of 16-bit RGBA are 0.8 GB
 _HEADER_BYTES = 32
+_STRIP_BYTES = 1 << 25
+# Pixels that a group of photos has at most, unless it is one photo: 300 MB.
+GROUP_PIXELS = 100_000_000
 
 _SIGNATURES = (
     ("JPEG", rb"\xff\xd8\xff"),
@@ -79,6 +85,7 @@ _EXIF_TAGS = (
 _EXIF_DROPPED = {0x927C, 0xA005, 0xA002, 0xA003}  # maker note, interoperability, width, height
 
 _warnings_lock = threading.Lock()
+_Item = TypeVar("_Item")
 
 
 # What is read of a note that a program left in a file, in characters.
@@ -147,6 +154,11 @@ class PhotoSource(NamedTuple):
     photo: PhotoLike
     problem: str | None = None
 
+    @classmethod
+    def of(cls, item: photo_files.PhotoInput) -> "PhotoSource":
+        """A file that was listed."""
+        return cls(item.relative.as_posix(), item.path, item.problem)
+
 
 class PhotoFiles(NamedTuple):
     """The files among and below some paths.
@@ -214,10 +226,7 @@ def list_sources(photos: PhotosLike) -> list[PhotoSource]:
     for number, photo in enumerate(_listed(photos)):
         if isinstance(photo, (str, os.PathLike)):
             path = pathlib.Path(photo).expanduser()
-            found += [
-                PhotoSource(item.relative.as_posix(), item.path, item.problem)
-                for item in list_photos([path]).inputs
-            ]
+            found += map(PhotoSource.of, list_photos([path]).inputs)
         elif isinstance(photo, PhotoSource):
             found.append(photo)
         else:
@@ -300,7 +309,7 @@ def as_photo(photo: PhotoLike) -> Photo:
     return dataclasses.replace(read_photo(photo), name=pathlib.Path(photo).name)
 
 
-def read_photo(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Photo:
+def read_photo(path: str | os.PathLike[str], *, max_pixels: int | None = None) -> Photo:
     """Reads a photo file; see `decode_photo`.
 
     Raises:
@@ -338,7 +347,7 @@ def read_photo_bytes(path: str | os.PathLike[str]) -> bytes:
         raise PhotoError("the file cannot be read") from error
 
 
-def decode_photo(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
+def decode_photo(data: bytes, *, max_pixels: int | None = None) -> Photo:
     """Decodes the bytes of a JPEG, PNG, WebP, BMP, TIFF, HEIC or still GIF file.
 
     16-bit gray is scaled by 1 / 257 and rounded; 16-bit color keeps its high bytes (Pillow has no
@@ -349,8 +358,9 @@ def decode_photo(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
 
     Args:
         data: Content of the file.
-        max_pixels: Largest width times height, judged by the header before decoding. Pillow
-            refuses WebP and TIFF files above twice its Image.MAX_IMAGE_PIXELS in any case.
+        max_pixels: Largest width times height, judged by the header before decoding; by default
+            `backend.most_pixels()`. Pillow refuses WebP and TIFF files above twice its
+            Image.MAX_IMAGE_PIXELS in any case.
 
     Returns:
         The photo, with at least one pixel.
@@ -360,7 +370,8 @@ def decode_photo(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
     """
     file_format = _format_of(data[:_HEADER_BYTES])
     reader = _reader(file_format)
-    too_large = f"the image has more than {max_pixels / 1e6:g} megapixels"
+    max_pixels = backend.most_pixels() if max_pixels is None else max_pixels
+    too_large = f"the image has more than {max_pixels / 1e6:g} megapixels (--max_megapixels)"
     try:
         with _warnings_ignored():
             image = reader(io.BytesIO(data))
@@ -371,7 +382,9 @@ def decode_photo(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
             if file_format == "TIFF":
                 raise PhotoError(f"a document of {num_frames} pages, not a single photo")
             raise PhotoError(f"an animated image of {num_frames} frames, not a single photo")
-        return _decode(image, file_format, data)
+        photo = _decode(image, file_format, data)
+        _drop(image)
+        return photo
     except PhotoError:
         raise
     except Image.DecompressionBombError as error:
@@ -381,6 +394,77 @@ def decode_photo(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
     except Exception as error:
         # Readers meet damaged content with any of a dozen types, from OSError to ZeroDivisionError.
         raise PhotoError(f"the {file_format} file is damaged or incomplete") from error
+
+
+def digest_of(photo: PhotoLike | PhotoSource) -> str:
+    """SHA-256 of a photo's file, or of its pixels where there is none; empty if unreadable."""
+    try:
+        if isinstance(photo, PhotoSource):
+            is_file = photo.problem is None and isinstance(photo.photo, (str, os.PathLike))
+            photo = photo.photo if is_file else read_source(photo)
+        if isinstance(photo, (str, os.PathLike)):
+            return hashlib.sha256(read_photo_bytes(photo)).hexdigest()
+        pixels = as_photo(photo).pixels
+        return digest_of_pixels(pixels)
+    except PhotoError:
+        return ""
+
+
+def digest_of_pixels(pixels: np.ndarray) -> str:
+    """SHA-256 of pixels `[H, W, 3]` uint8 and their shape, hexadecimal."""
+    digest = hashlib.sha256(repr(pixels.shape).encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
+
+
+def num_pixels(photo: PhotoLike | PhotoSource) -> int:
+    """Width times height of a photo by its header, before it is decoded; 0 of what is no photo."""
+    if isinstance(photo, PhotoSource):
+        photo = photo.photo if photo.problem is None else ""
+    if isinstance(photo, Photo):
+        photo = photo.pixels
+    if isinstance(photo, np.ndarray):
+        return math.prod(photo.shape[:2])
+    if isinstance(photo, Image.Image):
+        return photo.width * photo.height
+    file_format = format_of_file(photo)
+    if file_format is None:
+        return 0
+    try:
+        with pathlib.Path(photo).open("rb") as file, _warnings_ignored():
+            image = _reader(file_format)(file)
+            return image.width * image.height
+    except Exception:  # As in `decode_photo`, which says what is wrong.
+        return 0
+
+
+def in_groups(
+    items: Iterable[_Item],
+    *,
+    most: int,
+    photo_fn: Callable[[_Item], PhotoLike | PhotoSource],
+) -> Iterator[list[_Item]]:
+    """Cuts photos into groups that memory holds, by their headers: always the same groups.
+
+    Args:
+        items: of photos, in order.
+        most: items of a group.
+        photo_fn: the photo of an item.
+
+    Yields:
+        Groups of at most `GROUP_PIXELS` pixels, or of one photo.
+    """
+    group: list[_Item] = []
+    held = 0
+    for item in items:
+        size = min(num_pixels(photo_fn(item)), backend.most_pixels())
+        if group and (len(group) == most or held + size > GROUP_PIXELS):
+            yield group
+            group, held = [], 0
+        group.append(item)
+        held += size
+    if group:
+        yield group
 
 
 def through_jpeg(pixels: np.ndarray, *, quality: int) -> np.ndarray:
@@ -394,8 +478,14 @@ def through_jpeg(pixels: np.ndarray, *, quality: int) -> np.ndarray:
         uint8 [H, W, 3].
     """
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
-    return np.asarray(Image.open(buffer).convert("RGB"))
+    image = Image.fromarray(pixels)
+    image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    _drop(image)
+    buffer.seek(0)
+    image = JpegImagePlugin.JpegImageFile(buffer)
+    pixels = _to_array(image, "RGB")
+    _drop(image)
+    return pixels
 
 
 def encode_png(
@@ -426,6 +516,7 @@ def encode_png(
         info.add_text("Software", note)
     exif = photo.exif if keep_metadata else None
     image.save(buffer, "PNG", icc_profile=photo.icc_profile, exif=exif, pnginfo=info)
+    _drop(image)
     return buffer.getvalue()
 
 
@@ -467,6 +558,7 @@ def encode_jpeg(
         settings["comment"] = note
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", optimize=True, **settings)
+    _drop(image)
     return buffer.getvalue()
 
 
@@ -506,7 +598,7 @@ def _known_format(header: bytes) -> str | None:
     return next(formats, None)
 
 
-def _reader(file_format: str) -> Callable[[io.BytesIO], ImageFile.ImageFile]:
+def _reader(file_format: str) -> Callable[[BinaryIO], ImageFile.ImageFile]:
     if file_format != "HEIC":
         return _READERS[file_format]
     try:
@@ -525,6 +617,14 @@ def _warnings_ignored() -> Generator[None]:
     with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _drop(image: Image.Image) -> None:
+    """Frees the pixels of an image that is not needed any more: Pillow's refer to themselves."""
+    is_large = image.width * image.height * 4 > _STRIP_BYTES
+    image.close()
+    if is_large:
+        backend.give_back_memory()
 
 
 def _decode(image: ImageFile.ImageFile, file_format: str, data: bytes) -> Photo:
@@ -646,9 +746,31 @@ def _from_eight_bits(
     elif image.mode == "La":
         image = image.convert("LA")
     if not image.has_transparency_data:
-        return np.array(image if image.mode == "RGB" else image.convert("RGB")), None
-    rgba = np.asarray(image.convert("RGBA"))
+        return _to_array(image, "RGB"), None
+    rgba = _to_array(image, "RGBA")
     return rgba[:, :, :3].copy(), rgba[:, :, 3].copy()
+
+
+def _to_array(image: Image.Image, mode: str) -> np.ndarray:
+    """Pixels of an image in a mode, strip by strip: NumPy's own way takes three copies.
+
+    Large ones are mapped memory, which the system gets back when they are dropped, whatever
+    `backend.keep_freed_memory` says: it is meant for what is needed again at once.
+    """
+    shape = (image.height, image.width, len(mode))
+    pixels = np.empty(shape, np.uint8) if math.prod(shape) <= _STRIP_BYTES else _mapped(shape)
+    rows = max(1, _STRIP_BYTES // (image.width * len(mode)))
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        is_whole = rows >= image.height
+        strip = image if is_whole else image.crop((0, top, image.width, bottom))
+        pixels[top:bottom] = np.asarray(strip if strip.mode == mode else strip.convert(mode))
+    return pixels
+
+
+def _mapped(shape: tuple[int, ...]) -> np.ndarray:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return np.frombuffer(mmap.mmap(-1, math.prod(shape), flags), np.uint8).reshape(shape)
 
 
 def _cmyk_to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afr_jax.core import interrupts
 from afr_jax.core.parallel import PyTree
 
 State = TypeVar("State")
@@ -74,6 +75,7 @@ def drive(
         raise ValueError(f"length is {length}, steps are {steps}: from 1 on, rising by one")
     parts, counts = [], []
     for begin in range(steps.start, steps.stop, length):
+        interrupts.check()
         part = range(begin, min(begin + length, steps.stop))
         state, outputs = chunk_fn(state, part)
         parts.append(outputs)

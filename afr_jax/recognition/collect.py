@@ -10,21 +10,23 @@ Listings of photos come from `afr_jax.data.identities`.
 """
 
 import functools
-import hashlib
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from afr_jax.core import parallel
+from afr_jax.core import backend, parallel, workdir
 from afr_jax.data import identities, photos
 
 # Among 5,788 aligned crops of 24 people, 206 pairs of one person differ by at most 4 bits of 64 and
 # none of two people (15 do by 6); of 200 crops that were saved as JPEG of quality 50, halved,
 # doubled or brightened, 96 to 100 % stay within 4.
 DEFAULT_DISTANCE = 4
+# Photos that are read before what was found is kept.
+_GROUP = 256
 _THUMBNAIL = 32
 _HASH_SIDE = 8
 
@@ -33,12 +35,12 @@ class Fingerprint(NamedTuple):
     """What repeats of a photo share.
 
     Attributes:
-        digest: SHA-256 of the shape and the pixels.
+        digest: SHA-256 of the shape and the pixels, hexadecimal.
         bits: the perceptual hash, 64 bits.
         size: number of pixels.
     """
 
-    digest: bytes
+    digest: str
     bits: int
     size: int
 
@@ -74,6 +76,7 @@ def collect(
     max_distance: int | None = DEFAULT_DISTANCE,
     num_threads: int = 4,
     report_fn: Callable[[int], None] | None = None,
+    kept: str | os.PathLike[str] | None = None,
 ) -> Collection:
     """Reads all photos, leaves out what cannot be read and what repeats another photo.
 
@@ -86,7 +89,10 @@ def collect(
         max_distance: of the perceptual hashes; 0 to 16, or None for equal pixels only.
         num_threads: that decode.
         report_fn: called with the number of photos that were read since (progress).
+        kept: folder for what was read, so that a later call with the same photos goes on from
+            there.
     """
+    store = workdir.Kept(kept)
 
     def read(sample: identities.Sample) -> Fingerprint | str:
         try:
@@ -94,12 +100,27 @@ def collect(
         except photos.PhotoError as error:
             return str(error)
 
+    def read_all(part: Sequence[identities.Sample]) -> list[Fingerprint | str]:
+        stream = parallel.thread_stream(
+            read,
+            part,
+            width=num_threads,
+            weight_fn=lambda sample: photos.num_pixels(sample.path),
+            limit=photos.GROUP_PIXELS,
+        )
+        return list(stream)
+
     prints: list[Fingerprint | str] = []
-    for start in range(0, len(listing.samples), 256):
-        part = listing.samples[start : start + 256]
-        prints += parallel.thread_map(read, part, width=num_threads)
+    for start in range(0, len(listing.samples), _GROUP):
+        part = listing.samples[start : start + _GROUP]
+        digests = [photos.digest_of(sample.path) for sample in part] if store else []
+        found = store.load_or_compute(
+            [digests, backend.most_pixels()], functools.partial(read_all, part)
+        )
+        prints += [item if isinstance(item, str) else Fingerprint(**item) for item in found]
         if report_fn is not None:
             report_fn(len(part))
+    store.drop_unused()
     problems = [
         identities.Omission(sample.sample_id, result)
         for sample, result in zip(listing.samples, prints, strict=True)
@@ -119,9 +140,8 @@ def collect(
 
 def fingerprint(pixels: np.ndarray) -> Fingerprint:
     """The fingerprint of a photo `[H, W, 3]` uint8."""
-    digest = hashlib.sha256(repr(pixels.shape).encode())
-    digest.update(np.ascontiguousarray(pixels).data)
-    return Fingerprint(digest.digest(), perceptual_hash(pixels), pixels.shape[0] * pixels.shape[1])
+    size = pixels.shape[0] * pixels.shape[1]
+    return Fingerprint(photos.digest_of_pixels(pixels), perceptual_hash(pixels), size)
 
 
 def perceptual_hash(pixels: np.ndarray) -> int:
@@ -147,7 +167,7 @@ def find_repeats(
 ) -> list[Repeat]:
     """Which photos to drop for which; see `collect`."""
     order = sorted(range(len(samples)), key=lambda i: (-fingerprints[i].size, i))
-    first_of: dict[bytes, int] = {}
+    first_of: dict[str, int] = {}
     for index in order:
         first_of.setdefault(fingerprints[index].digest, index)
     firsts = list(first_of.values())

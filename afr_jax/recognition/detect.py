@@ -11,6 +11,7 @@ mouth corner, the person's right (the picture's left) first.
 import dataclasses
 import functools
 import itertools
+import math
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afr_jax.core import backend, parallel
 from afr_jax.core import options as options_lib
-from afr_jax.core import parallel
 from afr_jax.data import photos as data_photos
 from afr_jax.models import mtcnn
 from afr_jax.models.weights import conversion
@@ -35,7 +36,12 @@ _CELL, _STRIDE = 12, 2
 # several to a tile.
 _TILE_PX = 256
 _TILE_CELLS = (_TILE_PX - 2 + 1) // 2 - 4
-_SUPPRESSED_AT_ONCE = 256
+# Overlaps of boxes that are in memory at once.
+_OVERLAPS_AT_ONCE = 1 << 22
+# A photo of more pixels is looked at reduced by the whole factor that brings it below.
+_MOST_PIXELS = 25_000_000
+# After a photo of more bytes, what was allocated for it is given back to the system.
+_GIVEN_BACK_BYTES = 1 << 25
 
 
 class _Batches(NamedTuple):
@@ -180,28 +186,38 @@ def detect_stages(
 
     Returns:
         The boxes after each network's threshold and suppression; those of the first two are squares
-        and may reach out of the photo.
+        and may reach out of the photo. Photos of more than 25 megapixels are averaged over 2 x 2
+        pixels or more before, which bounds memory: so much larger is then the smallest face.
     """
     chex.assert_rank(pixels, 3)
     chex.assert_type(pixels, np.uint8)
-    batches = _CPU_BATCHES if jax.default_backend() == "cpu" else _ACCELERATOR_BATCHES
     height, width, _ = pixels.shape
     if not pyramid_scales(height, width, options):
         return _nothing()
+    factor = math.ceil(math.sqrt(height * width / _MOST_PIXELS))
+    if factor > 1:
+        found = detect_stages(variables, reduced(pixels, factor), options=options)
+        shift = (factor - 1) / 2
+        proposals, refined = (boxes * factor + shift for boxes in found[:2])
+        return Stages(proposals, refined, enlarged(found.faces, factor))
+    batches = _CPU_BATCHES if jax.default_backend() == "cpu" else _ACCELERATOR_BATCHES
     found, levels = _propose(variables.pnet, pixels, batches.tiles, options)
+    if pixels.nbytes > _GIVEN_BACK_BYTES:
+        backend.give_back_memory()
     found = _take(found, _survivors(found.boxes, options.overlaps[0], groups=levels))
     found = _take(found, _survivors(found.boxes, options.overlaps[1]))
     proposed = found = found._replace(boxes=_square(found.boxes))
 
+    packed = _packed(pixels)
     scores, regression = _in_batches(
-        _rnet, variables.rnet, _crops(pixels, found.boxes, 24), batches.rnet
+        _rnet, variables.rnet, packed, found.boxes, side=24, batch=batches.rnet
     )
     found = _ranked(_move(found.boxes, regression), scores, options.thresholds[1])[0]
     found = _take(found, _survivors(found.boxes, options.overlaps[2]))
     refined = found = found._replace(boxes=_square(found.boxes))
 
     scores, regression, points = _in_batches(
-        _onet, variables.onet, _crops(pixels, found.boxes, 48), batches.onet
+        _onet, variables.onet, packed, found.boxes, side=48, batch=batches.onet
     )
     low = found.boxes[:, None, :2]
     sides = found.boxes[:, None, 2:] - low + 1
@@ -254,6 +270,22 @@ def main_face(faces: Faces, shape: tuple[int, ...]) -> Faces:
     return select_faces(faces, np.array([best]))
 
 
+def reduced(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """A photo `[H, W, 3]` at 1 / `factor` of its size, by averaging."""
+    size = (pixels.shape[1] // factor, pixels.shape[0] // factor)
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
+
+
+def enlarged(faces: Faces, factor: int) -> Faces:
+    """Faces of a `reduced` photo in pixels of the whole; a pixel's middle is half a pixel in."""
+    shift = (factor - 1) / 2
+    return Faces(
+        (faces.boxes * factor + shift).astype(np.float32),
+        faces.confidences,
+        (faces.landmarks * factor + shift).astype(np.float32),
+    )
+
+
 def no_faces() -> Faces:
     """What a photo without faces gives: empty arrays."""
     return Faces(
@@ -304,42 +336,46 @@ def _propose(
     scales = pyramid_scales(height, width, options)
     sizes = level_sizes(height, width, scales)
     pieces, num_tiles = _layout(sizes)
-    num_tiles = -(-num_tiles // batch) * batch
-    tiles = np.zeros((num_tiles, _TILE_PX, _TILE_PX, 3), np.float32)
-    own = np.zeros((num_tiles, _TILE_PX - 2, _TILE_PX - 2), bool)
     image = pixels.astype(np.float32)
-    level, number = image, -1
+    levels = [_resize(image, size) for size in sizes]
+    del image
+    by_call: list[list[_Piece]] = [[] for _ in range(-(-num_tiles // batch))]
     for piece in pieces:
-        if piece.level != number:
-            number = piece.level
-            level = _resize(image, sizes[number])
-        (row, column), (rows, columns), (y, x) = piece.start, piece.size, piece.place
-        part = level[row : row + rows, column : column + columns]
-        tiles[piece.tile, y : y + rows, x : x + columns] = part
-        own[piece.tile, y : y + rows - 2, x : x + columns - 2] = True
-    outputs = [
-        _pnet(variables, tiles[start : start + batch], own[start : start + batch])
-        for start in range(0, num_tiles, batch)
-    ]
+        by_call[piece.tile // batch].append(piece)
+    called = [_pnet(variables, *_tiles(levels, some, batch)) for some in by_call]
+    del levels
+    # Fetched at the end, so that no call waits for the one before.
+    outputs = [tuple(map(np.asarray, leaves)) for leaves in called]
     maps = [
         (np.zeros(shape, np.float32), np.zeros((*shape, 4), np.float32))
         for shape in (tuple(mtcnn.map_size(side) for side in size) for size in sizes)
     ]
-    scores, regressions = (
-        np.concatenate([np.asarray(leaf) for leaf in leaves])
-        for leaves in zip(*outputs, strict=True)
-    )
     for piece in pieces:
         rows, columns = (mtcnn.map_size(side) for side in piece.size)
-        from_cells = piece.tile, *_cells(piece.place, rows, columns)
+        call, row = divmod(piece.tile, batch)
+        from_cells = row, *_cells(piece.place, rows, columns)
         to_cells = _cells(piece.start, rows, columns)
-        for whole, part in zip(maps[piece.level], (scores, regressions), strict=True):
+        for whole, part in zip(maps[piece.level], outputs[call], strict=True):
             whole[to_cells] = part[from_cells]
     found = [_of_level(*level, scale, options) for level, scale in zip(maps, scales, strict=True)]
-    levels = np.repeat(np.arange(len(found)), [len(candidates.scores) for candidates in found])
+    numbers = np.repeat(np.arange(len(found)), [len(candidates.scores) for candidates in found])
     boxes, scores = (np.concatenate(leaves) for leaves in zip(*found, strict=True))
     ranked, order = _ranked(boxes, scores, options.thresholds[0])
-    return ranked, levels[order]
+    return ranked, numbers[order]
+
+
+def _tiles(
+    levels: Sequence[np.ndarray], pieces: Sequence[_Piece], batch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tiles of one call with their pieces, and which cells have all their pixels."""
+    tiles = np.zeros((batch, _TILE_PX, _TILE_PX, 3), np.float32)
+    own = np.zeros((batch, _TILE_PX - 2, _TILE_PX - 2), bool)
+    for piece in pieces:
+        (row, column), (rows, columns), (y, x) = piece.start, piece.size, piece.place
+        part = levels[piece.level][row : row + rows, column : column + columns]
+        tiles[piece.tile % batch, y : y + rows, x : x + columns] = part
+        own[piece.tile % batch, y : y + rows - 2, x : x + columns - 2] = True
+    return tiles, own
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -422,17 +458,23 @@ def _onet(variables: conversion.Variables, crops: jax.Array) -> parallel.PyTree:
 
 
 def _in_batches(
-    net_fn: Callable[..., Any], variables: conversion.Variables, crops: np.ndarray, batch: int
+    net_fn: Callable[..., Any],
+    variables: conversion.Variables,
+    packed: np.ndarray,
+    boxes: np.ndarray,
+    *,
+    side: int,
+    batch: int,
 ) -> tuple[np.ndarray, ...]:
-    """What a network makes of any number of crops, so many at a time."""
-    count = len(crops)
-    filled = np.concatenate([crops, np.zeros((-count % batch, *crops.shape[1:]), np.float32)])
-    filled = filled if len(filled) else np.zeros((batch, *crops.shape[1:]), np.float32)
-    outputs = [
-        net_fn(variables, filled[start : start + batch]) for start in range(0, len(filled), batch)
-    ]
+    """What a network makes of the crops of any number of boxes, so many at a time."""
+    outputs = []
+    for start in range(0, max(len(boxes), 1), batch):
+        crops = _crops(packed, boxes[start : start + batch], side)
+        filled = np.zeros((batch, *crops.shape[1:]), np.float32)
+        filled[: len(crops)] = crops
+        outputs.append(net_fn(variables, filled))
     return tuple(
-        np.concatenate([np.asarray(leaf) for leaf in leaves])[:count]
+        np.concatenate([np.asarray(leaf) for leaf in leaves])[: len(boxes)]
         for leaves in zip(*outputs, strict=True)
     )
 
@@ -457,8 +499,9 @@ def _survivors(
     kept = np.ones(len(boxes), bool)
     for group in np.unique(groups):
         index = np.flatnonzero(groups == group)
-        for start in range(0, len(index), _SUPPRESSED_AT_ONCE):
-            some = index[start : start + _SUPPRESSED_AT_ONCE]
+        step = max(1, _OVERLAPS_AT_ONCE // max(len(index), 1))
+        for start in range(0, len(index), step):
+            some = index[start : start + step]
             better = index[: start + len(some)]
             hit = overlap(boxes[some], boxes[better], of_smaller=of_smaller) > limit
             hit &= better[None] < some[:, None]
@@ -484,13 +527,18 @@ def _move(boxes: np.ndarray, regression: np.ndarray) -> np.ndarray:
     return boxes + regression[:, [1, 0, 3, 2]] * np.tile(sides, (1, 2))
 
 
-def _crops(pixels: np.ndarray, boxes: np.ndarray, side: int) -> np.ndarray:
+def _packed(pixels: np.ndarray) -> np.ndarray:
+    """A photo `[H, W]` whose pixels are one number of 32 bits: fetched faster than three of 8."""
+    return cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA).view(np.uint32)[..., 0]
+
+
+def _crops(packed: np.ndarray, boxes: np.ndarray, side: int) -> np.ndarray:
     """Crops `[K, side, side, 3]`, normalized, as TensorFlow's `crop_and_resize` makes them.
 
     Bilinear, with the corners of a box in the middles of the outer pixels; gray (0) outside of the
     photo.
     """
-    size = np.array(pixels.shape[:2], np.float32)
+    size = np.array(packed.shape, np.float32)
     steps = np.arange(side, dtype=np.float32) / (side - 1)
     low, high = (corner * ((size - 1) / size) for corner in (boxes[:, :2], boxes[:, 2:]))
     at = low[:, :, None] + (high - low)[:, :, None] * steps  # [K, 2, side]
@@ -499,8 +547,6 @@ def _crops(pixels: np.ndarray, boxes: np.ndarray, side: int) -> np.ndarray:
     second = np.minimum(first + 1, limit)
     part = (at - first).astype(np.float32)
     inside = (at >= 0) & (at <= limit)
-    # A pixel is fetched as one number of 32 bits, which is several times faster than as three.
-    packed = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA).view(np.uint32)[..., 0]
 
     def mixed_by_column(rows: np.ndarray) -> np.ndarray:
         left, right = (

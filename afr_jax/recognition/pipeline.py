@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.core import files, parallel, progress
+from afr_jax.core import backend, files, parallel, progress, workdir
 from afr_jax.data import identities, photos
 from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
@@ -28,8 +28,10 @@ from afr_jax.recognition import database as databases
 from afr_jax.recognition import detect, embed, match
 from afr_jax.training import trained
 
-# Photos that are read at a time, and that one transaction of a database enrolls.
+# Photos whose faces are embedded together, and that one transaction of a database enrolls.
 _GROUP = 64
+# Pixels of photos that are decoded or waiting for the others of their group to be: 120 MB.
+_PIXELS_AT_ONCE = 40_000_000
 NO_FACE = "no face was found"
 # Stands for every extractor of the registry whose weights are there, but for judges.
 ALL = "all"
@@ -110,6 +112,7 @@ class Recognizer(NamedTuple):
         threshold: float | None = None,
         exact: bool | None = None,
         min_confidence: float = 0.9,
+        kept: str | os.PathLike[str] | None = None,
     ) -> "MatchReport":
         """Looks for every face of some photos in a reference database.
 
@@ -121,6 +124,7 @@ class Recognizer(NamedTuple):
             threshold: distance below which it is the same person; the extractor's by default.
             exact: whether to search all faces even if there is an index.
             min_confidence: of the detector, for a face to be matched.
+            kept: as of `recognize`.
 
         Raises:
             DatabaseError: it cannot be used, is empty, or holds another extractor's embeddings.
@@ -138,7 +142,7 @@ class Recognizer(NamedTuple):
         if threshold is None:
             threshold = match.threshold_of(extractor, metric)
         sources = photos.list_sources(queries)
-        found = recognize(self, sources, which="all", min_confidence=min_confidence)
+        found = recognize(self, sources, which="all", min_confidence=min_confidence, kept=kept)
         seen = list(progress.track(found, description="query photos", total=len(sources)))
         probes = [item.embeddings[name] for item in seen]
         size = (0, extractor.embedding_size)
@@ -179,7 +183,7 @@ class Recognizer(NamedTuple):
         enrolled = {} if replace else database.images()
         todo, known, repeats = [], set(), 0
         for item in items:
-            digest = _read_digest(item.photo)
+            digest = photos.digest_of(item.photo)
             if digest and (item.identity, digest) in known:
                 repeats += 1
                 continue
@@ -522,11 +526,12 @@ def recognize(
     which: Literal["main", "all"] = "main",
     min_confidence: float = 0.0,
     detect_fn: Callable[[np.ndarray], detect.Faces] | None = None,
+    kept: str | os.PathLike[str] | None = None,
 ) -> Iterator[Recognized]:
     """Reads photos, finds and embeds their faces.
 
-    Photos are taken in groups of 64, two at a time through the detector, and dropped as soon as
-    their faces are embedded.
+    Photos are taken in groups of 64, or fewer large ones (`photos.in_groups`), two at a time
+    through the detector, and dropped as soon as their faces are embedded.
 
     Args:
         recognizer: from `load_recognizer`.
@@ -535,7 +540,10 @@ def recognize(
         which: the face that a photo is of (`detect.main_face`), or every one.
         min_confidence: of the detector, for a face to count.
         detect_fn: finds the faces of `[H, W, 3]` uint8 in place of the recognizer's MTCNN, in
-            several threads (`yunet.load` makes one).
+            several threads (`yunet.load` makes one); nothing is kept of that.
+        kept: folder for what is found, group by group, embeddings included: a later call with the
+            same photos and options goes on from there. What it had no use for is deleted at the
+            end.
 
     Yields:
         One result for each photo, in their order.
@@ -544,27 +552,79 @@ def recognize(
         detect_fn = functools.partial(
             detect.detect_faces, recognizer.detector, options=recognizer.options
         )
-    sources = list(sources)
-    for start in range(0, len(sources), _GROUP):
-        group = sources[start : start + _GROUP]
-        found = parallel.thread_map(
-            lambda source: _find(detect_fn, source, which, min_confidence), group
+        store = workdir.Kept(kept)
+    else:
+        store = workdir.Kept(None)
+    settings: list[object] = [which, min_confidence, recognizer.options, backend.most_pixels()]
+    if store:
+        networks = zip(mtcnn.Variables._fields, recognizer.detector, strict=False)
+        settings += [registry.fingerprint(dict(networks))]
+        settings += [tag(recognizer, name) for name in recognizer.extractors]
+    for group in photos.in_groups(sources, most=_GROUP, photo_fn=lambda source: source):
+        digests = [photos.digest_of(source) for source in group] if store else []
+        found = store.load_or_compute(
+            [settings, digests],
+            functools.partial(
+                _recognize_group,
+                recognizer,
+                group,
+                find_fn=functools.partial(
+                    _find, detect_fn, which=which, min_confidence=min_confidence
+                ),
+            ),
         )
-        pairs = [
-            (pixels, landmarks) for pixels, faces, _, _ in found for landmarks in faces.landmarks
-        ]
-        embeddings = {
-            name: embed.embed_faces(extractor, recognizer.variables[name], pairs)
-            for name, extractor in recognizer.extractors.items()
-        }
-        at = 0
-        for source, (_, faces, digest, problem) in zip(group, found, strict=True):
-            rows = slice(at, at + len(faces.boxes))
-            at = rows.stop
-            own = {name: vectors[rows] for name, vectors in embeddings.items()}
+        for source, entry in zip(group, found, strict=True):
             photo = source.photo if isinstance(source, photos.PhotoSource) else source
             path = pathlib.Path(photo) if isinstance(photo, (str, os.PathLike)) else None
-            yield Recognized(path, problem, digest, faces, own)
+            yield _from_entry(recognizer, path, entry)
+    store.drop_unused()
+
+
+def _recognize_group(
+    recognizer: Recognizer,
+    group: Sequence[photos.PhotoLike | photos.PhotoSource],
+    *,
+    find_fn: Callable[..., tuple[np.ndarray, detect.Faces, str, str | None]],
+) -> list[dict[str, object]]:
+    """What `_find` and the extractors find in photos, as `Recognized` without the path."""
+    found = list(
+        parallel.thread_stream(find_fn, group, weight_fn=photos.num_pixels, limit=_PIXELS_AT_ONCE)
+    )
+    pairs = [(pixels, landmarks) for pixels, faces, _, _ in found for landmarks in faces.landmarks]
+    embeddings = {
+        name: embed.embed_faces(extractor, recognizer.variables[name], pairs)
+        for name, extractor in recognizer.extractors.items()
+    }
+    entries, at = [], 0
+    for _, faces, digest, problem in found:
+        rows = slice(at, at + len(faces.boxes))
+        at = rows.stop
+        own = {name: vectors[rows] for name, vectors in embeddings.items()}
+        entries.append({"problem": problem, "digest": digest, "faces": faces, "embeddings": own})
+    return entries
+
+
+def _from_entry(
+    recognizer: Recognizer, path: pathlib.Path | None, entry: dict[str, files.Json]
+) -> Recognized:
+    """What `_recognize_group` found in a photo, from JSON."""
+    faces = {name: np.array(rows, np.float32) for name, rows in entry["faces"].items()}
+    return Recognized(
+        path,
+        entry["problem"],
+        entry["digest"],
+        detect.Faces(
+            faces["boxes"].reshape(-1, 4),
+            faces["confidences"],
+            faces["landmarks"].reshape(-1, 5, 2),
+        ),
+        {
+            name: np.array(entry["embeddings"][name], np.float32).reshape(
+                -1, extractor.embedding_size
+            )
+            for name, extractor in recognizer.extractors.items()
+        },
+    )
 
 
 class _Enrollee(NamedTuple):
@@ -689,7 +749,9 @@ def _find(
     faces = detect.select_faces(faces, (faces.confidences >= min_confidence) & (spread >= 1.0))
     if which == "main":
         faces = detect.main_face(faces, pixels.shape)
-    return pixels, faces, digest, None if len(faces.boxes) else NO_FACE
+    if not len(faces.boxes):
+        return np.zeros((0, 0, 3), np.uint8), faces, digest, NO_FACE
+    return pixels, faces, digest, None
 
 
 def _read(source: photos.PhotoLike | photos.PhotoSource) -> tuple[np.ndarray, str]:
@@ -701,17 +763,4 @@ def _read(source: photos.PhotoLike | photos.PhotoSource) -> tuple[np.ndarray, st
         data = photos.read_photo_bytes(source)
         return photos.decode_photo(data).pixels, hashlib.sha256(data).hexdigest()
     pixels = photos.as_photo(source).pixels
-    digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes())
-    return pixels, digest.hexdigest()
-
-
-def _read_digest(source: photos.PhotoLike | photos.PhotoSource) -> str:
-    """The digest of a photo alone; empty if it cannot be read."""
-    if isinstance(source, photos.PhotoSource) and source.problem is None:
-        source = source.photo
-    try:
-        if isinstance(source, (str, os.PathLike)):
-            return hashlib.sha256(photos.read_photo_bytes(source)).hexdigest()
-        return _read(source)[1]
-    except photos.PhotoError:
-        return ""
+    return pixels, photos.digest_of(pixels)

@@ -93,3 +93,25 @@ def test_freed_memory_is_used_again():
         for what in ("keep", "return")
     )
     assert kept < 100 < returned
+
+
+def test_photos_are_limited_by_the_memory_of_the_machine(monkeypatch):
+    limits = []
+    for gigabytes in (1, 5, 6, 64):
+        monkeypatch.setattr(backend, "memory_bytes", lambda bytes_=gigabytes << 30: bytes_)
+        backend._pixels_that_fit.cache_clear()
+        limits.append(backend.most_pixels())
+    backend._pixels_that_fit.cache_clear()
+    assert limits == sorted(limits) and limits[0] == 8_000_000 and limits[-1] == 100_000_000
+    assert 40e6 < limits[1] < 60e6
+    backend.limit_pixels(0.5)
+    assert backend.most_pixels() == 500_000
+    backend.limit_pixels(None)
+    assert backend.most_pixels() >= 8_000_000
+
+
+def test_memory_is_what_a_shell_allows():
+    code = "from afr_jax.core import backend; print(backend.memory_bytes())"
+    limited = f"ulimit -v 4000000 && exec {sys.executable} -c '{code}'"
+    done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 4000000 << 10 < backend.memory_bytes()

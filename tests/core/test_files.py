@@ -144,3 +144,41 @@ def test_a_folder_without_permission_is_told_by_the_name_of_the_file(tmp_path, m
     monkeypatch.setattr(pathlib.Path, "open", refuse)
     with pytest.raises(PermissionError, match=r"Permission denied: '.*/report\.json'"):
         files.write_json(tmp_path / "report.json", {})
+
+
+def test_text_that_spreadsheets_would_run_is_marked_and_read_back(tmp_path):
+    path = tmp_path / "table.csv"
+    names = ["=1+1", "+a", "-a.jpg", "@sum", "\tb", "\rc", "'=x", "''@y", "-1.5", "plain", "'tis"]
+    files.write_csv(path, ("name", "value"), [(name, -2.5) for name in names])
+    with path.open(encoding="utf-8", newline="") as file:
+        _, *cells = csv.reader(file)
+    for name, (cell, value) in zip(names, cells, strict=True):
+        is_number = name == "-1.5"
+        assert is_number or cell[0] not in "=+-@\t\r"
+        assert value == "-2.5"
+    assert [row for _, row in files.read_csv(path, ["name"])] == [(name,) for name in names]
+    # What is no formula is left as it is.
+    assert [cell for cell, _ in cells[-3:]] == names[-3:]
+
+
+def test_names_that_are_not_unicode_do_not_cost_a_table(tmp_path):
+    path = tmp_path / "table.csv"
+    files.write_csv(path, ("name",), [(os.fsdecode(b"caf\xe9"),), ("other",)])
+    assert files.read_csv(path, ["name"])[1] == (3, ("other",))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path, monkeypatch, number):
+    """The system names no file when the disk is full."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=r"report\.json") as caught:
+        files.write_json(tmp_path / "report.json", {})
+    assert files.is_of_the_disk(caught.value) and not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="nnn") as caught:
+        files.write_json(tmp_path / ("n" * 300), {})
+    assert not files.is_of_the_disk(caught.value)

@@ -24,11 +24,12 @@ class _Outer(options.Config):
 
 def test_leaves_come_in_order_with_their_types():
     leaves = {leaf.path: leaf for leaf in options.leaves(_Outer)}
-    assert list(leaves) == [("workdir",), ("seed",), ("mode",), ("sizes",), ("inner", "rate")]
+    base = [("workdir",), ("seed",), ("max_megapixels",)]
+    assert list(leaves) == [*base, ("mode",), ("sizes",), ("inner", "rate")]
     assert leaves["mode",].spec.choices == ("a", "b")
     assert leaves["sizes",].is_tuple and leaves["sizes",].kind is int
     assert leaves["inner", "rate"].default == 0.2
-    assert options.resumable(_Outer) == ("sizes",)
+    assert options.resumable(_Outer) == ("max_megapixels", "sizes")
 
 
 def test_built_values_replace_defaults_and_nothing_else():

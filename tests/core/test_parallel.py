@@ -1,10 +1,12 @@
+import signal
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from afr_jax.core import parallel
+from afr_jax.core import interrupts, parallel
 
 
 def _perturb_one(key, params, image):
@@ -255,3 +257,46 @@ def test_no_rows_and_wrong_arguments_are_refused():
         parallel.map_batches(
             _perturb_one, parallel.make_mesh(), in_axes=_IN_AXES, batch_size=4, backend="host"
         )
+
+
+def test_a_stream_begins_few_items_and_few_heavy_ones():
+    """At any time, what was taken from the items and not yet given back."""
+    taken, given, most = [], 0, {1: 0, 50: 0}
+
+    def items(weight):
+        for number in range(20):
+            taken.append(number)
+            most[weight] = max(most[weight], len(taken) - given)
+            yield number, weight
+
+    for weight in most:
+        taken.clear()
+        stream = parallel.thread_stream(
+            lambda item: item[0], items(weight), weight_fn=lambda item: item[1], limit=60
+        )
+        for given, result in enumerate(stream):
+            assert result == given
+    # In hand, and behind it two at work, two waiting and the next; of the heavy ones one.
+    assert most == {1: 6, 50: 3}
+
+
+def test_a_stream_that_is_left_cancels_what_is_not_begun():
+    begun = []
+    stream = parallel.thread_stream(lambda n: begun.append(n) or 1 / (n - 1), range(100), width=1)
+    with pytest.raises(ZeroDivisionError):
+        list(stream)
+    assert len(begun) < 5
+
+
+def test_an_interrupt_ends_work_in_threads(monkeypatch):
+    """A signal that nobody saw ends a loop in whatever thread it runs."""
+    done = []
+
+    def work(number):
+        done.append(number)
+        if number == 3:
+            monkeypatch.setattr(interrupts, "_received", [signal.SIGTERM])
+
+    with pytest.raises(interrupts.Interrupted) as caught:
+        parallel.thread_map(work, range(100), width=1)
+    assert caught.value.number == signal.SIGTERM and done == [0, 1, 2, 3]

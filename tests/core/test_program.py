@@ -13,11 +13,11 @@ from afr_jax.core import options, program
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 _PROGRAM = """
-import dataclasses, threading
+import atexit, dataclasses, gc, os, signal, threading
 import logging as std_logging
 import numpy as np
 from absl import logging
-from afr_jax.core import options, program
+from afr_jax.core import options, program, progress
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Config):
@@ -26,7 +26,7 @@ class Config(options.Config):
     do: str = options.option(
         "result",
         "what to do",
-        choices=("result", "usage", "folder", "crash", "wait"),
+        choices=("result", "usage", "folder", "full", "crash", "wait", "swallow", "late"),
         aliases=("task",),
     )
     steps: int = options.option(100, "gradient steps", at_least=1)
@@ -34,16 +34,31 @@ class Config(options.Config):
     def toy(self):
         return dataclasses.replace(self, steps=min(self.steps, 3))
 
+def told(name):
+    os.kill(os.getpid(), getattr(signal, name))
+
 def run(config):
     if config.do == "usage":
         raise options.UsageError("no photos given")
     if config.do == "folder":
         raise PermissionError(13, "Permission denied", "out")
+    if config.do == "full":
+        raise OSError(28, "No space left on device", "out/a\\n.json")
     if config.do == "crash":
         raise ZeroDivisionError("a bug")
     if config.do == "wait":
         print("ready")
         threading.Event().wait()
+    if config.do == "swallow":
+        # Python prints what a callback of the garbage collector raises, and goes on.
+        gc.callbacks.append(lambda phase, info: phase == "start" and told("SIGTERM"))
+        gc.collect()
+        gc.callbacks.clear()
+        for _ in progress.track(range(10), description="steps"):
+            pass
+        print("lost")
+    if config.do == "late":
+        atexit.register(told, "SIGTERM")
     print("a stray print")
     std_logging.getLogger("jax._src.xla_bridge").info("there is no TPU")
     logging.info("a log line")
@@ -76,6 +91,7 @@ def test_main_prints_one_json_line_and_exits_with_the_code(command):
     assert json.loads(done.stdout) == {
         "do": "result",
         "loss": None,
+        "max_megapixels": None,
         "seed": 7,
         "steps": 3,
         "workdir": None,
@@ -90,11 +106,12 @@ def test_main_prints_one_json_line_and_exits_with_the_code(command):
     [
         (["--no_such_flag=1"], "no_such_flag"),
         (["--seed=many"], "seed"),
-        (["--do=dance"], "--do is 'dance', must be one of result, usage, folder, crash, wait"),
+        (["--do=dance"], "--do is 'dance', must be one of result, usage, folder, full, crash"),
         (["--steps=0"], "--steps is 0, must be at least 1"),
         (["photo.jpg", "--toy"], "unexpected arguments: photo.jpg"),
         (["--do=usage"], "error: no photos given"),
         (["--do=folder"], "error: [Errno 13] Permission denied: 'out'"),
+        (["--do=full"], r"error: [Errno 28] No space left on device: 'out/a\n.json'"),
     ],
 )
 def test_wrong_usage_exits_2_with_a_message(command, arguments, message):
@@ -117,7 +134,7 @@ def test_help_lists_the_flags_and_exits_0(command):
     for part in ("A program for the test.", "--workdir", "--seed=0", "--toy", "--do=result"):
         assert part in done.stdout
     assert "gradient steps; at least 1" in done.stdout
-    assert "result|usage|folder|crash|wait" in done.stdout
+    assert "result|usage|folder|full|crash|wait|swallow|late" in done.stdout
 
 
 def test_a_bug_exits_1_with_a_traceback(command):
@@ -126,7 +143,13 @@ def test_a_bug_exits_1_with_a_traceback(command):
     assert "Traceback" in done.stderr and done.stdout == ""
 
 
-def test_interrupt_exits_130_without_a_traceback(command, start_process):
+@pytest.mark.parametrize(
+    "number, code, word",
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_exits_with_its_code_without_a_traceback(
+    command, start_process, number, code, word
+):
     process = start_process(
         [*command, "--do=wait"],
         stdout=subprocess.PIPE,
@@ -136,10 +159,43 @@ def test_interrupt_exits_130_without_a_traceback(command, start_process):
     for line in process.stderr:
         if line == "ready\n":
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, errors = process.communicate()
-    assert process.returncode == 130
-    assert output == "" and errors == "interrupted\n"
+    assert process.returncode == code
+    assert output == "" and errors == f"{word}\n"
+
+
+def test_a_signal_that_a_callback_swallows_ends_the_work_at_the_next_step(command):
+    done = _call(command, "--do=swallow")
+    assert done.returncode == 143
+    assert done.stdout == "" and "lost" not in done.stderr
+    assert done.stderr.endswith("terminated\n")
+
+
+def test_a_signal_during_exit_counts(command):
+    done = _call(command, "--do=late")
+    assert done.returncode == 143 and json.loads(done.stdout)["do"] == "late"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_during_imports_ends_a_program(name, code):
+    """Handled from the first import on, before those that take seconds."""
+    told = f"import signal, experiments; signal.raise_signal(signal.{name}); print('lost')"
+    done = _call([sys.executable, "-c", told])
+    assert (done.returncode, done.stdout) == (code, "")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_signal_that_is_ignored_stays_ignored(command):
+    """As shells start jobs in the background."""
+    ignored = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    told = "import signal, experiments; signal.raise_signal(signal.SIGINT); print('goes on')"
+    done = _call([sys.executable, "-c", ignored, "-c", told])
+    assert (done.returncode, done.stdout) == (0, "goes on\n")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -192,3 +192,27 @@ def test_a_cell_that_fails_leaves_no_file(tmp_path):
     with pytest.raises(RuntimeError, match="no memory"):
         workdir.load_or_compute(tmp_path / "a.json", fail)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_found_is_kept_by_what_it_depends_on(tmp_path):
+    calls = []
+
+    def find(name):
+        return lambda: calls.append(name) or {"name": name}
+
+    for _ in range(2):
+        kept = workdir.Kept(tmp_path / "kept")
+        assert kept.load_or_compute(["a", 1], find("a")) == {"name": "a"}
+        assert kept.load_or_compute(["a", 2], find("b")) == {"name": "b"}
+    assert calls == ["a", "b"]
+    assert kept.load_or_compute(["a", 2], find("c"), anew=True) == {"name": "c"}
+    # A run that comes to its end leaves what it used, and files of others.
+    (tmp_path / "kept" / "notes.json").touch()
+    kept = workdir.Kept(tmp_path / "kept")
+    kept.load_or_compute(["a", 1], find("d"))
+    kept.drop_unused()
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+    assert calls == ["a", "b", "c"]
+    nothing = workdir.Kept(None)
+    assert not nothing and nothing.load_or_compute("a", lambda: np.float32(0.5)) == 0.5
+    nothing.drop_unused()

@@ -5,6 +5,7 @@ import io
 import os
 import pathlib
 import random
+import re
 import stat
 import struct
 import sys
@@ -576,7 +577,8 @@ def test_several_frames_are_refused(kind, options):
 
 
 def test_large_images_are_refused_by_their_header():
-    limit, reason = Image.MAX_IMAGE_PIXELS, "the image has more than 100 megapixels"
+    limit = Image.MAX_IMAGE_PIXELS
+    reason = "the image has more than 100 megapixels (--max_megapixels)"
     # There are no pixels in these files: decoding would fail for another reason.
     for width, height in ((10001, 10000), (13000, 13000), (2**31 - 1, 2**31 - 1)):
         assert _refused(_png(width, height, 1, 0, b"")) == reason
@@ -592,7 +594,7 @@ def test_large_images_are_refused_by_their_header():
 @pytest.mark.parametrize("kind", ALL)
 def test_the_limit_is_ours_not_pillows(kind, monkeypatch):
     data = _bytes(_blocks(), kind)
-    reason = "the image has more than 0.001535 megapixels"
+    reason = "the image has more than 0.001535 megapixels (--max_megapixels)"
     assert _refused(data, max_pixels=32 * 48 - 1) == reason
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 48 - 1)  # Warnings are errors here.
     assert photos.decode_photo(data, max_pixels=32 * 48).pixels.shape == (32, 48, 3)
@@ -994,3 +996,67 @@ def test_outputs_never_take_the_name_of_an_input():
     names = ["a_jpg_cloaked.png", "a_cloaked_cloaked.png"]
     assert outputs == [pathlib.Path("/in") / name for name in names]
     assert photo_files.output_paths(_inputs("a.jpg"), "/in", suffix=".x")[0].name == "a.x"
+
+
+def test_sizes_are_told_by_headers(tmp_path, monkeypatch):
+    """Before anything is decoded, of every kind of photo."""
+    for kind in ALL:
+        path = tmp_path / kind.replace(" ", "_")
+        path.write_bytes(_bytes(_blocks(), kind))
+        assert photos.num_pixels(path) == 32 * 48
+    declared = tmp_path / "declared.png"
+    declared.write_bytes(_png(10000, 9000, 1, 0, b""))
+    assert photos.num_pixels(declared) == 90_000_000
+    (tmp_path / "text.jpg").write_text("none")
+    for none in (tmp_path / "text.jpg", tmp_path / "absent", tmp_path, "a\0b"):
+        assert photos.num_pixels(none) == 0
+    assert photos.num_pixels(photos.PhotoSource("a", declared, problem="a link")) == 0
+    assert photos.num_pixels(np.zeros((3, 4, 3), np.uint8)) == 12
+    assert photos.num_pixels(Image.new("L", (5, 6))) == 30
+
+    def groups(*sizes, most=3):
+        items = [np.zeros((1, size, 3), np.uint8) for size in sizes]
+        cut = photos.in_groups(items, most=most, photo_fn=lambda item: item)
+        return [[item.shape[1] for item in group] for group in cut]
+
+    monkeypatch.setattr(photos, "GROUP_PIXELS", 10)
+    assert groups(1, 1, 1, 1, 9, 1, 1) == [[1, 1, 1], [1, 9], [1, 1]]
+    assert groups(99, 5, 5, 5) == [[99], [5, 5], [5]]
+    assert groups() == []
+
+
+@pytest.mark.parametrize(
+    "name, problem",
+    [
+        ("a.png", None),
+        ("b/../a.png", None),
+        ("inner.png", None),
+        ("../secret.png", "lies outside"),
+        ("b/../../secret.png", "lies outside"),
+        ("{root}/secret.png", "lies outside"),
+        ("out.png", "lies outside"),
+        ("linked/secret.png", "lies outside"),
+        ("circle", "cannot be looked up|does not exist"),
+        ("a\0.png", "cannot be looked up"),
+        ("n" * 300, "cannot be looked up"),
+        ("absent.png", "does not exist"),
+        ("b", "does not exist"),
+        ("", "lies outside"),
+    ],
+)
+def test_tables_name_files_below_their_folder_alone(tmp_path, name, problem):
+    root = tmp_path / "photos"
+    (root / "b").mkdir(parents=True)
+    for path in (root / "a.png", tmp_path / "secret.png"):
+        path.write_bytes(_bytes(_blocks()))
+    (root / "out.png").symlink_to(tmp_path / "secret.png")
+    (root / "linked").symlink_to(tmp_path)
+    (root / "inner.png").symlink_to(root / "a.png")
+    (root / "circle").symlink_to(root / "circle")
+    found = photo_files.find_below(root, name.format(root=tmp_path))
+    if problem is None:
+        assert found.problem is None and photos.read_photo(found.path).pixels.size
+    else:
+        assert re.search(problem, found.problem)
+        with pytest.raises(photos.PhotoError, match=problem):
+            photos.read_source(photos.PhotoSource.of(found))

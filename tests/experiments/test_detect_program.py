@@ -1,6 +1,12 @@
 """The detect program from the outside: statuses, boxes, drawings, wrong usage."""
 
+import errno
+import io
 import json
+import os
+import sys
+import threading
+import time
 
 import numpy as np
 import programs
@@ -8,6 +14,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from afr_jax.core import files
 from afr_jax.recognition import detect
 from afr_jax.recognition.tasks import detect_photos
 
@@ -146,3 +153,107 @@ def test_defaults_namesakes_and_wrong_usage(tmp_path, stand_in):
     parts = ["missing", "holds no photos", "thresholds", "much", "min_face_px", "scale_factor"]
     for message, part in zip(messages, [*parts, "--draw", "a.png"], strict=True):
         assert part in message
+
+
+@pytest.fixture
+def five(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(5):
+        Image.new("RGB", (30, 30 + number)).save(folder / f"{number}.png")
+    return folder
+
+
+def _seen(monkeypatch):
+    """Rows of the photos that the detector looks at."""
+    seen, detect_faces = [], detect.detect_faces
+    monkeypatch.setattr(
+        detect,
+        "detect_faces",
+        lambda variables, pixels, **rest: (
+            seen.append(len(pixels)) or detect_faces(variables, pixels, **rest)
+        ),
+    )
+    return seen
+
+
+@pytest.mark.parametrize("draw", ["--draw", "--nodraw"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "disk full", "x")])
+def test_a_run_that_ends_early_keeps_what_it_found(
+    five, tmp_path, stand_in, monkeypatch, draw, error
+):
+    """Told to stop, or the disk full: the next run looks at the rest, and ends the same."""
+    flags = [f"--images={five}", draw]
+    _call(*flags, f"--output_dir={tmp_path / 'straight'}")
+    out = tmp_path / "out"
+    write_atomically, lock = files.write_atomically, threading.Lock()
+
+    def write(path, data, **options):
+        with lock:
+            if path.suffix == ".json" and len(list(out.rglob("*.json"))) == 2:
+                raise error
+            write_atomically(path, data, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_atomically", write)
+        with pytest.raises(type(error)):
+            _call(*flags, f"--output_dir={out}")
+    assert not (out / "faces.json").exists() and len(list(out.rglob("*.json"))) == 2
+    seen = _seen(monkeypatch)
+    _call(*flags, f"--output_dir={out}")
+    assert len(seen) == 3
+    names = sorted(path.name for path in (tmp_path / "straight").glob("[!.]*"))
+    assert sorted(path.name for path in out.glob("[!.]*")) == names
+    for name in names:
+        assert (out / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_what_was_found_holds_for_the_same_photo_and_options_alone(
+    five, tmp_path, stand_in, monkeypatch
+):
+    seen = _seen(monkeypatch)
+
+    def rows(*flags):
+        seen.clear()
+        _call(f"--images={five}", f"--output_dir={tmp_path / 'out'}", *flags)
+        return sorted(seen)
+
+    assert rows() == [30, 31, 32, 33, 34] and not rows()
+    Image.new("RGB", (30, 90)).save(five / "1.png")
+    assert rows() == [90]
+    assert len(rows("--min_face_px=50")) == 5
+    assert len(rows("--min_face_px=50", "--draw")) == 5 and not rows("--min_face_px=50", "--draw")
+    (tmp_path / "out" / "3_faces.jpg").unlink()
+    assert rows("--min_face_px=50", "--draw") == [33]
+
+
+def test_a_drawing_whose_name_is_too_long_is_that_photos_trouble(five, tmp_path, stand_in):
+    (five / "1.png").rename(five / f"{'n' * 251}.png")
+    result, complete = _call(f"--images={five}", f"--output_dir={tmp_path / 'out'}", "--draw")
+    assert not complete and result["summary"]["ok"] == 4
+    (problem,) = result["not_handled"]
+    assert problem["image"].startswith("nnn") and "File name too long" in problem["reason"]
+
+
+def test_a_batch_job_says_how_far_it_is(five, tmp_path, stand_in, monkeypatch, caplog):
+    """As each photo is done, not when all have been handed out."""
+    clock = iter(range(0, 100_000, 10))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with caplog.at_level("INFO", logger="absl"):
+        _call(f"--images={five}", f"--output_dir={tmp_path / 'out'}")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith("photos: 3 of 5, ") and lines[-1].startswith("photos: 5 of 5")
+
+
+def test_hostile_names_are_handled(five, tmp_path, stand_in):
+    names = [os.fsdecode(b"caf\xe9.png"), "a,b.png", "two\nlines.png", "-dash.png", "=1+1.png"]
+    for path, name in zip(sorted(five.iterdir()), names, strict=True):
+        path.rename(five / name)
+    listed = ",".join(f'"{five / name}"' for name in names if "\n" not in name)
+    for images in (five, listed):
+        result, complete = _call(f"--images={images}", f"--output_dir={tmp_path / 'out'}")
+        assert complete
+        found = json.loads((tmp_path / "out" / "faces.json").read_text())["images"]
+        assert {entry["image"] for entry in found} <= set(names)
+        assert result["num_images"] == len(found) >= 4

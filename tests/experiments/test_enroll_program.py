@@ -13,7 +13,8 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from afr_jax.recognition import database, pipeline
+from afr_jax.core import files
+from afr_jax.recognition import database, embed, pipeline
 from afr_jax.recognition.tasks import enroll_gallery, match_queries
 
 _PERSON = 'Eileen O\'Collins, "Zoë"; DROP'
@@ -189,6 +190,38 @@ def test_a_csv_names_the_people(gallery, tmp_path, stand_in):
     _enroll(f"--gallery={gallery}", f"--csv={table}", f"--database={tmp_path / 'db'}")
     rows = _rows(tmp_path / "db")
     assert rows == {"p0/0.png": (_PERSON, (0, 0, 9)), "p1/1.png": ("李雷", (1, 1, 9))}
+
+
+def test_matching_goes_on_and_names_what_no_table_can_hold(
+    gallery, tmp_path, stand_in, monkeypatch
+):
+    _enroll(f"--gallery={gallery}", f"--database={tmp_path / 'db'}")
+    bad = os.fsdecode(b"caf\xe9.png")
+    names = ["=1+1.png", "-a,b.png", "two\nlines.png", bad, "x.png", "y.png"]
+    for number, name in enumerate(names):
+        programs.save_photo(tmp_path / "queries" / name, (1, number % 4, 9))
+    flags = [f"--queries={tmp_path / 'queries'}", f"--database={tmp_path / 'db'}", "--top_k=1"]
+    straight, complete = _match(*flags, f"--workdir={tmp_path / 'straight'}")
+    assert not complete and straight["faces"] == 5
+    assert straight["not_handled"] == [{"image": bad, "reason": "the name is not Unicode"}]
+    rows = files.read_csv(tmp_path / "straight" / "matches.csv", ["query"])
+    assert sorted(name for _, (name,) in rows) == sorted({*names} - {bad})
+
+    embed_faces, calls = embed.embed_faces, []
+
+    def embed_once(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return embed_faces(*arguments)
+
+    monkeypatch.setattr(embed, "embed_faces", embed_once)
+    with pytest.raises(KeyboardInterrupt):
+        _match(*flags, f"--workdir={tmp_path / 'out'}")
+    _match(*flags, f"--workdir={tmp_path / 'out'}")
+    assert len(calls) == 3
+    tables = [(tmp_path / name / "matches.csv").read_bytes() for name in ("out", "straight")]
+    assert tables[0] == tables[1]
 
 
 def _kill_until_done(gallery, folder, *, num_kills, seed):

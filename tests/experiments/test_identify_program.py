@@ -1,10 +1,13 @@
 """The identify and verify programs from the outside, with a stand-in for detector and extractor."""
 
+import shutil
+
 import numpy as np
 import programs
 import pytest
 
 from afr_jax.evaluation.recognition import identify, verify
+from afr_jax.recognition import embed, pipeline
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +87,48 @@ def test_verification_in_every_metric(people, tmp_path, monkeypatch):
     assert no_face["verified"] is None and "no face was found" in no_face["reason"]
     assert not no_face_complete
     assert "two photos" in one and "one of --pair and --pairs" in both
+
+
+def test_pairs_of_files_elsewhere_are_not_read_and_runs_go_on(people, tmp_path, monkeypatch):
+    root = tmp_path / "photos"
+    shutil.copytree(people, root)
+    programs.save_photo(tmp_path / "secret.png", (20, 100, 50))
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    outside = ["link.png", "../secret.png", str(tmp_path / "secret.png")]
+    pairs = [(f"p{person}/0.png", f"p{person}/1.png", 1) for person in range(7)]
+    pairs += [(f"p{person}/0.png", f"p{person + 1}/1.png", 0) for person in range(6)] * 2
+    pairs += [("p0/0.png", name, 1) for name in outside]
+    rows = ["image_a,image_b,same", *(",".join(map(str, pair)) for pair in pairs)]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    programs.stand_in(monkeypatch)
+    monkeypatch.setattr(pipeline, "_GROUP", 4)
+    flags = [f"--pairs={tmp_path / 'pairs.csv'}", f"--images={root}"]
+    flags.append(f"--workdir={tmp_path / 'out'}")
+    embed_faces, calls = embed.embed_faces, []
+
+    def embed_some(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return embed_faces(*arguments)
+
+    monkeypatch.setattr(embed, "embed_faces", embed_some)
+    with pytest.raises(KeyboardInterrupt):
+        programs.call(verify.VerifyConfig, verify.run, *flags)
+    result, complete = programs.call(verify.VerifyConfig, verify.run, *flags)
+    # Seventeen photos in five groups, two of which were done before.
+    assert len(calls) == 3 + 3
+    assert not complete and {item["image"] for item in result["not_handled"]} == set(outside)
+    assert all("lies outside" in item["reason"] for item in result["not_handled"])
+    again = programs.call(verify.VerifyConfig, verify.run, *flags)
+    assert again == (result, False) and len(calls) == 6
+
+
+def test_identification_goes_on(people, tmp_path, monkeypatch):
+    programs.stand_in(monkeypatch)
+    monkeypatch.setattr(pipeline, "_GROUP", 20)
+    flags = [f"--data={people}", f"--workdir={tmp_path / 'out'}"]
+    first, _ = programs.call(identify.IdentifyConfig, identify.run, *flags)
+    monkeypatch.setattr(embed, "embed_faces", None)
+    again, _ = programs.call(identify.IdentifyConfig, identify.run, *flags)
+    assert again["rows"] == first["rows"]

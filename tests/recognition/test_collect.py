@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import pathlib
 
 import numpy as np
@@ -283,3 +284,40 @@ def test_the_program(tmp_path):
     assert "--data is needed" in _run_program(f"--output_dir={out}")
     toy, _ = _run_program(f"--data={data}", f"--output_dir={tmp_path / 'toy'}", "--max_photos=2")
     assert toy["photos"] == 2
+
+
+def test_a_collection_that_was_killed_goes_on(tmp_path, monkeypatch):
+    data, out = tmp_path / "data", tmp_path / "out"
+    for seed in range(5):
+        _save(data / "Ann" / f"{seed}.png", _picture(seed))
+    (data / "Ann" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    _run_program(f"--data={data}", f"--output_dir={tmp_path / 'straight'}")
+    monkeypatch.setattr(collect, "_GROUP", 2)
+    read, fingerprint = [], collect.fingerprint
+
+    def count(pixels):
+        read.append(1)
+        if len(read) == 4:
+            raise KeyboardInterrupt
+        return fingerprint(pixels)
+
+    monkeypatch.setattr(collect, "fingerprint", count)
+    with pytest.raises(KeyboardInterrupt):
+        _run_program(f"--data={data}", f"--output_dir={out}")
+    read[:] = [1] * 4
+    _run_program(f"--data={data}", f"--output_dir={out}")
+    assert len(read) - 4 == 3
+    for name in ("photos.csv", "repeats.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_photos_whose_names_no_table_can_hold_are_named(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    bad = os.fsdecode(b"caf\xe9.png")
+    for number, name in enumerate(["=1+1.png", "-a,b.png", "two\nlines.png", bad]):
+        _save(data / "Ann" / name, _picture(number))
+    result, complete = _run_program(f"--data={data}", f"--output_dir={out}")
+    assert not complete and result["kept"] == 3
+    assert result["not_handled"] == [{"image": f"Ann/{bad}", "reason": "the name is not Unicode"}]
+    listing = identities.list_csv(out / "photos.csv", data)
+    assert len(listing.samples) == 3 and not listing.problems

@@ -102,6 +102,39 @@ def test_photos_of_any_size_share_three_programs(variables, face_photo):
                 detect.detect_faces(variables, photo, options=options)
 
 
+def test_a_large_photo_is_looked_at_reduced_and_the_face_is_where_it_is(
+    variables, face_photo, monkeypatch
+):
+    whole = detect.detect_faces(variables, face_photo)
+    seen = []
+    propose = detect._propose
+    monkeypatch.setattr(
+        detect, "_propose", lambda *some: seen.append(some[1].shape) or propose(*some)
+    )
+    monkeypatch.setattr(detect, "_MOST_PIXELS", face_photo.shape[0] * face_photo.shape[1] // 4)
+    faces = detect.detect_faces(variables, face_photo)
+    assert seen == [(115, 120, 3)]
+    # Of 107 px, at half of the size.
+    _assert_same_faces(faces, whole, pixels=6.0, confidence=0.02)
+
+
+def test_overlaps_in_memory_do_not_grow_with_the_square_of_the_boxes(monkeypatch):
+    boxes = np.tile(np.float32([[0, 0, 10, 10]]), (500, 1))
+    boxes += np.arange(500, dtype=np.float32)[:, None]
+    whole = detect._survivors(boxes, 0.3)
+    sizes = []
+    overlap = detect.overlap
+
+    def measured(*some, **options):
+        sizes.append(overlap(*some, **options))
+        return sizes[-1]
+
+    monkeypatch.setattr(detect, "overlap", measured)
+    monkeypatch.setattr(detect, "_OVERLAPS_AT_ONCE", 4000)
+    np.testing.assert_array_equal(detect._survivors(boxes, 0.3), whole)
+    assert max(found.size for found in sizes) <= 4000
+
+
 def test_a_mirrored_photo_has_mirrored_faces(variables, face_photo):
     faces = detect.detect_faces(variables, face_photo)
     mirrored = detect.detect_faces(variables, face_photo[:, ::-1].copy())
@@ -398,7 +431,7 @@ def test_move_adds_shares_of_the_sides():
 
 
 @pytest.mark.parametrize("count", [0, 1, 8, 19])
-def test_a_network_sees_all_crops_in_batches(count):
+def test_a_network_sees_all_crops_in_batches(count, monkeypatch):
     crops = np.random.default_rng(0).normal(size=(count, 3, 3, 3)).astype(np.float32)
     seen = []
 
@@ -406,7 +439,9 @@ def test_a_network_sees_all_crops_in_batches(count):
         seen.append(len(batch))
         return scale * batch.sum(axis=(1, 2, 3)), batch[:, 0, 0]
 
-    sums, corners = detect._in_batches(net_fn, 2.0, crops, 8)
+    monkeypatch.setattr(detect, "_crops", lambda packed, boxes, side: packed[boxes[:, 0]])
+    boxes = np.arange(count)[:, None]
+    sums, corners = detect._in_batches(net_fn, 2.0, crops, boxes, side=3, batch=8)
     assert set(seen) == {8}
     np.testing.assert_allclose(sums, 2 * crops.sum(axis=(1, 2, 3)), rtol=1e-6)
     np.testing.assert_array_equal(corners, crops[:, 0, 0])
@@ -438,7 +473,7 @@ def test_crops_are_those_of_tensorflow():
     boxes = np.float32(
         [[3, 4, 30, 31], [5.3, 8, 12, 14], [-6, -8, 20, 18], [20, 30, 60, 70], [90, 90, 99, 99]]
     )
-    crops = detect._crops(photo, boxes, 24)
+    crops = detect._crops(detect._packed(photo), boxes, 24)
     image = mtcnn.normalize(photo.astype(float))
     expected = [_crop_and_resize(image, box.astype(float), 24) for box in boxes]
     np.testing.assert_allclose(crops, expected, atol=2e-4)

@@ -259,3 +259,53 @@ def test_a_trained_extractor_is_found_by_its_folder(tmp_path):
     assert pipeline.tag(loaded, name) == ("trained:mine", expected, 16, "euclidean_l2")
     with pytest.raises(ValueError, match="no extractor"):
         pipeline.find_extractor(str(tmp_path / "absent"))
+
+
+def test_what_was_found_is_kept_group_by_group(recognizer, tmp_path, monkeypatch):
+    """A run that ends early keeps whole groups; the next one embeds the rest, to the same bits."""
+    monkeypatch.setattr(pipeline, "_GROUP", 2)
+    paths = [_photo(tmp_path / f"{n}.png", n % 3, (n, 20, 30.0 + n / 3)) for n in range(5)]
+    straight = list(pipeline.recognize(recognizer, paths, which="all"))
+    kept = tmp_path / "kept"
+    calls, embed_faces = [], embed.embed_faces
+
+    def embed_some(extractor, variables, pairs):
+        calls.append(extractor.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return embed_faces(extractor, variables, pairs)
+
+    monkeypatch.setattr(embed, "embed_faces", embed_some)
+    found = pipeline.recognize(recognizer, paths, which="all", kept=kept)
+    assert [next(found).path, next(found).path] == paths[:2]
+    with pytest.raises(KeyboardInterrupt):
+        next(found)
+    for expected_calls in (4, 0):  # Two groups of two extractors; then nothing.
+        calls[:] = ["some"] * 3
+        again = list(pipeline.recognize(recognizer, paths, which="all", kept=kept))
+        assert len(calls) - 3 == expected_calls
+        for one, other in zip(again, straight, strict=True):
+            assert one[:3] == other[:3]
+            jax.tree.map(np.testing.assert_array_equal, one[3:], other[3:])
+    # Other options, a changed photo: computed anew.
+    list(pipeline.recognize(recognizer, paths, min_confidence=0.5, kept=kept))
+    assert len(calls) - 3 == 6
+    _photo(paths[0], 1, (1, 2, 3))
+    list(pipeline.recognize(recognizer, paths, min_confidence=0.5, kept=kept))
+    assert len(calls) - 3 == 8 and len(list(kept.iterdir())) == 3
+
+
+def test_groups_are_of_few_pixels(recognizer, tmp_path, monkeypatch):
+    paths = [_photo(tmp_path / f"{n}.png", 1, (n, 20, 30)) for n in range(5)]
+    sizes, embed_faces = [], embed.embed_faces
+
+    def embed_some(extractor, variables, pairs):
+        sizes.append(sum(pixels.shape[0] * pixels.shape[1] for pixels, _ in pairs))
+        return embed_faces(extractor, variables, pairs)
+
+    monkeypatch.setattr(embed, "embed_faces", embed_some)
+    monkeypatch.setattr(photos, "GROUP_PIXELS", 2 * 60 * 160)
+    assert len(list(pipeline.recognize(recognizer, paths))) == 5
+    assert max(sizes) == 2 * 60 * 160 and len(sizes) == 6
+    # Pixels of photos without faces are not held.
+    assert pipeline._find(lambda pixels: detect.no_faces(), paths[0], "all", 0)[0].size == 0

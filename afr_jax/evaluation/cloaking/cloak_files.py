@@ -33,10 +33,10 @@ class CloakConfig(options.Config):
     left as they are unless --again. Exit code 3: some photos were not handled, each is named in the
     report. Files in folders that are no photos are counted as skipped.
 
-    Photos are worked on in groups of 8, in the order of their names. Faces of one group that show
-    the same person are moved away from what they have in common, which carries over better to
-    unknown extractors: give all photos of a person together. --mode is the budget, DSSIM of a face:
-    low 0.004, mid 0.007, high 0.012.
+    Photos are worked on in groups of 8, or of 100 megapixels, in the order of their names. Faces of
+    one group that show the same person are moved away from what they have in common, which carries
+    over better to unknown extractors: give all photos of a person together. --mode is the budget,
+    DSSIM of a face: low 0.004, mid 0.007, high 0.012.
 
     --target says where faces go: `repel` (away from the person), a folder with photos of another
     person (towards that person as well), or `farthest` (the person of --gallery, a folder of one

@@ -36,7 +36,8 @@ class IdentifyConfig(options.Config):
     For each extractor: rank-1 and rank-5 (closed set), and the detection-and-identification rate at
     1 % and 0.1 % false positive identifications (open set), with 95 % intervals (bootstrap over
     people); `identification.png` has the curves. --extractors takes several names; --weights gives
-    files for those whose weights are not at hand, as NAME=FILE.
+    files for those whose weights are not at hand, as NAME=FILE. `kept/` holds what was found in
+    groups of photos, so that a killed run goes on where it was.
 
     --toy takes 4 people and 4 strangers.
     """
@@ -113,7 +114,7 @@ def run(config: IdentifyConfig) -> options.Outcome:
         )
     recognizer = config.recognition.load()
     work = workdir.open_workdir(config.workdir, config)
-    report = identify_split(recognizer, split, metric=config.metric)
+    report = identify_split(recognizer, split, metric=config.metric, kept=work.path / "kept")
     root = pathlib.Path(config.data).resolve()
     result = {
         **program.provenance("experiments.identify", config=config),
@@ -193,13 +194,26 @@ def split_people(
 
 
 def identify_split(
-    recognizer: pipeline.Recognizer, split: IdentificationSplit, *, metric: str | None = None
+    recognizer: pipeline.Recognizer,
+    split: IdentificationSplit,
+    *,
+    metric: str | None = None,
+    kept: str | os.PathLike[str] | None = None,
 ) -> IdentificationReport:
-    """Measures identification on people who are split already; see `identify`."""
+    """Measures identification on people who are split already; see `identify`.
+
+    Args:
+        recognizer: from `pipeline.load_recognizer`.
+        split: who is enrolled, and who is looked for.
+        metric: one of `registry.METRICS`; each extractor's own by default.
+        kept: as of `pipeline.recognize`.
+    """
     sources = [path for part in split for path, _ in part]
     found = list(
         progress.track(
-            pipeline.recognize(recognizer, sources), description="photos", total=len(sources)
+            pipeline.recognize(recognizer, sources, kept=kept),
+            description="photos",
+            total=len(sources),
         )
     )
     rows, curves = [], {}

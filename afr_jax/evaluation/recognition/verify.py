@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from afr_jax.core import files, options, progress, workdir
-from afr_jax.data import pairs
+from afr_jax.data import pairs, photo_files, photos
 from afr_jax.evaluation.metrics import verification
 from afr_jax.evaluation.report import figures
 from afr_jax.recognition import detect, match, pipeline, shared_options
@@ -26,7 +26,9 @@ class VerifyConfig(options.Config):
     uses. The second takes a CSV with the columns image_a, image_b, same (0 or 1), paths below
     --images, and reports 10-fold accuracy, AUC, EER and TAR at FAR, with `distances.csv` and
     `roc.png` in the work directory. Every photo is detected, aligned and embedded once; of several
-    faces the one that is large and central counts.
+    faces the one that is large and central counts. `kept/` holds what was found in groups of
+    photos, so that a killed run goes on where it was. Paths and links that lead out of --images are
+    not followed.
 
     --metric: `euclidean` is the distance of the embeddings, `euclidean_l2` that of the embeddings
     scaled to unit length, `cosine` one minus the cosine of their angle. --toy: the first 40 pairs.
@@ -108,11 +110,12 @@ def _verify_pairs(
     name = config.recognition.extractor
     rows, same = _read_pairs(config)
     work = workdir.open_workdir(config.workdir, config)
-    photos = sorted({photo for row in rows for photo in row})
-    found = pipeline.recognize(recognizer, [pathlib.Path(config.images) / each for each in photos])
+    names = sorted({photo for row in rows for photo in row})
+    sources = [photos.PhotoSource.of(photo_files.find_below(config.images, each)) for each in names]
+    found = pipeline.recognize(recognizer, sources, kept=work.path / "kept")
     embeddings, problems = {}, []
     for photo, item in zip(
-        photos, progress.track(found, description="photos", total=len(photos)), strict=True
+        names, progress.track(found, description="photos", total=len(names)), strict=True
     ):
         if item.problem:
             problems.append({"image": photo, "reason": item.problem})
@@ -125,7 +128,7 @@ def _verify_pairs(
         "extractor": recognizer.extractors[name].name,
         "similarity_metric": metric,
         "pairs": len(rows),
-        "photos": len(photos),
+        "photos": len(names),
         "accuracy": float(accuracies.mean()),
         "accuracy_std": float(accuracies.std(ddof=1)),
         "accuracy_at_threshold": (

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from afr_jax.core import files
+from afr_jax.core import files, images
 
 GAIN = 10
 MID_GRAY = 128
+_STRIP_ROWS = 256
 
 _SMALL_FACE = 0.5  # of the photo's long side; a smaller face is also shown by itself
 _FACE_MARGIN = 0.15  # of the box's long side, added on each side of that crop
@@ -36,8 +37,12 @@ def amplified_difference(
     Returns:
       uint8 [H, W, 3]; 128 where nothing changed.
     """
-    change = cloaked.astype(np.int32) - original.astype(np.int32)
-    return np.clip(MID_GRAY + gain * change, 0, 255).astype(np.uint8)
+    shown = np.empty_like(original)
+    for top in range(0, len(original), _STRIP_ROWS):
+        rows = slice(top, top + _STRIP_ROWS)
+        change = cloaked[rows].astype(np.int32) - original[rows]
+        shown[rows] = np.clip(MID_GRAY + gain * change, 0, 255)
+    return shown
 
 
 def photo_pictures(
@@ -67,7 +72,7 @@ def photo_pictures(
                 f"load_pair must return uint8 [H, W, 3], got {array.dtype} {list(array.shape)}"
             )
     height, width = original.shape[:2]
-    changed = np.any(original != cloaked, axis=-1)
+    changed = images.changed_pixels(original, cloaked)
     outside = changed.copy()
     for face in faces:
         if not face["box"] or not face["cloaked"]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from afr_jax.core import files, parallel, workdir
 from afr_jax.core import images as image_ops
-from afr_jax.data import identities, image_sets, pairs, photos, sampling
+from afr_jax.data import identities, image_sets, pairs, photo_files, photos, sampling
 from afr_jax.evaluation.metrics import verification
 from afr_jax.models import mtcnn
 from afr_jax.models.weights import conversion
@@ -257,7 +257,8 @@ def read_pairs(
         found, unreadable = np.zeros((2, len(names)), bool)
         for row, name in enumerate(progress_fn(names)):
             try:
-                pixels = photos.read_photo(root / name).pixels
+                source = photos.PhotoSource.of(photo_files.find_below(root, name))
+                pixels = photos.read_source(source).pixels
             except photos.PhotoError:
                 unreadable[row] = True
                 continue

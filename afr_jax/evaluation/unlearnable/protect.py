@@ -139,7 +139,9 @@ def run(config: MakeUnlearnableConfig) -> options.Outcome:
     output = pathlib.Path(config.output_dir).expanduser().absolute()
     method = config.noise()
     _check_places(config.data.data, output)
-    data = config.data.read(seed=config.seed)
+    data = image_sets.without_unnameable(config.data.read(seed=config.seed))
+    if not data.sample_ids:
+        raise options.UsageError(f"--data={config.data.data}: {data.problems[-1].reason}")
     if len(data.classes) < 2 and isinstance(method, recipes.SearchedNoise):
         raise options.UsageError(f"--method={config.method} needs two classes or more")
     settings = {

@@ -172,19 +172,25 @@ def fit_together(
     Returns:
         The final pixels.
     """
-    scales = np.ones(len(regions))
-    best, best_spent = pixels.copy(), 0.0
+    whole = pixels.copy()
     if not len(regions):
-        return best
+        return whole
+    # All that changes or is measured, so that a large photo costs no more than its faces.
+    corners = np.concatenate([regions, boxes])
+    (top, left), (bottom, right) = corners[:, :2].min(axis=0), corners[:, 2:].max(axis=0)
+    shift = np.array([top, left, top, left])
+    regions, boxes = ([box - shift for box in some] for some in (regions, boxes))
+    pixels = pixels[top:bottom, left:right]
+    scales = np.ones(len(regions))
+    best, best_spent = pixels, 0.0
     areas = np.array(regions, np.float64)
     neighbors = (detect.overlap(areas, areas) > 0) | np.eye(len(regions), dtype=bool)
     for fit_round in range(_ROUNDS):
-        # Whole levels take half the memory of floats, which counts for a photo of 12 megapixels.
         final = pixels.astype(np.int16)
         for (y0, x0, y1, x1), (delta, limit), scale in zip(regions, changes, scales, strict=True):
             levels = np.round(np.clip(scale * delta, -limit, limit) * 255.0)
             final[y0:y1, x0:x1] += levels.astype(np.int16)
-        final = np.clip(np.round(final), 0, 255).astype(np.uint8)
+        final = np.clip(final, 0, 255).astype(np.uint8)
         spent = np.array(
             [
                 budget.spent(pixels, final, region, box)
@@ -203,7 +209,8 @@ def fit_together(
         else:
             least = np.where(neighbors & (spent > 1), wanted, 1.0).min(axis=1)
             scales = scales * np.maximum(least, 0.5)
-    return best
+    whole[top:bottom, left:right] = best
+    return whole
 
 
 def fit_alone(

@@ -10,6 +10,7 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 
+from afr_jax.core import images
 from afr_jax.core.perception import measures
 from afr_jax.data import photos
 from afr_jax.methods.cloaking import budget, photo_cloaks
@@ -142,11 +143,11 @@ def check_photo(
         limits and every pixel outside the regions is the original's, or that of `reencoded`.
     """
     plain = photo.pixels if reencoded is None else reencoded
-    untouched = np.ones(final.shape[:2], bool)
+    changed = images.changed_pixels(plain, final)
     for face in cloaked:
         y0, x0, y1, x1 = face.region if reencoded is None else _jpeg_reach(face.region)
-        untouched[y0:y1, x0:x1] = False
-    leaked = bool(np.any(plain[untouched] != final[untouched]))
+        changed[y0:y1, x0:x1] = False
+    leaked = bool(changed.any())
     before = [face.distances for face in cloaked]
     judged, found_again = _judge(
         recognizer, second, photo.pixels, photo.faces, final, before, surrogates, options

@@ -4,6 +4,7 @@ The steps are those of `workflow`; what was done to a file stands in its record 
 that was killed goes on where it was and ends with the same bytes.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -72,13 +73,14 @@ class FolderRun:
         Raises:
             targets.TargetError: the target cannot be used.
         """
-        groups = {
-            start: jobs[start : start + workflow.GROUP]
-            for start in range(0, len(jobs), workflow.GROUP)
-        }
-        opened = {
-            start: group for start, group in groups.items() if not all(map(self._is_done, group))
-        }
+        grouped = photos.in_groups(
+            jobs, most=workflow.GROUP, photo_fn=lambda job: photos.PhotoSource.of(job.source)
+        )
+        start, opened = 0, {}
+        for group in grouped:
+            if not all(map(self._is_done, group)):
+                opened[start] = group
+            start += len(group)
         target = self._choose_target(jobs) if opened else None
         judges = self.judges
         known = records.known_pixels(self.work.path)
@@ -102,17 +104,27 @@ class FolderRun:
         judges: dict[str, str],
         known: frozenset[str],
     ) -> None:
-        load_fn = functools.partial(self._load, known=known)
-        loaded = [item for item in parallel.thread_map(load_fn, group) if item is not None]
+        stream = parallel.thread_stream(
+            functools.partial(self._load, known=known),
+            group,
+            weight_fn=lambda job: photos.num_pixels(job.source.path),
+            limit=photos.GROUP_PIXELS // 2,
+        )
+        loaded = [item for item in stream if item is not None]
         num_faces = sum(len(item.found.task.faces.boxes) for item in loaded)
         total = num_faces * self.flow.method.num_steps
         with progress.counter(total, description="face steps") as report_fn:
             outcomes = self.flow.cloak_group(
                 self.key, [item.found for item in loaded], target=target, report_fn=report_fn
             )
-        for item, outcome in zip(loaded, outcomes, strict=True):
-            if not self._is_done(item.job):
-                self._finish(item, outcome, judges)
+        # Nothing but `finish` holds an outcome, which drops its pixels once they are encoded.
+        waiting = collections.deque(outcomes)
+        del outcomes
+        for item in loaded:
+            if self._is_done(item.job):
+                waiting.popleft()
+            else:
+                self._finish(item, self.flow.finish(item.found, waiting.popleft()), judges)
 
     def _is_done(self, job: records.Job) -> bool:
         """Whether nothing is left to do for a job."""
@@ -138,10 +150,9 @@ class FolderRun:
             return None
         return _Loaded(job, sha256, self.flow.find_faces(job.source.relative.as_posix(), photo))
 
-    def _finish(self, item: _Loaded, outcome: workflow.Outcome, judges: dict[str, str]) -> None:
-        """Measures, publishes and records one photo."""
+    def _finish(self, item: _Loaded, done: workflow.CloakedPhoto, judges: dict[str, str]) -> None:
+        """Publishes and records one photo."""
         job, sha256 = item.job, item.sha256
-        done = self.flow.finish(item.found, outcome)
         if done.data is None or done.pixels is None:
             records.write(job, done.status, done.reason, done.faces, sha256=sha256)
             return
@@ -154,7 +165,7 @@ class FolderRun:
                 done.faces,
                 overwrite=self.overwrite,
                 sha256=sha256,
-                pixels_sha256=workflow.pixels_sha256(done.pixels),
+                pixels_sha256=photos.digest_of_pixels(done.pixels),
                 found=item.found.task.faces,
                 judges=judges,
             )
@@ -162,6 +173,8 @@ class FolderRun:
             reason = "the output exists and is not of this run; pass --overwrite to replace it"
             records.write(job, "failed", reason, [], sha256=sha256)
         except OSError as error:
+            if files.is_of_the_disk(error):
+                raise
             reason = f"could not write the output: {error.strerror or error}"
             records.write(job, "failed", reason, [], sha256=sha256)
 

@@ -8,7 +8,6 @@ make the same bytes.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,8 +24,9 @@ from afr_jax.methods.cloaking import face_filter as face_filters
 from afr_jax.recognition import detect, pipeline
 from afr_jax.recognition.detectors import union, yunet
 
-# Photos that are read, detected and cloaked together. Their faces share batches, so a group is
-# always worked on as a whole: a resumed run gives the same bytes.
+# Photos that are read, detected and cloaked together; of large ones fewer (`photos.in_groups`).
+# Their faces share batches, so a group is always worked on as a whole: a resumed run gives the same
+# bytes.
 GROUP = 8
 # The note in files that says what they are: `photos.Photo.note`.
 NOTE = "cloaked by afr_jax"
@@ -161,7 +161,9 @@ class Workflow:
         """
         if self.again:
             return False
-        return photo.note == NOTE or (bool(known) and pixels_sha256(photo.pixels) in known)
+        return photo.note == NOTE or (
+            bool(known) and photos.digest_of_pixels(photo.pixels) in known
+        )
 
     def find_faces(self, name: str, photo: photos.Photo) -> Found:
         """Detects the faces of a photo and divides them into those to cloak and others.
@@ -256,7 +258,9 @@ class Workflow:
         if isinstance(outcome, Exception):
             return CloakedPhoto(name, "failed", f"{outcome}")
         try:
+            cloaked = outcome[1]
             file = self._encode(found.photo, *outcome)
+            del outcome
         except ValueError as error:
             return CloakedPhoto(name, "failed", f"{error}")
         written = file.pixels
@@ -265,7 +269,7 @@ class Workflow:
             self.second,
             found.task,
             written,
-            outcome[1],
+            cloaked,
             surrogates=self.surrogates,
             limits=self.method.budget,
             options=found.options,
@@ -340,9 +344,9 @@ def cloak(
 ) -> list[CloakedPhoto]:
     """Cloaks photos and measures what that is worth, as `python -m experiments.cloak` does.
 
-    Photos are worked on in groups of 8, in their order. Faces of one group that show the same
-    person are moved away from what they have in common, which carries over better to unknown
-    extractors: give all photos of a person together.
+    Photos are worked on in groups of 8, or of 100 megapixels, in their order. Faces of one group
+    that show the same person are moved away from what they have in common, which carries over
+    better to unknown extractors: give all photos of a person together.
 
     Args:
         recognizer: detector and extractors.
@@ -390,8 +394,7 @@ def cloak(
     flow.face_filter.check_photos(len(sources))
     chosen = flow.choose_target(os.fspath(target), gallery, _readable_pixels(sources))
     results = []
-    for start in range(0, len(sources), GROUP):
-        group = sources[start : start + GROUP]
+    for group in photos.in_groups(sources, most=GROUP, photo_fn=lambda source: source):
         loaded = parallel.thread_map(functools.partial(_load, flow), group)
         found = [item for item in loaded if isinstance(item, Found)]
         outcomes = iter(flow.cloak_group(key, found, target=chosen))
@@ -405,11 +408,6 @@ def cloak(
 def already_cloaked(name: str) -> CloakedPhoto:
     """What becomes of a photo that is an output."""
     return CloakedPhoto(name, "already_cloaked", _ALREADY)
-
-
-def pixels_sha256(pixels: np.ndarray) -> str:
-    """SHA-256 of a photo's pixels `[H, W, 3]` uint8 and their shape, hexadecimal."""
-    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
 def own_names(recognizer: pipeline.Recognizer) -> pipeline.Recognizer:

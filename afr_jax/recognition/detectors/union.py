@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
-import cv2
 import numpy as np
 from absl import logging
 
@@ -131,9 +130,11 @@ def detect_union(
         settings = detect.DetectorOptions(
             min_face_px=smallest, scale_factor=options.scale_factor, thresholds=thresholds
         )
-        ours.append(_enlarged(detect.detect_faces(variables, picture, options=settings), factor))
+        ours.append(
+            detect.enlarged(detect.detect_faces(variables, picture, options=settings), factor)
+        )
         if second is not None and max(picture.shape) <= _YUNET_PX:
-            theirs.append(_enlarged(second(picture), factor))
+            theirs.append(detect.enlarged(second(picture), factor))
     first = _joined(ours, sure=options.mtcnn.sure)
     other = _joined(theirs, sure=options.yunet.sure)
     return _matched(first, None if second is None else other, options)
@@ -154,20 +155,9 @@ def _halves(pixels: np.ndarray) -> list[tuple[int, np.ndarray]]:
     height, width = pixels.shape[:2]
     factor = 2
     while max(height, width) * 2 / factor > _COARSEST_PX and min(height, width) >= 24 * factor:
-        size = (width // factor, height // factor)
-        found.append((factor, cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)))
+        found.append((factor, detect.reduced(pixels, factor)))
         factor *= 2
     return found
-
-
-def _enlarged(faces: detect.Faces, factor: int) -> detect.Faces:
-    """Faces of a reduced photo in pixels of the whole; a pixel's middle is half a pixel in."""
-    shift = (factor - 1) / 2
-    return detect.Faces(
-        (faces.boxes * factor + shift).astype(np.float32),
-        faces.confidences,
-        (faces.landmarks * factor + shift).astype(np.float32),
-    )
 
 
 def _joined(levels: Sequence[detect.Faces], *, sure: float) -> detect.Faces:

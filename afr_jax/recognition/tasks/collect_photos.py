@@ -26,7 +26,8 @@ class CollectConfig(options.Config):
     Repeats are equal pixels, and photos whose perceptual hashes of 64 bits differ by --max_distance
     bits at most: resized, recompressed and slightly recolored copies, but no crops. Of each the one
     with the most pixels stays. A repeat that is filed under another person is reported as such: one
-    of the two is wrong. No photo is moved, changed or deleted.
+    of the two is wrong. No photo is moved, changed or deleted. What was read is kept in .collect/
+    there, or in --workdir: a killed run goes on where it was.
 
     Exit codes: 0 done; 2 wrong usage; 3 done, but some photos or rows could not be used. --toy
     looks at the first 100 photos.
@@ -71,9 +72,12 @@ def run(config: CollectConfig) -> options.Outcome:
     work = workdir.open_workdir(config.workdir, config) if config.workdir else None
     with progress.counter(len(listing.samples), description="reading") as advance:
         distance = None if config.max_distance < 0 else config.max_distance
-        found = collect.collect(listing, max_distance=distance, report_fn=advance)
-    with workdir.claimed(output):
-        result, is_complete = _write(config, listing, found, output)
+        own = output / ".collect" if work is None else work.path
+        with workdir.claimed(output):
+            found = collect.collect(
+                listing, max_distance=distance, report_fn=advance, kept=own / "kept"
+            )
+            result, is_complete = _write(config, listing, found, output)
     if work is not None:
         work.write_result(result)
     return options.Outcome(result, is_complete)

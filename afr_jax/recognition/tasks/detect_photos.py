@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import io
 import os
 import pathlib
@@ -12,12 +13,14 @@ import numpy as np
 from absl import logging
 from PIL import Image, ImageDraw
 
-from afr_jax.core import distributed, files, options, parallel, progress, workdir
+from afr_jax.core import backend, distributed, files, options, parallel, progress, workdir
 from afr_jax.data import photo_files, photos
 from afr_jax.models import mtcnn
 from afr_jax.recognition import detect, shared_options
 
 _TOY_FACE_PX = 80
+# Pixels of photos that are decoded at once, unless it is one photo.
+_PIXELS_AT_ONCE = 40_000_000
 _FACE_COLOR, _POINT_COLOR = (255, 64, 64), (64, 255, 64)
 
 
@@ -29,7 +32,9 @@ class DetectConfig(options.Config):
 
     writes `found/faces.json` and, with --draw, `found/<folders>/<stem>_faces.jpg` with everything
     drawn in. Without flags it looks at a sample portrait and writes to `out/detect`. An existing
-    faces.json is replaced, in one piece. The same photos give the same file.
+    faces.json is replaced, in one piece. The same photos give the same file. What was found in each
+    photo is kept in `found/.detect`, or in --workdir: a killed run goes on where it was. Photos of
+    more than 25 megapixels are looked at reduced.
 
         {"images": [{"image", "status", "reason", "faces": [{"box", "confidence", "landmarks"}]}],
          "settings": {...}}
@@ -100,27 +105,17 @@ def run(config: DetectConfig) -> options.Outcome:
     inputs, num_skipped = _inputs(config, output_dir)
     drawings = photo_files.output_paths(inputs, output_dir, suffix="_faces.jpg")
     work = workdir.open_workdir(config.workdir, config) if config.workdir else None
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+    with options.usage(""):
         variables = mtcnn.load_variables()
-    except (OSError, ValueError) as error:
-        raise options.UsageError(str(error)) from error
-
-    def record_of(pair: tuple[photo_files.PhotoInput, pathlib.Path]) -> PhotoRecord:
-        source, drawing = pair
-        return look(
-            variables,
-            source,
-            options=config.detector,
-            drawing=drawing if config.draw and distributed.is_primary() else None,
-        )
-
-    pairs = progress.track(list(zip(inputs, drawings, strict=True)), description="photos")
-    with workdir.claimed(output_dir, below=[drawing.parent for drawing in drawings]):
-        records = _tell_namesakes_apart(parallel.thread_map(record_of, pairs), inputs)
+    place = (output_dir / ".detect" if work is None else work.path) / "kept"
+    with workdir.claimed(output_dir, below=[place, *(drawing.parent for drawing in drawings)]):
+        kept = workdir.Kept(place if distributed.is_primary() else None)
+        records = _look_at_all(config, variables, inputs, drawings, kept)
         if distributed.is_primary():
-            found = {"images": records, "settings": config.detector}
-            files.write_json(output_dir / "faces.json", found)
+            files.write_json(
+                output_dir / "faces.json", {"images": records, "settings": config.detector}
+            )
+            kept.drop_unused()
     statuses = ("ok", "no_face", "unreadable", "failed")
     not_handled = [
         {"image": record.image, "status": record.status, "reason": record.reason}
@@ -147,6 +142,7 @@ def look(
     *,
     options: detect.DetectorOptions,
     drawing: str | os.PathLike[str] | None = None,
+    kept: workdir.Kept | None = None,
 ) -> PhotoRecord:
     """What there is to say about one photo; nothing that is wrong with it raises.
 
@@ -155,33 +151,55 @@ def look(
         source: the file.
         options: of the detector.
         drawing: where the photo is written with its faces drawn in; None for nowhere.
+        kept: what earlier runs found; None for nothing.
+
+    Raises:
+        OSError: the disk is full or read-only, say: see `files.is_of_the_disk`.
     """
+    kept = workdir.Kept(None) if kept is None else kept
     name = source.relative.as_posix()
     try:
         if source.problem is not None:
             raise photos.PhotoError(source.problem)
-        pixels = photos.read_photo(source.path).pixels
-        found = detect.detect_faces(variables, pixels, options=options)
-        if drawing is not None:
-            files.write_atomically(drawing, draw_faces(pixels, found), overwrite=True)
+        data = photos.read_photo_bytes(source.path)
+
+        def find() -> list[FaceRecord]:
+            pixels = photos.decode_photo(data).pixels
+            found = detect.detect_faces(variables, pixels, options=options)
+            if drawing is not None:
+                files.write_atomically(drawing, draw_faces(pixels, found), overwrite=True)
+            return _face_records(found)
+
+        faces = kept.load_or_compute(
+            [hashlib.sha256(data).hexdigest(), options, drawing, backend.most_pixels()],
+            find,
+            anew=drawing is not None and not pathlib.Path(drawing).exists(),
+        )
     except photos.PhotoError as error:
         record = PhotoRecord(name, "unreadable", str(error), [])
+    except OSError as error:
+        if files.is_of_the_disk(error):
+            raise
+        record = PhotoRecord(name, "failed", f"could not be written: {error}", [])
     except Exception as error:  # One photo's trouble must not cost the others theirs.
         logging.exception("could not work on %s", files.printable(source.path))
         record = PhotoRecord(name, "failed", f"{type(error).__name__}: {error}", [])
     else:
-        # What lies beyond is rounding of the processor.
-        faces = [
-            FaceRecord(
-                np.round(box.astype(float), 2).tolist(),
-                round(float(confidence), 6),
-                np.round(points.astype(float), 2).tolist(),
-            )
-            for box, confidence, points in zip(*found, strict=True)
-        ]
         return PhotoRecord(name, "ok" if faces else "no_face", None, faces)
     progress.warn(source.path, f"{record.status} ({record.reason})")
     return record
+
+
+def _face_records(faces: detect.Faces) -> list[FaceRecord]:
+    # What lies beyond is rounding of the processor.
+    return [
+        FaceRecord(
+            np.round(box.astype(float), 2).tolist(),
+            round(float(confidence), 6),
+            np.round(points.astype(float), 2).tolist(),
+        )
+        for box, confidence, points in zip(*faces, strict=True)
+    ]
 
 
 def draw_faces(pixels: np.ndarray, faces: detect.Faces) -> bytes:
@@ -213,6 +231,33 @@ def _inputs(config: DetectConfig, output_dir: pathlib.Path) -> photos.PhotoFiles
         )
     own = [output_dir, output_dir / "faces.json"]
     return shared_options.list_photos(paths, flag="images", exclude=own)
+
+
+def _look_at_all(
+    config: DetectConfig,
+    variables: mtcnn.Variables,
+    inputs: Sequence[photo_files.PhotoInput],
+    drawings: Sequence[pathlib.Path],
+    kept: workdir.Kept,
+) -> list[PhotoRecord]:
+    def record_of(pair: tuple[photo_files.PhotoInput, pathlib.Path]) -> PhotoRecord:
+        source, drawing = pair
+        return look(
+            variables,
+            source,
+            options=config.detector,
+            drawing=drawing if config.draw and distributed.is_primary() else None,
+            kept=kept,
+        )
+
+    stream = parallel.thread_stream(
+        record_of,
+        zip(inputs, drawings, strict=True),
+        weight_fn=lambda pair: photos.num_pixels(photos.PhotoSource.of(pair[0])),
+        limit=_PIXELS_AT_ONCE,
+    )
+    found = list(progress.track(stream, description="photos", total=len(inputs)))
+    return _tell_namesakes_apart(found, inputs)
 
 
 def _tell_namesakes_apart(

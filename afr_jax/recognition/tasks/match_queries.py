@@ -3,7 +3,7 @@
 import dataclasses
 
 from afr_jax.core import options, progress, workdir
-from afr_jax.data import photos
+from afr_jax.data import photo_files, photos
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import database, detect, match, pipeline, shared_options
 
@@ -24,7 +24,8 @@ class MatchConfig(options.Config):
     `distance` is in --metric, `matched` is 1 where it lies below the threshold. `decision` is the
     identity of the nearest enrolled face if that matched, else `unknown`. Boxes are `y0 x0 y1 x1`
     in pixels of the upright photo. `result.json` counts the query photos by status (`ok`,
-    `no_face`, `unreadable`) and names those without a face.
+    `no_face`, `unreadable`) and names those without a face. `kept/` holds what was found in
+    groups of photos, embeddings included, so that a killed run goes on where it was.
 
     --metric: `euclidean` is the distance of the embeddings, `euclidean_l2` that of the embeddings
     scaled to unit length, `cosine` one minus the cosine of their angle. From 100,000 faces on the
@@ -61,20 +62,18 @@ def run(config: MatchConfig) -> options.Outcome:
             reference = database.open_database(config.database)
             reference.check_not_empty()
             recognizer = _load(config, reference)
-            # Nothing is taken over from an earlier run, so everything may change.
+            # What is taken over from an earlier run is told by what it depends on.
             every = [".".join(leaf.path) for leaf in options.leaves(MatchConfig)]
             work = workdir.open_workdir(config.workdir, config, resumable=every)
             found = recognizer.match(
-                [
-                    photos.PhotoSource(item.relative.as_posix(), item.path, problem=item.problem)
-                    for item in inputs
-                ],
+                [_nameable(photos.PhotoSource.of(item)) for item in inputs],
                 reference,
                 top_k=config.top_k,
                 metric=config.distance.metric,
                 threshold=config.distance.threshold,
                 exact=True if config.exact else None,
                 min_confidence=config.detection.min_confidence,
+                kept=work.path / "kept",
             )
     except database.DatabaseError as error:
         raise options.UsageError(str(error)) from error
@@ -103,6 +102,13 @@ def run(config: MatchConfig) -> options.Outcome:
     }
     work.write_result(result)
     return options.Outcome(result, complete=not problems)
+
+
+def _nameable(source: photos.PhotoSource) -> photos.PhotoSource:
+    """The photo, with a problem if no table can hold its name."""
+    if source.problem is not None or photo_files.is_unicode(source.name):
+        return source
+    return source._replace(problem=photo_files.NOT_UNICODE)
 
 
 def _load(config: MatchConfig, reference: database.Database) -> pipeline.Recognizer:
