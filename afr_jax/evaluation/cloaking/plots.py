@@ -173,7 +173,12 @@ def plot_budgets(
         sets = list(dict.fromkeys((row["method"], row["surrogates"]) for row in own))
         for number, (method, surrogates) in enumerate(sets):
             marker = _MARKERS[number % len(_MARKERS)]
-            fill = {} if name in surrogates.split("+") else {"markerfacecolor": "white"}
+            is_unseen = any(
+                row["transfer"] is not False
+                for row in own
+                if (row["method"], row["surrogates"]) == (method, surrogates)
+            )
+            fill = {"markerfacecolor": "white"} if is_unseen else {}
             for countermeasure, style in zip(countermeasures, ("-", ":"), strict=True):
                 line = [
                     row
