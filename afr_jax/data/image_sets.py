@@ -340,7 +340,9 @@ def read_records(
     """
     found_classes = array_records.classes_of(data_dir, name)
     examples = array_records.open_source(data_dir, name, split, decode=False)
-    folders = [found.replace("/", "_") for found in found_classes]
+    folders = [
+        found.replace("/", "_") if found not in (".", "..") else "_" for found in found_classes
+    ]
 
     def read_one(row: int) -> _Item:
         example = examples[row]

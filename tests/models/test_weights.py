@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch_writer as torch
 
+from afr_jax.core import files
 from afr_jax.models.extractors import inception_resnet, iresnet, openface
 from afr_jax.models.weights import conversion, formats, torch_files
 
@@ -332,7 +333,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(conversion.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         conversion.write_safetensors(path, _variables())
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
@@ -343,8 +344,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     [
         (lambda data: data[:-10], "not a readable safetensors"),
         (lambda data: data[:20], "not a readable safetensors"),
-        (lambda data: data.replace(b"params/conv/kernel", b"params/cone/kernel"), "1 missing"),
-        (lambda data: data.replace(b"[3,3,3,4]", b"[3,3,4,3]"), "1 misshapen"),
+        (lambda data: data.replace(b"params/conv/kernel", b"params/cone/kernel"), "checksum"),
+        (lambda data: data.replace(b"[3,3,3,4]", b"[3,3,4,3]"), "checksum"),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "checksum"),
     ],
 )
 def test_damaged_safetensors_are_refused(tmp_path, change, message):
@@ -354,3 +356,16 @@ def test_damaged_safetensors_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         conversion.read_safetensors(path, conversion.shapes(_Net(), 8))
     assert str(path) in str(error.value)
+
+
+def test_safetensors_of_another_network_are_refused(tmp_path):
+    path, variables = tmp_path / "net.safetensors", _variables()
+    conv = variables["params"].pop("conv")
+    for other, message in (
+        ({"cone": conv}, "2 missing"),
+        ({"conv": conv | {"kernel": conv["kernel"].transpose(0, 1, 3, 2)}}, "1 misshapen"),
+    ):
+        params = variables["params"] | other
+        conversion.write_safetensors(path, {**variables, "params": params})
+        with pytest.raises(ValueError, match=message):
+            conversion.read_safetensors(path, conversion.shapes(_Net(), 8))

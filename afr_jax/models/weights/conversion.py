@@ -6,14 +6,11 @@ How foreign files are read as arrays is in `formats.py` and the modules that it 
 goes where is in the module of each network.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
-import pathlib
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -209,7 +206,7 @@ def write_safetensors(
     dtype: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes variables atomically; the name of an array is its path, joined by slashes.
+    """Writes variables atomically, with a checksum; the name of an array is its path with slashes.
 
     Args:
         path: the file.
@@ -229,19 +226,8 @@ def write_safetensors(
             if not np.array_equal(np.isfinite(stored), np.isfinite(array)):
                 raise ValueError(f"{name} holds values that do not fit into {dtype}")
         flat[name] = stored
-    data = safetensors.numpy.save(flat, metadata=dict(metadata or {}))
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
+    known = {**(metadata or {}), formats.CHECKSUM: files.digest_of(flat)}
+    files.write_atomically(path, safetensors.numpy.save(flat, metadata=known), overwrite=True)
 
 
 def read_safetensors(path: str | os.PathLike[str], variable_shapes: Variables) -> Variables:

@@ -4,6 +4,7 @@ The kind of a file is told by its content, not by its name. Which array belongs 
 of the module of each network.
 """
 
+import json
 import math
 import os
 import pathlib
@@ -13,8 +14,11 @@ import h5py
 import numpy as np
 import safetensors.numpy
 
+from afr_jax.core import files
 from afr_jax.models.weights import checks, onnx_files, tflite_files, torch_files
 
+# In the metadata of a safetensors file: `files.digest_of` its arrays.
+CHECKSUM = "sha256"
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP = b"PK\x03\x04"
 # Filters of HDF5 itself: deflate, shuffle, Fletcher's checksum, szip, n-bit, scale and offset.
@@ -93,13 +97,19 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[str, dict[str, np.ndarray
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file.
+    """The arrays of a safetensors file; checked where its metadata have a `CHECKSUM`.
 
     Raises:
         ValueError: the file is damaged.
     """
     try:
-        return safetensors.numpy.load(pathlib.Path(path).read_bytes())
+        data = pathlib.Path(path).read_bytes()
+        arrays = safetensors.numpy.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        checksum = header.get("__metadata__", {}).get(CHECKSUM)
+        if checksum not in (None, files.digest_of(arrays)):
+            raise ValueError("its checksum is another one")
+        return arrays
     except Exception as error:
         raise checks.unreadable(path, "safetensors file", error) from error
 
