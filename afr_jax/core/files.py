@@ -13,6 +13,7 @@ import re
 import secrets
 import socket
 import threading
+import time
 import weakref
 import zipfile
 import zlib
@@ -21,6 +22,7 @@ from typing import IO, Any
 
 import jax
 import numpy as np
+from absl import logging
 
 try:
     import fcntl
@@ -28,6 +30,8 @@ except ImportError:  # There are no such locks on Windows.
     fcntl = None
 
 _LOCK_NAME = ".lock"
+_HERE = f" on {socket.gethostname()}:"
+_PATIENCE_S = 120
 _PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial")
 # What reading a damaged zip archive raises.
 _DAMAGED = (
@@ -113,7 +117,8 @@ def lock_folder(folder: str | os.PathLike[str]) -> FolderLock | None:
     """Takes hold of a folder, so that no other process does.
 
     The lock is `flock` on a hidden file in the folder, so that one of a killed process is none. The
-    same process may take it more than once.
+    same process may take it more than once. That of a process on another machine is waited for, two
+    minutes at most: a file server needs them to learn that a machine is gone.
 
     Args:
         folder: It exists.
@@ -126,13 +131,22 @@ def lock_folder(folder: str | os.PathLike[str]) -> FolderLock | None:
         OSError: The file of the lock cannot be written.
     """
     key = os.path.realpath(folder)
-    with _held_guard:
-        lock = _held.get(key)
-        if lock is None and fcntl is not None:
-            lock = _take_lock(pathlib.Path(folder))
-            if lock is not None:
-                _held[key] = lock
-    return lock
+    for second in range(_PATIENCE_S + 1):
+        try:
+            with _held_guard:
+                lock = _held.get(key)
+                if lock is None and fcntl is not None:
+                    lock = _take_lock(pathlib.Path(folder))
+                    if lock is not None:
+                        _held[key] = lock
+            return lock
+        except InUseError as error:
+            if _HERE in str(error) or second == _PATIENCE_S:
+                raise
+            if not second:
+                logging.info("waiting, as %s", error)
+            time.sleep(1)
+    raise AssertionError("the last try returns or raises")
 
 
 def remove_partials(folder: str | os.PathLike[str]) -> None:
@@ -349,13 +363,15 @@ def _take_lock(folder: pathlib.Path) -> FolderLock | None:
                     return None
             except BlockingIOError as error:
                 file.seek(0)
-                holder = printable(file.read(200).decode(errors="replace")) or "another process"
-                message = f"{folder} is in use by {holder}: let it finish first"
+                holder = (
+                    printable(file.read(200).decode(errors="replace")) or f"another process{_HERE}"
+                )
+                message = f"{folder} is in use by {holder} let it finish first"
                 raise InUseError(message) from error
             # Whoever had it may have removed the file meanwhile.
             if _is_there(file, path):
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                file.write(f"process {os.getpid()}{_HERE}".encode())
                 file.flush()
                 opened.pop_all()
                 return FolderLock(file, path)

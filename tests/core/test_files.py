@@ -1,10 +1,12 @@
 import csv
 import dataclasses
 import errno
+import fcntl
 import json
 import math
 import os
 import pathlib
+import time
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -67,6 +69,22 @@ def test_write_json_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
         files.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_lock_of_another_machine_is_waited_for(tmp_path, monkeypatch):
+    """As of one that is gone, until the file server knows."""
+    with open(tmp_path / ".lock", "wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b"process 7 on elsewhere:")
+        other.flush()
+        slept = []
+        monkeypatch.setattr(time, "sleep", slept.append)
+        with pytest.raises(files.InUseError, match="in use by process 7 on elsewhere: let it"):
+            files.lock_folder(tmp_path)
+        assert sum(slept) == 120
+        monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(other, fcntl.LOCK_UN))
+        assert files.lock_folder(tmp_path) is not None
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_no_bit_of_a_sealed_file_changes_unseen(tmp_path):
