@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import cv2
 import numpy as np
 
+from afr_jax.core import files
+
 _BOARD_FLAGS = cv2.CALIB_CB_ADAPTIVE_THRESH | cv2.CALIB_CB_NORMALIZE_IMAGE
 
 
@@ -30,10 +32,11 @@ def read_grids(path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]
     try:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         found = {
-            photo: {name: np.asarray(grid, np.float32) for name, grid in grids.items()}
+            photo: {name: _grid(grid) for name, grid in grids.items()}
             for photo, grids in content.items()
         }
-    except (ValueError, AttributeError) as error:
+    # Lists within lists without end, values that are no numbers, or have hundreds of digits.
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} holds no corner grids: {error}") from error
     for photo, grids in found.items():
         for name, grid in grids.items():
@@ -43,6 +46,12 @@ def read_grids(path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]
             if not np.isfinite(grid).all():
                 raise ValueError(f"{path}: {photo}, {name} is not finite")
     return found
+
+
+def _grid(values: files.Json) -> np.ndarray:
+    # What is too large is infinite, and refused as that.
+    with np.errstate(over="ignore"):
+        return np.asarray(values, np.float64).astype(np.float32)
 
 
 def find_aruco(
