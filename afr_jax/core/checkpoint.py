@@ -8,6 +8,7 @@ Beside the files of a checkpoint lie their checksums. One that is damaged is put
 folder is opened, and the one before it is the newest.
 """
 
+import errno
 import hashlib
 import os
 import pathlib
@@ -21,6 +22,8 @@ import orbax.checkpoint as ocp
 from afr_jax.core import distributed, files, progress
 from afr_jax.core.parallel import PyTree, Tree
 
+# What a checkpoint takes besides its arrays.
+_METADATA_BYTES = 1 << 20
 _CHECKSUMS = "checksums.json"
 # Orbax writes the time into it at last.
 _TIMED = "_CHECKPOINT_METADATA"
@@ -70,13 +73,18 @@ class Checkpoints:
         Args:
           step: larger than that of the newest checkpoint, or equal to it.
           tree: a pytree of arrays and numbers.
+
+        Raises:
+          OSError: the disk has no room for it.
         """
         latest = self.latest_step()
         if latest is not None and step <= latest:
             if step == latest:
                 return
             raise ValueError(f"step {step} comes before the newest checkpoint, step {latest}")
-        self._manager.save(step, args=ocp.args.StandardSave(tree))
+        self._check_room(tree)
+        with files.naming(self._folder):
+            self._manager.save(step, args=ocp.args.StandardSave(tree))
 
     def restore(self, example: Tree) -> tuple[int, Tree] | None:
         """Restores the newest checkpoint.
@@ -107,8 +115,19 @@ class Checkpoints:
                 files.write_sealed(path / _CHECKSUMS, {"files": _checksums(path)})
 
     def wait(self) -> None:
-        """Returns when everything saved so far is complete on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved so far is complete on disk.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        with files.naming(self._folder):
+            self._manager.wait_until_finished()
+
+    def _check_room(self, tree: PyTree) -> None:
+        """Raises OSError where a disk is too full: Orbax's threads would fail at great length."""
+        needed = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(tree))
+        if shutil.disk_usage(self._folder).free < needed + _METADATA_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
 
     def close(self) -> None:
         """Completes what is being saved and frees the background threads."""

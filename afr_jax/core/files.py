@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pathlib
 import re
@@ -17,7 +18,7 @@ import time
 import weakref
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import IO, Any
 
 import jax
@@ -38,6 +39,10 @@ _DAMAGED = (
     *(OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile),
     *(RuntimeError, NotImplementedError),
 )
+# Trained weights hardly shrink: compressed files are a tenth smaller, those of halves and zeros a
+# few times. Small ones may be anything.
+_MOST_EXPANSION = 20
+_SMALL_BYTES = 1 << 26
 # The locks of this process, by folder, as long as somebody holds them.
 _held: weakref.WeakValueDictionary[str, "FolderLock"] = weakref.WeakValueDictionary()
 _held_guard = threading.Lock()
@@ -80,22 +85,47 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
         ) from error
     partial = None
     try:
-        partial, file = _open_partial(path)
-        with file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            if overwrite:
-                os.replace(partial, path)
-            else:
-                _publish_new(partial, path)
-    except FileExistsError:
-        raise
-    except OSError as error:  # It names the hidden file, which says nothing to people, or none.
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        with naming(path):
+            partial, file = _open_partial(path)
+            with file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                if overwrite:
+                    os.replace(partial, path)
+                else:
+                    _publish_new(partial, path)
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Generator[None]:
+    """Lets errors of writing name the file that people know.
+
+    The system names none when a disk is full, or a hidden one; libraries of formats hide what it
+    said in errors of their own.
+
+    Args:
+        path: of the file or folder that is written in the body.
+
+    Raises:
+        OSError: what the body raised, with the path.
+    """
+    try:
+        yield
+    except InUseError:
+        raise
+    except OSError as error:
+        if error.filename is not None and not str(error.filename).endswith(".partial"):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
+    except Exception as error:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), os.fspath(path)) from error
+        raise
 
 
 class InUseError(OSError):
@@ -233,6 +263,8 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ValueError: It is damaged.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            check_npz(archive, os.path.getsize(path))
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = dict(archive)
         checksum = str(arrays.pop("checksum"))
@@ -243,6 +275,50 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if checksum != digest_of(arrays):
         raise ValueError("damaged: its checksum is another one")
     return arrays
+
+
+def check_expansion(num_bytes: int, file_bytes: int, *, small: int = _SMALL_BYTES) -> None:
+    """Checks that what a file unpacks to is not absurdly larger than the file.
+
+    Args:
+        num_bytes: of the arrays, as headers say.
+        file_bytes: of the file.
+        small: what a file may unpack to, however small it is.
+
+    Raises:
+        ValueError: it is.
+    """
+    if num_bytes > max(small, _MOST_EXPANSION * file_bytes):
+        raise ValueError(f"{file_bytes} bytes say that they unpack to {num_bytes}")
+
+
+def check_npz(archive: zipfile.ZipFile, file_bytes: int, *, small: int = _SMALL_BYTES) -> None:
+    """Checks the arrays of an `.npz` by their headers, before one is unpacked.
+
+    Args:
+        archive: the open file.
+        file_bytes: its size.
+        small: as of `check_expansion`.
+
+    Raises:
+        ValueError: it is a bomb; or a member holds objects, or not as many values as it says.
+    """
+    members = archive.infolist()
+    check_expansion(sum(max(0, info.file_size) for info in members), file_bytes, small=small)
+    for info in members:
+        with archive.open(info) as member:
+            version = np.lib.format.read_magic(member)
+            readers = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }
+            if version not in readers:
+                raise ValueError(f"{info.filename} is of an unknown version")
+            shape, _, dtype = readers[version](member)
+            if dtype.hasobject:
+                raise ValueError(f"{info.filename} holds objects, which would have to be executed")
+            if math.prod(shape) * dtype.itemsize != info.file_size - member.tell():
+                raise ValueError(f"{info.filename} has not as many values as its shape says")
 
 
 def digest_of(arrays: Mapping[str, np.ndarray]) -> str:

@@ -31,7 +31,8 @@ class Workdir:
     def append_metrics(self, metrics: Mapping[str, object]) -> None:
         """Appends one line to metrics.jsonl; by convention it has an integer "step"."""
         if distributed.is_primary():
-            with open(self.path / "metrics.jsonl", "a+b") as file:
+            path = self.path / "metrics.jsonl"
+            with files.naming(path), open(path, "a+b") as file:
                 # Of a line that a killed run left torn, this one must not become the end.
                 is_torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
                 file.write(b"\n" * is_torn + _metrics_line(metrics))

@@ -135,8 +135,10 @@ def write_records(
         raise FileExistsError(f"{folder} exists; remove it, or choose another name")
     for left in folder.parent.glob(f"incomplete.*_{folder.name}"):  # By a killed run.
         shutil.rmtree(left)
+    tfds.disable_progress_bar()  # A dozen for each split, also where there is no terminal.
     config = tfds.download.DownloadConfig(num_shards=num_shards)
-    builder.download_and_prepare(download_config=config)
+    with files.naming(folder):
+        builder.download_and_prepare(download_config=config)
     del lock
     return folder
 

@@ -22,6 +22,8 @@ import tensorflow_datasets as tfds
 from afr_jax.core import files
 from afr_jax.data import array_records, image_sets
 
+# What a file may unpack to, however small it is: patterns that samples share shrink to nothing.
+_SMALL_BYTES = 1 << 29
 _RECORDS = "noise"  # Name of the data set, and of its only split.
 
 Granularity = Literal["sample", "class"]
@@ -194,6 +196,7 @@ def read_noise(path: str | os.PathLike[str]) -> Noise:
 
 def _read_archive(path: pathlib.Path) -> Noise:
     with zipfile.ZipFile(path) as archive:
+        files.check_npz(archive, path.stat().st_size, small=_SMALL_BYTES)
         if (member := archive.testzip()) is not None:
             raise ValueError(f"damaged: the checksum of {member} is another one")
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:

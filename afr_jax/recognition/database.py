@@ -93,7 +93,7 @@ class Database:
         Raises:
             DatabaseError: another process changes it now.
         """
-        with _held(self._folder):
+        with _held(self._folder), files.naming(self.uri):
             self._table.checkout_latest()
             yield
 

@@ -186,3 +186,14 @@ def test_a_cut_file_and_a_lost_one_are_damage(tmp_path):
 def test_keeping_none_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="num_kept is 0"):
         checkpoint.Checkpoints(tmp_path, num_kept=0)
+
+
+def test_a_full_disk_is_told_before_orbax_begins(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with (
+        checkpoint.Checkpoints(tmp_path / "full") as checkpoints,
+        pytest.raises(OSError, match=r"No space left on device: .*full"),
+    ):
+        checkpoints.save(1, {"a": jnp.ones(3), "key": jax.random.key(0), "step": 1})
+    assert not list((tmp_path / "full").iterdir())

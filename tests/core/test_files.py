@@ -200,3 +200,26 @@ def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path, monkeypatch, numb
     with pytest.raises(OSError, match="nnn") as caught:
         files.write_json(tmp_path / ("n" * 300), {})
     assert not files.is_of_the_disk(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Failed writing: [OS error 28: No space left on device]"),
+        RuntimeError("lance error: LanceError(IO): No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_told_by_name_whatever_a_library_makes_of_it(error):
+    with pytest.raises(OSError, match="out/records") as caught, files.naming("out/records"):
+        raise error
+    assert files.is_of_the_disk(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("another"), files.InUseError("in use"), FileExistsError(17, "exists", "a")]
+)
+def test_other_errors_are_left_as_they_are(error):
+    with pytest.raises(type(error)) as caught, files.naming("out"):
+        raise error
+    assert caught.value is error

@@ -1,6 +1,8 @@
 """Labeled sets and noise by id: stable ids, exact budgets, same bytes, odd files."""
 
 import io
+import resource
+import zipfile
 
 import numpy as np
 import pytest
@@ -337,3 +339,27 @@ def test_written_images_are_lossless_and_keep_their_folders(tmp_path):
     data = image_sets.load_image_folder(tmp_path)
     assert data.sample_ids == ids
     np.testing.assert_array_equal(data.images, images)
+
+
+@pytest.mark.parametrize(
+    "shape, num_bytes, match",
+    [((1 << 40,), 16, "not as many values"), ((600 << 20,), 600 << 20, "unpack to")],
+)
+def test_noise_files_that_are_not_what_they_say_are_refused_by_their_headers(
+    tmp_path, shape, num_bytes, match
+):
+    path, header = tmp_path / "noise.npz", io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|i1", "fortran_order": False, "shape": shape}
+    )
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive,
+        archive.open("levels.npy", "w") as member,
+    ):
+        member.write(header.getvalue())
+        for start in range(0, num_bytes, 1 << 20):
+            member.write(bytes(min(1 << 20, num_bytes - start)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=match):
+        noise_files.read_noise(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024

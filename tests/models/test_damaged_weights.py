@@ -13,8 +13,9 @@ import onnx_writer as onnx
 import pytest
 import torch_writer as torch
 
+from afr_jax.core import files
 from afr_jax.models.extractors import registry
-from afr_jax.models.weights import checks, conversion, formats
+from afr_jax.models.weights import conversion, formats
 
 _ARRAYS = {"a.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 4), "a.bias": np.ones(2)}
 
@@ -222,9 +223,9 @@ def test_files_that_hold_less_than_they_say_are_refused(tmp_path, write, match):
 
 
 def test_small_files_may_unpack_to_more():
-    checks.check_expansion(1 << 20, 100)
+    files.check_expansion(1 << 20, 100)
     with pytest.raises(ValueError, match="unpack"):
-        checks.check_expansion(1 << 30, 1 << 20)
+        files.check_expansion(1 << 30, 1 << 20)
 
 
 @pytest.mark.parametrize("field", [(13, [(1, "location"), (2, "net.data")]), (14, 1)])

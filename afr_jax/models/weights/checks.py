@@ -9,10 +9,6 @@ import zipfile
 
 from afr_jax.core import files
 
-# Trained weights hardly shrink: compressed files are a tenth smaller, those of halves and zeros a
-# few times. Small ones may be anything.
-_MOST_EXPANSION = 20
-_SMALL = 1 << 26
 _MOST_TEXT = 500
 
 
@@ -31,20 +27,10 @@ def unreadable(path: str | os.PathLike[str], kind: str, error: Exception) -> Val
     return ValueError(f"{files.printable(path)} is not a readable {kind}: {reason}")
 
 
-def check_expansion(num_bytes: int, file_bytes: int) -> None:
-    """Checks that arrays are not absurdly larger than the file that they are said to be in.
-
-    Raises:
-        ValueError: they are.
-    """
-    if num_bytes > max(_SMALL, _MOST_EXPANSION * file_bytes):
-        raise ValueError(f"{file_bytes} bytes say that they unpack to {num_bytes}")
-
-
 def check_archive(archive: zipfile.ZipFile, file_bytes: int) -> None:
     """Checks the sizes in the directory of an archive; no member unpacks to more than it says.
 
     Raises:
         ValueError: the archive is a bomb.
     """
-    check_expansion(sum(max(0, info.file_size) for info in archive.infolist()), file_bytes)
+    files.check_expansion(sum(max(0, info.file_size) for info in archive.infolist()), file_bytes)

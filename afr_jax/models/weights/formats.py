@@ -5,7 +5,6 @@ of the module of each network.
 """
 
 import json
-import math
 import os
 import pathlib
 import zipfile
@@ -117,31 +116,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def _read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
-            checks.check_archive(archive, os.path.getsize(path))
-            for info in archive.infolist():
-                _check_npy(archive, info)
+            files.check_npz(archive, os.path.getsize(path))
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     # Whatever zip, zlib and the header of an array raise: the file is damaged or no npz.
     except Exception as error:
         raise checks.unreadable(path, "npz file", error) from error
-
-
-def _check_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-    """Checks that a member of an archive is an array of the size that its header says."""
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        readers = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
-        if version not in readers:
-            raise ValueError(f"{info.filename} is of an unknown version")
-        shape, _, dtype = readers[version](member)
-        if dtype.hasobject:
-            raise ValueError(f"{info.filename} holds objects, which would have to be executed")
-        if math.prod(shape) * dtype.itemsize != info.file_size - member.tell():
-            raise ValueError(f"{info.filename} has not as many values as its shape says")
 
 
 def _read_keras(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -159,7 +139,7 @@ def _read_keras(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
                     found[f"{layer}/{leaf}"] = _checked(_child(group, name), name)
             # A chunk that was never written takes no room in the file.
             num_bytes = sum(dataset.nbytes for dataset in found.values())
-            checks.check_expansion(num_bytes, os.path.getsize(path))
+            files.check_expansion(num_bytes, os.path.getsize(path))
             return {name: np.asarray(dataset) for name, dataset in found.items()}
     except Exception as error:
         raise checks.unreadable(path, "Keras weight file", error) from error

@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 import tflite
 
+from afr_jax.core import files
 from afr_jax.models.weights import checks
 
 _Part = TypeVar("_Part")
@@ -73,7 +74,7 @@ def _arrays(data: bytes) -> dict[str, np.ndarray]:
             continue
         raw, name = np.asarray(buffer.DataAsNumpy()), _there(tensor.Name()).decode()
         num_bytes += raw.nbytes + len(name)
-        checks.check_expansion(num_bytes, len(data))
+        files.check_expansion(num_bytes, len(data))
         if not name or name in arrays:
             raise ValueError(f"there are two arrays {name!r}, or one has no name")
         arrays[name] = _array(name, tensor, raw)
