@@ -393,9 +393,16 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path, start_process):
         stdout=subprocess.PIPE,
     )
     holder.stdout.readline()
-    message = _run(tmp_path, f"--images={tmp_path / 'a.png'}", f"--workdir={tmp_path / 'work'}")
+    photo = f"--images={tmp_path / 'a.png'}"
+    message = _run(tmp_path, photo, f"--workdir={tmp_path / 'work'}")
     assert f"out is in use by process {holder.pid}" in message
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    # Nor does --overwrite take away what another run has.
+    (tmp_path / "out" / "config.json").write_text("{}")
+    flags = [photo, f"--workdir={tmp_path / 'out'}", "--overwrite"]
+    message = _run(tmp_path, *flags, output="other")
+    assert message.startswith(f"{tmp_path / 'out'} is in use by process {holder.pid}")
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
 
 
 def test_foreign_output_is_kept_unless_told(tmp_path):

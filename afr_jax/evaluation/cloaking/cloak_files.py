@@ -225,18 +225,19 @@ def _open_workdir(
     path: pathlib.Path, settings: Mapping[str, files.Json], *, overwrite: bool
 ) -> workdir.Workdir:
     """The folder of records; with --overwrite, those of other settings make way."""
-    try:
+    with workdir.claimed(path):  # No other process has it: what is wrong are the settings.
+        try:
+            return workdir.open_workdir(path, settings)
+        except options.UsageError as error:
+            if not (path / "config.json").exists():
+                raise
+            if not overwrite:
+                raise options.UsageError(
+                    f"{error} (or pass --overwrite to replace its outputs)"
+                ) from error
+        folder.forget(path)
+        (path / "config.json").unlink()
         return workdir.open_workdir(path, settings)
-    except options.UsageError as error:
-        if not (path / "config.json").exists():
-            raise
-        if not overwrite:
-            raise options.UsageError(
-                f"{error} (or pass --overwrite to replace its outputs)"
-            ) from error
-    folder.forget(path)
-    (path / "config.json").unlink()
-    return workdir.open_workdir(path, settings)
 
 
 def _report(
