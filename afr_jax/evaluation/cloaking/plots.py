@@ -25,6 +25,8 @@ _METHOD_COLORS = {
     "lowkey": "tab:orange",
     "fawkes_pypi": "tab:green",
 }
+# Panels of a row.
+_MOST_ACROSS = 4
 _MARKERS = "osDv^<>P"
 _OTHER_COLORS = ("tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 
@@ -193,7 +195,8 @@ def plot_budgets(
         if axis == "ssimulacra2":
             panel.invert_xaxis()
         panel.grid(alpha=0.3)
-    axes[0].set_ylabel(f"probes not identified, % ({tracker})")
+    for panel in axes[::_MOST_ACROSS]:
+        panel.set_ylabel(f"probes not identified, % ({tracker})")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
     note = f"solid: {countermeasures[0]}, dotted: {countermeasures[1]}"
@@ -243,7 +246,8 @@ def plot_distances(path: str | os.PathLike[str], found: Sequence[Distances]) -> 
         panel.set_title(item.title, fontsize=9)
         panel.set(xlabel="distance of a probe")
         panel.legend(fontsize=7)
-    axes[0].set_ylabel("probes")
+    for panel in axes[::_MOST_ACROSS]:
+        panel.set_ylabel("probes")
     figures.save(figure, path)
 
 
@@ -296,10 +300,15 @@ def _budget_line(
 
 
 def _panels(count: int, *, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels, a few in a row of that height."""
     pyplot = figures.pyplot()
-    size = max(4.6 * count, 4.6), height
-    figure, axes = pyplot.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
-    return figure, list(axes[0])
+    across = min(max(count, 1), _MOST_ACROSS)
+    down = -(-max(count, 1) // across)
+    size = 4.6 * across, height * down
+    figure, axes = pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    for panel in axes.flat[count:]:
+        panel.set_axis_off()
+    return figure, list(axes.flat[:count])
 
 
 def _vectors(seen: Embeddings, rows: np.ndarray) -> np.ndarray:
