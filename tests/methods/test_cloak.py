@@ -268,3 +268,21 @@ def test_zero_steps_still_obey(surrogates):
 )
 def test_smallest_faces(boxes, expected):
     assert photo_cloaks.is_large_enough(np.array(boxes, np.float32)).tolist() == expected
+
+
+class _SlowBudget(budget.Budget):
+    """Its measure hardly follows the size of a change."""
+
+    def spent(self, original, final, region, box):
+        del region, box
+        return 1.06 * (np.abs(final.astype(float) - original).mean() / 20) ** 0.12
+
+
+def test_a_change_that_fits_only_much_smaller_is_not_lost():
+    pixels = np.full((32, 32, 3), 128, np.uint8)
+    region = np.array([0, 0, 32, 32])
+    change = np.full((32, 32, 3), 20 / 255, np.float32), np.full((32, 32, 1), 1.0, np.float32)
+    limits = _SlowBudget(0.01)
+    final = budget.fit_together(pixels, [region], [region], [change], budget=limits)
+    assert 0.9 < limits.spent(pixels, final, region, region) <= 1
+    assert final.min() > 128

@@ -19,7 +19,10 @@ PUBLISHED_DSSIM = 0.007
 # Flicker beside FLIP: what changes of luma within the budgets have, and a little room.
 _FLICKER_SHARE = 0.27
 # Rounds of fitting several changes together, and how many of them may enlarge a change.
-_ROUNDS, _GROWING_ROUNDS = 12, 4
+_ROUNDS, _GROWING_ROUNDS = 32, 4
+# What a change above the budget shrinks to at least, in a round of the first half and the second:
+# some measures hardly follow small steps.
+_SHRINK, _SHRINK_LATE = 0.98, 0.85
 # Halvings of the interval that the scale of a single change lies in, and its largest scale.
 _HALVINGS, _LARGEST_SCALE = 14, 64
 
@@ -112,7 +115,7 @@ class Budget:
 # In what people see. By its author, SSIMULACRA2 of 85 is not told apart in a flip test, of 80 not
 # side by side, and of 70 it is hard to notice without the original.
 MODES: dict[str, Budget] = {
-    "low": Budget(0.009, ciede2000=3.5, chroma=0.4, flip=0.037, ssimulacra2=82.0),
+    "low": Budget(0.01, ciede2000=3.5, chroma=0.4, flip=0.04, ssimulacra2=85.0),
     "mid": Budget(0.016, ciede2000=4.5, chroma=0.4, flip=0.045, ssimulacra2=78.0),
     "high": Budget(0.026, ciede2000=6.5, chroma=0.6, flip=0.065, ssimulacra2=70.0),
 }
@@ -207,7 +210,9 @@ def fit_together(
         if fit_round < _GROWING_ROUNDS:
             scales = np.minimum(scales * np.clip(wanted, 0.5, 1.25), 1.5)
         else:
-            least = np.where(neighbors & (spent > 1), wanted, 1.0).min(axis=1)
+            most = _SHRINK if fit_round < _ROUNDS // 2 else _SHRINK_LATE
+            shrunk = np.minimum(wanted, most)
+            least = np.where(neighbors & (spent > 1), shrunk, 1.0).min(axis=1)
             scales = scales * np.maximum(least, 0.5)
     whole[top:bottom, left:right] = best
     return whole
