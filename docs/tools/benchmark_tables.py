@@ -91,6 +91,8 @@ def headline() -> str:
         and row["tracker"] == "nearest"
         and row["countermeasure"] == "none"
         and row["transfer"]
+        and row["budget"] == "mid"
+        and "@" not in row["extractor"]
     ]
     variants = markdown.result("attack_cheeks")["test"]["variants"]
     noise = {row["data"]: row for row in markdown.result("unlearnable_cifar10")["rows"]}

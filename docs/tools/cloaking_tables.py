@@ -73,51 +73,85 @@ def protection() -> str:
     return markdown.render(_TRACKER_HEAD, lines, right=3)
 
 
-_MODE_EXTRACTORS = {"dlib": "dlib", "sface": "SFace", **markdown.EXTRACTORS}
+_MODES = ("low", "mid", "high")
+_MODE_EXTRACTORS = {
+    "dlib": "dlib",
+    "sface": "SFace",
+    "facenet_casia": "FaceNet CASIA",
+    "mobilefacenet": "MobileFaceNet-y1",
+    "mobilefacenet_192": "MobileFaceNet-192",
+}
+_UNSEEN_BY_MODES = tuple(_MODE_EXTRACTORS)[2:]
 _PLAIN_TRACKERS = {
     "nearest": "nearest neighbor",
     "nearest_threshold": "nearest neighbor below the threshold",
     "knn_vote": "vote of neighbors",
-    "linear_head": "linear head trained on the published photos",
+    "linear_head": "linear head",
+}
+_VISIBILITY = {
+    "ssimulacra2": ("SSIMULACRA2", ".1f"),
+    "ciede2000_mean": ("CIEDE2000, mean", ".2f"),
+    "ciede2000_p99": ("CIEDE2000, 99 %", ".2f"),
+    "chroma": ("tint, gray levels", ".2f"),
+    "iris_chroma": ("tint of the irises", ".2f"),
+    "flip": ("FLIP", ".3f"),
+    "mean_dssim": ("DSSIM, mean", ".4f"),
 }
 
 
 @table("protection_modes", "protection_modes.json")
 def protection_modes() -> str:
-    """The default cloak by tracker and extractor."""
+    """The default cloak by mode, tracker and extractor."""
     rows = markdown.result("protection_modes")["table"]
-    lines = [
-        [
-            name,
-            *(
+    lines = []
+    for mode in _MODES:
+        for tracker, name in _PLAIN_TRACKERS.items():
+            cells = [
                 markdown.bold(
-                    _png_and_jpeg(rows, method="fawkes", tracker=tracker, extractor=extractor),
-                    extractor not in ("dlib", "sface"),
+                    _png_and_jpeg(
+                        rows, method="fawkes", budget=mode, tracker=tracker, extractor=extractor
+                    ),
+                    extractor in _UNSEEN_BY_MODES,
                 )
                 for extractor in _MODE_EXTRACTORS
-            ),
+            ]
+            lines.append([f"`{mode}`", name, *cells])
+    return markdown.render(("mode", "tracker", *_MODE_EXTRACTORS.values()), lines, right=5)
+
+
+@table("protection_alignments", "protection_modes.json")
+def protection_alignments() -> str:
+    """The default cloak in mode mid by how trackers align and embed faces."""
+    rows = markdown.result("protection_modes")["table"]
+    there = {row["extractor"] for row in rows}
+    lines = []
+    for extractor, name in _MODE_EXTRACTORS.items():
+        cells = [
+            _png_and_jpeg(rows, method="fawkes", budget="mid", extractor=extractor + habit)
+            if extractor + habit in there
+            else ""
+            for habit in ("", "@yunet", "@mirror", "@yunet@mirror")
         ]
-        for tracker, name in _PLAIN_TRACKERS.items()
-    ]
-    return markdown.render(("tracker", *_MODE_EXTRACTORS.values()), lines, right=4)
+        lines.append([name, *cells])
+    head = ("extractor", "as usual", "by YuNet", "mirror images too", "both")
+    return markdown.render(head, lines, right=4)
 
 
 @table("visibility_modes", "protection_modes.json")
 def visibility_modes() -> str:
     """What is seen of the default cloak."""
     rows = markdown.result("protection_modes")["table"]
-    row = next(row for row in rows if row["method"] == "fawkes")
-    names = {
-        "ssimulacra2": ("SSIMULACRA2", ".1f"),
-        "ciede2000_mean": ("CIEDE2000, mean", ".2f"),
-        "ciede2000_p99": ("CIEDE2000, 99 % of the pixels", ".2f"),
-        "chroma": ("tint, gray levels", ".2f"),
-        "flip": ("FLIP", ".3f"),
-        "mean_dssim": ("DSSIM, mean", ".4f"),
-    }
-    cells = [f"{row[key]:{digits}}" for key, (_, digits) in names.items()]
-    heads = [name for name, _ in names.values()]
-    return markdown.render(heads, [cells], right=len(heads))
+    lines = []
+    for mode in _MODES:
+        row = next(row for row in rows if row["method"] == "fawkes" and row["budget"] == mode)
+        lines.append([f"`{mode}`", *_seen(row)])
+    heads = [name for name, _ in _VISIBILITY.values()]
+    return markdown.render(("mode", *heads), lines, right=len(heads))
+
+
+def _seen(row: Mapping[str, Any]) -> list[str]:
+    """What is seen of a cell's photos, the medians."""
+    return [f"{row[key]:{digits}}" for key, (_, digits) in _VISIBILITY.items()]
 
 
 @table("protection_one_extractor", "protection_low.json")

@@ -56,8 +56,8 @@ class CloakConfig(options.Config):
     (`experiments.fetch_weights` lists them) or given by --weights, but for those of --check
     and for judges (`mobilefacenet_192`), which must be named.
 
-    Expected on the sample portrait: distances of 0.74 for dlib (below 0.6 it takes two faces for
-    the same person) and 1.33 for SFace (below 1.14), SSIMULACRA2 81. A cloak hides nothing from a
+    Expected on the sample portrait: distances of 0.75 for dlib (below 0.6 it takes two faces for
+    the same person) and 1.34 for SFace (below 1.14), SSIMULACRA2 81. A cloak hides nothing from a
     model that already knows the person.
     """
 
