@@ -213,6 +213,19 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     write_atomically(path, f"{text}\n".encode(), overwrite=True)
 
 
+def parse_json(text: str | bytes) -> Json:
+    """The value that JSON text says.
+
+    Raises:
+        ValueError: It says none, or one that no writer of ours makes: lists within lists without
+            end.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("damaged: lists within lists without end") from error
+
+
 def seal(fields: Mapping[str, object]) -> dict[str, Json]:
     """Fields as JSON can say them, with a checksum over them, for `unseal`."""
     plain = to_jsonable(fields)
@@ -228,7 +241,11 @@ def unseal(fields: Json) -> dict[str, Json]:
     if not isinstance(fields, dict):
         raise ValueError("damaged: it is no JSON object")
     plain = {name: value for name, value in fields.items() if name != "checksum"}
-    if fields.get("checksum") != _checksum(plain):
+    try:
+        checksum = _checksum(plain)
+    except RecursionError as error:
+        raise ValueError("damaged: lists within lists without end") from error
+    if fields.get("checksum") != checksum:
         raise ValueError("damaged: its checksum is another one")
     return plain
 
@@ -245,7 +262,7 @@ def read_sealed(path: str | os.PathLike[str]) -> dict[str, Json]:
         OSError: The file cannot be read.
         ValueError: It is damaged.
     """
-    return unseal(json.loads(pathlib.Path(path).read_bytes()))
+    return unseal(parse_json(pathlib.Path(path).read_bytes()))
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:

@@ -47,7 +47,7 @@ class Workdir:
         lines, num_damaged = [], 0
         for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
             try:
-                lines += [files.unseal(json.loads(line))] if line else []
+                lines += [files.unseal(files.parse_json(line))] if line else []
             except ValueError:
                 num_damaged += 1
         if num_damaged:
@@ -116,7 +116,7 @@ def open_workdir(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _claim(folder, [path for path, _, _ in os.walk(folder)])
-        old = json.loads(known.read_text(encoding="utf-8")) if known.exists() else None
+        old = files.parse_json(known.read_text(encoding="utf-8")) if known.exists() else None
         if old is not None:
             _check_same_run(folder, _flatten(old), _flatten(new), frozenset(resumable))
         if distributed.is_primary():

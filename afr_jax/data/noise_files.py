@@ -202,7 +202,7 @@ def _read_archive(path: pathlib.Path) -> Noise:
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
         names = tuple(str(name) for name in archive["names"])
         levels = archive["levels"].astype(np.int16)
-        settings = json.loads(str(archive["settings"]))
+        settings = files.parse_json(str(archive["settings"]))
         granularity = cast(Granularity, str(archive["granularity"]))
         return Noise(names, levels, granularity, settings)
 

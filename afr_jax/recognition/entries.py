@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from afr_jax.core import files
 from afr_jax.recognition import match
 
 _METADATA_KEY = b"afr_jax"
@@ -111,7 +112,7 @@ def read_tag(found: pa.Schema, uri: str) -> ExtractorTag:
         DatabaseError: it is no table of ours.
     """
     try:
-        fields = json.loads((found.metadata or {})[_METADATA_KEY])
+        fields = files.parse_json((found.metadata or {})[_METADATA_KEY])
         tag = ExtractorTag(**fields)
         expected = schema(tag)
     except (KeyError, TypeError, ValueError) as error:

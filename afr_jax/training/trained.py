@@ -169,7 +169,7 @@ def read_card(path: str | os.PathLike[str]) -> Card:
     """
     path = _card_path(path)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = files.parse_json(path.read_text(encoding="utf-8"))
         if fields.pop("version") != _CARD_VERSION:
             raise ValueError("another version")
         for name in ("weights", "input_scale", "input_offset"):

@@ -223,3 +223,12 @@ def test_other_errors_are_left_as_they_are(error):
     with pytest.raises(type(error)) as caught, files.naming("out"):
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize("depth", [200_000, 400])
+def test_json_without_end_is_damage(tmp_path, depth):
+    """What the parser takes may still be too deep for who writes it again."""
+    path = tmp_path / "record.json"
+    path.write_text('{"a": ' + "[" * depth + "]" * depth + ', "checksum": 1}')
+    with pytest.raises(ValueError, match="damaged"):
+        files.read_sealed(path)

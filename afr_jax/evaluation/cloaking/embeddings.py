@@ -4,7 +4,6 @@ Published photos reach the tracker re-encoded or edited; it detects, aligns and 
 Nothing here knows the landmarks of the originals.
 """
 
-import json
 import os
 import pathlib
 import tempfile
@@ -105,7 +104,7 @@ def check_weights(path: pathlib.Path, recognizer: pipeline.Recognizer) -> None:
     Raises:
         ValueError: an extractor's weights are not those that the run's files were made with.
     """
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = files.parse_json(path.read_text()) if path.exists() else {}
     now = {name: registry.fingerprint(v) for name, v in recognizer.variables.items()}
     for name in now:
         if known.get(name, now[name]) != now[name]:

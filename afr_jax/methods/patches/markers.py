@@ -30,7 +30,7 @@ def read_grids(path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]
         ValueError: The file is no JSON of that form; the message says where.
     """
     try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        content = files.parse_json(pathlib.Path(path).read_text(encoding="utf-8"))
         found = {
             photo: {name: _grid(grid) for name, grid in grids.items()}
             for photo, grids in content.items()
