@@ -8,11 +8,13 @@ A data set has the splits it is given; each example is {"image": uint8 [H, W, 3]
     source[0]["image"]
 """
 
+import contextlib
 import io
 import os
 import pathlib
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +25,10 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from afr_jax.core import files
 from afr_jax.data import cifar10, identities, photos
+
+# Names of a field in each way that a message of TFDS can be written as JSON.
+_CLASS_KEYS = frozenset({"pythonClassName", "python_class_name", "type"})
+_PATH_KEYS = frozenset({"filepathTemplate", "filepath_template"})
 
 
 class Example(NamedTuple):
@@ -237,7 +243,7 @@ def open_source(
         FileNotFoundError: there is no such data set.
         ValueError: it has no such split, or has no random access (is not stored as ArrayRecord).
     """
-    builder = tfds.builder_from_directory(find_folder(data_dir, name))
+    builder = _builder(data_dir, name)
     if split not in builder.info.splits:
         raise ValueError(f"{name} has the splits {sorted(builder.info.splits)}, not {split!r}")
     stored = builder.info.file_format.value if builder.info.file_format else "nothing known"
@@ -258,7 +264,7 @@ def classes_of(data_dir: str | os.PathLike[str], name: str) -> tuple[str, ...]:
         FileNotFoundError: there is no such data set.
         ValueError: it has no 8-bit images, or no labels of classes.
     """
-    builder = tfds.builder_from_directory(find_folder(data_dir, name))
+    builder = _builder(data_dir, name)
     features = dict(builder.info.features.items())
     image, label = features.get("image"), features.get("label")
     is_usual = isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
@@ -268,8 +274,25 @@ def classes_of(data_dir: str | os.PathLike[str], name: str) -> tuple[str, ...]:
 
 
 def metadata_of(data_dir: str | os.PathLike[str], name: str) -> dict[str, files.Json]:
-    """What was given to `write_records` as metadata; raises FileNotFoundError."""
-    return dict(tfds.builder_from_directory(find_folder(data_dir, name)).info.metadata or {})
+    """What was given to `write_records` as metadata; raises as `open_source` does."""
+    return dict(_builder(data_dir, name).info.metadata or {})
+
+
+@contextlib.contextmanager
+def damage_named(data_dir: str | os.PathLike[str], name: str) -> Generator[None]:
+    """Lets errors of reading a damaged data set in the body, which are of any kind, name it.
+
+    Raises:
+        FileNotFoundError: as in the body.
+        ValueError: as in the body, or the data set is damaged.
+    """
+    try:
+        yield
+    except (FileNotFoundError, ValueError, MemoryError):
+        raise
+    except Exception as error:
+        reason = files.printable(error)
+        raise ValueError(f"{name} in {data_dir} is damaged: {reason}") from error
 
 
 def find_folder(data_dir: str | os.PathLike[str], name: str) -> str:
@@ -286,6 +309,37 @@ def find_folder(data_dir: str | os.PathLike[str], name: str) -> str:
     if not versions:
         raise FileNotFoundError(f"{data_dir} holds no data set {name}")
     return os.fspath(versions[max(versions)])
+
+
+def _builder(data_dir: str | os.PathLike[str], name: str) -> tfds.core.DatasetBuilder:
+    """Reads what a data set says of itself.
+
+    TFDS imports the module of every class that the files name, so it gets only its own to read, and
+    it opens what they name as files of records, wherever that lies.
+    """
+    folder = pathlib.Path(find_folder(data_dir, name))
+    for file, keys, pattern in (
+        ("features.json", _CLASS_KEYS, r"tensorflow_datasets\.[\w.]+|[^.]*"),
+        ("dataset_info.json", _PATH_KEYS, r"[^/\\]*"),
+    ):
+        if (folder / file).exists():
+            content = files.parse_json((folder / file).read_bytes())
+            for value in _values_of(content, keys):
+                if isinstance(value, str) and not re.fullmatch(pattern, value):
+                    raise ValueError(f"{folder / file} names {value!r}, which is not of TFDS")
+    return tfds.builder_from_directory(str(folder))
+
+
+def _values_of(content: files.Json, keys: frozenset[str]) -> Iterator[files.Json]:
+    """Values of keys at any depth."""
+    rest = [content]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            yield from (value[key] for key in value.keys() & keys)
+            rest.extend(value.values())
+        elif isinstance(value, list):
+            rest.extend(value)
 
 
 def _keyed(example: Example) -> tuple[str, dict[str, Any]]:

@@ -338,14 +338,16 @@ def read_records(
         FileNotFoundError: there is no such data set.
         ValueError: no such split or features, not stored as ArrayRecord, no usable image.
     """
-    found_classes = array_records.classes_of(data_dir, name)
-    examples = array_records.open_source(data_dir, name, split, decode=False)
+    with array_records.damage_named(data_dir, name):
+        found_classes = array_records.classes_of(data_dir, name)
+        examples = array_records.open_source(data_dir, name, split, decode=False)
     folders = [
         found.replace("/", "_") if found not in (".", "..") else "_" for found in found_classes
     ]
 
     def read_one(row: int) -> _Item:
-        example = examples[row]
+        with array_records.damage_named(data_dir, name):
+            example = examples[row]
         own = example.get("sample_id", example.get("id"))
         own = f"{split}_{row:05d}" if own is None else _text(own)
         label = int(example["label"])

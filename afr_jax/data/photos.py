@@ -373,7 +373,7 @@ def decode_photo(data: bytes, *, max_pixels: int | None = None) -> Photo:
     max_pixels = backend.most_pixels() if max_pixels is None else max_pixels
     too_large = f"the image has more than {max_pixels / 1e6:g} megapixels (--max_megapixels)"
     try:
-        with _warnings_ignored():
+        with warnings_ignored():
             image = reader(io.BytesIO(data))
             num_frames = 1 if file_format == "HEIC" else getattr(image, "n_frames", 1)
         if image.width * image.height > max_pixels:
@@ -431,7 +431,7 @@ def num_pixels(photo: PhotoLike | PhotoSource) -> int:
     if file_format is None:
         return 0
     try:
-        with pathlib.Path(photo).open("rb") as file, _warnings_ignored():
+        with pathlib.Path(photo).open("rb") as file, warnings_ignored():
             image = _reader(file_format)(file)
             return image.width * image.height
     except Exception:  # As in `decode_photo`, which says what is wrong.
@@ -609,7 +609,7 @@ def _reader(file_format: str) -> Callable[[BinaryIO], ImageFile.ImageFile]:
 
 
 @contextlib.contextmanager
-def _warnings_ignored() -> Generator[None]:
+def warnings_ignored() -> Generator[None]:
     """Ignores warnings about odd headers and large sizes, which are decided upon here.
 
     The filters belong to the process, hence one thread at a time.
@@ -629,7 +629,7 @@ def _drop(image: Image.Image) -> None:
 
 def _decode(image: ImageFile.ImageFile, file_format: str, data: bytes) -> Photo:
     # TIFF alone warns while it decodes; threads may decode the pixels of the others in parallel.
-    with _warnings_ignored() if file_format == "TIFF" else contextlib.nullcontext():
+    with warnings_ignored() if file_format == "TIFF" else contextlib.nullcontext():
         image.load()
     _repair_transparent_color(image, file_format, data)
     # Pillow gives 16-bit gray with alpha (PNG color type 4) as RGBA of equal channels.
@@ -640,7 +640,7 @@ def _from_pillow(image: Image.Image, *, is_gray: bool = False) -> Photo:
     """The photo of a loaded image, which is changed."""
     icc_profile = image.info.get("icc_profile")
     jpeg, note = _jpeg_settings(image), _note(image)
-    with _warnings_ignored():
+    with warnings_ignored():
         exif = _make_upright(image)
     if image.mode in _WIDE_RANGES:
         pixels, alpha = _from_wide_gray(image)

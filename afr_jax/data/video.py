@@ -5,16 +5,20 @@ Host code: no JAX here. Frames are `[H, W, 3]` uint8 RGB.
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageSequence
 
+from afr_jax.core import backend
 from afr_jax.data import photo_files, photos
 
 _PILLOW_FILMS = (".gif", ".webp", ".apng")
 _FILMS = (".mkv", ".mp4", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
+# Of the machine's memory, what the frames of one path may take; compressed, films are 100 times
+# smaller.
+_MEMORY_SHARE = 0.25
 
 
 class VideoError(Exception):
@@ -48,7 +52,8 @@ def read_frames(
 
     Returns:
         The frames in the order of the paths. Photos that cannot be read are skipped, with the
-        reason; a film that breaks off keeps the frames before, and is listed.
+        reason; a film that breaks off keeps the frames before, and is listed. So is one that is too
+        long: the frames of a path take a quarter of the machine's memory at most.
 
     Raises:
         FileNotFoundError: one of `paths` does not exist.
@@ -81,48 +86,61 @@ def spread(total: int, count: int) -> list[int]:
 def _read_one(path: pathlib.Path) -> tuple[list[Frame], list[tuple[str, str]]]:
     frames: list[Frame] = []
     skipped: list[tuple[str, str]] = []
+    room = int(_MEMORY_SHARE * backend.memory_bytes())
     for item in photo_files.list_photos([path]):
-        name, suffix = item.relative.as_posix(), item.path.suffix.lower()
+        suffix = item.path.suffix.lower()
         try:
             if item.problem is not None:
                 raise photos.PhotoError(item.problem)
             if suffix in _PILLOW_FILMS:
-                frames.extend(_pillow_frames(item.path))
+                pictures = _pillow_frames(item.path)
             elif suffix in _FILMS:
-                pictures, problem = _film_frames(item.path)
-                frames.extend(pictures)
-                if problem:
-                    skipped.append((name, problem))
+                pictures = _film_frames(item.path)
             else:
-                frames.append(Frame(item.path.stem, photos.read_photo(item.path).pixels))
+                pictures = iter([photos.read_photo(item.path).pixels])
+            for number, pixels in enumerate(pictures):
+                if pixels.nbytes > room:
+                    raise VideoError(f"no memory for its frames from number {number} on")
+                room -= pixels.nbytes
+                is_film = suffix in (*_PILLOW_FILMS, *_FILMS)
+                name = f"{item.path.stem}_{number:04d}" if is_film else item.path.stem
+                frames.append(Frame(name, pixels))
         except (photos.PhotoError, VideoError) as error:
-            skipped.append((name, str(error)))
+            skipped.append((item.relative.as_posix(), str(error)))
     return frames, skipped
 
 
-def _pillow_frames(path: pathlib.Path) -> list[Frame]:
+def _pillow_frames(path: pathlib.Path) -> Generator[np.ndarray]:
     try:
-        with Image.open(path) as film:
-            return [
-                Frame(f"{path.stem}_{number:04d}", np.asarray(frame.convert("RGB")))
-                for number, frame in enumerate(ImageSequence.Iterator(film))
-            ]
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise VideoError(f"not a film that can be read: {error}") from error
+        with photos.warnings_ignored():
+            film = Image.open(path)
+        with film:
+            _check_size(film.width, film.height)
+            for frame in ImageSequence.Iterator(film):
+                yield np.asarray(frame.convert("RGB"))
+    except VideoError:
+        raise
+    # Damaged content is met with any of a dozen types, as in `photos.decode_photo`.
+    except Exception as error:
+        raise VideoError(f"not a film that can be read to its end: {error}") from error
 
 
-def _film_frames(path: pathlib.Path) -> tuple[list[Frame], str | None]:
-    """Frames up to where the film breaks off, and why it does."""
+def _film_frames(path: pathlib.Path) -> Generator[np.ndarray]:
     import av  # Late: its libraries take time to load, and few runs read films.
 
-    frames: list[Frame] = []
     try:
         with av.open(str(path)) as film:
             if not film.streams.video:
-                return frames, "it holds no pictures"
-            for number, frame in enumerate(film.decode(video=0)):
-                pixels = frame.to_ndarray(format="rgb24")
-                frames.append(Frame(f"{path.stem}_{number:04d}", pixels))
+                raise VideoError("it holds no pictures")
+            _check_size(film.streams.video[0].width, film.streams.video[0].height)
+            for frame in film.decode(video=0):
+                _check_size(frame.width, frame.height)
+                yield frame.to_ndarray(format="rgb24")
     except (av.FFmpegError, OSError, ValueError) as error:
-        return frames, f"not a film that can be read to its end: {error}"
-    return frames, None
+        raise VideoError(f"not a film that can be read to its end: {error}") from error
+
+
+def _check_size(width: int, height: int) -> None:
+    most = backend.most_pixels()
+    if width * height > most:
+        raise VideoError(f"its frames have more than {most / 1e6:g} megapixels (--max_megapixels)")

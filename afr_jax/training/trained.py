@@ -7,7 +7,6 @@ architecture, input, alignment, threshold, and what it was trained on and reache
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -155,8 +154,7 @@ def write_extractor(
         scale, offset = entry.input_scale, entry.input_offset
     fields = {"version": _CARD_VERSION, "weights": WEIGHTS_NAME, "input_scale": scale}
     fields |= {"input_offset": offset, **dataclasses.asdict(card)}
-    text = json.dumps(fields, indent=2, allow_nan=False) + "\n"
-    files.write_atomically(folder / CARD_NAME, text.encode(), overwrite=True)
+    files.write_sealed(folder / CARD_NAME, fields)
     return folder / CARD_NAME
 
 
@@ -170,6 +168,8 @@ def read_card(path: str | os.PathLike[str]) -> Card:
     path = _card_path(path)
     try:
         fields = files.parse_json(path.read_text(encoding="utf-8"))
+        if "checksum" in fields:  # Earlier versions wrote none.
+            fields = files.unseal(fields)
         if fields.pop("version") != _CARD_VERSION:
             raise ValueError("another version")
         for name in ("weights", "input_scale", "input_offset"):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from afr_jax.core import backend
 from afr_jax.data import video
 
 
@@ -13,6 +14,17 @@ def _pictures(count, shape=(16, 24)):
 def _write_gif(path, pictures):
     first, *rest = [Image.fromarray(one) for one in pictures]
     first.save(path, save_all=True, append_images=rest, duration=100)
+
+
+def _write_mkv(path, pictures):
+    import av
+
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for one in pictures:
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(one, format="rgb24")))
+        film.mux(stream.encode(None))
 
 
 def test_gif_frames_in_order_and_evenly_spread(tmp_path):
@@ -28,15 +40,8 @@ def test_gif_frames_in_order_and_evenly_spread(tmp_path):
 
 
 def test_films_by_pyav_and_one_that_breaks_off(tmp_path):
-    import av
-
     path = tmp_path / "film.mkv"
-    with av.open(str(path), "w") as film:
-        stream = film.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for one in _pictures(6, (48, 64)):
-            film.mux(stream.encode(av.VideoFrame.from_ndarray(one, format="rgb24")))
-        film.mux(stream.encode(None))
+    _write_mkv(path, _pictures(6, (48, 64)))
     found = video.read_frames([path])
     assert len(found.frames) == 6 and not found.skipped
     assert found.frames[0].pixels.shape == (48, 64, 3)
@@ -67,3 +72,30 @@ def test_missing_empty_and_unreadable_paths_are_told_apart(tmp_path):
         video.read_frames([tmp_path / "bad.gif"])
     with pytest.raises(ValueError, match="max_frames is 0"):
         video.read_frames([tmp_path], max_frames=0)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "mkv"])
+def test_frames_that_are_too_many_or_too_large_are_not_held(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"film.{suffix}"
+    if suffix == "gif":
+        _write_gif(path, _pictures(6, (48, 64)))
+    else:
+        _write_mkv(path, _pictures(6, (48, 64)))
+    # A quarter of it holds three frames and a half.
+    monkeypatch.setattr(backend, "memory_bytes", lambda: 14 * 48 * 64 * 3)
+    found = video.read_frames(path)
+    assert len(found.frames) == 3
+    assert found.skipped == [(path.name, "no memory for its frames from number 3 on")]
+    monkeypatch.setattr(backend, "most_pixels", lambda: 48 * 64 - 1)
+    with pytest.raises(video.VideoError, match=f"{path.name}.*megapixels"):
+        video.read_frames(path)
+
+
+def test_a_gif_that_declares_many_pixels_is_refused_by_its_header(tmp_path):
+    path = tmp_path / "film.gif"
+    _write_gif(path, _pictures(2))
+    data = bytearray(path.read_bytes())
+    data[6:10] = b"\xff\xff\xff\xff"  # 65,535 x 65,535
+    path.write_bytes(data)
+    with pytest.raises(video.VideoError, match=r"film\.gif"):
+        video.read_frames(path)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from afr_jax.core import files
+from afr_jax.data import photo_files
 
 from . import corpus, processes, tally
 
@@ -27,11 +28,13 @@ class Program(NamedTuple):
         name: of the program.
         flags_fn: its flags for a folder of photos and one of outputs.
         statuses_fn: what it said of each photo, by name, of its outputs and its result.
+        has_tables: whether names that are not Unicode are refused, as no table holds them.
     """
 
     name: str
     flags_fn: Callable[[pathlib.Path, pathlib.Path], list[str]]
     statuses_fn: Callable[[pathlib.Path, dict], dict[str, str]]
+    has_tables: bool = False
 
 
 def run(
@@ -100,8 +103,10 @@ def _judge(
     said = {files.printable(name): status for name, status in said.items()}
     for item in items:
         status = said.pop(files.printable(item.name), corpus.ABSENT)
-        if status not in item.allowed:
-            fault("wrong", item, f"{status}, not {' or '.join(item.allowed)}")
+        is_refused = program.has_tables and not photo_files.is_unicode(item.name)
+        allowed = [corpus.UNREADABLE] if is_refused else item.allowed
+        if status not in allowed:
+            fault("wrong", item, f"{status}, not {' or '.join(allowed)}")
     for name in said:
         fault("wrong", None, f"{name} is named, which is no photo of the folder")
     has_problems = any(item.allowed == [corpus.UNREADABLE] for item in items)
@@ -200,7 +205,7 @@ def _match(workdir: pathlib.Path) -> Program:
         database = f"--database={workdir / 'database'}"
         return [f"--queries={folder}", database, f"--workdir={output}", "--min_face_px=80"]
 
-    return Program("match", flags, statuses)
+    return Program("match", flags, statuses, has_tables=True)
 
 
 PROGRAMS: dict[str, Callable[[pathlib.Path], Program]] = {

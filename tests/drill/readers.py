@@ -7,36 +7,34 @@ that who started it knows which one it did not survive.
 """
 
 import contextlib
-import csv
+import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import pathlib
-import pickle
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import h5py
 import numpy as np
 import onnx_writer as onnx
-import torch_writer as torch
+import tflite_writer
+from PIL import Image
 
 from afr_jax.core import checkpoint, files, workdir
-from afr_jax.data import noise_files, pairs
+from afr_jax.data import image_sets, noise_files, pairs, photos, video
 from afr_jax.methods.patches import markers
 from afr_jax.models.weights import conversion, formats
 from afr_jax.recognition import database, entries
+from afr_jax.training import trained
 
-from . import ROOT, corpus, processes, tally
+from . import ROOT, corpus, hostile, processes, tally
 
 # What reading a case may lead to.
 SAME, OTHER, REFUSED = "same", "other", "refused"
-_MARKER = "marker"
 _ARRAYS = {"a.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 4), "a.bias": np.ones(2)}
+_FLOATS = {name: np.float32(array) for name, array in _ARRAYS.items()}
 _MOST_MB, _LIMIT_SECONDS = 1000.0, 300.0
 # Cases of one process.
 _CASES = 100
@@ -83,7 +81,7 @@ class Case(NamedTuple):
 
 def run(workdir: pathlib.Path, counts: tally.Tally, *, inputs: int, seed: int) -> None:
     """Reads so many damaged files, and each hostile one, in processes of their own."""
-    total = inputs + len(HOSTILE)
+    total = inputs + len(hostile.KINDS)
     first = 0
     while first < total:
         last = min(first + _CASES, total)
@@ -118,7 +116,7 @@ def _judge(line: dict, counts: tally.Tally) -> None:
     faults = {"crash": "crashes", SAME: "wrong", REFUSED: "wrong", OTHER: "lost"}
     found = []
     if line["outcome"] not in line["allowed"]:
-        is_hostile = line["kind"] in HOSTILE
+        is_hostile = line["kind"] in hostile.KINDS
         fault = "wrong" if is_hostile and line["outcome"] == OTHER else faults[line["outcome"]]
         found.append((fault, f"{line['outcome']}: {line['text']}"))
     if line["marker"]:
@@ -144,9 +142,9 @@ def cases(folder: pathlib.Path, *, seed: int, first: int, last: int) -> Iterator
     for index in range(first, last):
         place = folder / str(index)
         place.mkdir(parents=True)
-        if index < len(HOSTILE):
-            kind = list(HOSTILE)[index]
-            reader, write = HOSTILE[kind]
+        if index < len(hostile.KINDS):
+            kind = list(hostile.KINDS)[index]
+            reader, write = hostile.KINDS[kind]
             write(place / "file")
             yield Case(reader, kind, [REFUSED], place / "file", [])
             continue
@@ -285,6 +283,37 @@ def _read_corners(path: pathlib.Path) -> list[str]:
     ]
 
 
+def _read_film(path: pathlib.Path) -> list[str]:
+    film = path.with_suffix(".gif")  # Films are told by their names.
+    shutil.copyfile(path, film)
+    found = video.read_frames(film)
+    # A film that breaks off is listed, and keeps the frames before.
+    return [_digest((frame.name, _digest(frame.pixels))) for frame in found.frames]
+
+
+def _write_film(path: pathlib.Path) -> None:
+    images = [Image.new("RGB", (40, 30), (shade, 90, 20)) for shade in (10, 120, 200)]
+    with path.open("wb") as file:
+        file.write(corpus.encoded(images[0], "gif", save_all=True, append_images=images[1:]))
+
+
+def _read_records(path: pathlib.Path) -> list[str]:
+    sys.path.insert(0, str(path.parent))  # Where a module that it names would be found.
+    try:
+        data = image_sets.read_records(path, "x", split="train")
+        return [_digest((data.sample_ids, _digest(data.images), _digest(data.labels)))]
+    finally:
+        sys.path.remove(str(path.parent))
+
+
+def _write_card(path: pathlib.Path) -> None:
+    folder = path.with_name("trained")
+    folder.mkdir(parents=True, exist_ok=True)
+    card = trained.Card("resnet18", 64, 8, identities=("a", "b"))
+    trained.write_extractor(folder, card, {"params": {"a": _ARRAYS["a.weight"]}})
+    shutil.copyfile(folder / trained.CARD_NAME, path)
+
+
 # State of runs.
 
 
@@ -359,6 +388,22 @@ READERS: dict[str, Reader] = {
     "npz": Reader(_write_npz, _weights),
     "safetensors": Reader(_write_safetensors, _weights),
     "ONNX": Reader(_write_onnx, _weights),
+    "TFLite": Reader(
+        lambda path: tflite_writer.write(
+            path, [tflite_writer.tensor(name, array) for name, array in _FLOATS.items()]
+        ),
+        _weights,
+    ),
+    "card": Reader(
+        _write_card, lambda path: [_digest(dataclasses.asdict(trained.read_card(path)))]
+    ),
+    "photo": Reader(
+        lambda path: path.write_bytes(corpus.encoded(Image.new("RGB", (40, 30)), "png")),
+        lambda path: [_digest(photos.read_photo(path).pixels)],
+        (photos.PhotoError,),
+    ),
+    "film": Reader(_write_film, _read_film, (video.VideoError,)),
+    "records": Reader(hostile.records, _read_records, (ValueError, FileNotFoundError)),
     "pairs": Reader(_write_pairs, _read_pairs),
     "corners": Reader(_write_corners, _read_corners),
     "noise": Reader(
@@ -403,144 +448,6 @@ READERS: dict[str, Reader] = {
 }
 
 
-# Files that would run code, read another file or fill the memory.
-
-
-def _running_pickle(path: pathlib.Path) -> bytes:
-    """A pickle that makes a file beside itself, if it is let."""
-    command = str(path.with_name(_MARKER)).encode()
-    return b"cpathlib\nPath\n(S'" + command + b"'\ntRp0\n0cbuiltins\ngetattr\n(g0\nS'touch'\ntR(tR."
-
-
-def _pickle_alone(path: pathlib.Path) -> None:
-    path.write_bytes(b"\x80\x02" + _running_pickle(path))
-
-
-def _pickle_in_torch(path: pathlib.Path) -> None:
-    path.write_bytes(torch.archive(_running_pickle(path), {}))
-
-
-def _pickle_in_npz(path: pathlib.Path) -> None:
-    header = io.BytesIO()
-    fields = {"descr": "|O", "fortran_order": False, "shape": ()}
-    np.lib.format.write_array_header_1_0(header, fields)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in ("a", "names", "levels", "granularity", "settings"):
-            archive.writestr(f"{name}.npy", header.getvalue() + _running_pickle(path))
-
-
-def _stride_bomb(path: pathlib.Path) -> None:
-    tensor = torch.tensor("0", (1 << 15, 1 << 16), strides=(0, 0), size=1)
-    index = torch.index(torch.dictionary({torch.text("a"): tensor}))
-    path.write_bytes(torch.archive(index, {"0": bytes(4)}))
-
-
-def _npz_bomb(path: pathlib.Path) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for name in ("a", "levels"):
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                fields = {"descr": "|i1", "fortran_order": False, "shape": (1 << 20, 40, 40, 1)}
-                np.lib.format.write_array_header_1_0(member, fields)
-                for _ in range(1600):
-                    member.write(bytes(1 << 20))
-
-
-def _noise_bomb(path: pathlib.Path) -> None:
-    """Noise of little data and many zeros."""
-    _npz_bomb(path)
-    with zipfile.ZipFile(path, "a") as archive:
-        for name, value in (
-            ("names", np.array(["a"])),
-            ("granularity", np.array("sample")),
-            ("settings", np.array("{}")),
-        ):
-            member = io.BytesIO()
-            np.save(member, value)
-            archive.writestr(f"{name}.npy", member.getvalue())
-
-
-def _keras_bomb(path: pathlib.Path) -> None:
-    _keras(path, shape=(1 << 31,), dtype="f4", chunks=(1 << 20,), compression="gzip")
-
-
-def _keras_link(path: pathlib.Path) -> None:
-    with h5py.File(path.with_name("other.h5"), "w") as file:
-        file["values"] = np.ones(4, np.float32)
-    _keras(path, link=h5py.ExternalLink("other.h5", "values"))
-
-
-def _keras_outside(path: pathlib.Path) -> None:
-    path.with_name("raw").write_bytes(bytes(16))
-    _keras(path, shape=(4,), dtype="f4", external=[(str(path.with_name("raw")), 0, 16)])
-
-
-def _keras(path: pathlib.Path, **options: object) -> None:
-    with h5py.File(path, "w") as file:
-        file.attrs["layer_names"] = ["a"]
-        group = file.create_group("a")
-        group.attrs["weight_names"] = ["a/kernel:0"]
-        if "link" in options:
-            group["a/kernel:0"] = options["link"]
-        else:
-            group.create_dataset("a/kernel:0", **options)
-
-
-def _onnx_outside(path: pathlib.Path) -> None:
-    path.with_name("net.data").write_bytes(bytes(8))
-    onnx.write(path, [[(1, 2), (2, 1), (8, "a"), (13, [(1, "location"), (2, "net.data")])]])
-
-
-def _long_safetensors(path: pathlib.Path) -> None:
-    header = json.dumps({"a": {"dtype": "F32", "shape": [1 << 30], "data_offsets": [0, 4 << 30]}})
-    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
-
-
-def _deep_json(path: pathlib.Path) -> None:
-    path.write_text('{"a": {"left_cheek": ' + "[" * 100_000 + "]" * 100_000 + "}}")
-
-
-def _deep_pickle(path: pathlib.Path) -> None:
-    path.write_bytes(torch.archive(b"\x80\x02" + b"(" * 200_000 + b"l" * 10 + b".", {}))
-
-
-def _looped_pickle(path: pathlib.Path) -> None:
-    loop: dict = {}
-    loop["state_dict"] = loop
-    path.write_bytes(torch.archive(pickle.dumps(loop, 2), {}))
-
-
-def _long_cell(path: pathlib.Path) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([["image_a", "image_b", "same"], ["a" * 10**6, "b", "1"]])
-
-
-def _wide_corners(path: pathlib.Path) -> None:
-    path.write_text('{"a": {"left_cheek": [[[1e999, 1], [1, 2]], [[1, 2], [3, 4]]]}}')
-
-
-HOSTILE: dict[str, tuple[str, Callable[[pathlib.Path], None]]] = {
-    "a pickle that runs": ("torch", _pickle_alone),
-    "a pickle that runs, in a torch archive": ("torch", _pickle_in_torch),
-    "a pickle that runs, in an npz": ("npz", _pickle_in_npz),
-    "a pickle that runs, in noise": ("noise", _pickle_in_npz),
-    "a pickle that runs, in cached arrays": ("cached arrays", _pickle_in_npz),
-    "a deep pickle": ("torch", _deep_pickle),
-    "a pickle that holds itself": ("torch", _looped_pickle),
-    "strides of zero": ("torch", _stride_bomb),
-    "an npz of zeros": ("npz", _npz_bomb),
-    "noise of zeros": ("noise", _noise_bomb),
-    "an HDF5 of few chunks": ("Keras", _keras_bomb),
-    "an HDF5 link to another file": ("Keras", _keras_link),
-    "an HDF5 array in another file": ("Keras", _keras_outside),
-    "an ONNX array in another file": ("ONNX", _onnx_outside),
-    "a safetensors header of 4 GB": ("safetensors", _long_safetensors),
-    "deep JSON as corners": ("corners", _deep_json),
-    "deep JSON as a record": ("cloak record", _deep_json),
-    "corners that are infinite": ("corners", _wide_corners),
-    "a cell of a million letters": ("pairs", _long_cell),
-}
-
-
 def main() -> None:
     """Reads the cases of the command line."""
     folder, seed, first, last = pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:])
@@ -558,7 +465,7 @@ def main() -> None:
         outcome, text = read(case)
         grown = processes.peak_mb() - before
         line |= {"outcome": outcome, "allowed": case.allowed, "text": text}
-        line |= {"grown_mb": grown, "marker": (case.path.parent / _MARKER).exists()}
+        line |= {"grown_mb": grown, "marker": (case.path.parent / hostile.MARKER).exists()}
         print(json.dumps(line), file=out, flush=True)
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from afr_jax.data import photos
-from drill import ROOT, corpus, photo_series, processes, readers, tally
+from drill import ROOT, corpus, hostile, photo_series, processes, readers, tally
 
 
 def test_input_k_of_a_seed_is_always_the_same(tmp_path):
@@ -133,20 +133,20 @@ def test_detect_on_damaged_photos(tmp_path):
 
 
 def test_files_and_state_that_are_damaged(tmp_path):
-    first = len(readers.HOSTILE)
+    first = len(hostile.KINDS)
     last = first + 4 * len(readers.READERS)
     for case in readers.cases(tmp_path, seed=0, first=first, last=last):
         outcome, text = readers.read(case)
         assert outcome in case.allowed, (case.path, case.kind, text)
 
 
-@pytest.mark.parametrize("kind", readers.HOSTILE)
+@pytest.mark.parametrize("kind", hostile.KINDS)
 def test_hostile_files_are_refused(tmp_path, kind):
-    index = list(readers.HOSTILE).index(kind)
+    index = list(hostile.KINDS).index(kind)
     (case,) = readers.cases(tmp_path, seed=0, first=index, last=index + 1)
     outcome, text = readers.read(case)
     assert outcome == readers.REFUSED, text
-    assert not (case.path.parent / readers._MARKER).exists()
+    assert not (case.path.parent / hostile.MARKER).exists()
 
 
 @pytest.mark.slow

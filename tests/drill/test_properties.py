@@ -41,7 +41,10 @@ def place(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    ["torch", "Keras", "npz", "safetensors", "ONNX", "pairs", "corners", "noise", "cloak record"],
+    [
+        *("torch", "torch, old format", "Keras", "npz", "safetensors", "ONNX", "TFLite", "photo"),
+        *("film", "pairs", "corners", "noise", "cloak record", "card"),
+    ],
 )
 def test_edited_files_are_read_or_refused_in_one_line(place, name):
     reader = readers.READERS[name]

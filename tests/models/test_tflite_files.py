@@ -2,66 +2,16 @@
 
 import pathlib
 
-import flatbuffers
 import jax
 import make_extractor_references as references
 import numpy as np
 import pytest
-import tflite
+import tflite_writer
 
 from afr_jax.models.extractors import mobilefacenet, registry, sface
 from afr_jax.models.weights import conversion, formats, tflite_files
 
 _EXTRACTOR = registry.get("mobilefacenet_192")
-_TYPES = {"float32": 0, "float16": 1, "int32": 2, "uint8": 3, "int64": 4, "int8": 9}
-
-
-def _vector(builder, start_fn, places):
-    start_fn(builder, len(places))
-    for place in reversed(places):
-        builder.PrependUOffsetTRelative(place)
-    return builder.EndVector()
-
-
-def _write(path, tensors, *, num_graphs=1) -> pathlib.Path:
-    """Writes a network without operations; tensors are (name, shape, type, data).
-
-    Data are bytes, None, or the number of the array that they are shared with.
-    """
-    builder = flatbuffers.Builder(1024)
-    buffers, tables = [], []
-    for index, (name, shape, kind, data) in enumerate(tensors):
-        name = builder.CreateString(name)
-        place = data if isinstance(data, int) else index
-        data = None if place != index or data is None else builder.CreateByteVector(data)
-        shape = builder.CreateNumpyVector(np.array(shape, np.int32))
-        tflite.BufferStart(builder)
-        if data is not None:
-            tflite.BufferAddData(builder, data)
-        buffers.append(tflite.BufferEnd(builder))
-        tflite.TensorStart(builder)
-        tflite.TensorAddName(builder, name)
-        tflite.TensorAddShape(builder, shape)
-        tflite.TensorAddType(builder, kind)
-        tflite.TensorAddBuffer(builder, place)
-        tables.append(tflite.TensorEnd(builder))
-    tables = _vector(builder, tflite.SubGraphStartTensorsVector, tables)
-    tflite.SubGraphStart(builder)
-    tflite.SubGraphAddTensors(builder, tables)
-    graph = tflite.SubGraphEnd(builder)
-    graphs = _vector(builder, tflite.ModelStartSubgraphsVector, [graph] * num_graphs)
-    buffers = _vector(builder, tflite.ModelStartBuffersVector, buffers)
-    tflite.ModelStart(builder)
-    tflite.ModelAddVersion(builder, 3)
-    tflite.ModelAddSubgraphs(builder, graphs)
-    tflite.ModelAddBuffers(builder, buffers)
-    builder.Finish(tflite.ModelEnd(builder), b"TFL3")
-    path.write_bytes(builder.Output())
-    return path
-
-
-def _of(name, array):
-    return name, array.shape, _TYPES[array.dtype.name], array.tobytes()
 
 
 # The reader.
@@ -71,20 +21,20 @@ def test_arrays_are_read_by_name(tmp_path):
     random = np.random.default_rng(0)
     arrays = {
         f"net/{name}{len(shape)}": (50 * random.normal(size=shape)).astype(name)
-        for name in _TYPES
+        for name in tflite_writer.TYPES
         for shape in ((), (5,), (2, 3, 1, 4))
     }
-    tensors = [_of(name, array) for name, array in arrays.items()]
+    tensors = [tflite_writer.tensor(name, array) for name, array in arrays.items()]
     # What is only there while the network runs.
     tensors.insert(1, ("net/relu", (1 << 20, 1 << 10), 0, None))
-    kind, found = formats.read_arrays(_write(tmp_path / "net.bin", tensors))
+    kind, found = formats.read_arrays(tflite_writer.write(tmp_path / "net.bin", tensors))
     assert kind == "tflite" and list(found) == list(arrays)
     for name, array in arrays.items():
         assert found[name].dtype == array.dtype
         np.testing.assert_array_equal(found[name], array)
 
 
-_GOOD = _of("a", np.float32([1, 2]))
+_GOOD = tflite_writer.tensor("a", np.float32([1, 2]))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +49,7 @@ _GOOD = _of("a", np.float32([1, 2]))
     ],
 )
 def test_impossible_arrays_are_refused(tmp_path, tensors, match):
-    path = _write(tmp_path / "net.tflite", tensors)
+    path = tflite_writer.write(tmp_path / "net.tflite", tensors)
     with pytest.raises(ValueError, match=match) as error:
         tflite_files.read_arrays(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
@@ -107,7 +57,7 @@ def test_impossible_arrays_are_refused(tmp_path, tensors, match):
 
 @pytest.mark.parametrize("num_graphs", [0, 2])
 def test_files_hold_one_network(tmp_path, num_graphs):
-    path = _write(tmp_path / "net.tflite", [_GOOD], num_graphs=num_graphs)
+    path = tflite_writer.write(tmp_path / "net.tflite", [_GOOD], num_graphs=num_graphs)
     with pytest.raises(ValueError, match="one network"):
         tflite_files.read_arrays(path)
 
@@ -118,7 +68,7 @@ def test_arrays_that_share_their_bytes_cannot_grow_without_limit(tmp_path):
     # All are the same four MiB; 64 MiB are always few enough.
     for count, refused in ((15, False), (100, True)):
         shared = [(f"w{index}", array.shape, 0, 0) for index in range(count)]
-        _write(path, [_of("w", array), *shared])
+        tflite_writer.write(path, [tflite_writer.tensor("w", array), *shared])
         if not refused:
             assert len(tflite_files.read_arrays(path)) == count + 1
             continue
@@ -127,8 +77,9 @@ def test_arrays_that_share_their_bytes_cannot_grow_without_limit(tmp_path):
 
 
 def test_damage_raises_nothing_else(tmp_path):
-    arrays = [_of(f"net/array{index}", np.arange(6, dtype=np.float32)) for index in range(8)]
-    good = _write(tmp_path / "net.tflite", arrays).read_bytes()
+    values = np.arange(6, dtype=np.float32)
+    arrays = [tflite_writer.tensor(f"net/array{index}", values) for index in range(8)]
+    good = tflite_writer.write(tmp_path / "net.tflite", arrays).read_bytes()
     path = tmp_path / "damaged.tflite"
     random = np.random.default_rng(0)
     num_refused = 0
@@ -208,7 +159,7 @@ def test_own_files_hold_the_same_network(weights, tmp_path):
 
 
 def test_other_networks_are_refused(tmp_path):
-    path = _write(tmp_path / "net.tflite", [_GOOD])
+    path = tflite_writer.write(tmp_path / "net.tflite", [_GOOD])
     with pytest.raises(ValueError, match="does not hold this network's arrays"):
         registry.load_variables(_EXTRACTOR, path)
     with pytest.raises(ValueError, match="a TensorFlow Lite file"):

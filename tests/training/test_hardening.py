@@ -10,7 +10,7 @@ import numpy as np
 import programs
 import pytest
 
-from afr_jax.core import checkpoint, parallel
+from afr_jax.core import checkpoint, files, parallel
 from afr_jax.data import augmentation, sampling
 from afr_jax.evaluation.metrics import robustness
 from afr_jax.evaluation.recognition import harden_extractor
@@ -349,7 +349,8 @@ def test_a_hardened_folder_is_an_extractor(tmp_path, dtype):
     assert size < (2.2 if dtype else 4.2) * count
     text = (tmp_path / trained.CARD_NAME).read_text()
     assert json.loads(text)["input_scale"] == entry.input_scale
-    (tmp_path / trained.CARD_NAME).write_text(text.replace('"base": "mobile', '"base": "immobile'))
+    other = files.unseal(json.loads(text)) | {"base": "immobilefacenet"}
+    files.write_sealed(tmp_path / trained.CARD_NAME, other)
     with pytest.raises(ValueError, match="immobilefacenet"):
         pipeline.find_extractor(str(tmp_path))
 
