@@ -351,6 +351,8 @@ def read_records(
         own = example.get("sample_id", example.get("id"))
         own = f"{split}_{row:05d}" if own is None else _text(own)
         label = int(example["label"])
+        if label >= len(folders):
+            raise ValueError(f"{name} in {data_dir} is damaged: example {row} has label {label}")
         class_name = folders[label] if label >= 0 else "unlabelled"
         pixels = _or_reason(photos.decode_photo)(example["image"])
         return _Item(_path_in_class(own, class_name), class_name, pixels)

@@ -185,7 +185,7 @@ def read_noise(path: str | os.PathLike[str]) -> Noise:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist, or is no folder of noise") from error
     except Exception as error:  # The libraries have many errors for damaged files.
-        raise ValueError(f"{path} is no noise file: {error}") from error
+        raise ValueError(f"{path} is no noise file: {files.printable(error)}") from error
     shape = noise.levels.shape
     if noise.granularity not in ("sample", "class") or len(shape) != 4:
         raise ValueError(f"{path} is no noise file: {noise.granularity} noise {shape}")
