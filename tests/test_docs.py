@@ -25,7 +25,7 @@ from afr_jax.data import video
 from afr_jax.methods.patches import scenes
 from afr_jax.models.classifiers import registry as classifiers
 from afr_jax.models.extractors import registry as extractors
-from docs.tools import markdown, pages
+from docs.tools import markdown, pages, reproduction_tables
 
 _ROOT = pages.ROOT
 _FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -261,3 +261,20 @@ def test_python_runs(page, small_world):
         # With the lines of the page in tracebacks.
         code = "\n" * (block.line - 1) + block.code
         exec(compile(code, str(_ROOT / page), "exec"), namespace)
+
+
+@pytest.mark.parametrize(
+    "published, without, ours, expected",
+    [
+        (0.95, 0.0, 0.90, "reproduced"),
+        (0.95, 0.0, 1.0, "reproduced"),
+        (0.95, 0.0, 0.89, "in kind"),
+        (0.95, 0.0, 0.47, "**not reproduced**"),
+        # Less is more: noise that keeps a network from learning.
+        (0.20, 0.94, 0.10, "reproduced"),
+        (0.20, 0.94, 0.50, "in kind"),
+        (0.20, 0.94, 0.60, "**not reproduced**"),
+    ],
+)
+def test_verdicts_follow_the_rule_of_the_page(published, without, ours, expected):
+    assert reproduction_tables.verdict(published, without, ours) == expected

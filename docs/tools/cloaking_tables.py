@@ -9,7 +9,7 @@ from docs.tools.markdown import percent, percents, table
 _PAIRS = ("facenet_casia+mobilefacenet", "dlib+mobilefacenet", "dlib+facenet_casia")
 _SURROGATES = (*_PAIRS, "dlib+facenet_casia+mobilefacenet")
 _BUDGETS = (0.004, 0.007, 0.012)
-_UNSEEN = {
+UNSEEN = {
     "facenet_casia+mobilefacenet": "dlib",
     "dlib+mobilefacenet": "facenet_casia",
     "dlib+facenet_casia": "mobilefacenet",
@@ -26,7 +26,7 @@ _COUNTERMEASURES = {
 }
 
 
-def _cell(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> float:
+def missed(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> float:
     """The share of missed probes of the one row that has these values."""
     wanted = {"tracker": "nearest", "countermeasure": "none", **wanted}
     found = [row for row in rows if all(_same(row[key], wanted[key]) for key in wanted)]
@@ -41,7 +41,7 @@ def _same(value: Any, wanted: Any) -> bool:
 
 
 def _png_and_jpeg(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> str:
-    return percents(*(_cell(rows, countermeasure=name, **wanted) for name in ("none", "jpeg75")))
+    return percents(*(missed(rows, countermeasure=name, **wanted) for name in ("none", "jpeg75")))
 
 
 def _trackers(rows: Sequence[Mapping[str, Any]], surrogates: str, **wanted: Any) -> Iterator[str]:
@@ -81,7 +81,7 @@ _MODE_EXTRACTORS = {
     "mobilefacenet": "MobileFaceNet-y1",
     "mobilefacenet_192": "MobileFaceNet-192",
 }
-_UNSEEN_BY_MODES = tuple(_MODE_EXTRACTORS)[2:]
+UNSEEN_BY_MODES = tuple(_MODE_EXTRACTORS)[2:]
 _PLAIN_TRACKERS = {
     "nearest": "nearest neighbor",
     "nearest_threshold": "nearest neighbor below the threshold",
@@ -111,7 +111,7 @@ def protection_modes() -> str:
                     _png_and_jpeg(
                         rows, method="fawkes", budget=mode, tracker=tracker, extractor=extractor
                     ),
-                    extractor in _UNSEEN_BY_MODES,
+                    extractor in UNSEEN_BY_MODES,
                 )
                 for extractor in _MODE_EXTRACTORS
             ]
@@ -209,7 +209,7 @@ def protection_methods() -> str:
 def protection_countermeasures() -> str:
     """What a tracker does to the published photos first."""
     columns = {
-        f"{markdown.EXTRACTORS[_UNSEEN[pair]]}, unseen": (pair, _UNSEEN[pair]) for pair in _PAIRS
+        f"{markdown.EXTRACTORS[UNSEEN[pair]]}, unseen": (pair, UNSEEN[pair]) for pair in _PAIRS
     }
     return _after_countermeasures(columns, budget=0.007)
 
@@ -230,7 +230,7 @@ def _after_countermeasures(
     for countermeasure, name in _COUNTERMEASURES.items():
         cells = [
             percent(
-                _cell(
+                missed(
                     rows,
                     method="fawkes",
                     budget=budget,
@@ -257,19 +257,19 @@ def protection_leaks() -> str:
         for budget in _BUDGETS:
             cells = [
                 percent(
-                    _cell(
+                    missed(
                         rows,
                         method="fawkes",
                         budget=budget,
                         leak=leak,
                         surrogates=surrogates,
-                        extractor=_UNSEEN[surrogates],
+                        extractor=UNSEEN[surrogates],
                     )
                 )
                 for surrogates in _PAIRS
             ]
             lines.append([name, str(budget), *cells])
-    unseen = [f"{markdown.EXTRACTORS[_UNSEEN[surrogates]]}, unseen" for surrogates in _PAIRS]
+    unseen = [f"{markdown.EXTRACTORS[UNSEEN[surrogates]]}, unseen" for surrogates in _PAIRS]
     return markdown.render(("clean among the published", "DSSIM", *unseen), lines, right=3)
 
 
@@ -287,22 +287,22 @@ def protection_trackers() -> str:
     for tracker, name in names.items():
         cells = [
             percent(
-                _cell(
+                missed(
                     rows,
                     method="fawkes",
                     budget=0.007,
                     tracker=tracker,
                     surrogates=surrogates,
-                    extractor=_UNSEEN[surrogates],
+                    extractor=UNSEEN[surrogates],
                 )
             )
             for surrogates in _PAIRS
         ]
         lines.append([name, *cells])
     trained = markdown.result("protection_end_to_end")["table"]
-    missed = _cell(trained, method="fawkes", tracker="end_to_end", extractor="mobilefacenet")
-    lines.append(["the network trained on the published photos", "", "", percent(missed)])
-    unseen = [f"{markdown.EXTRACTORS[_UNSEEN[surrogates]]}, unseen" for surrogates in _PAIRS]
+    found = missed(trained, method="fawkes", tracker="end_to_end", extractor="mobilefacenet")
+    lines.append(["the network trained on the published photos", "", "", percent(found)])
+    unseen = [f"{markdown.EXTRACTORS[UNSEEN[surrogates]]}, unseen" for surrogates in _PAIRS]
     return markdown.render(("tracker", *unseen), lines, right=3)
 
 
