@@ -10,9 +10,10 @@ from docs.tools.markdown import number, percent, table
 # Of 5 points, and what floats add.
 _CLOSE, _HALF = 0.05 + 1e-9, 0.5
 _SOURCES = (
-    *("protection_lfw", "protection_low", "protection_modes", "protection_end_to_end"),
-    *("protection_adaptive", "fawkes_attempts", "attack_cheeks", "attack_mask"),
-    *("patch_ablation", "unlearnable_cifar10", "unlearnable_faces"),
+    *("protection_lfw.json", "protection_lfw.csv", "protection_low.json", "protection_modes.json"),
+    *("protection_end_to_end.json", "protection_adaptive.json", "fawkes_attempts.json"),
+    *("attack_cheeks.json", "attack_mask.json", "patch_ablation.json"),
+    *("unlearnable_cifar10.json", "unlearnable_faces.json"),
 )
 
 
@@ -34,7 +35,7 @@ class _Claim(NamedTuple):
     is_area: bool = False
 
 
-@table("reproduction", *(f"{name}.json" for name in _SOURCES), has_source_line=False)
+@table("reproduction", *_SOURCES, has_source_line=False)
 def reproduction() -> str:
     """Published claims, our figures, and verdicts."""
     lines = []
@@ -48,7 +49,7 @@ def reproduction() -> str:
                 show_fn(figures.published),
                 show_fn(figures.ours),
                 verdict(*figures),
-                f"[{claim.source}](../experiments/results/{claim.source}.json)",
+                f"[{claim.source}](../experiments/results/{claim.source})",
             ]
         )
     head = ("claim", "ours measured on", "published", "ours", "verdict", "file")
@@ -199,115 +200,115 @@ _CLAIMS = (
     _Claim(
         "Fawkes: user and tracker have one extractor, DSSIM above 0.005",
         "DSSIM 0.007, worst of six",
-        "protection_lfw",
+        "protection_lfw.json",
         _same_extractor,
     ),
     _Claim(
         "Fawkes: another extractor, ordinary surrogate, worst pair",
         "dlib alone, DSSIM 0.007",
-        "protection_low",
+        "protection_low.json",
         _ordinary_surrogate,
     ),
     _Claim(
         "Fawkes: another extractor, hardened surrogate, every pair",
         "hardened dlib + FaceNet, DSSIM 0.007, MobileFaceNet",
-        "fawkes_attempts",
+        "fawkes_attempts.json",
         _hardened_surrogate,
     ),
     _Claim(
         "the same, by other means",
         "the default cloak, mode mid (DSSIM 0.015), worst of three",
-        "protection_modes",
+        "protection_modes.json",
         _modes,
     ),
     _Claim(
         "Fawkes: the tracker trains its network on the cloaks",
         "DSSIM 0.007, MobileFaceNet trained on from its weights",
-        "protection_end_to_end",
+        "protection_end_to_end.json",
         _end_to_end,
     ),
     _Claim(
         "Fawkes (abstract): the tracker has some clean photos as well",
         "every tenth clean, DSSIM 0.007, worst of three unseen",
-        "protection_lfw",
+        "protection_lfw.csv",
         _few_clean,
     ),
     _Claim(
         "Fawkes (figure): above 15 % clean photos little is left",
         "every fourth clean, best of three unseen",
-        "protection_lfw",
+        "protection_lfw.csv",
         _more_clean,
     ),
     _Claim(
         "Fawkes: JPEG and blur do not help the tracker (share of the protection kept)",
         "JPEG 50 and blur, worst of three unseen",
-        "protection_lfw",
+        "protection_lfw.csv",
         _purified,
     ),
     _Claim(
         "Radiya-Dixit et al.: a tracker tuned on public cloaks undoes them",
         "dlib tuned on 86 cloaks, DSSIM 0.007",
-        "protection_adaptive",
+        "protection_adaptive.json",
         _adapted,
     ),
     _Claim(
         "MTCNN patches: frames missed, cheeks (0.2 without)",
         "another clip, mean of the factors 0.709, 0.82, 0.9, 0.95",
-        "attack_cheeks",
+        "attack_cheeks.json",
         lambda: _patches("attack_cheeks", 0.9),
     ),
     _Claim(
         "MTCNN patches: frames missed, mask (0.2 without)",
         "another clip, mean of the same factors",
-        "attack_mask",
+        "attack_mask.json",
         lambda: _patches("attack_mask", 0.8),
     ),
     _Claim(
         "MTCNN patches: the loss on P-Net alone is enough",
         "80 epochs, factor 0.82, the other networks not attacked",
-        "patch_ablation",
+        "patch_ablation.json",
         _p_net_alone,
     ),
     _Claim(
         "Unlearnable: accuracy on clean CIFAR-10",
         "ResNet-18, 60 epochs, one seed",
-        "unlearnable_cifar10",
+        "unlearnable_cifar10.json",
         lambda: _Figures(0.9477, 0.1, _accuracy("clean")),
     ),
     _Claim(
         "Unlearnable: error-minimizing noise by sample",
         "the same, last epoch",
-        "unlearnable_cifar10",
+        "unlearnable_cifar10.json",
         lambda: _Figures(0.1993, _accuracy("clean"), _accuracy("error_min sample")),
     ),
     _Claim(
         "Unlearnable: at no epoch above 23 %",
         "the same, best epoch",
-        "unlearnable_cifar10",
+        "unlearnable_cifar10.json",
         lambda: _Figures(0.23, _accuracy("clean"), _accuracy("error_min sample", "peak_accuracy")),
     ),
     _Claim(
         "Unlearnable: error-minimizing noise by class",
         "the same, last epoch",
-        "unlearnable_cifar10",
+        "unlearnable_cifar10.json",
         lambda: _Figures(0.1642, _accuracy("clean"), _accuracy("error_min class")),
     ),
     _Claim(
         "Unlearnable faces: accuracy on the protected people",
         "4 of 24 people at 48 px, three seeds; 69 % unprotected",
-        "unlearnable_faces",
+        "unlearnable_faces.json",
         _protected_people,
     ),
     _Claim(
         "Unlearnable faces: the other people are learned as before",
         "the other 20; beside what clean training gives them",
-        "unlearnable_faces",
+        "unlearnable_faces.json",
         _other_people,
     ),
     _Claim(
         "Unlearnable faces: AUC where all people are protected (0.9975 clean)",
         "24 people at 48 px; 0.83 clean, 0.67 untrained",
-        "unlearnable_faces",
+        "unlearnable_faces.json",
         lambda: _Figures(0.5321, _faces("auc", "clean"), _faces("auc", "full")),
         is_area=True,
     ),
