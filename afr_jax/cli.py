@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 # Name -> module, class of the options.
 PROGRAMS = {
+    "app": ("afr_jax.app.app_program", "AppConfig"),
     "attack_detector": ("afr_jax.evaluation.patches.study", "AttackConfig"),
     "benchmark": ("afr_jax.benchmark.program", "BenchmarkConfig"),
     "cloak": ("afr_jax.evaluation.cloaking.cloak_files", "CloakConfig"),

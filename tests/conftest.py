@@ -8,6 +8,7 @@ import signal
 import subprocess
 import unittest
 
+import browsers
 import chex
 import jax
 import jaxlib
@@ -97,6 +98,13 @@ def start_process():
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Headless Chromium on an empty profile, its console recorded."""
+    with browsers.opened(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture

@@ -135,7 +135,8 @@ def test_links_lead_somewhere_in_the_repository():
 
 def test_each_requirement_has_its_reason_in_the_docs():
     text = (_ROOT / "docs" / "development.md").read_text()
-    for file in ("requirements.txt", "requirements-test.txt", "requirements-docs.txt"):
+    kinds = ("", "-app", "-test", "-docs")
+    for file in (f"requirements{kind}.txt" for kind in kinds):
         for line in (_ROOT / file).read_text().splitlines():
             name = re.match(r"[\w-]+", line)
             if name and not line.startswith(("-r", "#")):

@@ -17,6 +17,7 @@ _FLOORS = {
     "afr_jax.methods": 4,
     "afr_jax.evaluation": 5,
     "afr_jax.benchmark": 6,
+    "afr_jax.app": 6,
     "experiments": 7,
 }
 
@@ -51,6 +52,8 @@ _DOORS = {
     "onnx": (),
     "onnxruntime": (),
     # A restricted `pickle.Unpickler` is fine; what runs foreign code is not.
+    "starlette": ("afr_jax.app.server", "afr_jax.app.guard"),
+    "uvicorn": ("afr_jax.app.server",),
     "pickle.load": (),
     "pickle.loads": (),
     "joblib": (),

@@ -1,4 +1,7 @@
-"""What a run says on standard error: how far it is, and which inputs it cannot handle."""
+"""What a run says on standard error: how far it is, and which inputs it cannot handle.
+
+Who shows that elsewhere listens (`told_to`).
+"""
 
 import contextlib
 import sys
@@ -12,6 +15,24 @@ from absl import logging
 from afr_jax.core import distributed, files, interrupts
 
 _Item = TypeVar("_Item")
+# Takes what is being done, how many steps of it are, and how many there will be, if known.
+Listener = Callable[[str, int, int | None], None]
+_listeners: list[Listener] = []
+
+
+@contextlib.contextmanager
+def told_to(listener: Listener) -> Generator[None]:
+    """Lets a function of the caller hear how far loops are, in place of standard error.
+
+    Args:
+        listener: called at the start of each loop of the body and after each of its steps, in the
+            thread that takes them.
+    """
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def track(
@@ -65,6 +86,8 @@ def counter(
     """
     if not distributed.is_primary():
         yield lambda steps: None
+    elif _listeners:
+        yield _Told(total, description, done).advance
     elif sys.stderr.isatty():
         with tqdm.tqdm(total=total, desc=description, initial=done, unit=unit) as bar:
             yield bar.update
@@ -83,6 +106,20 @@ def warn(subject: object, reason: object) -> None:
         reason: What is wrong with it.
     """
     logging.warning("%s: %s", files.printable(subject), files.printable(reason))
+
+
+class _Told:
+    """What the listeners hear about a count."""
+
+    def __init__(self, total: int | None, description: str, done: int) -> None:
+        self._total, self._description, self._count = total, description, done
+        self.advance(0)
+
+    def advance(self, steps: int) -> None:
+        """Counts, and tells."""
+        self._count += steps
+        for listener in _listeners:
+            listener(self._description, self._count, self._total)
 
 
 class _Lines:

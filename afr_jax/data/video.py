@@ -3,6 +3,7 @@
 Host code: no JAX here. Frames are `[H, W, 3]` uint8 RGB.
 """
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Generator, Sequence
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageSequence
 
-from afr_jax.core import backend
+from afr_jax.core import backend, interrupts
 from afr_jax.data import photo_files, photos
 
 _PILLOW_FILMS = (".gif", ".webp", ".apng")
@@ -19,6 +20,13 @@ _FILMS = (".mkv", ".mp4", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
 # Of the machine's memory, what the frames of one path may take; compressed, films are 100 times
 # smaller.
 _MEMORY_SHARE = 0.25
+# Other formats are lists of further files and addresses, which nobody asked for.
+_FILM_OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v",
+    "protocol_whitelist": "file",
+}
+# Frames of a film that samples are taken of: 13 minutes.
+_MOST_SAMPLED = 20_000
 
 
 class VideoError(Exception):
@@ -83,6 +91,43 @@ def spread(total: int, count: int) -> list[int]:
     return [number * total // count for number in range(count)]
 
 
+def sample_film(path: str | os.PathLike[str], count: int, *, max_px: int = 1280) -> list[Frame]:
+    """Some frames of a film, evenly spread; no more than twice as many are held at a time.
+
+    Args:
+        path: of a film or an animated GIF or WebP, by its name.
+        count: of the frames, at least 1.
+        max_px: longer sides are reduced to this.
+
+    Returns:
+        The frames in order, fewer where the film has fewer. One that breaks off gives what comes
+        before, and of one of more than 20,000 frames the rest is not looked at.
+
+    Raises:
+        VideoError: it has no frame that can be read.
+    """
+    path = pathlib.Path(path)
+    is_animation = path.suffix.lower() in _PILLOW_FILMS
+    kept: list[Frame] = []
+    stride = 1
+    try:
+        with contextlib.closing((_pillow_frames if is_animation else _film_frames)(path)) as film:
+            for number, pixels in zip(range(_MOST_SAMPLED), film, strict=False):
+                interrupts.check()
+                if len(kept) == 2 * count and number % stride == 0:
+                    kept, stride = kept[::2], 2 * stride
+                if number % stride == 0:
+                    image = Image.fromarray(pixels)
+                    image.thumbnail((max_px, max_px), Image.Resampling.LANCZOS)
+                    kept.append(Frame(f"{path.stem}_{number:04d}", np.asarray(image)))
+    except VideoError:
+        if not kept:
+            raise
+    if not kept:
+        raise VideoError("it holds no pictures")
+    return [kept[index] for index in spread(len(kept), min(count, len(kept)))]
+
+
 def _read_one(path: pathlib.Path) -> tuple[list[Frame], list[tuple[str, str]]]:
     frames: list[Frame] = []
     skipped: list[tuple[str, str]] = []
@@ -129,7 +174,7 @@ def _film_frames(path: pathlib.Path) -> Generator[np.ndarray]:
     import av  # Late: its libraries take time to load, and few runs read films.
 
     try:
-        with av.open(str(path)) as film:
+        with av.open(str(path), options=_FILM_OPTIONS) as film:
             if not film.streams.video:
                 raise VideoError("it holds no pictures")
             _check_size(film.streams.video[0].width, film.streams.video[0].height)

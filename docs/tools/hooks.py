@@ -32,6 +32,7 @@ _PACKAGES = (
     "methods",
     "evaluation",
     "benchmark",
+    "app",
 )
 # Pages of the menu that stand outside of docs/, by their names on the site.
 _PAGES = {"index.md": "README.md", "third_party.md": "THIRD_PARTY.md"}

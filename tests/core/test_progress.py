@@ -56,3 +56,18 @@ def test_a_warning_is_one_line_of_valid_text_whatever_the_name(caplog):
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == r"caf\udce9\n\x1b[2J 李.png: no\rface"
     assert caplog.records[0].filename == "test_progress.py"
+
+
+def test_listeners_hear_every_step_in_place_of_standard_error(batch_job):
+    heard = []
+    with progress.told_to(lambda *words: heard.append(words)):
+        assert list(progress.track(range(2), description="photos")) == [0, 1]
+        with progress.counter(None, description="faces", done=5) as advance:
+            advance(3)
+    assert heard == [
+        *(("photos", 0, 2), ("photos", 1, 2), ("photos", 2, 2)),
+        *(("faces", 5, None), ("faces", 8, None)),
+    ]
+    assert batch_job() == []
+    list(progress.track(iter("abcdefgh"), description="photos", total=8))
+    assert batch_job()

@@ -99,3 +99,50 @@ def test_a_gif_that_declares_many_pixels_is_refused_by_its_header(tmp_path):
     path.write_bytes(data)
     with pytest.raises(video.VideoError, match=r"film\.gif"):
         video.read_frames(path)
+
+
+def _shades(count):
+    return [np.full((48, 64, 3), (10 + 2 * number, 128, 128), np.uint8) for number in range(count)]
+
+
+def _numbers(frames):
+    return [int(frame.name.rpartition("_")[2]) for frame in frames]
+
+
+@pytest.mark.parametrize("num_frames, count", [(3, 5), (10, 5), (11, 5), (90, 4), (97, 7)])
+def test_some_frames_of_a_film_are_evenly_spread(tmp_path, num_frames, count):
+    _write_mkv(tmp_path / "film.mp4", _shades(num_frames))
+    found = video.sample_film(tmp_path / "film.mp4", count)
+    numbers = _numbers(found)
+    assert len(found) == min(count, num_frames) and numbers[0] == 0
+    steps = np.diff(numbers)
+    assert steps.min() >= 1 and steps.max() <= 2 * steps.min()
+    assert numbers[-1] + steps.max() * 2 >= num_frames
+    reds = [frame.pixels[..., 0].mean() for frame in found]
+    np.testing.assert_allclose(reds, 10 + 2 * np.array(numbers), atol=6)
+
+
+def test_sampled_frames_are_reduced_and_gifs_go_too(tmp_path):
+    _write_mkv(tmp_path / "film.mkv", _pictures(3, (48, 64)))
+    (first, *_) = video.sample_film(tmp_path / "film.mkv", 3, max_px=32)
+    assert first.pixels.shape == (24, 32, 3) and first.pixels.dtype == np.uint8
+    _write_gif(tmp_path / "film.gif", _pictures(5))
+    assert _numbers(video.sample_film(tmp_path / "film.gif", 5)) == [0, 1, 2, 3, 4]
+
+
+def test_films_that_are_lists_of_others_or_too_large_are_refused(tmp_path, monkeypatch):
+    _write_mkv(tmp_path / "real.mp4", _pictures(2, (48, 64)))
+    lists = {
+        "hls.mp4": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nreal.mp4\n#EXT-X-ENDLIST\n",
+        "concat.mp4": "ffconcat version 1.0\nfile real.mp4\n",
+    }
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text)
+        for read in (lambda path: video.sample_film(path, 2), video.read_frames):
+            with pytest.raises(video.VideoError):
+                read(tmp_path / name)
+    monkeypatch.setattr(backend, "most_pixels", lambda: 100)
+    _write_gif(tmp_path / "film.gif", _pictures(2))
+    for name in ("real.mp4", "film.gif"):
+        with pytest.raises(video.VideoError, match="megapixels"):
+            video.sample_film(tmp_path / name, 2)

@@ -4,9 +4,9 @@ import base64
 import html.parser
 import io
 import re
-import shutil
 import weakref
 
+import browsers
 import numpy as np
 import pytest
 from PIL import Image
@@ -488,48 +488,8 @@ def test_no_photos(report):
     assert not page.pictures("before")
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """Headless Chromium on an empty profile, its console recorded."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    binary = next(filter(None, map(shutil.which, names)), None)
-    driver = shutil.which("chromedriver")
-    if binary is None or driver is None:
-        pytest.skip("needs chromium and chromedriver on the PATH")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    service = pytest.importorskip("selenium.webdriver.chrome.service")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for argument in (
-        "headless=new",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-dev-shm-usage",
-        "disable-quic",
-        "no-first-run",
-        "no-proxy-server",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NO_PROXY", "localhost,127.0.0.1")
-        patch.setenv("no_proxy", "localhost,127.0.0.1")
-        driver = webdriver.Chrome(options=options, service=service.Service(executable_path=driver))
-        try:
-            yield driver
-        finally:
-            driver.quit()
-
-
 def _open(browser, path, *, width, scheme="light"):
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": features})
+    browsers.view(browser, width, scheme=scheme)
     browser.get(path.as_uri())
     frame = browser.find_element("css selector", ".compare .frame")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", frame)

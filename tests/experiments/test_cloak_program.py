@@ -126,7 +126,7 @@ def test_a_fresh_machine_has_two_surrogates_and_all_takes_them(tmp_path, monkeyp
     settings = []
     for flags in ([], ["--surrogates=all"]):
         config = program.parse(cloak_files.CloakConfig, flags)
-        flow = cloak_files._load(config)
+        flow = cloak_files.load_flow(config)
         assert flow.surrogates == ("dlib", "sface")
         settings.append(cloak_files._settings(config, flow))
     assert settings[0] == settings[1] and set(settings[0]["weights"]) == {"dlib", "sface"}

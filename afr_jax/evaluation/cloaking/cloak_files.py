@@ -118,7 +118,7 @@ def run(config: CloakConfig) -> options.Outcome:
         raise options.UsageError("--surrogates must name an extractor")
     with options.usage("--target, --gallery"):
         targets.check(config.target, config.gallery)
-    flow = _load(config)
+    flow = load_flow(config)
     settings = _settings(config, flow)
     records_dir = pathlib.Path(config.workdir or output_dir / ".cloak")
     work = _open_workdir(records_dir, settings, overwrite=config.overwrite)
@@ -165,7 +165,12 @@ def run(config: CloakConfig) -> options.Outcome:
     return options.Outcome(result, complete=not incomplete)
 
 
-def _load(config: CloakConfig) -> workflow.Workflow:
+def load_flow(config: CloakConfig) -> workflow.Workflow:
+    """The steps of a cloak with its networks, as the options say.
+
+    Raises:
+        options.UsageError: no such extractors, or their weights are not there.
+    """
     try:
         given = {name for name, *rest in (value.split("=") for value in config.weights) if rest}
         surrogates = pipeline.expand_names(config.surrogates, given=given, without=config.check)

@@ -10,14 +10,14 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 
-from afr_jax.core import files, parallel
+from afr_jax.core import files, parallel, progress
 from afr_jax.data import photos
 from afr_jax.methods.cloaking import check, face_cloaks, fawkes, photo_cloaks, targets
 from afr_jax.methods.cloaking import face_filter as face_filters
@@ -245,6 +245,35 @@ class Workflow:
         ]
         return [outcome for (outcome,) in alone]
 
+    def cloak_all(
+        self,
+        key: jax.Array,
+        sources: Sequence[photos.PhotoSource],
+        *,
+        target: targets.Target | None = None,
+        filters: Mapping[str, face_filters.FaceFilter] | None = None,
+    ) -> Iterator[CloakedPhoto]:
+        """Cloaks photos group by group, and shows how far it is.
+
+        Args:
+            key: of the run.
+            sources: the photos, in order.
+            target: whom the faces are moved towards.
+            filters: which faces of a photo are cloaked, by its name; `face_filter` for the others.
+
+        Yields:
+            A result for each photo, in order.
+        """
+        for group in photos.in_groups(sources, most=GROUP, photo_fn=lambda source: source):
+            loaded = parallel.thread_map(functools.partial(_load, self, filters or {}), group)
+            found = [item for item in loaded if isinstance(item, Found)]
+            total = sum(len(item.task.faces.boxes) for item in found) * self.method.num_steps
+            with progress.counter(total, description="face steps") as report_fn:
+                outcomes = iter(self.cloak_group(key, found, target=target, report_fn=report_fn))
+            for item in progress.track(loaded, description="photos"):
+                is_found = isinstance(item, Found)
+                yield self.finish(item, next(outcomes)) if is_found else item
+
     def finish(self, found: Found, outcome: Outcome) -> CloakedPhoto:
         """Encodes a cloaked photo, reads that back, and measures every face on it.
 
@@ -393,16 +422,7 @@ def cloak(
     sources = photos.list_sources(images)
     flow.face_filter.check_photos(len(sources))
     chosen = flow.choose_target(os.fspath(target), gallery, _readable_pixels(sources))
-    results = []
-    for group in photos.in_groups(sources, most=GROUP, photo_fn=lambda source: source):
-        loaded = parallel.thread_map(functools.partial(_load, flow), group)
-        found = [item for item in loaded if isinstance(item, Found)]
-        outcomes = iter(flow.cloak_group(key, found, target=chosen))
-        results += [
-            flow.finish(item, next(outcomes)) if isinstance(item, Found) else item
-            for item in loaded
-        ]
-    return results
+    return list(flow.cloak_all(key, sources, target=chosen))
 
 
 def already_cloaked(name: str) -> CloakedPhoto:
@@ -490,8 +510,11 @@ def _readable_pixels(sources: Sequence[photos.PhotoSource]) -> Iterator[np.ndarr
             yield photos.read_source(source).pixels
 
 
-def _load(flow: Workflow, source: photos.PhotoSource) -> Found | CloakedPhoto:
+def _load(
+    flow: Workflow, filters: Mapping[str, face_filters.FaceFilter], source: photos.PhotoSource
+) -> Found | CloakedPhoto:
     """Reads a photo and finds its faces."""
+    flow = dataclasses.replace(flow, face_filter=filters.get(source.name, flow.face_filter))
     try:
         photo = photos.read_source(source)
         if flow.is_output(photo):
