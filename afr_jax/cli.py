@@ -30,6 +30,7 @@ PROGRAMS = {
     "identify": ("afr_jax.evaluation.recognition.identify", "IdentifyConfig"),
     "make_unlearnable": ("afr_jax.evaluation.unlearnable.protect", "MakeUnlearnableConfig"),
     "match": ("afr_jax.recognition.tasks.match_queries", "MatchConfig"),
+    "mode_sheet": ("afr_jax.evaluation.cloaking.mode_sheet", "ModeSheetConfig"),
     "patch_ablation": ("afr_jax.evaluation.patches.ablation", "AblationConfig"),
     "pubfig_study": ("afr_jax.evaluation.cloaking.pubfig_study", "PubFigConfig"),
     "train_extractor": ("afr_jax.evaluation.recognition.train_extractor", "TrainExtractorConfig"),

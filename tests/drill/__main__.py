@@ -69,6 +69,9 @@ SERIES = {
     "photos": lambda place, counts, inputs, seed: photo_series.run(
         place, counts, inputs=inputs, seed=seed
     ),
+    "large_photos": lambda place, counts, inputs, seed: photo_series.run(
+        place, counts, inputs=inputs, seed=seed, is_large=True
+    ),
     "files": lambda place, counts, inputs, seed: readers.run(
         place, counts, inputs=inputs, seed=seed
     ),

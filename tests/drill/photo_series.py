@@ -43,30 +43,26 @@ def run(
     *,
     inputs: int,
     seed: int,
+    is_large: bool = False,
     programs: Sequence[str] = ("detect", "cloak", "match"),
 ) -> None:
     """Makes the photos and gives them to each program.
 
-    Of `inputs` photos one in 25 declares many pixels; these are processes of their own.
+    Of `inputs` photos one in 25 declares many pixels: those that `is_large` asks for.
     """
     num_large = inputs // 25
+    total, most = (num_large, _LARGE_PHOTOS) if is_large else (inputs - num_large, _PHOTOS)
     if "match" in programs:
         _enroll_somebody(workdir)
-    for is_large, total, most in (
-        (False, inputs - num_large, _PHOTOS),
-        (True, num_large, _LARGE_PHOTOS),
-    ):
-        for first in range(0, total, most):
-            folder = workdir / f"photos_{'large' if is_large else 'small'}_{first}"
-            folder.mkdir(parents=True)
-            # The seed of a part is its place, so that a part can be made alone.
-            items = corpus.make(
-                folder, min(most, total - first), seed=seed + first, is_large=is_large
-            )
-            before = _digests(folder)
-            for name in programs:
-                _judge(PROGRAMS[name](workdir), folder, items, workdir / name / folder.name, counts)
-                _compare(before, _digests(folder), name, items, counts)
+    for first in range(0, total, most):
+        folder = workdir / f"photos_{first}"
+        folder.mkdir(parents=True)
+        # The seed of a part is its place, so that a part can be made alone.
+        items = corpus.make(folder, min(most, total - first), seed=seed + first, is_large=is_large)
+        before = _digests(folder)
+        for name in programs:
+            _judge(PROGRAMS[name](workdir), folder, items, workdir / name / folder.name, counts)
+            _compare(before, _digests(folder), name, items, counts)
 
 
 def _judge(
@@ -81,12 +77,12 @@ def _judge(
         limit_seconds=_LIMIT_SECONDS
     )
     for item in items:
-        counts.count("photos", program.name, item.kind, peak_mb=ended.peak_mb)
+        counts.count(_series(item), program.name, item.kind, peak_mb=ended.peak_mb)
 
     def fault(fault: str, item: corpus.Item | None, text: str) -> None:
         subject = f"{folder.name}/{item.name}" if item else folder.name
         kind = item.kind if item else "folder"
-        counts.fault(fault, "photos", program.name, kind, subject=subject, text=text)
+        counts.fault(fault, _series(items[0]), program.name, kind, subject=subject, text=text)
 
     if ended.peak_mb > _MOST_MB:
         fault("memory", None, f"{ended.peak_mb:.0f} MB")
@@ -118,6 +114,10 @@ def _judge(
     return None
 
 
+def _series(item: corpus.Item) -> str:
+    return "large_photos" if corpus.KINDS[item.kind].is_large else "photos"
+
+
 def _compare(
     before: dict[str, str],
     after: dict[str, str],
@@ -129,7 +129,8 @@ def _compare(
     for path in sorted(before.keys() | after.keys()):
         if before.get(path) != after.get(path):
             kind = kinds.get(path, "folder")
-            counts.fault("changed", "photos", name, kind, subject=path, text="not as it was")
+            series = _series(items[0])
+            counts.fault("changed", series, name, kind, subject=path, text="not as it was")
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:

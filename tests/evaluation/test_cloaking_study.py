@@ -10,11 +10,11 @@ import skimage.data
 from PIL import Image
 
 from afr_jax.data import identities
+from afr_jax.evaluation import fawkes_package
 from afr_jax.evaluation.attackers import trackers
 from afr_jax.evaluation.cloaking import (
     cells,
     embeddings,
-    fawkes_package,
     people,
     plots,
     published,

@@ -257,3 +257,10 @@ def test_hostile_names_are_handled(five, tmp_path, stand_in):
         found = json.loads((tmp_path / "out" / "faces.json").read_text())["images"]
         assert {entry["image"] for entry in found} <= set(names)
         assert result["num_images"] == len(found) >= 4
+
+
+def test_a_drawing_of_a_photo_that_jpeg_cannot_hold_is_reduced():
+    none = detect.Faces(np.zeros((0, 4)), np.zeros(0), np.zeros((0, 5, 2)))
+    for shape, expected in (((70_000, 60), (56, 65_500)), ((65_500, 20), (20, 65_500))):
+        drawing = detect_photos.draw_faces(np.zeros((*shape, 3), np.uint8), none)
+        assert Image.open(io.BytesIO(drawing)).size == expected

@@ -16,8 +16,8 @@ import numpy as np
 from afr_jax.core import files, workdir
 from afr_jax.core.perception import measures
 from afr_jax.data import identities, photos
-from afr_jax.evaluation import reference
-from afr_jax.evaluation.cloaking import cells, fawkes_package
+from afr_jax.evaluation import fawkes_package, reference
+from afr_jax.evaluation.cloaking import cells
 from afr_jax.methods.cloaking import budget, noise, photo_cloaks
 from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry

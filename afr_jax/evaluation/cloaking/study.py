@@ -9,12 +9,11 @@ import numpy as np
 
 from afr_jax.core import files, options, program, progress, workdir
 from afr_jax.data import identities
-from afr_jax.evaluation import reference
+from afr_jax.evaluation import fawkes_package, reference
 from afr_jax.evaluation.attackers import tracker_names, tracker_training
 from afr_jax.evaluation.cloaking import (
     cells,
     embeddings,
-    fawkes_package,
     people,
     plots,
     published,

@@ -21,6 +21,8 @@ from afr_jax.recognition import detect, shared_options
 _TOY_FACE_PX = 80
 # Pixels of photos that are decoded at once, unless it is one photo.
 _PIXELS_AT_ONCE = 40_000_000
+# The longest side that Pillow writes as JPEG.
+_JPEG_PX = 65_500
 _FACE_COLOR, _POINT_COLOR = (255, 64, 64), (64, 255, 64)
 
 
@@ -203,7 +205,10 @@ def _face_records(faces: detect.Faces) -> list[FaceRecord]:
 
 
 def draw_faces(pixels: np.ndarray, faces: detect.Faces) -> bytes:
-    """A JPEG of the photo `[H, W, 3]` uint8 with boxes, landmarks and confidences drawn in."""
+    """A JPEG of the photo `[H, W, 3]` uint8 with boxes, landmarks and confidences drawn in.
+
+    A photo with a side that JPEG cannot have is reduced to the largest that it can.
+    """
     picture = Image.fromarray(pixels)
     pen = ImageDraw.Draw(picture)
     width = max(1, round(max(pixels.shape[:2]) / 400))
@@ -216,6 +221,7 @@ def draw_faces(pixels: np.ndarray, faces: detect.Faces) -> bytes:
         pen.text((x0, y0), label, fill=_FACE_COLOR, font_size=size, anchor=anchor)
         for y, x in points.tolist():
             pen.circle((x, y), 1.5 * width, fill=_POINT_COLOR)
+    picture.thumbnail((_JPEG_PX, _JPEG_PX))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
