@@ -7,6 +7,7 @@ import importlib.resources
 import io
 import json
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -347,21 +348,77 @@ def test_reload_two_browsers_cancel_and_a_killed_server(browser, tmp_path):
         session = _state(browser)
         assert session["job"]["state"] == "cancelled"
         assert len(server.files()) >= 2
+        workers = _children(server.process.pid)
+        assert len(workers) == 1
         server.stop(signal.SIGKILL)
         assert len(server.files()) >= 2
         store = sessions.Store(str(folder), jobs.Worker(app_program.AppConfig()))
         assert not server.files()
         store.close()
-        # So does its worker, as nobody speaks to it any more.
-        _until(lambda: not _has_group(server.process.pid), "end of the worker")
+        # Nobody speaks to its worker any more.
+        _until(lambda: not any(map(_is_alive, workers)), "end of the worker")
 
 
-def _has_group(number):
-    """Whether the worker of a server still lives: it says so in its command line."""
+def _resident(number):
+    """Memory of a process in megabytes."""
+    status = pathlib.Path(f"/proc/{number}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1000
+
+
+@pytest.mark.slow
+def test_memory_returns_to_its_level_after_fifty_jobs(tmp_path):
+    photo = _png(_portrait())
+    with _served(tmp_path, "--toy", "--surrogates=dlib") as server:
+        headers = _cookie_and_token(server)
+        address = urllib.parse.urlsplit(server.url)
+        connection = http.client.HTTPConnection(address.hostname, address.port)
+
+        def ask(method, path, body=None):
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            found = json.loads(answer.read())
+            assert answer.status == 200, found
+            return found
+
+        def state():
+            return ask("GET", "/api/state?tool=cloak&page=one")
+
+        upload = ask("POST", "/api/files?tool=cloak&role=photo&name=a.png", photo)["id"]
+        _until(lambda: state()["uploads"][0]["look"]["state"] == "done", "look")
+        order = {"kind": "cloak", "mode": "mid", "format": "png", "surrogates": ["dlib"]}
+        body = json.dumps({**order, "faces": {upload: [0]}})
+        levels = []
+        for _ in range(50):
+            job = ask("POST", "/api/jobs", body)["id"]
+            done = _until(
+                lambda job=job: (found := state()["job"])["state"] == "done" and found["id"] == job,
+                "job",
+            )
+            assert done
+            children = _children(server.process.pid)
+            levels.append([_resident(number) for number in (server.process.pid, *children)])
+        serving, working = np.array(levels).T
+        print("server", serving[[0, 4, -1]], "worker", working[[0, 4, -1]])
+        # The first jobs compile; the others leave nothing behind.
+        assert serving[-1] < serving[4] + 20
+        assert working[-1] < working[4] + 100
+        # One job's files are there, not fifty's.
+        assert len(server.files()) < 12
+
+
+def _children(number):
+    found = []
     for path in os.listdir("/proc"):
         if path.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{path}/stat") as file:
                 fields = file.read().rpartition(")")[2].split()
                 if fields[0] != "Z" and int(fields[1]) == number:
-                    return True
-    return False
+                    found.append(int(path))
+    return found
+
+
+def _is_alive(number):
+    try:
+        return "State:\tZ" not in pathlib.Path(f"/proc/{number}/status").read_text()
+    except FileNotFoundError:
+        return False

@@ -26,7 +26,7 @@ function pairResult(job) {
     el("div", { class: "card" },
       el("p", {}, `${same} of ${verdicts.length} recognizers take the two for the same person.`),
       el("div", { class: "faces" }, picture(0), picture(1)),
-      el("ul", { class: "verdicts" }, ...verdicts.map((verdict) => verdictCard(verdict)))),
+      el("ul", { class: "verdicts" }, ...verdicts.map((verdict) => verdictCard(verdict, { whom: "the two" })))),
   ];
 }
 
@@ -54,14 +54,14 @@ function peopleResult(job) {
     }
     parts.push(card);
   }
-  if (count) parts.push(el("details", {}, el("summary", {}, `${count} photos could not be used`), el("ul", {}, ...problems.map((text) => el("li", {}, text)))));
+  if (count) parts.push(el("details", {}, el("summary", {}, count === 1 ? "1 photo could not be used" : `${count} photos could not be used`), el("ul", {}, ...problems.map((text) => el("li", {}, text)))));
   return parts;
 }
 
 watch((found) => {
   const people = found.uploads.filter((upload) => upload.role === "people").length;
   const zip = found.uploads.find((upload) => upload.role === "zip");
-  find("people-state").textContent = zip ? zip.name : people ? `${people} photos` : "nothing chosen yet";
+  find("people-state").textContent = people ? `${people} photos` : "nothing chosen yet";
   find("pair-start").disabled = !has("first") || !has("second") || isActive(found.job);
   find("people-start").disabled = !has("query") || !(people || zip) || isActive(found.job);
 }, (job) => (job.kind === "pair" ? pairResult(job) : peopleResult(job)));

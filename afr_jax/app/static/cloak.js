@@ -8,7 +8,7 @@ const form = find("options");
 const cards = new Map(); // by upload: what it shows, and its element
 const kept = JSON.parse(sessionStorage.getItem("faces") ?? "{}");
 
-dropZone("photos", (files) => send(files, "photo", { told: (text) => (find("photos-state").textContent = text) }));
+dropZone("photos", (files) => send(files, "photo", { input: find("photos"), told: (text) => (find("photos-state").textContent = text) }));
 find("photos-clear").addEventListener("click", () =>
   act(() => post(`/api/files/all/remove?${new URLSearchParams({ tool, role: "photo" })}`)));
 

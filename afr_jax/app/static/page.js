@@ -44,8 +44,12 @@ export async function post(path, body) {
 }
 
 // Sends files one after the other; each that is refused is named, the others go on.
-export async function send(files, role, { name = (file) => file.name, told = () => {} } = {}) {
+export async function send(files, role, { name = (file) => file.name, told = () => {}, input = find(role) } = {}) {
   const problems = [];
+  // The server would end the connection in the middle of such a file, and could not say why.
+  const most = Number(input.dataset.megabytes);
+  const isSmall = (file) => file.size <= most * 1e6 || !problems.push(`${file.name} is larger than ${most} MB`);
+  files = files.filter(isSmall);
   let number = 0;
   for (const file of files) {
     told(`Reading ${number + 1} of ${files.length} …`);
@@ -236,7 +240,7 @@ export function saveLink(job, key, text, isMain = false) {
 }
 
 // What a recognizer makes of two faces, as a card with a meter.
-export function verdictCard(verdict, { role = null, after = null } = {}) {
+export function verdictCard(verdict, { role = null, after = null, whom = "it" } = {}) {
   const most = Math.max(1.5, verdict.share * 1.1);
   const bar = el("i");
   bar.style.width = `${Math.min(100, (100 * verdict.share) / most)}%`;
@@ -247,7 +251,7 @@ export function verdictCard(verdict, { role = null, after = null } = {}) {
     "li",
     { class: `verdict ${verdict.same ? "same" : "other"}` },
     el("p", {}, el("strong", {}, verdict.name), role ? ` – ${role}` : ""),
-    el("p", {}, "takes it for ", el("strong", {}, who)),
+    el("p", {}, `takes ${whom} for `, el("strong", {}, who)),
     el("div", { class: "meter", "aria-hidden": "true" }, bar, mark),
     el("p", { class: "quiet" }, `Distance ${verdict.distance}; from ${verdict.threshold} on (the mark) it is another person.`),
     after ? el("p", { class: "quiet" }, after) : null,

@@ -34,14 +34,14 @@ function showResult(job) {
   const result = job.result;
   const rate = (name) => result.rows.find((row) => row.name === name)?.cells[0].rate ?? null;
   const [trained, black] = [rate("the trained patches"), rate("plain black paper")];
-  const honest = trained !== null && black !== null && trained <= black ? " Plain black paper does as well: these patches are worth nothing yet; train longer, or use another film." : "";
+  const honest = trained !== null && black !== null && trained <= black ? " Plain black paper does as well or better: these patches are worth nothing yet. Train longer, or use another film." : "";
   return [
     el("h2", {}, "Results"),
     el("div", { class: "card" },
       el("p", {}, `With the patches MTCNN misses the face in ${percent(trained)} of ${result.num_test} frames, without in ${percent(rate("no patch"))}, with plain black paper in ${percent(black)}.${honest}`),
       result.is_same_film ? el("p", { class: "note" }, "These frames are the end of the film whose beginning was trained on, so the figures flatter. Use another film, of another day, for honest ones.") : null,
       el("p", { class: "row" }, saveLink(job, "pdf", "Save the page to print (PDF)", true), saveLink(job, "result", "Save all figures (JSON)")),
-      el("p", { class: "quiet" }, "Print at 100 %, not “fit to page”; a ruler on the page tells whether the printer kept the size."),
+      el("p", { class: "quiet" }, "Print at 100 %, not “fit to page”; the bar on the page is 50 mm long if the printer kept the size."),
       el("div", { class: "pictures" }, ...result.patches.map((patch) => el("figure", {}, el("img", { class: "patch", src: out(job, patch.key), alt: `Patch: ${patch.name}` }), el("figcaption", {}, patch.name)))),
       el("h3", {}, "How often the face is missed"),
       table(result),
@@ -50,7 +50,7 @@ function showResult(job) {
       el("div", { class: "pictures" },
         el("figure", {}, el("img", { src: out(job, "clip"), alt: "Frames with the patches drawn in: red boxes where the detector finds a face, green where it misses it" }), el("figcaption", {}, "Red: a face is found. Green: it is missed.")),
         el("figure", {}, el("img", { src: out(job, "sheet"), alt: "Frames without the patches above, with them below" }), el("figcaption", {}, "Without the patches above, with them below."))),
-      result.num_skipped ? el("p", { class: "quiet" }, `${result.num_skipped} frames were left out: no face, or no room for the patches.`) : null),
+      result.num_skipped ? el("p", { class: "quiet" }, `Left out: ${result.num_skipped} of the frames, with no face or no room for the patches.`) : null),
   ];
 }
 

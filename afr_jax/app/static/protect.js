@@ -39,7 +39,7 @@ function showResult(job) {
       el("p", { class: "note" }, "Small networks and few rounds: a hint, no promise. Publish these images only, and none of the same without noise."),
       el("h3", {}, "Before (above) and after (below)"),
       el("div", { class: "pictures" }, ...examples),
-      result.num_problems ? el("details", {}, el("summary", {}, `${result.num_problems} files were left out and are not protected`), el("ul", {}, ...result.problems.map((text) => el("li", {}, text)))) : null),
+      result.num_problems ? el("details", {}, el("summary", {}, result.num_problems === 1 ? "1 file was left out and is not protected" : `${result.num_problems} files were left out and are not protected`), el("ul", {}, ...result.problems.map((text) => el("li", {}, text)))) : null),
   ];
 }
 

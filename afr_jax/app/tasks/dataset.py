@@ -24,7 +24,7 @@ SIDES_PX = (32, 64, 128, 224)
 _METHODS = ("lsp", "error_min")
 _MOST_IMAGES = 5000
 # Of the trial: images, share of them that victims are tested on, epochs, and steps of the search.
-_TRIAL_IMAGES, _TEST_SHARE, _EPOCHS, _BATCH = 600, 0.25, 30, 32
+_TRIAL_IMAGES, _TEST_SHARE, _EPOCHS, _BATCH = 400, 0.25, 20, 32
 _ROUNDS, _MOST_EXAMPLES, _EXAMPLE_PX = 8, 6, 160
 _VICTIMS = (
     ("clean", "none", "the images as they are"),
@@ -144,7 +144,8 @@ def _try(
     test, train = image_sets.take(data, order[:cut]), order[cut:]
     if cut < 2:
         return []
-    num_epochs = 1 if loaded.config.short else _EPOCHS
+    is_short = loaded.config.short
+    num_epochs = 1 if is_short else _EPOCHS
     sets = {"clean": image_sets.take(data, train), "protected": image_sets.take(protected, train)}
     found = []
     total = num_epochs * len(_VICTIMS)
@@ -154,7 +155,9 @@ def _try(
                 sets[name],
                 test,
                 options=victims.VictimOptions(
-                    network=registry.ClassifierOptions(architecture="small_resnet"),
+                    network=registry.ClassifierOptions(
+                        architecture="small_resnet", width=4 if is_short else None
+                    ),
                     num_epochs=num_epochs,
                     batch_size=_BATCH,
                     countermeasure=countermeasure,
