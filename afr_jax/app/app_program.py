@@ -62,6 +62,8 @@ def run(config: AppConfig) -> options.Outcome:
     Raises:
         options.UsageError: packages are missing, the address cannot be used, or the extractors.
     """
+    if config.workdir is not None:
+        raise options.UsageError("--workdir: the page keeps nothing")
     try:
         from afr_jax.app import server  # Optional: nothing else needs its packages.
     except ModuleNotFoundError as error:

@@ -368,10 +368,14 @@ def _resident(number):
 @pytest.mark.slow
 def test_memory_returns_to_its_level_after_fifty_jobs(tmp_path):
     photo = _png(_portrait())
-    with _served(tmp_path, "--toy", "--surrogates=dlib") as server:
+    with (
+        contextlib.ExitStack() as stack,
+        _served(tmp_path, "--toy", "--surrogates=dlib") as server,
+    ):
         headers = _cookie_and_token(server)
         address = urllib.parse.urlsplit(server.url)
         connection = http.client.HTTPConnection(address.hostname, address.port)
+        stack.callback(connection.close)
 
         def ask(method, path, body=None):
             connection.request(method, path, body, headers)
@@ -398,7 +402,6 @@ def test_memory_returns_to_its_level_after_fifty_jobs(tmp_path):
             children = _children(server.process.pid)
             levels.append([_resident(number) for number in (server.process.pid, *children)])
         serving, working = np.array(levels).T
-        print("server", serving[[0, 4, -1]], "worker", working[[0, 4, -1]])
         # The first jobs compile; the others leave nothing behind.
         assert serving[-1] < serving[4] + 20
         assert working[-1] < working[4] + 100

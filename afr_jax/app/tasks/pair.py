@@ -1,7 +1,7 @@
 """Whether two photos show one person, by each extractor."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -69,7 +69,7 @@ def run(
     }
 
 
-def _main(faces: detect.Faces, shape: Sequence[int]) -> int:
+def _main(faces: detect.Faces, shape: tuple[int, ...]) -> int:
     """Number of the face that a photo is of."""
     (box,) = detect.main_face(faces, shape).boxes
     return int(np.argmin(np.abs(faces.boxes - box).sum(axis=1)))
