@@ -181,7 +181,7 @@ def load_variables() -> Variables:
         FileNotFoundError: the package or its files are missing; the message says how to get them.
         ValueError: a file is damaged.
     """
-    return jax.tree.map(jnp.asarray, read_weights(find_weights()))
+    return jax.device_put(read_weights(find_weights()))
 
 
 def read_weights(folder: pathlib.Path | str) -> Variables:

@@ -21,6 +21,9 @@ import numpy as np
 from afr_jax.core import images, parallel
 from afr_jax.models.extractors import registry
 
+# Pixels of an averaged photo from one pixel of a chip to the next, at most.
+MOST_STEP = 1.25
+
 
 class Canvas(NamedTuple):
     """A piece of a photo on an array of a bucket's size, float32 in [0, 1].
@@ -149,10 +152,10 @@ def chip_bounds(transform: np.ndarray, size: int) -> np.ndarray:
 def pool_factor(scale: float) -> int:
     """By how much to box-average a photo before sampling it at `scale` pixels per chip pixel.
 
-    Bilinear sampling of the averaged photo then steps by at most 1.25 of its pixels, so little
-    aliases, and by no less than 0.6 (above a factor of 1), so little blurs.
+    Bilinear sampling of the averaged photo then steps by at most `MOST_STEP` of its pixels, so
+    little aliases, and by no less than 0.6 (above a factor of 1), so little blurs.
     """
-    return max(1, int(np.ceil(scale - 0.25)))
+    return max(1, int(np.ceil(scale - (MOST_STEP - 1))))
 
 
 def jitter_transform(
@@ -182,7 +185,11 @@ def jitter_transform(
 
 
 def warp(
-    image: parallel.AnyArray, transform: parallel.AnyArray, *, size: int, pool: int = 1
+    image: parallel.AnyArray,
+    transform: parallel.AnyArray,
+    *,
+    size: int,
+    pool: int | jax.Array = 1,
 ) -> jax.Array:
     """Resamples an image to a chip: box average over `pool` pixels, then bilinear; black outside.
 
@@ -190,26 +197,43 @@ def warp(
         image: `[H, W, C]` float.
         transform: `[2, 3]`, chip to image.
         size: side of the chip.
-        pool: factor of the box average, `pool_factor` of the transform's scale.
+        pool: factor of the box average, `pool_factor` of the transform's scale. As an int32 scalar
+            it may differ from call to call of a compiled program, up to the one of a chip that is
+            as large as the image, and one more.
 
     Returns:
         `[size, size, C]`.
     """
     chex.assert_rank(image, 3)
     chex.assert_shape(transform, (2, 3))
-    height, width, channels = image.shape
-    if pool > 1:
-        rows, columns = -(-height // pool), -(-width // pool)
-        padded = jnp.pad(
-            image, ((0, rows * pool - height), (0, columns * pool - width), (0, 0)), mode="edge"
-        )
-        image = padded.reshape(rows, pool, columns, pool, channels).mean(axis=(1, 3))
+    if isinstance(pool, int):
+        image = _pooled(image, pool)
+    else:
+        most = -(-max(image.shape[:2]) // size) + 1
+        pool = jnp.clip(pool, 1, most)
+        # Zeros behind a smaller image are what lies outside of it.
+        sizes = [functools.partial(_pooled, pool=each, padded=True) for each in range(1, most + 1)]
+        image = jax.lax.switch(pool - 1, sizes, image)
     steps = jnp.arange(size, dtype=jnp.float32)
     y, x = (
         row[0] * steps[:, None] + row[1] * steps[None, :] + row[2]
         for row in transform.astype(jnp.float32)
     )
     return _bilinear(image, (y - (pool - 1) / 2) / pool, (x - (pool - 1) / 2) / pool)
+
+
+def _pooled(image: parallel.AnyArray, pool: int, *, padded: bool = False) -> parallel.AnyArray:
+    """Averages over `pool` x `pool` pixels, behind them zeros up to the old shape if asked for."""
+    if pool == 1:
+        return image
+    height, width, channels = image.shape
+    rows, columns = -(-height // pool), -(-width // pool)
+    extra = ((0, rows * pool - height), (0, columns * pool - width), (0, 0))
+    blocks = jnp.pad(image, extra, mode="edge").reshape(rows, pool, columns, pool, channels)
+    image = blocks.mean(axis=(1, 3))
+    if padded:
+        image = jnp.pad(image, ((0, height - rows), (0, width - columns), (0, 0)))
+    return image
 
 
 def _bilinear(image: parallel.AnyArray, y: jax.Array, x: jax.Array) -> jax.Array:

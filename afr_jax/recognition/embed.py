@@ -1,6 +1,7 @@
 """Embedding of faces: alignment and extractor in one call, from photos and landmarks to vectors."""
 
 import functools
+import math
 from collections.abc import Iterable
 
 import jax
@@ -11,10 +12,11 @@ from afr_jax.models.extractors import registry
 from afr_jax.models.weights import conversion
 from afr_jax.recognition import align
 
-# Bucket sizes: faces that one call embeds on each device, sides of canvases.
-_BATCH_SIZES = (1, 4, 16)
+# Bucket sizes: faces that one call embeds on each device.
+_BATCH_SIZES = (1, 4)
 _ACCELERATOR_BATCH_SIZES = (1, 16, 128)
-_CANVAS_SIZES = (160, 192, 256, 320, 448)
+# Around a chip, canvas pixels.
+_MARGIN = 2
 
 
 def embed_faces(
@@ -52,17 +54,11 @@ def embed_faces(
         static={"extractor": extractor},
     )
     placed = parallel.replicate(variables, mesh)
-    buckets: dict[int, list] = {}
-    count = 0
-    for count, (pixels, landmarks) in enumerate(faces, start=1):
-        canvas, transform = _face_canvas(extractor, pixels, landmarks)
-        bucket = buckets.setdefault(canvas.shape[0], [])
-        bucket.append((count - 1, canvas, transform))
-    embeddings = np.zeros((count, extractor.embedding_size), np.float32)
-    for bucket in buckets.values():
-        index, canvases, transforms = zip(*bucket, strict=True)
-        embeddings[list(index)] = map_fn(placed, np.stack(canvases), np.stack(transforms))
-    return embeddings
+    views = [_face_canvas(extractor, pixels, landmarks) for pixels, landmarks in faces]
+    if not views:
+        return np.zeros((0, extractor.embedding_size), np.float32)
+    canvases, transforms = map(np.stack, zip(*views, strict=True))
+    return map_fn(placed, canvases, transforms)
 
 
 def _embed_batch(
@@ -77,6 +73,12 @@ def _embed_batch(
     return registry.embed(extractor, variables, jax.vmap(warp)(canvases, transforms))
 
 
+def _canvas_side(extractor: registry.Extractor) -> int:
+    """Side of a canvas that holds every chip, turned in any way, so that all share a program."""
+    diagonal = extractor.input_px * np.hypot(1, extractor.stretch)
+    return math.ceil(align.MOST_STEP * diagonal) + 2 * _MARGIN + 2
+
+
 def _face_canvas(
     extractor: registry.Extractor, pixels: np.ndarray, landmarks: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -84,8 +86,8 @@ def _face_canvas(
     transform = align.chip_transform(extractor, landmarks)
     bounds = align.chip_bounds(transform, extractor.input_px)
     factor = align.pool_factor(align.transform_scale(transform))
-    margin = 2 * factor
-    bounds = bounds + np.array([-margin, -margin, margin, margin])
-    canvas = align.cut_canvas(pixels, bounds, factor=factor, bucket_sizes=_CANVAS_SIZES)
+    bounds = bounds + factor * np.array([-_MARGIN, -_MARGIN, _MARGIN, _MARGIN])
+    sides = (_canvas_side(extractor),)
+    canvas = align.cut_canvas(pixels, bounds, factor=factor, bucket_sizes=sides)
     transform = align.canvas_transform(transform, canvas)
     return canvas.image, transform.astype(np.float32)

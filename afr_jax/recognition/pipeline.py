@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from afr_jax.core import backend, files, parallel, progress, workdir
@@ -386,9 +385,7 @@ def load_recognizer(
         options=options or detect.DetectorOptions(),
         extractors=extractors,
         variables={
-            name: jax.tree.map(
-                jnp.asarray, registry.load_variables(extractor, path=weights.get(name))
-            )
+            name: jax.device_put(registry.load_variables(extractor, path=weights.get(name)))
             for name, extractor in extractors.items()
         },
     )

@@ -141,7 +141,9 @@ def test_photos_of_a_person_are_moved_away_from_what_they_share(surrogates):
     plans = [
         photo_cloaks._plan(surrogates.extractors, photo, 0, 0, None, _CONFIG) for photo in photos
     ]
-    known = photo_cloaks._introduce(surrogates, plans, parallel.make_mesh())
+    known = photo_cloaks._introduce(
+        jax.random.key(0), surrogates, plans, _CONFIG, parallel.make_mesh()
+    )
     steps = [plan.face.crops[0].to_person for plan in known]
     half = (embeddings[1] - embeddings[0]) / 2
     # A chip for the steps comes from a canvas, one for `embed_faces` is rounded to 8 bits.

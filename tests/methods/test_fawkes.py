@@ -283,7 +283,7 @@ def _assert_same_cloaks(deltas, distances, expected_deltas, expected_distances):
     # size: where a gradient is nearly zero, rounding can turn a step of a hundredth around.
     apart = np.abs(np.asarray(deltas) - expected_deltas)
     assert apart.mean() < 1e-5 and apart.max() < 5e-3
-    np.testing.assert_allclose(distances, expected_distances, rtol=1e-3)
+    np.testing.assert_allclose(distances, expected_distances, rtol=2e-3)
 
 
 def test_four_devices_give_the_cloaks_of_one(faces, cloaks):

@@ -87,11 +87,11 @@ def test_a_shifted_crop_shifts_the_face(variables, face_photo):
     _assert_same_faces(moved, whole, pixels=4.0, confidence=0.02)
 
 
-def test_photos_of_any_size_share_three_programs(variables, face_photo):
-    networks = {name: getattr(detect, name) for name in ("_pnet", "_rnet", "_onet")}
+def test_photos_of_any_size_share_five_programs(variables, face_photo):
     with pytest.MonkeyPatch.context() as patch:
-        for name, network in networks.items():
-            traced = chex.assert_max_traces(network.__wrapped__, n=1)
+        # R-Net and O-Net for few and for many crops.
+        for name, count in (("_pnet", 1), ("_rnet", 2), ("_onet", 2)):
+            traced = chex.assert_max_traces(getattr(detect, name).__wrapped__, n=count)
             patch.setattr(detect, name, jax.jit(traced))
         rng = np.random.default_rng(0)
         for height, width in [(230, 240), (97, 401), (640, 333), (13, 700), (300, 300)]:
@@ -441,8 +441,8 @@ def test_a_network_sees_all_crops_in_batches(count, monkeypatch):
 
     monkeypatch.setattr(detect, "_crops", lambda packed, boxes, side: packed[boxes[:, 0]])
     boxes = np.arange(count)[:, None]
-    sums, corners = detect._in_batches(net_fn, 2.0, crops, boxes, side=3, batch=8)
-    assert set(seen) == {8}
+    sums, corners = detect._in_batches(net_fn, 2.0, crops, boxes, side=3, batches=(2, 8))
+    assert set(seen) == {2 if count < 2 else 8}
     np.testing.assert_allclose(sums, 2 * crops.sum(axis=(1, 2, 3)), rtol=1e-6)
     np.testing.assert_array_equal(corners, crops[:, 0, 0])
 

@@ -15,8 +15,7 @@ from afr_jax.core.perception import measures
 from afr_jax.data import photos
 from afr_jax.methods.cloaking import budget, photo_cloaks
 from afr_jax.models import mtcnn
-from afr_jax.models.extractors import registry
-from afr_jax.recognition import detect, embed, pipeline
+from afr_jax.recognition import detect, embed, match, pipeline
 from afr_jax.recognition.detectors import union, yunet
 
 REENCODING = (
@@ -260,9 +259,9 @@ def _judge(
         pairs += [(compressed, found) for found in after if found is not None]
         vectors = iter(embed.embed_faces(extractor, recognizer.variables[name], pairs))
         clean = [next(vectors) for _ in written]
-        distances = [float(registry.distance(next(vectors), own)) for own in clean]
+        distances = [_distance(next(vectors), own) for own in clean]
         distances_after = [
-            None if found is None else float(registry.distance(next(vectors), own))
+            None if found is None else _distance(next(vectors), own)
             for found, own in zip(after, clean, strict=True)
         ]
         for number, distance in enumerate(distances):
@@ -276,6 +275,10 @@ def _judge(
                 after_jpeg75=_after(distances_after[number], extractor.threshold),
             )
     return results, [found is not None for found in again]
+
+
+def _distance(first: np.ndarray, second: np.ndarray) -> float:
+    return float(match.distance(first, second, metric="euclidean"))
 
 
 def _after(distance: float | None, threshold: float) -> Reencoded:

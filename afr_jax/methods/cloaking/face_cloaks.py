@@ -26,10 +26,13 @@ from afr_jax.recognition import align
 
 
 class Surrogate(NamedTuple):
-    """An extractor that a cloak is made against (static), and the warp's box average."""
+    """An extractor that a cloak is made against (static), and the warp's box average.
+
+    In compiled programs the average is an array: one program serves all of them.
+    """
 
     extractor: registry.Extractor
-    pool: int
+    pool: int | jax.Array
 
 
 class FaceCrop(NamedTuple):
@@ -188,19 +191,30 @@ def cloak_faces(
     """
     chex.assert_rank(faces.image, 4)
     chex.assert_equal_shape_prefix([keys, faces.image, faces.limit, faces.boxes], 1)
-    own = embed_faces(variables, faces, surrogates)
-    crops = [crop._replace(own=vector) for crop, vector in zip(faces.crops, own, strict=True)]
+    num_faces, search = len(faces.image), config.search
     limits = (config.budget.dssim, config.budget.flicker)
-    most, flickers = (jnp.full(len(faces.image), limit, jnp.float32) for limit in limits)
-    faces = faces._replace(crops=tuple(crops), budget=most, flicker=flickers)
-    references, search = _references(faces.image), config.search
-    state = _start(keys, faces, references, search)
+    most, flickers = (np.full(num_faces, limit, np.float32) for limit in limits)
+    faces = faces._replace(budget=most, flicker=flickers)
+    seen = _look(keys, variables, faces, surrogates, search)
+    crops = [
+        crop._replace(own=vector) for crop, vector in zip(faces.crops, seen.embeddings, strict=True)
+    ]
+    faces = faces._replace(crops=tuple(crops))
     length, reported = stepping.chunk_length(), 0
 
     def advance(state: loop.State, steps: range) -> tuple[loop.State, None]:
         count = np.int32(len(steps))
         return _advance(
-            keys, variables, faces, references, state, count, surrogates, search, length=length
+            keys,
+            variables,
+            faces,
+            seen.references,
+            state,
+            count,
+            _pools(surrogates),
+            _extractors(surrogates),
+            search,
+            length=length,
         ), None
 
     def report(count: int) -> None:
@@ -212,32 +226,25 @@ def cloak_faces(
             report_fn(count)
 
     state, _ = stepping.drive(
-        advance, state, steps=range(config.num_steps + 1), length=length, report_fn=report
+        advance, seen.start, steps=range(config.num_steps + 1), length=length, report_fn=report
     )
-    delta, score = loop.best(state)
-    # Where no iterate met the budget, nothing is changed: honest, and rare.
-    delta = jnp.where(jnp.isfinite(score)[:, None, None, None], delta, 0.0)
-    reached = embed_faces(variables, faces._replace(image=faces.image + delta), surrogates)
-    distances = [registry.distance(new, old) for new, old in zip(reached, own, strict=True)]
-    return delta, jnp.stack(distances, axis=1)
+    seen = _look(keys, variables, faces, surrogates, search, change=loop.best(state))
+    return seen.change, seen.distances
 
 
-@functools.partial(jax.jit, static_argnames="surrogates")
 def embed_faces(
-    variables: tuple[VariableDict, ...], faces: Face, surrogates: tuple[Surrogate, ...]
+    keys: jax.Array,
+    variables: tuple[VariableDict, ...],
+    faces: Face,
+    *,
+    surrogates: tuple[Surrogate, ...],
+    config: CloakMethod,
 ) -> tuple[jax.Array, ...]:
     """Embeddings `[B, D]` of a batch of faces as they are, one array for each surrogate.
 
-    Args:
-        variables: of each surrogate's module.
-        faces: the batch.
-        surrogates: static.
+    It is done by a program of `cloak_faces`, which has the same arguments.
     """
-    found = []
-    for surrogate, params, crop in zip(surrogates, variables, faces.crops, strict=True):
-        chips = jax.vmap(functools.partial(chip, surrogate))(faces.image, crop.transform)
-        found.append(registry.embed(surrogate.extractor, params, chips))
-    return tuple(found)
+    return _look(keys, variables, faces, surrogates, config.search).embeddings
 
 
 def spent(cloaked: jax.Array, face: Face, reference: ssim.SsimReference) -> jax.Array:
@@ -308,25 +315,86 @@ def chip(surrogate: Surrogate, image: parallel.AnyArray, transform: parallel.Any
     return align.warp(image, transform, size=surrogate.extractor.input_px, pool=surrogate.pool)
 
 
-@jax.jit
-def _references(images: jax.Array) -> ssim.SsimReference:
-    return jax.vmap(ssim.ssim_reference)(images)
+class _Look(NamedTuple):
+    """What the surrogates see of a batch of faces, and what its search begins with.
+
+    Attributes:
+        change: `[B, S, S, 3]`, what was added to the canvases.
+        embeddings: `[B, D]` of each surrogate.
+        distances: `[B, number of surrogates]`, from the `own` embeddings.
+        references: of the canvases.
+        start: of the search.
+    """
+
+    change: jax.Array
+    embeddings: tuple[jax.Array, ...]
+    distances: jax.Array
+    references: ssim.SsimReference
+    start: loop.State
 
 
-@functools.partial(jax.jit, static_argnames="search")
-def _start(
-    keys: jax.Array, faces: Face, references: ssim.SsimReference, search: CloakSearch
-) -> loop.State:
-    def one(key: jax.Array, face: Face, reference: ssim.SsimReference) -> loop.State:
-        shape = face.image.shape
-        noise = jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * search.start_noise
-        return loop.start(search.rules(face, reference), noise)
+def _look(
+    keys: jax.Array,
+    variables: tuple[VariableDict, ...],
+    faces: Face,
+    surrogates: tuple[Surrogate, ...],
+    search: CloakSearch,
+    *,
+    change: tuple[parallel.AnyArray, parallel.AnyArray] | None = None,
+) -> _Look:
+    """Looks at faces as they are, or with a change: by one program, as each takes long to compile.
 
-    return jax.vmap(one)(keys, faces, references)
+    Where no iterate met the budget, nothing is changed: honest, and rare.
+    """
+    if change is None:
+        shape = faces.image.shape
+        change = np.zeros(shape, np.float32), np.full(shape[0], np.inf, np.float32)
+    # Arrays that lie elsewhere than those of another call would be another program.
+    faces, change = jax.device_put((faces, change), keys.sharding)
+    return _look_at(
+        keys, variables, faces, change, _pools(surrogates), _extractors(surrogates), search
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("extractors", "search"))
+def _look_at(
+    keys: jax.Array,
+    variables: tuple[VariableDict, ...],
+    faces: Face,
+    change: tuple[jax.Array, jax.Array],
+    pools: tuple[jax.Array, ...],
+    extractors: tuple[registry.Extractor, ...],
+    search: CloakSearch,
+) -> _Look:
+    delta, score = change
+    added = jnp.where(jnp.isfinite(score)[:, None, None, None], delta, 0.0)
+    images = faces.image + added
+    embeddings, distances = [], []
+    for extractor, pool, params, crop in zip(
+        extractors, pools, variables, faces.crops, strict=True
+    ):
+        chips = jax.vmap(functools.partial(chip, Surrogate(extractor, pool)))(
+            images, crop.transform
+        )
+        embeddings.append(registry.embed(extractor, params, chips))
+        distances.append(registry.distance(embeddings[-1], crop.own))
+    references = jax.vmap(ssim.ssim_reference)(faces.image)
+
+    def start(key: jax.Array, face: Face, reference: ssim.SsimReference) -> loop.State:
+        noise = jax.random.uniform(key, face.image.shape, minval=-1.0, maxval=1.0)
+        return loop.start(search.rules(face, reference), noise * search.start_noise)
+
+    return _Look(
+        added,
+        tuple(embeddings),
+        jnp.stack(distances, axis=1),
+        references,
+        jax.vmap(start)(keys, faces, references),
+    )
 
 
 @functools.partial(
-    jax.jit, static_argnames=("surrogates", "search", "length"), donate_argnames="state"
+    jax.jit, static_argnames=("extractors", "search", "length"), donate_argnames="state"
 )
 def _advance(
     keys: jax.Array,
@@ -335,12 +403,14 @@ def _advance(
     references: ssim.SsimReference,
     state: loop.State,
     count: int,
-    surrogates: tuple[Surrogate, ...],
+    pools: tuple[jax.Array, ...],
+    extractors: tuple[registry.Extractor, ...],
     search: CloakSearch,
     *,
     length: int,
 ) -> loop.State:
     """The state after `count` steps of a chunk, the same number for all faces."""
+    surrogates = tuple(map(Surrogate, extractors, pools))
 
     def one(
         key: jax.Array, face: Face, reference: ssim.SsimReference, state: loop.State
@@ -349,3 +419,11 @@ def _advance(
         return loop.advance(key, problem, state, num_steps=length, count=count)[0]
 
     return jax.vmap(one)(keys, faces, references, state)
+
+
+def _extractors(surrogates: tuple[Surrogate, ...]) -> tuple[registry.Extractor, ...]:
+    return tuple(surrogate.extractor for surrogate in surrogates)
+
+
+def _pools(surrogates: tuple[Surrogate, ...]) -> tuple[np.ndarray, ...]:
+    return tuple(np.asarray(surrogate.pool, np.int32) for surrogate in surrogates)

@@ -24,7 +24,7 @@ from afr_jax.recognition import align, detect, match
 
 # Sides of face canvases. A face region larger than the last one carries its change at a whole
 # fraction of its resolution and is enlarged: what extractors see is coarser still.
-_CANVAS_SIZES = (96, 160, 224, 320)
+_CANVAS_SIZES = (160, 224, 320)
 # Changes fade in over this share of a region's side, so that no edge shows.
 _FADE = 0.06
 # The detector's box grows by this share of its sides; the region holds it and every chip, with the
@@ -145,7 +145,7 @@ def cloak_photos(
         for number in range(len(photo.faces.boxes))
     ]
     mesh = parallel.make_mesh() if mesh is None else mesh
-    plans = _introduce(surrogates, plans, mesh)
+    plans = _introduce(key, surrogates, plans, config, mesh)
     deltas: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     distances: dict[int, dict[str, float]] = {}
     for batch in _batches(plans, mesh.size):
@@ -258,29 +258,30 @@ def _plan(
 
 
 class _Batch(NamedTuple):
-    """Indices of faces that share a call, and how many faces its compiled program takes."""
+    """Indices of faces that share a call, and how many faces it takes."""
 
     indices: list[int]
     size: int
 
 
 def _batches(plans: Sequence[_Plan], num_devices: int) -> list[_Batch]:
-    """Batches of faces, at most as many as one call should take; those of a bucket have one size.
+    """Batches of faces of one canvas and one `pools`, in few sizes: each is a program to compile.
 
-    On CPU, where every face costs its full time, batches are as large as the bucket needs; on
-    accelerators they are full or single, so that there are few programs to compile.
+    On CPU, where every face costs its full time, each device has one at a time; on accelerators
+    batches are full or single.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    most = max((8 if on_cpu else 64) // num_devices, 1) * num_devices
+    full = num_devices
+    if jax.default_backend() != "cpu":
+        full *= max(64 // num_devices, 1)
     buckets: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for i, plan in enumerate(plans):
         buckets.setdefault((plan.canvas.image.shape[0], plan.pools), []).append(i)
     batches = []
     for indices in buckets.values():
-        parts = np.array_split(indices, -(-len(indices) // most))
-        needed = -(-len(parts[0]) // num_devices) * num_devices
-        size = needed if on_cpu or needed == num_devices else most
-        batches += [_Batch(part.tolist(), size) for part in parts]
+        while indices:
+            size = num_devices if len(indices) <= num_devices else full
+            batches.append(_Batch(indices[:size], size))
+            indices = indices[size:]
     return batches
 
 
@@ -295,11 +296,8 @@ def _cloak_batch(
 ) -> tuple[jax.Array, jax.Array]:
     """Changes on the canvases of faces of one bucket, and the distances that they reach."""
     faces, filled, statics = _stack(surrogates, plans, size, mesh)
-    keys = jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(key, a), b))(
-        *np.array([plan.seed for plan in filled], np.uint32).T
-    )
     return face_cloaks.cloak_faces(
-        parallel.shard_batch(keys, mesh),
+        _keys(key, filled, mesh),
         parallel.replicate(surrogates.variables, mesh),
         faces,
         surrogates=statics,
@@ -322,7 +320,26 @@ def _stack(
     return parallel.shard_batch(faces, mesh), filled, statics
 
 
-def _introduce(surrogates: Surrogates, plans: list[_Plan], mesh: parallel.Mesh) -> list[_Plan]:
+def _keys(key: jax.Array, plans: Sequence[_Plan], mesh: parallel.Mesh) -> jax.Array:
+    seeds = np.array([plan.seed for plan in plans], np.uint32)
+    return parallel.shard_batch(_folded(key, seeds), mesh)
+
+
+@jax.jit
+def _folded(key: jax.Array, seeds: jax.Array) -> jax.Array:
+    """The keys `[B]` of faces from their seeds `[B, 2]`."""
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.fold_in(key, seed[0]), seed[1]))(
+        seeds
+    )
+
+
+def _introduce(
+    key: jax.Array,
+    surrogates: Surrogates,
+    plans: list[_Plan],
+    config: face_cloaks.CloakMethod,
+    mesh: parallel.Mesh,
+) -> list[_Plan]:
     """Plans whose faces know the person that they belong to.
 
     Two faces belong together if their distance, in thresholds and averaged over the surrogates, is
@@ -337,8 +354,12 @@ def _introduce(surrogates: Surrogates, plans: list[_Plan], mesh: parallel.Mesh) 
     ]
     for batch in _batches(plans, mesh.size):
         some = [plans[i] for i in batch.indices]
-        faces, _, statics = _stack(surrogates, some, batch.size, mesh)
-        found = jax.device_get(face_cloaks.embed_faces(variables, faces, statics))
+        faces, filled, statics = _stack(surrogates, some, batch.size, mesh)
+        found = jax.device_get(
+            face_cloaks.embed_faces(
+                _keys(key, filled, mesh), variables, faces, surrogates=statics, config=config
+            )
+        )
         for vectors, new in zip(embeddings, found, strict=True):
             vectors[batch.indices] = new[: len(some)]
     apart = np.mean(
