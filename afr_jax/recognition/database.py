@@ -18,20 +18,23 @@ import math
 import os
 import pathlib
 import re
+import typing
 import urllib.parse
 import urllib.request
 from collections.abc import Generator, Iterable, Iterator, Mapping
 
-import lancedb
 import numpy as np
 import pyarrow as pa
-from lancedb.index import IvfFlat
-from lancedb.query import LanceVectorQueryBuilder
 
 from afr_jax.core import files
 from afr_jax.recognition import entries as recognition_entries
 from afr_jax.recognition import match
 from afr_jax.recognition.entries import DatabaseError, Entries, ExtractorTag, Hits
+
+# Imported where it is used: it takes as long as JAX, and few programs have a database.
+if typing.TYPE_CHECKING:
+    import lancedb
+    import lancedb.query
 
 TABLE = "faces"
 # From this many rows on searches go through an index (an exact one takes under 50 ms below it).
@@ -50,7 +53,7 @@ class Database:
     """A table of enrolled faces; from `open_database`."""
 
     def __init__(
-        self, connection: lancedb.DBConnection, table: lancedb.table.Table, uri: str
+        self, connection: "lancedb.DBConnection", table: "lancedb.table.Table", uri: str
     ) -> None:
         """Reads what made the table's embeddings."""
         self.uri = uri
@@ -229,6 +232,8 @@ class Database:
         Below `INDEX_FROM` rows there is none. The index is trained again when the table has
         doubled, else new rows are added to it.
         """
+        from lancedb.index import IvfFlat
+
         with self.hold():
             count = len(self)
             self._table.optimize()
@@ -299,8 +304,10 @@ class Database:
     def _search_index(self, probes: np.ndarray, k: int, num_probes: int) -> Hits:
         identities, images, boxes, distances = [], [], [], []
         for probe in probes:
-            query = self._table.search(probe, vector_column_name="vector")
-            assert isinstance(query, LanceVectorQueryBuilder)
+            query = typing.cast(
+                "lancedb.query.LanceVectorQueryBuilder",
+                self._table.search(probe, vector_column_name="vector"),
+            )
             query = query.distance_type("l2").nprobes(num_probes).limit(k)
             with _naming_damage(self.uri):
                 rows = query.select([*self._table.schema.names, "_distance"]).to_arrow()
@@ -411,6 +418,8 @@ def open_database(
         DatabaseError: it is not there, cannot be used, or was made with another extractor or
             other weights.
     """
+    import lancedb
+
     uri = os.fspath(uri)
     try:
         folder = _folder_of(uri)
