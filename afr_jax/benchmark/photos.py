@@ -29,6 +29,19 @@ def resized(pixels: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
 
 
+def of_any_size(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
+    """The middle of a photo in another shape, of 0.1 to 4 megapixels, each doubling as likely."""
+    area, shape = np.exp(rng.uniform(np.log([1e5, 0.67]), np.log([4e6, 1.5])))
+    height, width = pixels.shape[:2]
+    rows = min(height, max(1, round(width / shape)))
+    columns = min(width, max(1, round(rows * shape)))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    scale = np.sqrt(area / (rows * columns))
+    size = max(1, round(columns * scale)), max(1, round(rows * scale))
+    piece = Image.fromarray(pixels[top : top + rows, left : left + columns])
+    return np.asarray(piece.resize(size, Image.Resampling.LANCZOS))
+
+
 def made(number: int, side: int) -> np.ndarray:
     """The sample portrait, in one of 4 sizes as often as it fits, in one of 6 shapes."""
     divisor = (2, 3, 4, 6)[number % 4]

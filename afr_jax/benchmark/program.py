@@ -15,6 +15,7 @@ from afr_jax.benchmark import (
     detector_agreement,
     embedding,
     extractor_agreement,
+    folder,
     patches,
     setting,
     timing,
@@ -29,6 +30,7 @@ from afr_jax.evaluation import reference
 _RowFn = Callable[[Any, setting.Setting], setting.Measured]
 ROWS: dict[str, tuple[str, _RowFn]] = {
     "detection": ("detection_row", detection.run),
+    "folder": ("folder_row", folder.run),
     "cloaking": ("cloaking_row", cloaking.run),
     "embedding": ("embedding_row", embedding.run),
     "database": ("database_row", database.run),
@@ -42,6 +44,7 @@ _TOY = {
     "repeats": 2,
     "num_photos": 2,
     "photo_px": 160,
+    "folder_photos": 2,
     "num_faces": (2,),
     "num_steps": 2,
     "extractors": embedding.EmbeddingOptions().extractors[:1],
@@ -71,6 +74,9 @@ class BenchmarkConfig(options.Config):
 
     Rows (--rows); each of them has flags of its own below:
       detection  our MTCNN beside PyPI `mtcnn`: ms per photo, and whether both find the same faces.
+      folder     the whole detect program on photos of all sizes, with an empty cache and a full
+                 one, beside PyPI `mtcnn`, which starts and decodes for free, and YuNet; how many
+                 programs it compiles, and its memory.
       cloaking   our Fawkes beside the optimizer of PyPI `fawkes`: same net (dlib's ResNet), DSSIM
                  budget, pixel limit, steps and batches of 4. ms per face and step; the distance
                  reached and the DSSIM of the 8-bit chips; the share of our step that the net does
@@ -109,6 +115,7 @@ class BenchmarkConfig(options.Config):
     originals: reference.ReferenceOptions = options.group(reference.ReferenceOptions)
     repeats: int = options.option(5, "timed runs of each side", at_least=1)
     detection_row: detection.DetectionOptions = options.group(detection.DetectionOptions)
+    folder_row: folder.FolderOptions = options.group(folder.FolderOptions)
     cloaking_row: cloaking.CloakingOptions = options.group(cloaking.CloakingOptions)
     embedding_row: embedding.EmbeddingOptions = options.group(embedding.EmbeddingOptions)
     database_row: database.DatabaseOptions = options.group(database.DatabaseOptions)
@@ -140,10 +147,10 @@ def run(config: BenchmarkConfig) -> options.Outcome:
     measured = {}
     for name in config.rows:
         field, row_fn = ROWS[name]
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as place:
             given = setting.Setting(
                 reference=config.originals,
-                folder=pathlib.Path(folder),
+                folder=pathlib.Path(place),
                 images=images,
                 repeats=config.repeats,
                 seed=config.seed,

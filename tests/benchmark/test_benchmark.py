@@ -13,6 +13,7 @@ import skimage.data
 from PIL import Image
 
 from afr_jax.benchmark import cloaking, detection, program, timing
+from afr_jax.benchmark import photos as photo_source
 from afr_jax.evaluation import reference
 from afr_jax.evaluation.attackers import other_detectors
 from afr_jax.models.extractors import registry
@@ -167,6 +168,34 @@ def test_benchmark_without_references_says_how_to_get_them(tmp_path, capfd):
     assert "experiments/reference/README.md" in result["note"]
     assert result["note"] in (tmp_path / "benchmark.md").read_text()
     assert result["note"] in capfd.readouterr().err
+
+
+def test_a_folder_is_detected_cold_and_warm(tmp_path, stub_python):
+    flags = ["--rows=folder", "--repeats=1", f"--reference_python={stub_python}"]
+    result, complete = _run(*flags, f"--workdir={tmp_path}")
+    assert complete
+    cold, warm = result["rows"]
+    assert (cold["quantity"], warm["quantity"]) == ("s, cold", "s, warm")
+    # The stub takes half a second for each of two photos.
+    assert cold["peer"]["samples"] == warm["peer"]["samples"] == [1.0]
+    found = result["folder"]
+    assert cold["ours"]["median"] == found["cold"]["seconds"]
+    for each in (found["cold"], found["warm"]):
+        assert 3 <= each["programs"] <= 8 and 0 < each["compile_seconds"] < each["seconds"]
+        assert each["peak_bytes"] > 1e8
+    assert found["yunet_seconds"]["median"] > 0
+
+
+@pytest.mark.parametrize("side", [(60, 400), (400, 60), (300, 300), (1, 1)])
+def test_photos_of_any_size_are_the_middle_of_others(side):
+    pixels = np.full((*side, 3), 200, np.uint8)
+    rng = np.random.default_rng(0)
+    shapes = [photo_source.of_any_size(rng, pixels).shape for _ in range(20)]
+    areas = [rows * columns for rows, columns, _ in shapes]
+    assert 0.9e5 < min(areas) < 3e5 and 2e6 < max(areas) < 4.5e6
+    if side == (300, 300):
+        ratios = [columns / rows for rows, columns, _ in shapes]
+        assert 0.65 < min(ratios) < 0.8 and 1.3 < max(ratios) < 1.52
 
 
 def test_agreement_of_detectors_lists_every_disagreement(tmp_path, stub_python):
