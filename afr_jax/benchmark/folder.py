@@ -93,7 +93,6 @@ def _make_folder(count: int, given: setting.Setting) -> list[pathlib.Path]:
     """Writes JPEG files of many sizes and shapes, made of the user's photos or of the portrait."""
     folder = given.folder / "photos"
     folder.mkdir()
-    rng = np.random.default_rng(given.seed)
     if given.images:
         sources = given.paths
         spread = [sources[number * len(sources) // count] for number in range(count)]
@@ -103,7 +102,7 @@ def _make_folder(count: int, given: setting.Setting) -> list[pathlib.Path]:
     paths = []
     for number, pixels in enumerate(originals):
         paths.append(folder / f"{number:04}.jpg")
-        made = given.shrunk(photo_source.of_any_size(rng, pixels))
+        made = given.shrunk(photo_source.of_any_size(pixels, (given.seed, number)))
         Image.fromarray(made).save(paths[-1], quality=90)
     if not paths:
         raise options.UsageError("--images holds no readable photo")

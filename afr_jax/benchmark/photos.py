@@ -29,8 +29,9 @@ def resized(pixels: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
 
 
-def of_any_size(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
+def of_any_size(pixels: np.ndarray, seed: Sequence[int]) -> np.ndarray:
     """The middle of a photo in another shape, of 0.1 to 4 megapixels, each doubling as likely."""
+    rng = np.random.default_rng(seed)
     area, shape = np.exp(rng.uniform(np.log([1e5, 0.67]), np.log([4e6, 1.5])))
     height, width = pixels.shape[:2]
     rows = min(height, max(1, round(width / shape)))

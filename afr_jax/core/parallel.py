@@ -111,6 +111,17 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.device_put(tree, replicated(mesh))
 
 
+def place(tree: Tree, *, beside: jax.Array | None = None) -> Tree:
+    """Places arrays on the default device, without a program for each shape as `jnp.asarray` has.
+
+    Args:
+      tree: arrays of any kind.
+      beside: an array whose devices they get instead, leading axes split likewise. Arrays that lie
+        elsewhere than those of another call make another compiled program.
+    """
+    return jax.device_put(tree, None if beside is None else beside.sharding)
+
+
 def thread_map(
     fn: Callable[[Item], Result], items: Iterable[Item], *, width: int = 2
 ) -> list[Result]:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import lz4.frame
 import numpy as np
 
+from afr_jax.core import parallel
 from afr_jax.models import layers
 from afr_jax.models.weights import conversion, installed
 
@@ -181,7 +182,7 @@ def load_variables() -> Variables:
         FileNotFoundError: the package or its files are missing; the message says how to get them.
         ValueError: a file is damaged.
     """
-    return jax.device_put(read_weights(find_weights()))
+    return parallel.place(read_weights(find_weights()))
 
 
 def read_weights(folder: pathlib.Path | str) -> Variables:

@@ -15,7 +15,6 @@ import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from afr_jax.core import backend, files, parallel, progress, workdir
@@ -385,7 +384,7 @@ def load_recognizer(
         options=options or detect.DetectorOptions(),
         extractors=extractors,
         variables={
-            name: jax.device_put(registry.load_variables(extractor, path=weights.get(name)))
+            name: parallel.place(registry.load_variables(extractor, path=weights.get(name)))
             for name, extractor in extractors.items()
         },
     )

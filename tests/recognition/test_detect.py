@@ -61,7 +61,8 @@ def test_the_portrait_has_its_face_where_it_is(variables):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_filling_up_batches_does_not_change_the_faces(variables, face_photo, monkeypatch, batch):
     whole = detect.detect_faces(variables, face_photo)
-    monkeypatch.setattr(detect, "_CPU_BATCHES", detect._Batches(batch, 7 * batch, 3 * batch))
+    batches = detect._Batches(batch, (batch, 7 * batch), (batch, 3 * batch))
+    monkeypatch.setattr(detect, "_CPU_BATCHES", batches)
     faces = detect.detect_faces(variables, face_photo)
     _assert_same_faces(faces, whole, pixels=0.001, confidence=1e-6)
 

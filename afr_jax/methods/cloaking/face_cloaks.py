@@ -349,8 +349,7 @@ def _look(
     if change is None:
         shape = faces.image.shape
         change = np.zeros(shape, np.float32), np.full(shape[0], np.inf, np.float32)
-    # Arrays that lie elsewhere than those of another call would be another program.
-    faces, change = jax.device_put((faces, change), keys.sharding)
+    faces, change = parallel.place((faces, change), beside=keys)
     return _look_at(
         keys, variables, faces, change, _pools(surrogates), _extractors(surrogates), search
     )
