@@ -228,7 +228,8 @@ def cloak_faces(
     state, _ = stepping.drive(
         advance, seen.start, steps=range(config.num_steps + 1), length=length, report_fn=report
     )
-    seen = _look(keys, variables, faces, surrogates, search, change=loop.best(state))
+    delta, score = loop.best(state)
+    seen = _look(keys, variables, faces, surrogates, search, change=(delta, score))
     return seen.change, seen.distances
 
 
