@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from absl import logging
 
@@ -259,7 +259,7 @@ class Worker:
             logging.warning("the worker ended with code %s", process.poll())
         job.end("cancelled" if was_asked else "failed", message=None if was_asked else _KILLED)
 
-    def _messages(self, process: "subprocess.Popen[str]"):  # noqa: ANN202
+    def _messages(self, process: "subprocess.Popen[str]") -> Iterator[dict[str, files.Json]]:
         assert process.stdout is not None
         for line in process.stdout:
             try:

@@ -7,7 +7,7 @@ import pathlib
 import secrets
 import shutil
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 
 import jinja2
 import uvicorn
@@ -356,7 +356,7 @@ def _greet(app: App) -> None:
 
 
 @contextlib.contextmanager
-def _bound(config: app_program.AppConfig):  # noqa: ANN202
+def _bound(config: app_program.AppConfig) -> Generator[socket.socket]:
     """A socket that listens at the address."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Generator
 
 from afr_jax.app import jobs, limits
 from afr_jax.core import files, options
@@ -190,7 +191,7 @@ class Store:
 
 
 @contextlib.contextmanager
-def _usage():  # noqa: ANN202
+def _usage() -> Generator[None]:
     try:
         yield
     except OSError as error:

@@ -6,7 +6,7 @@ protected ones after what a victim may do against the noise.
 
 import io
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from PIL import Image
@@ -175,7 +175,7 @@ def _try(
     return found
 
 
-def _step(advance) -> None:  # noqa: ANN001
+def _step(advance: Callable[[int], object]) -> None:
     interrupts.check()
     advance(1)
 
