@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+import cv2
 import numpy as np
 from PIL import (
     BmpImagePlugin,
@@ -628,12 +629,26 @@ def _drop(image: Image.Image) -> None:
 
 
 def _decode(image: ImageFile.ImageFile, file_format: str, data: bytes) -> Photo:
+    if file_format == "WebP":
+        return _from_pillow(_decode_webp(image, data))
     # TIFF alone warns while it decodes; threads may decode the pixels of the others in parallel.
     with warnings_ignored() if file_format == "TIFF" else contextlib.nullcontext():
         image.load()
     _repair_transparent_color(image, file_format, data)
     # Pillow gives 16-bit gray with alpha (PNG color type 4) as RGBA of equal channels.
     return _from_pillow(image, is_gray=file_format == "PNG" and data[25] == 4)
+
+
+def _decode_webp(header: ImageFile.ImageFile, data: bytes) -> Image.Image:
+    """The loaded image of a still WebP file: Pillow reads all as films, and holds five copies."""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.shape[:2] != header.size[::-1]:
+        raise ValueError("the file is damaged")
+    has_alpha = pixels.shape[2] == 4
+    cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGBA if has_alpha else cv2.COLOR_BGR2RGB, dst=pixels)
+    image = Image.fromarray(pixels)
+    image.info = dict(header.info)
+    return image
 
 
 def _from_pillow(image: Image.Image, *, is_gray: bool = False) -> Photo:

@@ -16,7 +16,7 @@ import zlib
 import numpy as np
 import pillow_heif
 import pytest
-from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, PngImagePlugin
 
 from afr_jax.core import files
 from afr_jax.data import photo_files, photos
@@ -1060,3 +1060,24 @@ def test_tables_name_files_below_their_folder_alone(tmp_path, name, problem):
         assert re.search(problem, found.problem)
         with pytest.raises(photos.PhotoError, match=problem):
             photos.read_source(photos.PhotoSource.of(found))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("settings", [{"lossless": True, "exact": True}, {"quality": 60}])
+def test_webp_is_decoded_as_pillow_does(mode, settings):
+    """Another reader of the same library; here with what travels beside the pixels."""
+    draw = np.random.default_rng(0)
+    picture = Image.fromarray(draw.integers(0, 256, (33, 47, len(mode)), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture.save(buffer, "WEBP", exif=exif, icc_profile=profile, **settings)
+    photo = photos.decode_photo(buffer.getvalue())
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(buffer)))
+    np.testing.assert_array_equal(photo.pixels, expected[..., :3])
+    assert photo.pixels.shape == (47, 33, 3) and photo.icc_profile == profile
+    if mode == "RGBA":
+        np.testing.assert_array_equal(photo.alpha, expected[..., 3])
+    else:
+        assert photo.alpha is None
