@@ -2,7 +2,8 @@
 
 While a program works, a signal raises `Interrupted` wherever the main thread is. That alone can be
 lost: an exception that is raised inside a callback of the garbage collector, say, is printed and
-forgotten. So the signal is also remembered, and loops `check` between their steps. Before and after
+forgotten, and a library may make an error of its own of it. So the signal is also remembered, loops
+`check` between their steps, and an error that ends the work after it is not told. Before and after
 the work, during imports and exit, nothing is to be tidied up and a signal ends the process at once.
 
 A signal that the process was started to ignore, as shells do for jobs in the background, stays
@@ -39,8 +40,12 @@ def end_at_once() -> None:
 
 
 def raise_and_remember() -> None:
-    """Lets a signal raise `Interrupted`, at once and at every `check`: for the work."""
+    """Lets a signal raise `Interrupted`, at once and at every `check`: for the work.
+
+    Where nobody can take what is raised, in callbacks of the garbage collector, it is not printed.
+    """
     _received.clear()
+    sys.unraisablehook = _say_unless_interrupted
     _handle_with(_raise)
 
 
@@ -50,16 +55,23 @@ def check() -> None:
         raise Interrupted(_received[0])
 
 
-def told(error: KeyboardInterrupt) -> int:
-    """Says on standard error that the work was interrupted.
+def told(error: BaseException) -> int | None:
+    """Says on standard error that the work was interrupted, if it was.
 
     Args:
-        error: what ended it.
+        error: what ended it; any one, as libraries make errors of their own of `Interrupted`.
 
     Returns:
-        The exit code.
+        The exit code; None if no signal came.
     """
-    number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+    if isinstance(error, Interrupted):
+        number = error.number
+    elif _received:
+        number = _received[0]
+    elif isinstance(error, KeyboardInterrupt):
+        number = signal.SIGINT
+    else:
+        return None
     print(_WORDS[signal.Signals(number)], file=sys.stderr)
     return 128 + number
 
@@ -70,6 +82,12 @@ def _handle_with(handler: Callable[[int, types.FrameType | None], None]) -> None
     for number in _WORDS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+def _say_unless_interrupted(unraisable: "sys.UnraisableHookArgs") -> None:
+    """What Python does with exceptions of callbacks, but for ours, which is remembered."""
+    if not isinstance(unraisable.exc_value, Interrupted):
+        sys.__unraisablehook__(unraisable)
 
 
 def _end(number: int, frame: types.FrameType | None) -> None:

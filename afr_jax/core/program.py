@@ -83,16 +83,16 @@ def main(
                 outcome = run_fn(config)
             interrupts.end_at_once()
             interrupts.check()
-        except options.UsageError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return EXIT_USAGE
-        except OSError as error:
-            print(f"error: {files.printable(error)}", file=sys.stderr)
+        except BaseException as error:
+            interrupts.end_at_once()
+            if (code := interrupts.told(error)) is not None:
+                return code
+            if not isinstance(error, (options.UsageError, OSError)):
+                raise
+            is_usage = isinstance(error, options.UsageError)
+            print(f"error: {error if is_usage else files.printable(error)}", file=sys.stderr)
             logging.debug("where it happened", exc_info=True)
             return EXIT_USAGE
-        except KeyboardInterrupt as error:
-            interrupts.end_at_once()
-            return interrupts.told(error)
         if distributed.is_primary():
             print(json.dumps(files.to_jsonable(outcome.result), allow_nan=False), flush=True)
         return EXIT_OK if outcome.complete else EXIT_PARTIAL

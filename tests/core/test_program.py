@@ -26,7 +26,7 @@ class Config(options.Config):
     do: str = options.option(
         "result",
         "what to do",
-        choices=("result", "usage", "folder", "full", "crash", "wait", "swallow", "late"),
+        choices=("result", "usage", "folder", "full", "crash", "wait", "swallow", "wrap", "late"),
         aliases=("task",),
     )
     steps: int = options.option(100, "gradient steps", at_least=1)
@@ -57,6 +57,11 @@ def run(config):
         for _ in progress.track(range(10), description="steps"):
             pass
         print("lost")
+    if config.do == "wrap":
+        try:
+            told("SIGTERM")
+        except BaseException as error:
+            raise options.UsageError("comparing failed") from error
     if config.do == "late":
         atexit.register(told, "SIGTERM")
     print("a stray print")
@@ -134,7 +139,7 @@ def test_help_lists_the_flags_and_exits_0(command):
     for part in ("A program for the test.", "--workdir", "--seed=0", "--toy", "--do=result"):
         assert part in done.stdout
     assert "gradient steps; at least 1" in done.stdout
-    assert "result|usage|folder|full|crash|wait|swallow|late" in done.stdout
+    assert "result|usage|folder|full|crash|wait|swallow|wrap|late" in done.stdout
 
 
 def test_a_bug_exits_1_with_a_traceback(command):
@@ -169,7 +174,12 @@ def test_a_signal_that_a_callback_swallows_ends_the_work_at_the_next_step(comman
     done = _call(command, "--do=swallow")
     assert done.returncode == 143
     assert done.stdout == "" and "lost" not in done.stderr
-    assert done.stderr.endswith("terminated\n")
+    assert done.stderr.endswith("terminated\n") and "Traceback" not in done.stderr
+
+
+def test_a_signal_that_a_library_makes_another_error_of_is_told(command):
+    done = _call(command, "--do=wrap")
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "terminated\n")
 
 
 def test_a_signal_during_exit_counts(command):
