@@ -1,10 +1,13 @@
 """Running the programs from the outside, and the small pictures that they are given."""
 
+import contextlib
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import tempfile
 from unittest import mock
 
 import jax
@@ -29,6 +32,50 @@ def run(module, *flags):
         text=True,
     )
     return done, json.loads(done.stdout) if done.stdout else None
+
+
+def run_together(commands, *, disturb_fn=None):
+    """The finished processes of some commands, which are one distributed run on the CPU.
+
+    Each has one device. Whatever one says goes to files, so that none waits for a reader. With
+    `disturb_fn`, that is called with the running processes.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")
+    }
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "JAX_NUM_CPU_DEVICES": "1",
+        "AFR_COORDINATOR": f"127.0.0.1:{port}",
+        "AFR_NUM_PROCESSES": str(len(commands)),
+    }
+    with contextlib.ExitStack() as stack:
+        started = []
+        for index, command in enumerate(commands):
+            said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
+            process = subprocess.Popen(
+                command,
+                env={**environment, "AFR_PROCESS_ID": str(index)},
+                cwd=ROOT,
+                stdout=said[0],
+                stderr=said[1],
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            started.append((process, said))
+        if disturb_fn is not None:
+            disturb_fn([process for process, _ in started])
+        ended = []
+        for process, said in started:
+            process.wait(timeout=600)
+            for file in said:
+                file.seek(0)
+            texts = [file.read() for file in said]
+            ended.append(subprocess.CompletedProcess(process.args, process.returncode, *texts))
+        return ended
 
 
 def call(config_class, run_fn, *flags):

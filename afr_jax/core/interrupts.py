@@ -55,6 +55,11 @@ def check() -> None:
         raise Interrupted(_received[0])
 
 
+def received() -> int | None:
+    """The number of the signal that came while the program worked, if one did."""
+    return _received[0] if _received else None
+
+
 def told(error: BaseException) -> int | None:
     """Says on standard error that the work was interrupted, if it was.
 

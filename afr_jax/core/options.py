@@ -19,7 +19,7 @@ import functools
 import types
 import typing
 from collections.abc import Generator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 
 from afr_jax.core import files
 
@@ -125,7 +125,14 @@ def group(options_class: type, **defaults: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The options that every program has; programs derive from it."""
+    """The options that every program has; programs derive from it.
+
+    Attributes:
+        shares_work: whether several processes share the program's work (`core/distributed.py`);
+            else the first of them does it all.
+    """
+
+    shares_work: ClassVar[bool] = False
 
     workdir: str | None = option(None, WORKDIR_HELP)
     seed: int = option(0, "seed of all randomness of the run")

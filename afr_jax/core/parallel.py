@@ -5,8 +5,9 @@ adds batches, padding, vmap, jit and shardings (or `pmap`). Functions with share
 step, one patch for all images) need only a plain `jax.jit`: place the batch with `shard_batch` and
 the state with `replicate`, and the compiler reduces gradients over the devices by itself.
 
-With several processes the mesh spans the devices of all of them. Steps of training take the rows of
-each process (`shard_batch`); `map_batches` takes all rows in every process.
+With several processes the mesh spans the devices of all of them. `shard_batch` takes the rows of
+each process, `spread` and `map_batches` take all rows in every process. In `distributed.alone` a
+mesh is of the process's own devices.
 """
 
 import collections
@@ -14,13 +15,15 @@ import concurrent.futures
 import functools
 import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.core import interrupts
+from afr_jax.core import distributed, interrupts
+from afr_jax.core.runtime import profiling
 
 # Any nest of containers with arrays as leaves (a pytree); type checkers cannot say more of it.
 PyTree = Any
@@ -43,9 +46,9 @@ def make_mesh(*, devices: Sequence[jax.Device] | None = None) -> Mesh:
     `segment_sum` and gradients of replicated parameters raise.
 
     Args:
-      devices: in mesh order; None for all devices of all processes.
+      devices: in mesh order; None for all devices of the processes that work together.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = distributed.own_devices() if devices is None else devices
     return Mesh(np.asarray(devices), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
@@ -97,9 +100,28 @@ def shard_batch(tree: PyTree, mesh: Mesh) -> PyTree:
       The tree with global arrays as leaves, [B * processes, ...].
     """
     sharding = batch_sharding(mesh)
-    if jax.process_count() == 1:
+    if not mesh.is_multi_process:
         return jax.device_put(tree, sharding)
-    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
+    return _place(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree
+    )
+
+
+@overload
+def spread(tree: AnyArray, mesh: Mesh) -> jax.Array: ...
+@overload
+def spread(tree: Tree, mesh: Mesh) -> Tree: ...
+def spread(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Places a batch on the mesh, its rows split over the devices.
+
+    Args:
+      tree: leaves [B, ...], with B divisible by the number of devices, the same in all processes.
+      mesh: from `make_mesh`.
+
+    Returns:
+      The tree with global arrays as leaves, [B, ...].
+    """
+    return shard_batch(_own_rows(tree, mesh), mesh)
 
 
 @overload
@@ -108,7 +130,29 @@ def replicate(tree: AnyArray, mesh: Mesh) -> jax.Array: ...
 def replicate(tree: Tree, mesh: Mesh) -> Tree: ...
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Places a whole copy on every device; with several processes the values must be equal."""
-    return jax.device_put(tree, replicated(mesh))
+    sharding = replicated(mesh)
+    if not mesh.is_multi_process:
+        return jax.device_put(tree, sharding)
+
+    def place(leaf: AnyArray) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+
+    return _place(place, tree)
+
+
+def _place(place_fn: Callable[[AnyArray], jax.Array], tree: PyTree) -> PyTree:
+    """Maps a function over the leaves; of typed keys over their data, which NumPy knows."""
+
+    def place(leaf: AnyArray) -> jax.Array:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = place_fn(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return place_fn(leaf)
+
+    return jax.tree.map(place, tree)
 
 
 def place(tree: Tree, *, beside: jax.Array | None = None) -> Tree:
@@ -163,6 +207,7 @@ def thread_stream(
 
     def checked(item: Item) -> Result:
         interrupts.check()
+        profiling.begin_step()
         return fn(item)
 
     with concurrent.futures.ThreadPoolExecutor(width) as pool:
@@ -191,10 +236,10 @@ def local_rows(tree: Tree) -> Tree:
     Returns:
       The same tree with one process; else numpy leaves, [B / processes, ...].
     """
-    if jax.process_count() == 1:
-        return tree
 
-    def rows(leaf: jax.Array) -> np.ndarray:
+    def rows(leaf: jax.Array) -> jax.Array | np.ndarray:
+        if leaf.is_fully_addressable:
+            return leaf
         shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
         return np.concatenate([np.asarray(shard.data) for shard in shards])
 
@@ -274,6 +319,7 @@ def map_batches(
         used = (min(*sizes, count),) if is_cut else sizes
         for begin, end, size in _cut(count, used, mesh.devices.size):
             interrupts.check()
+            profiling.begin_step()
             part = jax.tree.map(operator.itemgetter(slice(begin, end)), batched)
             padded, _ = pad_batch(part, size)
             rows = iter(padded)
@@ -303,7 +349,25 @@ def _cut(count: int, sizes: tuple[int, ...], num_devices: int) -> Iterator[tuple
 
 
 def _fetch(outputs: PyTree, count: int) -> PyTree:
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], outputs)
+    return jax.tree.map(lambda leaf: leaf[:count], fetch(outputs))
+
+
+def fetch(tree: PyTree) -> PyTree:
+    """Whole arrays as NumPy has them; with several processes all of them call it together.
+
+    Args:
+      tree: leaves of any placement.
+    """
+
+    def whole(leaf: AnyArray) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):
+            mesh = cast(NamedSharding, leaf.sharding).mesh
+            leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(leaf)
+        return np.asarray(leaf)
+
+    return jax.tree.map(whole, tree)
 
 
 class _Mapped(NamedTuple):
@@ -324,16 +388,14 @@ class _Mapped(NamedTuple):
 @functools.lru_cache(maxsize=32)
 def _jit_runner(mapped: _Mapped) -> Callable[..., PyTree]:
     mesh = mapped.mesh
-    # What lies on devices of other processes cannot be fetched.
+    # What lies on devices of other processes would be fetched in a second program.
     results = replicated(mesh) if mesh.is_multi_process else batch_sharding(mesh)
     batch_fn = jax.jit(mapped.batch_fn(), out_shardings=results)
 
     def run(*arguments: PyTree) -> PyTree:
         return batch_fn(
             *(
-                replicate(argument, mesh)
-                if axis is None
-                else shard_batch(_own_rows(argument, mesh), mesh)
+                replicate(argument, mesh) if axis is None else spread(argument, mesh)
                 for argument, axis in zip(arguments, mapped.in_axes, strict=True)
             )
         )

@@ -9,7 +9,7 @@ A program is a module of `experiments/` that names a config of the library and a
         program.main(detect_photos.DetectConfig, detect_photos.run)
 
 Standard output carries the result as one JSON line and nothing else; all other output goes to
-standard error. With several processes only process 0 writes files and the line.
+standard error. With several processes only process 0 writes the line, and all end with one code.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from absl import app, flags, logging
 
 from afr_jax.core import backend, distributed, files, interrupts, options
 from afr_jax.core import provenance as provenance_lib
+from afr_jax.core.runtime import process_group, profiling
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -38,6 +39,7 @@ _OWN_FLAGS = {
     "toy": "shrink data, networks and steps: seconds on a CPU",
     "one_process_per_node": "under SLURM: one process drives all GPUs of its node",
 }
+_PROFILE_HELP = "A:B writes a trace of steps A to B for xprof, into profile/ of the run's folder"
 _Config = TypeVar("_Config", bound=options.Config)
 
 _DEFINERS = {
@@ -60,7 +62,8 @@ def main(
     is one, switches the compilation cache on, calls `run_fn` and prints its result as one JSON
     line, the last of standard output. Exit codes: 0; 3 if the outcome is not complete; 2 for wrong
     flags, extra arguments, an `options.UsageError` or a file that cannot be read or written; 130
-    and 143 when told to stop by SIGINT and SIGTERM; 1 with a traceback for everything else.
+    and 143 when told to stop by SIGINT and SIGTERM; 1 with a traceback for everything else. Of
+    several processes none goes on when another has ended.
 
     Args:
       config_class: the program's options; its docstring is the program's help.
@@ -76,26 +79,38 @@ def main(
             backend.choose_compiler_options()
             backend.keep_freed_memory()
             backend.limit_pixels(config.max_megapixels)
-            _join_cluster()
+            if not _has_work(config_class):
+                return EXIT_OK
             backend.enable_compilation_cache()
             interrupts.raise_and_remember()  # Last: a cluster's runtime has handlers of its own.
             with contextlib.redirect_stdout(sys.stderr):
+                _ask_for_trace(config)
                 outcome = run_fn(config)
+                profiling.end()
+                is_complete = distributed.gather(outcome.complete)[0]
             interrupts.end_at_once()
             interrupts.check()
         except BaseException as error:
             interrupts.end_at_once()
+            if (ending := process_group.ended_by_others()) is not None:
+                process_group.leave_at_once(ending)
             if (code := interrupts.told(error)) is not None:
+                process_group.fail(code, "was told to stop")
                 return code
             if not isinstance(error, (options.UsageError, OSError)):
+                if process_group.is_joined():
+                    logging.exception("the program failed")
+                    process_group.fail(1, f"failed: {type(error).__name__}")
                 raise
             is_usage = isinstance(error, options.UsageError)
-            print(f"error: {error if is_usage else files.printable(error)}", file=sys.stderr)
+            message = f"error: {error if is_usage else files.printable(error)}"
+            print(message, file=sys.stderr)
             logging.debug("where it happened", exc_info=True)
+            process_group.fail(EXIT_USAGE, f"failed: {message}")
             return EXIT_USAGE
         if distributed.is_primary():
             print(json.dumps(files.to_jsonable(outcome.result), allow_nan=False), flush=True)
-        return EXIT_OK if outcome.complete else EXIT_PARTIAL
+        return EXIT_OK if is_complete else EXIT_PARTIAL
 
     if not {"-h", "-help", "--help"}.isdisjoint(argv[1:]):
         print(help_text(config_class, pathlib.Path(argv[0]).stem))
@@ -154,6 +169,7 @@ def help_text(config_class: type[options.Config], name: str) -> str:
                 break_long_words=False,
             )
         )
+    lines += [f"  --profile_steps=  {_PROFILE_HELP}"]
     lines += [f"  --{name}  {text}" for name, text in _OWN_FLAGS.items()]
     return "\n".join(lines)
 
@@ -189,6 +205,7 @@ def _define(config_class: type[options.Config], values: flags.FlagValues) -> Non
             _DEFINERS[leaf.kind](leaf.flag, default, text, flag_values=values)
         for alias in leaf.spec.aliases:
             flags.DEFINE_alias(alias, leaf.flag, flag_values=values)
+    flags.DEFINE_string("profile_steps", None, _PROFILE_HELP, flag_values=values)
     for name, text in _OWN_FLAGS.items():
         flags.DEFINE_bool(name, False, text, flag_values=values)
 
@@ -223,12 +240,32 @@ def _shown(leaf: options.Leaf) -> str:
     return str(leaf.default).lower() if leaf.kind is bool else str(leaf.default)
 
 
-def _join_cluster() -> None:
+def _has_work(config_class: type[options.Config]) -> bool:
+    """Joins the cluster if there is one, unless the program's work is for one process alone.
+
+    Returns:
+      Whether there is something to do for this process.
+    """
     one_process = "one_process_per_node" in flags.FLAGS and flags.FLAGS.one_process_per_node
     try:
-        distributed.maybe_initialize(one_process_per_node=one_process)
+        if config_class.shares_work:
+            distributed.maybe_initialize(one_process_per_node=one_process)
+            return True
+        number = distributed.process_of_cluster()
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if number is not None:
+        logging.warning("process 0 does all the work of this program; this is process %d", number)
+    return not number
+
+
+def _ask_for_trace(config: options.Config) -> None:
+    steps = flags.FLAGS.profile_steps
+    if steps is not None:
+        place = config.workdir or getattr(config, "output_dir", None) or "out"
+        number = f"process-{distributed.process_index()}"
+        with options.usage("--profile_steps"):
+            profiling.ask(steps, pathlib.Path(place).expanduser() / "profile" / number)
 
 
 def _is_worth_showing(record: std_logging.LogRecord) -> bool:

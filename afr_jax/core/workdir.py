@@ -82,7 +82,8 @@ def claimed(
     Raises:
       UsageError: another process works in the folder, or it cannot be used.
     """
-    lock = _claim(folder, below)
+    lock = _claim(folder, below) if distributed.is_primary() else None
+    distributed.barrier(f"the folder {folder} is claimed")
     yield
     del lock
 
@@ -113,19 +114,22 @@ def open_workdir(
     folder = pathlib.Path(path).expanduser().absolute()
     new = files.to_jsonable(config)
     known = folder / "config.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _claim(folder, [path for path, _, _ in os.walk(folder)])
-        old = files.parse_json(known.read_text(encoding="utf-8")) if known.exists() else None
-        if old is not None:
-            _check_same_run(folder, _flatten(old), _flatten(new), frozenset(resumable))
-        if distributed.is_primary():
+    lock = None
+
+    def open_it() -> bool:
+        nonlocal lock
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _claim(folder, [path for path, _, _ in os.walk(folder)])
+            old = files.parse_json(known.read_text(encoding="utf-8")) if known.exists() else None
+            if old is not None:
+                _check_same_run(folder, _flatten(old), _flatten(new), frozenset(resumable))
             files.write_json(known, new)
-    except options.UsageError:
-        raise
-    except (OSError, ValueError) as error:
-        raise options.UsageError(f"cannot use the work directory {folder}: {error}") from error
-    return Workdir(folder, old is not None, lock)
+        except (OSError, ValueError) as error:
+            raise options.UsageError(f"cannot use the work directory {folder}: {error}") from error
+        return old is not None
+
+    return Workdir(folder, distributed.decide(open_it), lock)
 
 
 def load_or_compute(path: str | os.PathLike[str], compute_fn: Callable[[], object]) -> files.Json:
@@ -141,7 +145,8 @@ def load_or_compute(path: str | os.PathLike[str], compute_fn: Callable[[], objec
     Returns:
       The value as JSON has it, also when it was just computed.
     """
-    if (known := read_or_none(path, files.read_sealed)) is not None:
+    known = distributed.decide(lambda: read_or_none(path, files.read_sealed))
+    if known is not None:
         return known["value"]
     value = files.to_jsonable(compute_fn())
     if distributed.is_primary():
@@ -173,9 +178,7 @@ def read_or_none(
 def _claim(
     folder: str | os.PathLike[str], below: Iterable[str | os.PathLike[str]] = ()
 ) -> files.FolderLock | None:
-    """The lock; None where there are none, and where this process of several writes nothing."""
-    if not distributed.is_primary():
-        return None
+    """The lock, which one of several processes takes for all; None where there are none."""
     try:
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         lock = files.lock_folder(folder)

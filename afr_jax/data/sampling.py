@@ -9,8 +9,9 @@ import dataclasses
 import functools
 import hashlib
 
-import jax
 import numpy as np
+
+from afr_jax.core import distributed
 
 
 class Batches(abc.ABC):
@@ -109,10 +110,10 @@ def local_rows(rows: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: B is not divisible by the number of processes.
     """
-    count = jax.process_count()
+    count = distributed.process_count()
     if len(rows) % count:
         raise ValueError(f"a batch of {len(rows)} cannot be split over {count} processes")
-    return np.split(rows, count)[jax.process_index()]
+    return np.split(rows, count)[distributed.process_index()]
 
 
 def split_by_id(

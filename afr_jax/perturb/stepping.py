@@ -31,6 +31,7 @@ import numpy as np
 
 from afr_jax.core import interrupts
 from afr_jax.core.parallel import PyTree
+from afr_jax.core.runtime import profiling
 
 State = TypeVar("State")
 
@@ -76,6 +77,7 @@ def drive(
     parts, counts = [], []
     for begin in range(steps.start, steps.stop, length):
         interrupts.check()
+        profiling.begin_step()
         part = range(begin, min(begin + length, steps.stop))
         state, outputs = chunk_fn(state, part)
         parts.append(outputs)

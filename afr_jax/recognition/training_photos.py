@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from afr_jax.core import files, options, workdir
+from afr_jax.core import distributed, files, options, workdir
 from afr_jax.data import identities, pairs, sampling
 from afr_jax.models import mtcnn
 from afr_jax.recognition import chips
@@ -160,6 +160,15 @@ def kept_chips(
     Raises:
         ValueError: the file is of other photos or another size.
     """
+    return distributed.primary_first(lambda: _kept_chips(cache, listing, side, make_fn))
+
+
+def _kept_chips(
+    cache: str | os.PathLike[str],
+    listing: identities.Listing,
+    side: int,
+    make_fn: Callable[[], tuple[identities.Listing, np.ndarray]],
+) -> tuple[identities.Listing, np.ndarray]:
     kept = workdir.read_or_none(cache, files.read_arrays)
     if kept is not None:
         problems = [identities.Omission(str(n), str(r)) for n, r in kept["problems"]]

@@ -1,20 +1,18 @@
 import os
-import pathlib
-import socket
-import subprocess
+import signal
 import sys
-import time
 from unittest import mock
 
 import jax
+import programs
 import pytest
 
 from afr_jax.core import distributed
-
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
+from afr_jax.core.runtime import process_group
 
 _CLUSTER_VARIABLES = ("AFR_", "SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB", "JAX_LOCAL")
 
+_LIMIT = {"heartbeat_timeout_seconds": 50}
 _EXPLICIT = {
     "AFR_COORDINATOR": "10.0.0.1:1234",
     "AFR_NUM_PROCESSES": "4",
@@ -47,6 +45,7 @@ def initialize(monkeypatch):
         if name.startswith(_CLUSTER_VARIABLES) or name == "CUDA_VISIBLE_DEVICES":
             monkeypatch.delenv(name)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setattr(process_group, "join", lambda index, count: None)
     with mock.patch.object(jax.distributed, "initialize") as initialize:
         yield initialize
 
@@ -98,14 +97,14 @@ def test_no_effect_without_a_cluster(initialize, monkeypatch, variables):
 def test_initializes_in_a_cluster(initialize, monkeypatch, variables, arguments):
     _set(monkeypatch, variables)
     assert distributed.maybe_initialize() is True
-    initialize.assert_called_once_with(**arguments)
+    initialize.assert_called_once_with(**_LIMIT, **arguments)
 
 
 def test_initializes_on_a_cloud_tpu_machine(initialize, monkeypatch):
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
     monkeypatch.setenv("TPU_ML_PLATFORM", "JAX")
     assert distributed.maybe_initialize() is True
-    initialize.assert_called_once_with()
+    initialize.assert_called_once_with(**_LIMIT)
 
 
 @pytest.mark.parametrize("is_installed", [True, False])
@@ -116,7 +115,7 @@ def test_a_jobset_needs_the_kubernetes_package(initialize, monkeypatch, is_insta
     )
     if is_installed:
         assert distributed.maybe_initialize() is True
-        initialize.assert_called_once_with()
+        initialize.assert_called_once_with(**_LIMIT)
     else:
         with pytest.raises(RuntimeError, match=r"install jax\[k8s\], or set AFR_COORDINATOR"):
             distributed.maybe_initialize()
@@ -136,7 +135,7 @@ def test_a_jobset_needs_the_kubernetes_package(initialize, monkeypatch, is_insta
 def test_one_process_per_node_drives_all_gpus(initialize, monkeypatch, variables, arguments):
     _set(monkeypatch, {**_SLURM, **variables})
     distributed.maybe_initialize(one_process_per_node=True)
-    initialize.assert_called_once_with(**arguments)
+    initialize.assert_called_once_with(**_LIMIT, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -204,48 +203,69 @@ print("primary" if distributed.is_primary() else "secondary", float(total))
 """
 
 
-def test_two_real_processes_share_one_mesh(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(_CLUSTER_VARIABLES) and not name.lower().endswith("_proxy")
-    }
-    environment |= {
-        "PYTHONPATH": str(_ROOT),
-        "AFR_COORDINATOR": f"127.0.0.1:{port}",
-        "AFR_NUM_PROCESSES": "2",
-    }
-    logs = [tmp_path / f"{index}.log" for index in range(2)]
-    workers = []
-    try:
-        for index, log in enumerate(logs):
-            with open(log, "w") as output:
-                workers.append(
-                    subprocess.Popen(
-                        [sys.executable, "-c", _WORKER],
-                        env={**environment, "AFR_PROCESS_ID": str(index)},
-                        stdout=output,
-                        stderr=output,
-                    )
-                )
-        codes = _wait_for_all_or_the_first_failure(workers)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    texts = [log.read_text() for log in logs]
-    assert codes == [0, 0], "\n".join(texts)
-    assert [text.splitlines()[-1] for text in texts] == ["primary 1332.0", "secondary 1332.0"]
+def test_two_real_processes_share_one_mesh():
+    command = [sys.executable, "-c", _WORKER]
+    ended = programs.run_together([command, command])
+    assert [one.returncode for one in ended] == [0, 0], ended
+    last = [one.stdout.splitlines()[-1] for one in ended]
+    assert last == ["primary 1332.0", "secondary 1332.0"]
 
 
-def _wait_for_all_or_the_first_failure(workers, limit_seconds=100):
-    end = time.monotonic() + limit_seconds
-    while time.monotonic() < end:
-        codes = [worker.poll() for worker in workers]
-        if any(codes) or None not in codes:
-            return codes
-        time.sleep(0.1)
-    return codes
+_GROUP = """
+import os, signal, sys
+from afr_jax.core import distributed, interrupts
+from afr_jax.core.runtime import process_group
+distributed.maybe_initialize()
+interrupts.raise_and_remember()
+index = distributed.process_index()
+assert distributed.gather({"index": index}) == [{"index": 0}, {"index": 1}]
+assert distributed.decide(lambda: [index]) == [0]
+assert distributed.share(range(5)) == [[0, 2, 4], [1, 3]][index]
+with distributed.alone():
+    assert distributed.is_primary() and distributed.gather(7) == [7]
+    assert len(distributed.own_devices()) == 1
+assert distributed.primary_first(lambda: index) == index
+distributed.split_work(range(5), lambda own: print(own))
+distributed.barrier("half way")
+try:
+    if index == 1:
+        {fault}
+    distributed.barrier("never reached")
+except KeyboardInterrupt:
+    if (ending := process_group.ended_by_others()) is not None:
+        process_group.leave_at_once(ending)
+    process_group.fail(143, "was told to stop")
+"""
+
+
+@pytest.mark.parametrize(
+    "fault, codes, reason",
+    [
+        ("process_group.fail(2, 'failed: no such folder')", [2, 2], "failed: no such folder"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", [143, 143], "was told to stop"),
+        pytest.param(
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            [1, -signal.SIGKILL],
+            "has not answered for 30 s",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_processes_end_together(fault, codes, reason):
+    command = [sys.executable, "-c", _GROUP.replace("{fault}", fault)]
+    ended = programs.run_together([command, command])
+    assert [one.returncode for one in ended] == codes, ended
+    assert [one.stdout.splitlines()[0] for one in ended] == ["[0, 2, 4]", "[1, 3]"]
+    assert f"error: process 1 {reason}" in ended[0].stderr
+
+
+def test_a_program_for_one_process_knows_its_number_without_joining(initialize, monkeypatch):
+    assert distributed.process_of_cluster() is None
+    for variables, number in ((_EXPLICIT, 2), (_SLURM, 1)):
+        with monkeypatch.context() as patch:
+            _set(patch, variables)
+            assert distributed.process_of_cluster() == number
+    _set(monkeypatch, {"TPU_WORKER_HOSTNAMES": "host0,host1", "TPU_WORKER_ID": "1"})
+    with pytest.raises(ValueError, match="works in one process"):
+        distributed.process_of_cluster()
+    initialize.assert_not_called()

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 import signal
 import stat
 import subprocess
@@ -44,15 +45,15 @@ def test_scripts_stop_at_the_first_error(script):
     assert "set -euo pipefail" in (_ROOT / script).read_text()
 
 
-def _local(folder, *arguments):
-    (folder / "program.py").write_text(_PROGRAM)
+def _local(folder, *arguments, program=_PROGRAM):
+    (folder / "program.py").write_text(program)
     return subprocess.run(
         [str(_ROOT / "launch" / "local.sh"), *arguments],
         cwd=folder,
         env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -66,6 +67,34 @@ def test_local_gives_cpu_devices_and_passes_the_exit_code_on(tmp_path):
     done = _local(tmp_path, "--cpu_devices=3", "program", "--toy")
     assert done.returncode == 3, done.stderr
     assert done.stdout == '{"devices": 3, "platform": "cpu"}\n'
+
+
+def test_local_starts_several_processes_that_are_one_run(tmp_path):
+    program = _PROGRAM.replace('"""A program for the test."""', "shares_work = True")
+    done = _local(tmp_path, "--processes=2", "--cpu_devices=2", "program", program=program)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.splitlines()[-1] == '{"devices": 4, "platform": "cpu"}'
+
+
+def test_local_shows_the_command_of_each_process(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nfor i in 0 1 2 3; do echo GPU; done\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("AFR_COORDINATOR", "127.0.0.1:4321")
+    done = _local(tmp_path, "--processes=2", "--dry_run", "program", "--images=my photos")
+    assert done.returncode == 0, done.stderr
+    for number, line in enumerate(done.stdout.splitlines()):
+        words = shlex.split(line)
+        assert words[0] == "env" and words[-3:] == ["-m", "program", "--images=my photos"]
+        assert {
+            f"AFR_PROCESS_ID={number}",
+            "AFR_NUM_PROCESSES=2",
+            "AFR_COORDINATOR=127.0.0.1:4321",
+            f"JAX_LOCAL_DEVICE_IDS={2 * number},{2 * number + 1}",
+        } <= set(words)
+    assert number == 1
+    uneven = _local(tmp_path, "--processes=3", "--dry_run", "program")
+    assert uneven.returncode == 2 and "4 GPUs" in uneven.stderr
 
 
 @pytest.mark.parametrize("arguments", [(), ("--gpus=3", "program"), ("--cpu_devices=none", "p")])

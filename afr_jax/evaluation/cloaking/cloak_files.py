@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 from absl import logging
 
-from afr_jax.core import files, options, workdir
+from afr_jax.core import distributed, files, options, workdir
 from afr_jax.evaluation.report import page, summary
 from afr_jax.methods.cloaking import budget, check, fawkes, folder, records, targets, workflow
 from afr_jax.methods.cloaking import face_filter as face_filters
@@ -60,6 +60,8 @@ class CloakConfig(options.Config):
     the same person) and 1.34 for SFace (below 1.14), SSIMULACRA2 81. A cloak hides nothing from a
     model that already knows the person.
     """
+
+    shares_work = True
 
     images: tuple[str, ...] = options.option(
         (), "photos and folders of photos; default: a sample portrait"
@@ -145,7 +147,8 @@ def run(config: CloakConfig) -> options.Outcome:
         except targets.TargetError as error:
             raise options.UsageError(f"--target={config.target}: {error}") from error
         report = _report(settings, folder_run, images, num_skipped)
-        _write_report(output_dir, report, jobs)
+        if distributed.is_primary():
+            _write_report(output_dir, report, jobs)
     trouble = ["unreadable", "failed"]
     if config.face_filter.boxes is None:  # Else a person chose what is left.
         trouble.append("partly_cloaked")

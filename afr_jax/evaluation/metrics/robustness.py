@@ -116,7 +116,7 @@ def _attacked(
     Without a mesh the batch is traced, and the search is one chunk.
     """
     rows = (numbers, chips, anchors, directions)
-    numbers, chips, anchors, directions = rows if mesh is None else parallel.shard_batch(rows, mesh)
+    numbers, chips, anchors, directions = rows if mesh is None else parallel.spread(rows, mesh)
     images = image_ops.to_float(chips)
     delta = hardening.worst_case(
         jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
-from afr_jax.core import options, program, workdir
+from afr_jax.core import distributed, options, program, workdir
 from afr_jax.evaluation import reference
 from afr_jax.evaluation.attackers import other_detectors
 from afr_jax.evaluation.patches import inputs, measurements
@@ -45,6 +45,8 @@ class AttackConfig(options.Config):
     Expected on two CPU cores: 0.4 to 0.9 s an epoch on 20 frames of 640 x 480, then 1 s a test
     frame and variant. --toy: a minute, on a sample portrait unless photos are given.
     """
+
+    shares_work = True
 
     train: tuple[str, ...] = options.option((), "films, folders and photos to train on")
     test: tuple[str, ...] = options.option((), "films, folders and photos to measure on")
@@ -142,54 +144,57 @@ def run(config: AttackConfig) -> options.Outcome:
     trained = training.train(
         jax.random.key(config.seed), variables, placed, patch_config, work=work
     )
-    frames, left_out = _place(
-        config,
-        people.choose(
-            test,
-            config.test_frames or len(test),
-            seed=config.seed if config.altered_copies else None,
-        ),
-        corners,
-    )
-    test_skipped += left_out
-    study = measurements.PatchStudy(
-        variables=variables,
-        config=patch_config,
-        trained=trained,
-        frames=frames,
-        num_controls=config.control_frames,
-        work=work,
-    )
-    result: dict[str, object] = {
-        **program.provenance("experiments.attack_detector", config=config),
-        "settings": config,
-        "training": {
-            "num_frames": len(placed),
-            "num_altered": sum(frame.is_altered for frame in placed),
-            **trained.record._asdict(),
-        },
-        "test": study.measure(),
-    }
-    result["pictures"] = study.write_pictures(face_width_mm=config.face_width_mm)
-    if config.extra_checks:
-        result["robustness"] = study.robustness()
-        result["other_detectors"] = study.other_detectors(others)
-    if config.transfer:
-        transfer = result["transfer"] = {}
-        for path in config.transfer:
-            strangers, skipped = _people(config, variables, "transfer", [path])
-            strangers_placed, left_out = _place(config, strangers, None)
-            transfer[pathlib.Path(path).name] = study.transfer(strangers_placed)
-            test_skipped += [*skipped, *left_out]
-    with config.originals.open("mtcnn_driver.py") as other:
-        if other is not None:
-            result["peer"] = study.ask_reference(other)
-    skipped = [{"frame": name, "reason": why} for name, why in (*train_skipped, *test_skipped)]
-    result["num_skipped"], result["skipped"] = len(skipped), skipped
-    work.write_result(result)
-    return options.Outcome(
-        result, complete=all(item["reason"] == people.NO_FACE for item in skipped)
-    )
+    if not distributed.is_primary():
+        return options.Outcome({})
+    with distributed.alone():
+        frames, left_out = _place(
+            config,
+            people.choose(
+                test,
+                config.test_frames or len(test),
+                seed=config.seed if config.altered_copies else None,
+            ),
+            corners,
+        )
+        test_skipped += left_out
+        study = measurements.PatchStudy(
+            variables=variables,
+            config=patch_config,
+            trained=trained,
+            frames=frames,
+            num_controls=config.control_frames,
+            work=work,
+        )
+        result: dict[str, object] = {
+            **program.provenance("experiments.attack_detector", config=config),
+            "settings": config,
+            "training": {
+                "num_frames": len(placed),
+                "num_altered": sum(frame.is_altered for frame in placed),
+                **trained.record._asdict(),
+            },
+            "test": study.measure(),
+        }
+        result["pictures"] = study.write_pictures(face_width_mm=config.face_width_mm)
+        if config.extra_checks:
+            result["robustness"] = study.robustness()
+            result["other_detectors"] = study.other_detectors(others)
+        if config.transfer:
+            transfer = result["transfer"] = {}
+            for path in config.transfer:
+                strangers, skipped = _people(config, variables, "transfer", [path])
+                strangers_placed, left_out = _place(config, strangers, None)
+                transfer[pathlib.Path(path).name] = study.transfer(strangers_placed)
+                test_skipped += [*skipped, *left_out]
+        with config.originals.open("mtcnn_driver.py") as other:
+            if other is not None:
+                result["peer"] = study.ask_reference(other)
+        skipped = [{"frame": name, "reason": why} for name, why in (*train_skipped, *test_skipped)]
+        result["num_skipped"], result["skipped"] = len(skipped), skipped
+        work.write_result(result)
+        return options.Outcome(
+            result, complete=all(item["reason"] == people.NO_FACE for item in skipped)
+        )
 
 
 def _people(

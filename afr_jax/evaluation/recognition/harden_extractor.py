@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.core import checkpoint, files, options, parallel, program, progress, workdir
+from afr_jax.core import (
+    checkpoint,
+    distributed,
+    files,
+    options,
+    parallel,
+    program,
+    progress,
+    workdir,
+)
 from afr_jax.data import augmentation, identities, pairs, sampling
 from afr_jax.evaluation.metrics import robustness
 from afr_jax.models import mtcnn
@@ -68,6 +77,8 @@ class HardenExtractorConfig(options.Config):
     --toy hardens a random network on generated images in seconds. Exit code 3: some photos could
     not be used.
     """
+
+    shares_work = True
 
     data: tuple[str, ...] = options.option((), "folders with a folder of photos for each person")
     max_photos: int = options.option(0, "photos of a person; 0: all", at_least=0)
@@ -155,7 +166,7 @@ def run(config: HardenExtractorConfig) -> options.Outcome:
     verified = _read_pairs(config, work, extractor, faces)
     original = parallel.replicate(jax.tree.map(jnp.asarray, original), mesh)
     state, metrics = _train(config, work, mesh, faces, recipe, original)
-    host = jax.device_get(hardening.with_params(original, state.params))
+    host = parallel.fetch(hardening.with_params(original, state.params))
     if config.float16_file:
         # What is measured is what is stored.
         host = jax.tree.map(lambda leaf: leaf.astype(np.float16).astype(np.float32), host)
@@ -163,6 +174,8 @@ def run(config: HardenExtractorConfig) -> options.Outcome:
         when: _scores(config, mesh, faces, verified, extractor, variables, original)
         for when, variables in (("before", original), ("after", parallel.replicate(host, mesh)))
     }
+    if not distributed.is_primary():
+        return options.Outcome({})
     measured = scores["after"]["verification"]
     card = dataclasses.replace(
         card,
@@ -204,7 +217,9 @@ def _original(
 ) -> tuple[registry.Extractor, trained.Card, conversion.Variables]:
     """The extractor, the card of what it becomes, and its variables."""
     with options.usage(f"--extractor={config.extractor}"):
-        name = str(_toy_extractor(work)) if config.is_toy else config.extractor
+        name = config.extractor
+        if config.is_toy:
+            name = str(distributed.primary_first(lambda: _toy_extractor(work)))
         extractor = pipeline.find_extractor(name)
         is_listed = name in registry.EXTRACTORS
         card = trained.base_card(name) if is_listed else trained.read_card(name)

@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from afr_jax.core import checkpoint, files, options, parallel, program, progress, workdir
+from afr_jax.core import (
+    checkpoint,
+    distributed,
+    files,
+    options,
+    parallel,
+    program,
+    progress,
+    workdir,
+)
 from afr_jax.data import augmentation, identities, loaders, sampling
 from afr_jax.evaluation.metrics import verification
 from afr_jax.evaluation.report import figures
@@ -62,6 +71,8 @@ class TrainExtractorConfig(options.Config):
 
     --toy trains on generated images in seconds. Exit code 3: some photos could not be used.
     """
+
+    shares_work = True
 
     data: str | None = options.option(None, "folder with a folder of photos for each person")
     csv: str | None = options.option(None, "CSV with the columns image, identity; paths in --data")
@@ -150,6 +161,8 @@ def run(config: TrainExtractorConfig) -> options.Outcome:
     template = _template(config, faces)
     state = training.train()
     scores = training.evaluate(state)
+    if not distributed.is_primary():
+        return options.Outcome({})
     card = _write_card(config, work, faces, template, state, scores)
     _plot(work)
     problems = [*faces.listing.problems, *(pairs.problems if pairs else ())]

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from absl import logging
 
-from afr_jax.core import checkpoint, files, options, workdir
+from afr_jax.core import checkpoint, distributed, files, options, workdir
 from afr_jax.data import image_sets, noise_files
 from afr_jax.evaluation.metrics import learnability
 from afr_jax.methods.unlearnable import recipes
@@ -79,6 +79,8 @@ class MakeUnlearnableConfig(options.Config):
     clean photos, trains on grayscale or JPEG copies, or trains adversarially:
     experiments.train_victim measures that. --toy: a tiny network, two rounds, seconds.
     """
+
+    shares_work = True
 
     data: image_sets.DataOptions = options.group(image_sets.DataOptions)
     output_dir: str | None = options.option(None, "folder of the results; originals stay")
@@ -167,6 +169,8 @@ def _write(
     """Makes the noise and the protected images, and writes all results."""
     work = workdir.open_workdir(config.workdir or output / "work", settings)
     noise = _make(data, method, config.seed, work)
+    if not distributed.is_primary():
+        return options.Outcome({})
     report = noise.settings["report"]
     noise = noise._replace(settings={**settings, "report": report})
     noise.save(output / ("noise.npz" if config.noise_format == "npz" else "noise"))

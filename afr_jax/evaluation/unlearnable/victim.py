@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 from absl import logging
 
-from afr_jax.core import checkpoint, options, workdir
+from afr_jax.core import checkpoint, distributed, options, workdir
 from afr_jax.data import image_sets, noise_files
 from afr_jax.evaluation.attackers import victims
 from afr_jax.evaluation.metrics import learnability
@@ -37,6 +37,8 @@ class TrainVictimConfig(options.Config):
     epoch and Wilson's 95 % intervals, `curve.csv`, `curve.png`; resumed after any epoch. Exit code
     3 if files of the data could not be used (each is named). --toy: a tiny network, two epochs.
     """
+
+    shares_work = True
 
     data: image_sets.DataOptions = options.group(image_sets.DataOptions)
     test_data: str | None = options.option(None, "clean images of the same classes; like --data")
@@ -95,6 +97,8 @@ def run(config: TrainVictimConfig) -> options.Outcome:
             checkpoints=checkpoints,
             report_fn=report,
         )
+    if not distributed.is_primary():
+        return options.Outcome({})
     not_handled = [*clean.not_handled(), *test_set.not_handled()]
     result = {
         **victim.summary._asdict(),

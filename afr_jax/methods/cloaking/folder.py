@@ -1,7 +1,8 @@
 """Cloaking of many photo files into a folder: published one by one, resumed, measured again.
 
 The steps are those of `workflow`; what was done to a file stands in its record (`records`). A run
-that was killed goes on where it was and ends with the same bytes.
+that was killed goes on where it was and ends with the same bytes. Several processes share the
+groups of photos, each on its own devices.
 """
 
 import collections
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from afr_jax.core import files, parallel, progress, workdir
+from afr_jax.core import distributed, files, parallel, progress, workdir
 from afr_jax.data import photos
 from afr_jax.methods.cloaking import check, records, targets, workflow
 from afr_jax.models.extractors import registry
@@ -73,24 +74,30 @@ class FolderRun:
         Raises:
             targets.TargetError: the target cannot be used.
         """
-        grouped = photos.in_groups(
+        in_groups = photos.in_groups(
             jobs, most=workflow.GROUP, photo_fn=lambda job: photos.PhotoSource.of(job.source)
         )
-        start, opened = 0, {}
-        for group in grouped:
-            if not all(map(self._is_done, group)):
-                opened[start] = group
+        start, groups = 0, {}
+        for group in in_groups:
+            groups[start] = group
             start += len(group)
-        target = self._choose_target(jobs) if opened else None
         judges = self.judges
         known = records.known_pixels(self.work.path)
-        found = []
-        for number in progress.track(range(len(jobs)), description="photos"):
-            if number in opened:
-                self._work_on_group(opened[number], target, judges, known)
-            self._judge_again(jobs[number], judges)
-            found.append(records.read(jobs[number])["image"])
-        return found
+        # One process says what is open, since others may have begun.
+        opened = distributed.decide(
+            lambda: [start for start, group in groups.items() if not all(map(self._is_done, group))]
+        )
+        target = self._choose_target(jobs) if opened else None
+        own = frozenset(distributed.share(opened))
+        with distributed.alone():
+            for number in progress.track(range(len(jobs)), description="photos"):
+                if number in own:
+                    self._work_on_group(groups[number], target, judges, known)
+        distributed.barrier("all photos are cloaked")
+        for job in distributed.share(jobs):
+            self._judge_again(job, judges)
+        distributed.barrier("all photos are measured")
+        return [records.read(job)["image"] for job in jobs]
 
     def target_identity(self) -> str | None:
         """Name of the person whom faces were moved towards."""
@@ -212,12 +219,15 @@ class FolderRun:
 
     def _choose_target(self, jobs: Sequence[records.Job]) -> targets.Target | None:
         """The target; chosen once and kept for resumed runs."""
-        if (known := self._known_target()) is not None:
-            return known
-        chosen = self.flow.choose_target(self.target, self.gallery, _readable_pixels(jobs))
-        if chosen is not None:
-            files.write_sealed(self.work.path / _TARGET, chosen._asdict())
-        return chosen
+
+        def choose() -> None:
+            if self._known_target() is None:
+                chosen = self.flow.choose_target(self.target, self.gallery, _readable_pixels(jobs))
+                if chosen is not None:
+                    files.write_sealed(self.work.path / _TARGET, chosen._asdict())
+
+        distributed.decide(choose)
+        return self._known_target()
 
     def _known_target(self) -> targets.Target | None:
         known = workdir.read_or_none(self.work.path / _TARGET, files.read_sealed)

@@ -208,7 +208,7 @@ def make_trainer(
     Returns:
         The functions.
     """
-    sizes = views.view_sizes(jax.tree.map(np.asarray, batch), config.turns)
+    sizes = views.view_sizes(parallel.fetch(batch), config.turns)
     train_key, judge_key = jax.random.split(key)
 
     @functools.partial(jax.jit, static_argnames="num_starts")
@@ -296,10 +296,10 @@ def train(
         The patches of the start that does best on views of the same photos that no start has seen.
     """
     start_key, train_key = jax.random.split(key)
-    mesh = parallel.make_mesh(devices=jax.local_devices())
+    mesh = parallel.make_mesh()
     batch, mask = parallel.pad_batch(scenes.make_scenes(placed, config.levels), mesh.devices.size)
-    batch = parallel.shard_batch(batch, mesh)
-    mask = None if mask.all() else parallel.shard_batch(mask, mesh)
+    batch = parallel.spread(batch, mesh)
+    mask = None if mask.all() else parallel.spread(mask, mesh)
     variables = parallel.replicate(variables, mesh)
     trainer = make_trainer(train_key, variables, batch, config, mask=mask)
     states = parallel.replicate(trainer.start_fn(start_key, config.starts), mesh)

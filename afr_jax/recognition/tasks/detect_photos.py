@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -47,6 +48,8 @@ class DetectConfig(options.Config):
     pixels of the upright photo: eye, eye, nose, mouth corner, mouth corner, the picture's left
     first. --toy looks for faces from 80 px on, which compiles in seconds.
     """
+
+    shares_work = True
 
     images: tuple[str, ...] = options.option(
         (), "photos and folders of photos; default: a sample portrait", resumable=True
@@ -111,9 +114,14 @@ def run(config: DetectConfig) -> options.Outcome:
         variables = mtcnn.load_variables()
     place = (output_dir / ".detect" if work is None else work.path) / "kept"
     with workdir.claimed(output_dir, below=[place, *(drawing.parent for drawing in drawings)]):
-        kept = workdir.Kept(place if distributed.is_primary() else None)
-        records = _look_at_all(config, variables, inputs, drawings, kept)
-        if distributed.is_primary():
+        kept = workdir.Kept(place)
+        look_fn = functools.partial(_look_at_all, config, variables, kept)
+        pairs = list(zip(inputs, drawings, strict=True))
+        distributed.split_work(pairs, look_fn)
+        if not distributed.is_primary():
+            return options.Outcome({})
+        with distributed.alone():
+            records = look_fn(pairs)
             files.write_json(
                 output_dir / "faces.json", {"images": records, "settings": config.detector}
             )
@@ -242,9 +250,8 @@ def _inputs(config: DetectConfig, output_dir: pathlib.Path) -> photos.PhotoFiles
 def _look_at_all(
     config: DetectConfig,
     variables: mtcnn.Variables,
-    inputs: Sequence[photo_files.PhotoInput],
-    drawings: Sequence[pathlib.Path],
     kept: workdir.Kept,
+    pairs: Sequence[tuple[photo_files.PhotoInput, pathlib.Path]],
 ) -> list[PhotoRecord]:
     def record_of(pair: tuple[photo_files.PhotoInput, pathlib.Path]) -> PhotoRecord:
         source, drawing = pair
@@ -252,18 +259,18 @@ def _look_at_all(
             variables,
             source,
             options=config.detector,
-            drawing=drawing if config.draw and distributed.is_primary() else None,
+            drawing=drawing if config.draw else None,
             kept=kept,
         )
 
     stream = parallel.thread_stream(
         record_of,
-        zip(inputs, drawings, strict=True),
+        pairs,
         weight_fn=lambda pair: photos.num_pixels(photos.PhotoSource.of(pair[0])),
         limit=_PIXELS_AT_ONCE,
     )
-    found = list(progress.track(stream, description="photos", total=len(inputs)))
-    return _tell_namesakes_apart(found, inputs)
+    found = list(progress.track(stream, description="photos", total=len(pairs)))
+    return _tell_namesakes_apart(found, [source for source, _ in pairs])
 
 
 def _tell_namesakes_apart(
