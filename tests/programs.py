@@ -70,7 +70,7 @@ def run_together(commands, *, disturb_fn=None):
             disturb_fn([process for process, _ in started])
         ended = []
         for process, said in started:
-            process.wait(timeout=600)
+            process.wait(timeout=1800)
             for file in said:
                 file.seek(0)
             texts = [file.read() for file in said]
