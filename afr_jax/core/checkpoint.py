@@ -19,7 +19,7 @@ from typing import Self, cast
 import jax
 import orbax.checkpoint as ocp
 
-from afr_jax.core import distributed, files, progress
+from afr_jax.core import distributed, files, interrupts, progress
 from afr_jax.core.parallel import PyTree, Tree
 
 # What a checkpoint takes besides its arrays.
@@ -83,7 +83,8 @@ class Checkpoints:
                 return
             raise ValueError(f"step {step} comes before the newest checkpoint, step {latest}")
         self._check_room(tree)
-        with files.naming(self._folder):
+        # An interrupted save leaves threads that wait for one another until their time is up.
+        with files.naming(self._folder), interrupts.deferred():
             self._manager.save(step, args=ocp.args.StandardSave(tree))
 
     def restore(self, example: Tree) -> tuple[int, Tree] | None:

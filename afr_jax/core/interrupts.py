@@ -10,15 +10,17 @@ A signal that the process was started to ignore, as shells do for jobs in the ba
 ignored. No other module of ours is imported here: it comes before everything else.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _received: list[int] = []
+_deferring: list[bool] = []
 
 
 class Interrupted(KeyboardInterrupt):
@@ -58,6 +60,21 @@ def check() -> None:
 def received() -> int | None:
     """The number of the signal that came while the program worked, if one did."""
     return _received[0] if _received else None
+
+
+@contextlib.contextmanager
+def deferred() -> Generator[None]:
+    """Lets a signal that comes in the body raise `Interrupted` behind it: for what must be whole.
+
+    Other libraries start threads that wait for each other; half of them would wait for ever.
+    """
+    _deferring.append(True)
+    try:
+        yield
+    finally:
+        _deferring.pop()
+    if not _deferring:
+        check()
 
 
 def told(error: BaseException) -> int | None:
@@ -104,4 +121,5 @@ def _end(number: int, frame: types.FrameType | None) -> None:
 def _raise(number: int, frame: types.FrameType | None) -> None:
     del frame
     _received.append(number)
-    raise Interrupted(number)
+    if not _deferring:
+        raise Interrupted(number)

@@ -383,6 +383,10 @@ def decode_photo(data: bytes, *, max_pixels: int | None = None) -> Photo:
             if file_format == "TIFF":
                 raise PhotoError(f"a document of {num_frames} pages, not a single photo")
             raise PhotoError(f"an animated image of {num_frames} frames, not a single photo")
+        if file_format == "WebP":
+            size, info = image.size, image.info
+            del image  # It holds the canvases of a film.
+            image = _decode_webp(data, size, info)
         photo = _decode(image, file_format, data)
         _drop(image)
         return photo
@@ -628,9 +632,7 @@ def _drop(image: Image.Image) -> None:
         backend.give_back_memory()
 
 
-def _decode(image: ImageFile.ImageFile, file_format: str, data: bytes) -> Photo:
-    if file_format == "WebP":
-        return _from_pillow(_decode_webp(image, data))
+def _decode(image: Image.Image, file_format: str, data: bytes) -> Photo:
     # TIFF alone warns while it decodes; threads may decode the pixels of the others in parallel.
     with warnings_ignored() if file_format == "TIFF" else contextlib.nullcontext():
         image.load()
@@ -639,15 +641,17 @@ def _decode(image: ImageFile.ImageFile, file_format: str, data: bytes) -> Photo:
     return _from_pillow(image, is_gray=file_format == "PNG" and data[25] == 4)
 
 
-def _decode_webp(header: ImageFile.ImageFile, data: bytes) -> Image.Image:
-    """The loaded image of a still WebP file: Pillow reads all as films, and holds five copies."""
+def _decode_webp(data: bytes, size: tuple[int, int], info: dict[Any, Any]) -> Image.Image:
+    """The image of a still WebP file: Pillow reads all as films, with five copies of the pixels."""
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None or pixels.shape[:2] != header.size[::-1]:
+    if pixels is None or pixels.shape[:2] != size[::-1]:
         raise ValueError("the file is damaged")
-    has_alpha = pixels.shape[2] == 4
-    cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGBA if has_alpha else cv2.COLOR_BGR2RGB, dst=pixels)
+    strip = max(_STRIP_BYTES // pixels[0].nbytes, 1)
+    for top in range(0, len(pixels), strip):  # From BGR, without another copy.
+        rows = pixels[top : top + strip]
+        rows[..., :3] = rows[..., 2::-1].copy()
     image = Image.fromarray(pixels)
-    image.info = dict(header.info)
+    image.info = dict(info)
     return image
 
 

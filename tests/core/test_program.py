@@ -8,16 +8,17 @@ import sys
 
 import pytest
 
-from afr_jax.core import options, program
+from afr_jax.core import checkpoint, options, program
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 _PROGRAM = """
 import atexit, dataclasses, gc, os, signal, threading
 import logging as std_logging
+from unittest import mock
 import numpy as np
 from absl import logging
-from afr_jax.core import options, program, progress
+from afr_jax.core import checkpoint, options, program, progress
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Config):
@@ -26,7 +27,7 @@ class Config(options.Config):
     do: str = options.option(
         "result",
         "what to do",
-        choices=("result", "usage", "folder", "full", "crash", "wait", "swallow", "wrap", "late"),
+        choices=tuple("result usage folder full crash wait swallow wrap save late".split()),
         aliases=("task",),
     )
     steps: int = options.option(100, "gradient steps", at_least=1)
@@ -62,6 +63,15 @@ def run(config):
             told("SIGTERM")
         except BaseException as error:
             raise options.UsageError("comparing failed") from error
+    if config.do == "save":
+        with checkpoint.Checkpoints(config.workdir) as saved:
+            # The signal comes in the middle of what Orbax does.
+            original = saved._manager.save
+            def save(*args, **kwargs):
+                told("SIGTERM")
+                return original(*args, **kwargs)
+            with mock.patch.object(saved._manager, "save", save):
+                saved.save(1, {"a": np.zeros(3)})
     if config.do == "late":
         atexit.register(told, "SIGTERM")
     print("a stray print")
@@ -139,7 +149,7 @@ def test_help_lists_the_flags_and_exits_0(command):
     for part in ("A program for the test.", "--workdir", "--seed=0", "--toy", "--do=result"):
         assert part in done.stdout
     assert "gradient steps; at least 1" in done.stdout
-    assert "result|usage|folder|full|crash|wait|swallow|wrap|late" in done.stdout
+    assert "result|usage|folder|full|crash|wait|swallow|wrap|save|late" in done.stdout
 
 
 def test_a_bug_exits_1_with_a_traceback(command):
@@ -180,6 +190,13 @@ def test_a_signal_that_a_callback_swallows_ends_the_work_at_the_next_step(comman
 def test_a_signal_that_a_library_makes_another_error_of_is_told(command):
     done = _call(command, "--do=wrap")
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "terminated\n")
+
+
+def test_a_checkpoint_that_is_begun_is_completed_before_a_signal_counts(command, tmp_path):
+    done = _call(command, "--do=save", f"--workdir={tmp_path}")
+    assert (done.returncode, done.stdout) == (143, "") and done.stderr.endswith("terminated\n")
+    with checkpoint.Checkpoints(tmp_path) as saved:
+        assert saved.latest_step() == 1
 
 
 def test_a_signal_during_exit_counts(command):
