@@ -12,15 +12,14 @@ from afr_jax.benchmark import (
     cloaking,
     database,
     detection,
-    detector_agreement,
     embedding,
-    extractor_agreement,
     folder,
     patches,
     setting,
     timing,
     unlearnable,
 )
+from afr_jax.benchmark.agreement import detector_agreement, extractor_agreement
 from afr_jax.core import files, options, workdir
 from afr_jax.core import program as core_program
 from afr_jax.data import photo_files
