@@ -288,9 +288,11 @@ def damage_named(data_dir: str | os.PathLike[str], name: str) -> Generator[None]
     """
     try:
         yield
-    except (FileNotFoundError, ValueError, MemoryError):
+    except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and len(str(error).splitlines()) == 1:
+            raise
         reason = files.printable(error)
         raise ValueError(f"{name} in {data_dir} is damaged: {reason}") from error
 
