@@ -222,7 +222,7 @@ def test_agreement_of_detectors_lists_every_disagreement(tmp_path, stub_python):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--rows=detection,speed"], "'speed', must be one of detection, cloaking"),
+        (["--rows=detection,speed"], "'speed', must be one of detection, folder, cloaking"),
         (["--peer_python=no/python", "--rows=detection"], "no/python cannot be started"),
         (["--rows=detector_agreement", "--images=tests"], "--reference_python is needed"),
         (["--rows=detector_agreement"], "--images is needed"),

@@ -503,6 +503,7 @@ def test_wrong_usage_is_told_before_any_work(tmp_path, monkeypatch):
     unknown = tmp_path / "unknown"
     shutil.copytree(known, unknown)
     card = json.loads((unknown / "extractor.json").read_text())
+    del card["checksum"]
     (unknown / "extractor.json").write_text(json.dumps(card | {"threshold": None}))
     cases = [
         (["--images=missing.jpg"], "missing.jpg"),

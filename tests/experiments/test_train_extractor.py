@@ -131,6 +131,7 @@ def test_the_trained_extractor_can_be_used(runs):
     )
     fields = json.loads((out / "straight" / trained.CARD_NAME).read_text())
     fields["template"] = [[1.0, 2.0]] * 5
+    del fields["checksum"]
     (folder / trained.CARD_NAME).write_text(json.dumps(fields))
     extractor = trained.read_extractor(folder)
     _, images = training_photos.generated_faces(16, 0)
