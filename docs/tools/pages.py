@@ -21,6 +21,7 @@ from docs.tools import (  # noqa: F401  (the modules register their tables)
     patch_tables,
     provenance_tables,
     recognition_tables,
+    reliability_tables,
     reproduction_tables,
     unlearnable_tables,
 )
