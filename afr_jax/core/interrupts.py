@@ -2,9 +2,10 @@
 
 While a program works, a signal raises `Interrupted` wherever the main thread is. That alone can be
 lost: an exception that is raised inside a callback of the garbage collector, say, is printed and
-forgotten, and a library may make an error of its own of it. So the signal is also remembered, loops
-`check` between their steps, and an error that ends the work after it is not told. Before and after
-the work, during imports and exit, nothing is to be tidied up and a signal ends the process at once.
+forgotten, and a library may make an error of its own of it. So the signal is also remembered,
+loops `check` between their steps, and an error that ends the work after a signal is put down to it.
+Before and after the work, during imports and exit, nothing is to be tidied up and a signal ends the
+process at once.
 
 A signal that the process was started to ignore, as shells do for jobs in the background, stays
 ignored. No other module of ours is imported here: it comes before everything else.

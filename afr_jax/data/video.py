@@ -158,7 +158,8 @@ def _read_one(path: pathlib.Path) -> tuple[list[Frame], list[tuple[str, str]]]:
 def _pillow_frames(path: pathlib.Path) -> Generator[np.ndarray]:
     try:
         with photos.warnings_ignored():
-            film = Image.open(path)
+            # Of other formats Pillow would have some read by programs outside, PostScript say.
+            film = Image.open(path, formats=("GIF", "WEBP", "PNG"))
         with film:
             _check_size(film.width, film.height)
             for frame in ImageSequence.Iterator(film):

@@ -89,7 +89,7 @@ def _records_of_a_legacy_class(path: pathlib.Path) -> None:
 
 def _lambda_in_keras(path: pathlib.Path) -> None:
     """A layer whose function is code of Python, as Keras saves it; it has no arrays."""
-    _keras(path, shape=(4,), dtype=h5py.string_dtype())
+    keras(path, shape=(4,), dtype=h5py.string_dtype())
     with h5py.File(path, "a") as file:
         layer = {"class_name": "Lambda", "config": {"function": ["4wEAAAA=", None, None]}}
         file.attrs["model_config"] = json.dumps({"config": {"layers": [layer]}})
@@ -129,7 +129,7 @@ def _noise_bomb(path: pathlib.Path) -> None:
 
 
 def _keras_bomb(path: pathlib.Path) -> None:
-    _keras(path, shape=(1 << 31,), dtype="f4", chunks=(1 << 20,), compression="gzip")
+    keras(path, shape=(1 << 31,), dtype="f4", chunks=(1 << 20,), compression="gzip")
 
 
 def _torch_bomb(path: pathlib.Path) -> None:
@@ -202,7 +202,7 @@ def _npz_of_one_member(path: pathlib.Path) -> None:
 
 def _keras_fill(path: pathlib.Path) -> None:
     """An array that was never written: HDF5 makes it of its fill value."""
-    _keras(path, shape=(1 << 31,), dtype="f4")
+    keras(path, shape=(1 << 31,), dtype="f4")
 
 
 def _keras_plugin(path: pathlib.Path) -> None:
@@ -299,15 +299,16 @@ def _film_of_zeros(path: pathlib.Path) -> None:
 def _keras_link(path: pathlib.Path) -> None:
     with h5py.File(path.with_name("other.h5"), "w") as file:
         file["values"] = np.ones(4, np.float32)
-    _keras(path, link=h5py.ExternalLink("other.h5", "values"))
+    keras(path, link=h5py.ExternalLink("other.h5", "values"))
 
 
 def _keras_outside(path: pathlib.Path) -> None:
     path.with_name("raw").write_bytes(bytes(16))
-    _keras(path, shape=(4,), dtype="f4", external=[(str(path.with_name("raw")), 0, 16)])
+    keras(path, shape=(4,), dtype="f4", external=[(str(path.with_name("raw")), 0, 16)])
 
 
-def _keras(path: pathlib.Path, **options: object) -> None:
+def keras(path: pathlib.Path, **options: object) -> None:
+    """Keras weights of one array: what `create_dataset` takes, or a link in its place."""
     with h5py.File(path, "w") as file:
         file.attrs["layer_names"] = ["a"]
         group = file.create_group("a")
@@ -330,7 +331,7 @@ def _long_safetensors(path: pathlib.Path) -> None:
 
 def _keras_soft_link(path: pathlib.Path) -> None:
     """A path within the file that leads to itself."""
-    _keras(path, link=h5py.SoftLink("/a/a/kernel:0"))
+    keras(path, link=h5py.SoftLink("/a/a/kernel:0"))
 
 
 def _keras_virtual(path: pathlib.Path) -> None:
@@ -482,6 +483,7 @@ KINDS: dict[str, tuple[str, Callable[[pathlib.Path], None]]] = {
     "records of an old class to be imported": ("records", _records_of_a_legacy_class),
     "a Keras layer of code": ("Keras", _lambda_in_keras),
     "a photo in PostScript": ("photo", _postscript),
+    "a film in PostScript": ("film", _postscript),
     # Memory.
     "a deep pickle": ("torch", _deep_pickle),
     "a pickle that holds itself": ("torch", _looped_pickle),

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_writer as onnx
 import pytest
 import torch_writer as torch
+from drill.hostile import keras as _keras
 
 from afr_jax.core import files
 from afr_jax.models.extractors import registry
@@ -172,17 +173,6 @@ def _short_npz(path: pathlib.Path) -> None:
 def _bomb_index(path: pathlib.Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         archive.writestr("x/data.pkl", bytes(1 << 27))
-
-
-def _keras(path: pathlib.Path, **options) -> None:
-    with h5py.File(path, "w") as file:
-        file.attrs["layer_names"] = ["a"]
-        group = file.create_group("a")
-        group.attrs["weight_names"] = ["a/kernel:0"]
-        if "link" in options:
-            group["a/kernel:0"] = options["link"]
-        else:
-            group.create_dataset("a/kernel:0", **options)
 
 
 def _elsewhere_keras(path: pathlib.Path) -> None:

@@ -12,13 +12,15 @@ import signal
 import sys
 import threading
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from absl import logging
 from jax._src import distributed as jax_distributed
-from jax._src.lib import _jax
 
 from afr_jax.core import interrupts
+
+if TYPE_CHECKING:
+    from jax._src.lib import _jax
 
 # A process is taken for dead after so long without a sign of life; the second is the limit of JAX's
 # own watch, which ends processes with SIGABRT and is there for what this one misses.
@@ -214,6 +216,6 @@ def _listed(folder: str) -> dict[int, str]:
     return {int(key.rsplit("/", 1)[1]): text for key, text in _client().key_value_dir_get(folder)}
 
 
-def _client() -> _jax.DistributedRuntimeClient:
+def _client() -> "_jax.DistributedRuntimeClient":
     # JAX has no public name for it; Orbax takes the same way.
     return jax_distributed.global_state.client
