@@ -355,7 +355,8 @@ def decode_photo(data: bytes, *, max_pixels: int | None = None) -> Photo:
     other way). Gray without a fixed range (32-bit integers, floats) is scaled by the smallest of
     the usual ranges that holds the brightest pixel; see `_WIDE_RANGES`. CMYK goes to sRGB, through
     the embedded profile if there is one. Of several photos in an MPO or HEIC file the main one is
-    taken.
+    taken. A HEIC file is turned as its own properties say, and what EXIF says of that is passed
+    over, as the format asks: cameras write both, and would have it turned twice.
 
     Args:
         data: Content of the file.

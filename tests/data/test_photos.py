@@ -175,6 +175,22 @@ def test_orientation_is_applied_and_gone(kind, orientation):
     np.testing.assert_array_equal(photos.decode_photo(png).pixels, photo.pixels)
 
 
+def test_exif_alone_does_not_turn_heic():
+    """The writer here makes a property of the format of it, as cameras do, so the bytes change."""
+    data = _bytes(_blocks(), "HEIF", exif=_exif(1).tobytes())
+    for before, after in (
+        (b"\x12\x01\x03\x00\x01\x00\x00\x00\x01\x00", b"\x12\x01\x03\x00\x01\x00\x00\x00\x06\x00"),
+        (b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x01", b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06"),
+    ):
+        changed = data.replace(before, after)
+        if changed != data:
+            break
+    assert changed != data
+    np.testing.assert_array_equal(
+        photos.decode_photo(changed).pixels, photos.decode_photo(data).pixels
+    )
+
+
 def test_orientation_turns_alpha_and_wide_gray_too():
     rgba = _noise(6, 10, 4)
     photo = photos.decode_photo(_bytes(rgba, exif=_exif(6).tobytes()))
