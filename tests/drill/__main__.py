@@ -28,12 +28,22 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=1000, help="damaged photos")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("out/drill"))
-    parser.add_argument("--series", default=",".join(SERIES), help="which of them, with commas")
+    parser.add_argument(
+        "--series", default=",".join([*SERIES, *RUNS]), help="which of them, with commas"
+    )
+    parser.add_argument(
+        "--programs", default="", help="of signals, races and disks, with commas; default: all"
+    )
     parser.add_argument("--keep", action="store_true", help="keep what was made and written")
     given = parser.parse_args()
     chosen = given.series.split(",")
-    if unknown := set(chosen) - SERIES.keys():
+    if unknown := set(chosen) - SERIES.keys() - RUNS.keys():
         parser.error(f"no such series: {', '.join(sorted(unknown))}")
+
+    wanted = given.programs.split(",") if given.programs else [p.name for p in PROGRAMS]
+    programs = [program for program in PROGRAMS if program.name in wanted]
+    if len(programs) < len(wanted):
+        parser.error(f"--programs must be of {', '.join(program.name for program in PROGRAMS)}")
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.monotonic()
@@ -43,7 +53,12 @@ def main() -> int:
         place = folder / name
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        SERIES[name](place, counts, given.inputs, given.seed)
+        if name in RUNS:
+            run_fn, share = RUNS[name]
+            rounds = max(2, given.inputs // share)
+            run_fn(place, counts, rounds=rounds, seed=given.seed, programs=programs)
+        else:
+            SERIES[name](place, counts, given.inputs, given.seed)
         if not given.keep:
             shutil.rmtree(place, ignore_errors=True)
     rows = counts.result()
@@ -64,7 +79,14 @@ def main() -> int:
     return int(bool(counts.faults))
 
 
-# By name; each takes its folder, the counts, the number of photos, and the seed.
+PROGRAMS = run_series.PROGRAMS
+# Series of disturbed runs, and how many inputs stand for a round of one.
+RUNS = {
+    "signals": (run_series.signals, 5),
+    "races": (run_series.races, 10),
+    "disks": (run_series.disks, 25),
+}
+# The others by name; each takes its folder, the counts, the number of photos, and the seed.
 SERIES = {
     "photos": lambda place, counts, inputs, seed: photo_series.run(
         place, counts, inputs=inputs, seed=seed
@@ -74,15 +96,6 @@ SERIES = {
     ),
     "files": lambda place, counts, inputs, seed: readers.run(
         place, counts, inputs=inputs, seed=seed
-    ),
-    "signals": lambda place, counts, inputs, seed: run_series.signals(
-        place, counts, rounds=max(2, inputs // 5), seed=seed
-    ),
-    "races": lambda place, counts, inputs, seed: run_series.races(
-        place, counts, rounds=max(2, inputs // 10), seed=seed
-    ),
-    "disks": lambda place, counts, inputs, seed: run_series.disks(
-        place, counts, rounds=max(2, inputs // 25), seed=seed
     ),
     "clocks": lambda place, counts, inputs, seed: run_series.clocks(place, counts),
 }

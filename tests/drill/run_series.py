@@ -4,6 +4,7 @@ What a disturbed run leaves must be, after one more run, what an undisturbed run
 """
 
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -16,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from afr_jax.core import files
+
 from . import corpus, processes, tally
 
 _LIMIT_SECONDS = 300.0
@@ -23,7 +26,9 @@ _LIMIT_SECONDS = 300.0
 _GRACE_SECONDS = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 # Keys of JSON whose values differ from run to run.
-_OF_THE_RUN = frozenset({"seconds", "resumed", "seconds_per_step", "date", "machine", "timing"})
+_OF_THE_RUN = frozenset(
+    {"seconds", "resumed", "seconds_per_step", "seconds_per_epoch", "date", "machine", "timing"}
+)
 _DELETED = "Absent Person"
 
 
@@ -69,6 +74,27 @@ PROGRAMS = (
             *(f"--workdir={output}", "--toy"),
         ],
     ),
+    Program(
+        "match",
+        lambda data, output: [
+            *(f"--queries={data / 'photos'}", f"--database={data / 'database'}"),
+            f"--workdir={output}",
+        ],
+    ),
+    Program(
+        "collect", lambda data, output: [f"--data={data / 'people'}", f"--output_dir={output}"]
+    ),
+    Program(
+        "verify",
+        lambda data, output: [
+            *(f"--pairs={data / 'pairs.csv'}", f"--images={data / 'people'}"),
+            f"--workdir={output}",
+        ],
+    ),
+    Program("identify", lambda data, output: [f"--data={data / 'people'}", f"--workdir={output}"]),
+    Program("train_extractor", lambda data, output: ["--toy", f"--workdir={output}"]),
+    Program("harden_extractor", lambda data, output: ["--toy", f"--workdir={output}"]),
+    Program("attack_detector", lambda data, output: ["--toy", f"--workdir={output}"]),
 )
 
 
@@ -80,13 +106,20 @@ class Undisturbed(NamedTuple):
     left: dict[str, str]
 
 
-def signals(workdir: pathlib.Path, counts: tally.Tally, *, rounds: int, seed: int) -> None:
+def signals(
+    workdir: pathlib.Path,
+    counts: tally.Tally,
+    *,
+    rounds: int,
+    seed: int,
+    programs: Sequence[Program] = PROGRAMS,
+) -> None:
     """Sends signals to runs at times drawn at random, each program and signal in turn."""
     data, known = _data(workdir), {}
     for index in range(rounds):
         random = np.random.default_rng((seed, index))
-        program = PROGRAMS[index % len(PROGRAMS)]
-        number = _SIGNALS[(index // len(PROGRAMS) + index) % len(_SIGNALS)]
+        program = programs[index % len(programs)]
+        number = _SIGNALS[(index // len(programs) + index) % len(_SIGNALS)]
         whole = _undisturbed(workdir, program, known)
         output = workdir / f"{program.name}_{index}"
         after = float(random.uniform(0.02, 1.0)) * whole.seconds
@@ -107,15 +140,22 @@ def signals(workdir: pathlib.Path, counts: tally.Tally, *, rounds: int, seed: in
         _run_again(workdir, program, output, whole, fault)
 
 
-def races(workdir: pathlib.Path, counts: tally.Tally, *, rounds: int, seed: int) -> None:
+def races(
+    workdir: pathlib.Path,
+    counts: tally.Tally,
+    *,
+    rounds: int,
+    seed: int,
+    programs: Sequence[Program] = PROGRAMS,
+) -> None:
     """Starts two or three processes that write to one place."""
     data, known = _data(workdir), {}
     for index in range(rounds):
         random = np.random.default_rng((seed, index))
-        program = PROGRAMS[index % len(PROGRAMS)]
+        program = programs[index % len(programs)]
         whole = _undisturbed(workdir, program, known)
         output = workdir / f"{program.name}_{index}"
-        kind = f"{2 + index // len(PROGRAMS) % 2} processes"
+        kind = f"{2 + index // len(programs) % 2} processes"
         flags = program.flags_fn(data, output)
         running = []
         for number in range(int(kind[0])):
@@ -138,12 +178,19 @@ def races(workdir: pathlib.Path, counts: tally.Tally, *, rounds: int, seed: int)
         shutil.rmtree(output, ignore_errors=True)
 
 
-def disks(workdir: pathlib.Path, counts: tally.Tally, *, rounds: int, seed: int) -> None:
+def disks(
+    workdir: pathlib.Path,
+    counts: tally.Tally,
+    *,
+    rounds: int,
+    seed: int,
+    programs: Sequence[Program] = PROGRAMS,
+) -> None:
     """Lets disks fill up, and makes them larger."""
     data, known = _data(workdir), {}
     for index in range(rounds):
         random = np.random.default_rng((seed, index))
-        program = PROGRAMS[index % len(PROGRAMS)]
+        program = programs[index % len(programs)]
         whole = _undisturbed(workdir, program, known)
         output = workdir / f"{program.name}_{index}"
         output.mkdir()
@@ -191,8 +238,8 @@ def clocks(workdir: pathlib.Path, counts: tally.Tally) -> None:
         fault = _fault_fn(counts, "clocks", "enroll", kind, f"--delete --purge, {kind}")
         if ended.hung or ended.crashed:
             fault("crashes", ended.last_words)
-        files = [path for path in place.rglob("*") if path.is_file()]
-        holding = [path for path in files if _DELETED.encode() in path.read_bytes()]
+        left = [path for path in place.rglob("*") if path.is_file()]
+        holding = [path for path in left if _DELETED.encode() in path.read_bytes()]
         if ended.code == 0 and holding:
             fault("wrong", f"success is reported, the name is in {len(holding)} files")
 
@@ -310,6 +357,17 @@ def _data(workdir: pathlib.Path) -> pathlib.Path:
             corpus.portrait(random).resize((side, side)).save(path)
 
     save([f"photos/{row}.png" for row in range(10)], 256)
-    save([f"people/{name}/{row}.png" for name in (_DELETED, "Other") for row in range(4)], 256)
+    save([f"people/{name}/{row}.png" for name in (_DELETED, "Other") for row in range(5)], 256)
+    save(["people/Once/0.png"], 256)
     save([f"classes/{name}/{row:02}.png" for name in "ab" for row in range(16)], 32)
+    ours, others = ([f"{name}/{row}.png" for row in range(5)] for name in (_DELETED, "Other"))
+    same = [(a, b, 1) for some in (ours, others) for a, b in itertools.combinations(some, 2)]
+    rows = same + [(a, b, 0) for a, b in zip(ours, others, strict=True)]
+    files.write_csv(data / "pairs.csv", ["image_a", "image_b", "same"], rows)
+    flags = [f"--gallery={data / 'people'}", f"--database={data / 'database'}"]
+    ended = processes.program("enroll", flags, workdir / "log_data").end(
+        limit_seconds=_LIMIT_SECONDS
+    )
+    if ended.code:
+        raise RuntimeError(f"nobody could be enrolled: {ended.err[-2000:]}")
     return data
