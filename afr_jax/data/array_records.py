@@ -68,7 +68,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         supervised = ("image", "label") if {"image", "label"} <= set(self._features) else None
-        return tfds.core.DatasetInfo(
+        return _LocalInfo(
             builder=self,
             features=tfds.features.FeaturesDict(dict(self._features)),
             supervised_keys=supervised,
@@ -86,6 +86,13 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _example_writer(self) -> writer.ExampleWriter:
         return _SameBytes(file_format=self.info.file_format)
+
+
+class _LocalInfo(tfds.core.DatasetInfo):
+    """Is not asked of TFDS's bucket, for which TFDS makes a temporary folder that stays."""
+
+    def initialize_from_bucket(self) -> None:
+        """Does nothing."""
 
 
 class _SameBytes(writer.ExampleWriter):

@@ -2,6 +2,7 @@
 
 import io
 import resource
+import tempfile
 import zipfile
 
 import numpy as np
@@ -279,13 +280,17 @@ def test_damaged_noise_is_told_and_never_other_noise(tmp_path, name):
     assert num_told > 10
 
 
-def test_killed_runs_leave_no_records(tmp_path):
+def test_killed_runs_leave_no_records(tmp_path, monkeypatch):
+    """Nor does writing leave anything in the folder for temporary files."""
+    (tmp_path / "temp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
     noise = noise_files.Noise(("a",), np.ones((1, 2, 2, 3), np.int16), "sample")
     for name in (".noise.partial/noise/1.0.0", "sets/noise/incomplete.QWERTY_1.0.0"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "x").touch()
     noise.save(tmp_path / "noise")
-    assert [path.name for path in tmp_path.iterdir() if path.name != "sets"] == ["noise"]
+    assert {path.name for path in tmp_path.iterdir()} == {"noise", "sets", "temp"}
+    assert not list((tmp_path / "temp").iterdir())
     features = {"name": tfds.features.Text()}
     examples = {"train": [("a", {"name": "a"})]}
     array_records.write_records(examples, features, tmp_path / "sets", name="noise")
