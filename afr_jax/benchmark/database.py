@@ -2,20 +2,21 @@
 
 The vectors are synthetic: people are random directions on the unit sphere, their faces lie around
 them at the angles that a good extractor gives. What is searched for are further faces of enrolled
-people, so the nearest neighbor is mostly, but not always, the right person.
+people, so the nearest neighbor is mostly, but not always, the right person. They are made ten
+thousand at a time, each from a seed of its own, so a large database needs no memory for them.
 """
 
 import dataclasses
 import pathlib
+import resource
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from afr_jax.benchmark import setting, timing
-from afr_jax.core import options
+from afr_jax.core import files, options
 from afr_jax.recognition import database, match
 
 # Standard deviation of a face around its person, in units of the vectors' length: faces of one
@@ -32,6 +33,9 @@ class DatabaseOptions:
     num_vectors: tuple[int, ...] = options.option(
         (10_000, 100_000, 1_000_000), "sizes of the database, measured one by one", at_least=1
     )
+    database_folder: str | None = options.option(
+        None, "keeps the databases here and goes on with what an earlier run enrolled"
+    )
 
     def __post_init__(self) -> None:
         """Checks ranges."""
@@ -40,7 +44,15 @@ class DatabaseOptions:
 
 def run(config: DatabaseOptions, given: setting.Setting) -> setting.Measured:
     """Reference databases of synthetic vectors; ours alone."""
-    rows = measure(given.folder, config.num_vectors, repeats=given.repeats, seed=given.seed)
+    kept = config.database_folder
+    folder = given.folder if kept is None else pathlib.Path(kept).expanduser()
+    rows = measure(
+        folder,
+        config.num_vectors,
+        repeats=given.repeats,
+        seed=given.seed,
+        keep=kept is not None,
+    )
     return setting.Measured(rows)
 
 
@@ -66,12 +78,14 @@ def measure(
     index_probes: int | None = None,
     repeats: int = 5,
     seed: int = 0,
+    keep: bool = False,
 ) -> list[timing.Row]:
     """Rows of the table for each number of enrolled vectors.
 
     Enrolment in transactions of 10,000 vectors, upkeep (joining files, and the index from
     `database.INDEX_FROM` vectors on), queries in a group and one by one, exactly and through the
-    index, the index's recall of the exact nearest vector, and the size on the disk.
+    index, the index's recall of the exact nearest vector, the size on the disk, and the process's
+    largest memory so far. Times are those of the clock, and of the processors that were used.
 
     Args:
         folder: for the databases; each is removed once it is measured.
@@ -81,6 +95,7 @@ def measure(
         index_probes: cells of the index that a query looks through; `Database.search`'s default.
         repeats: timed rounds.
         seed: of the vectors.
+        keep: leave the databases there; one that is there already is filled up and measured.
 
     Returns:
         The rows; ours alone.
@@ -89,30 +104,45 @@ def measure(
     for count in counts:
         name = f"database, {count:,} vectors of {dimension}"
         place = folder / f"database_{count}"
-        opened, seconds, upkeep = _filled(place, count, dimension, seed)
+        opened, enrolled, upkeep = _filled(place, count, dimension, seed)
         people = synthetic_vectors(-(-count // _FACES_PER_PERSON), dimension, seed=seed)
         rng = np.random.default_rng(seed + 1)
         owners = rng.integers(len(people), size=num_probes)
         probes = synthetic_faces(people, owners, seed=seed + 2)
+        del people
         rows += [
-            timing.state(name, "enrolment, vectors per second", count / seconds, None),
-            timing.state(name, "upkeep and index, seconds", upkeep, None),
+            timing.state(name, "enrolment, vectors per second", 1 / enrolled.wall, None),
+            timing.state(
+                name, "enrolment, vectors per processor second", 1 / enrolled.processor, None
+            ),
+            timing.state(name, "upkeep and index, seconds", upkeep.wall, None),
+            timing.state(name, "upkeep and index, processor seconds", upkeep.processor, None),
             timing.state(name, "on the disk, bytes per vector", _bytes(place) / count, None),
         ]
         rows += _queries(name, opened, probes, owners, index_probes, repeats)
-        shutil.rmtree(place)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        rows.append(timing.state(name, "largest memory of the process, GiB", peak, None))
+        del opened
+        if not keep:
+            shutil.rmtree(place)
     return rows
 
 
 def _filled(
     place: pathlib.Path, count: int, dimension: int, seed: int
-) -> tuple[database.Database, float, float]:
-    """A database of synthetic faces, the seconds of its enrolment and those of its upkeep."""
+) -> tuple[database.Database, timing.Took, timing.Took]:
+    """A database of synthetic faces, what the enrolment of a face took, and what upkeep took."""
     people = synthetic_vectors(-(-count // _FACES_PER_PERSON), dimension, seed=seed)
     tag = database.ExtractorTag("made", "0" * 64, dimension, "euclidean_l2")
     opened = database.open_database(place, tag=tag, create=True)
-    seconds = 0.0
-    for start in range(0, count, _APPEND):
+    # What an earlier run measured: of how many vectors, and both times of their enrolment.
+    notes = place.with_suffix(".json")
+    timed, took, upkeep = 0, timing.Took(0.0, 0.0), None
+    if notes.exists():
+        found = files.read_sealed(notes)
+        timed, took = found["timed"], timing.Took(*found["took"])
+        upkeep = found["upkeep"] and timing.Took(*found["upkeep"])
+    for start in range(len(opened), count, _APPEND):
         index = np.arange(start, min(start + _APPEND, count))
         entries = database.Entries(
             identities=[f"person {number // _FACES_PER_PERSON}" for number in index],
@@ -123,12 +153,18 @@ def _filled(
             vectors=synthetic_faces(people, index // _FACES_PER_PERSON, seed=seed + 3 + start),
             made=[""] * len(index),
         )
-        before = time.perf_counter()
+        before = timing.now()
         opened.append(entries)
-        seconds += time.perf_counter() - before
-    before = time.perf_counter()
-    opened.maintain()
-    return opened, seconds, time.perf_counter() - before
+        spent = timing.now() - before
+        timed += len(index)
+        took = timing.Took(took.wall + spent.wall, took.processor + spent.processor)
+        files.write_sealed(notes, {"timed": timed, "took": took, "upkeep": None})
+    if upkeep is None:
+        before = timing.now()
+        opened.maintain()
+        upkeep = timing.now() - before
+        files.write_sealed(notes, {"timed": timed, "took": took, "upkeep": upkeep})
+    return opened, timing.Took(took.wall / timed, took.processor / timed), upkeep
 
 
 def _queries(
@@ -140,38 +176,44 @@ def _queries(
     repeats: int,
 ) -> list[timing.Row]:
     nearest = {}
+    processor: dict[str, list[float]] = {}
 
     def search(kind: str, some: np.ndarray, **how: Any) -> Callable[[], float]:
         def once() -> float:
-            before = time.perf_counter()
+            before = timing.now()
             nearest[kind] = opened.search(some, k=1, **how)
-            return 1e3 * (time.perf_counter() - before) / len(some)
+            took = timing.now() - before
+            processor.setdefault(kind, []).append(1e3 * took.processor / len(some))
+            return 1e3 * took.wall / len(some)
 
         return once
 
     sides = {
-        "exact, in a group": search("exact", probes, exact=True),
-        "exact, one by one": search("alone", probes[:1], exact=True),
+        "exact, in a group": search("exact, in a group", probes, exact=True),
+        "exact, one by one": search("exact, one by one", probes[:1], exact=True),
     }
     has_index = len(opened) >= database.INDEX_FROM
     if has_index:
         some = {"exact": False, "num_probes": index_probes}
-        sides["index, one by one"] = search("index", probes, **some)
+        sides["index, one by one"] = search("index, one by one", probes, **some)
     times = timing.take_turns(sides, repeats=repeats)
-    rows = [
-        timing.state(name, f"query {kind}, ms", timing.spread(values), None)
-        for kind, values in times.items()
-    ]
+    rows = []
+    for kind, values in times.items():
+        # The first run does not count there, either.
+        own = timing.spread(processor[kind][1:])
+        rows += [
+            timing.state(name, f"query {kind}, ms", timing.spread(values), None),
+            timing.state(name, f"query {kind}, processor ms", own, None),
+        ]
     right = [f"person {owner}" for owner in owners]
-    rows.append(timing.state(name, "right person, exact", _agree(nearest["exact"], right), None))
+    exact = nearest["exact, in a group"]
+    rows.append(timing.state(name, "right person, exact", _agree(exact, right), None))
     if has_index:
-        images = [row[0] for row in nearest["exact"].images]
-        found = [row[0] for row in nearest["index"].images]
-        recall = float(np.mean([a == b for a, b in zip(images, found, strict=True)]))
+        index = nearest["index, one by one"]
+        pairs = zip(exact.images, index.images, strict=True)
+        recall = float(np.mean([a[0] == b[0] for a, b in pairs]))
         rows.append(timing.state(name, "recall@1 of the index", recall, None))
-        rows.append(
-            timing.state(name, "right person, index", _agree(nearest["index"], right), None)
-        )
+        rows.append(timing.state(name, "right person, index", _agree(index, right), None))
     return rows
 
 

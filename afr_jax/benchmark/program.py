@@ -144,6 +144,7 @@ def run(config: BenchmarkConfig) -> options.Outcome:
     work = _open(config)
     provenance = core_program.provenance("experiments.benchmark", config=config)
     measured = {}
+    load = timing.load()
     for name in config.rows:
         field, row_fn = ROWS[name]
         with tempfile.TemporaryDirectory() as place:
@@ -156,6 +157,7 @@ def run(config: BenchmarkConfig) -> options.Outcome:
                 max_px=_TOY_PX if config.is_toy else None,
             )
             measured[name] = row_fn(getattr(config, field), given)
+    others = load.others()
     versions = {name: found.versions for name, found in measured.items() if found.versions}
     result = {
         **provenance,
@@ -163,6 +165,7 @@ def run(config: BenchmarkConfig) -> options.Outcome:
         "inputs": (
             f"{sum(map(len, images))} files of --images" if images else "made of a sample portrait"
         ),
+        "used_by_others": others,
         "peers": versions,
         "rows": [row for found in measured.values() for row in found.rows],
         **{name: found.details for name, found in measured.items() if found.details},
@@ -177,7 +180,7 @@ def run(config: BenchmarkConfig) -> options.Outcome:
 
 def _settings(config: BenchmarkConfig) -> dict[str, files.Json]:
     """The options by flag, but for places of this machine."""
-    places = ("workdir", "images", "reference_python", "mobilefacenet")
+    places = ("workdir", "images", "reference_python", "mobilefacenet", "database_folder")
     return {
         leaf.flag: functools.reduce(getattr, leaf.path, config)
         for leaf in options.leaves(type(config))
@@ -212,6 +215,8 @@ def _page(config: BenchmarkConfig, result: Mapping[str, files.Json]) -> str:
         f"cores; {host['num_devices']} x {host['device']}; jax {host['jax']}. "
         f"{result['date']}, commit {result['commit']}.",
     ]
+    if result["used_by_others"] is not None:
+        lines.append(f"Others used {result['used_by_others']:.0%} of the processors meanwhile.")
     for name, versions in result["peers"].items():
         found = ", ".join(f"{package} {version}" for package, version in versions.items())
         lines.append(f"Reference of {name}: {found}.")

@@ -3,9 +3,12 @@
 In the result files the reference implementation's figure is called "peer".
 """
 
+import os
+import pathlib
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 
 class Spread(TypedDict):
@@ -31,6 +34,54 @@ class Row(TypedDict):
     ours: Figure
     peer: Figure
     ratio: Figure
+
+
+class Took(NamedTuple):
+    """Seconds on the clock, and of processors that this process used; from `now`.
+
+    On a machine that others use, too, the second says more than the first.
+    """
+
+    wall: float
+    processor: float
+
+    def __sub__(self, earlier: "Took") -> "Took":
+        return Took(self.wall - earlier.wall, self.processor - earlier.processor)
+
+
+def now() -> Took:
+    """Both clocks; their differences count."""
+    return Took(time.perf_counter(), time.process_time())
+
+
+class Load(NamedTuple):
+    """What the machine's processors did until now: for this process, and altogether; seconds."""
+
+    took: Took
+    busy: float | None
+
+    def others(self) -> float | None:
+        """Share of the processors that others have used since, 0 to 1; None where unknown.
+
+        Others are also the processes that this one started.
+        """
+        later = load()
+        if self.busy is None or later.busy is None:
+            return None
+        took = later.took - self.took
+        share = (later.busy - self.busy - took.processor) / took.wall / (os.cpu_count() or 1)
+        return min(max(share, 0.0), 1.0)
+
+
+def load() -> Load:
+    """The load so far; `busy` is None but on Linux."""
+    try:
+        fields = pathlib.Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
+    except OSError:
+        return Load(now(), None)
+    user, nice, system, _, _, interrupt, soft_interrupt = map(int, fields[1:8])
+    ticks = user + nice + system + interrupt + soft_interrupt
+    return Load(now(), ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def take_turns(sides: Mapping[str, Callable[[], float]], *, repeats: int) -> dict[str, list[float]]:

@@ -40,6 +40,9 @@ TABLE = "faces"
 # From this many rows on searches go through an index (an exact one takes under 50 ms below it).
 INDEX_FROM = 100_000
 _INDEX = "vector_idx"
+# Up to so many rows an exact search keeps the table in memory, on the accelerator, too; of a larger
+# one it reads so many at a time (a quarter of a gigabyte in vectors of 128 numbers).
+_ROWS_IN_MEMORY, _ROWS_OF_SHARD = 1 << 20, 1 << 19
 # Rows that one condition names, and rows whose bytes are looked for after a purge.
 _ROWS_AT_ONCE, _PURGE_SAMPLE = 1000, 32
 # Shorter texts are found by chance.
@@ -148,7 +151,7 @@ class Database:
         """
         with self.hold():
             damaged, repeated, known = [], [], set()
-            for batch in self._batches():
+            for batch in self._batches(self._table.schema.names):
                 rows = pa.Table.from_batches([batch])
                 entries, is_whole = recognition_entries.from_table(rows, self.tag)
                 numbers = rows["_rowid"].to_pylist()
@@ -257,7 +260,8 @@ class Database:
     ) -> Hits:
         """The nearest entries of each probe.
 
-        Without an index all distances are computed on the accelerator (`match.top_k`). With one
+        Without an index all distances are computed on the accelerator (`match.top_k`); a table of
+        more than a million rows goes through its memory in shards, once for each call. With one
         (IVF: the vectors in cells around k-means centers) only the cells nearest to the probe are
         looked through; distances are exact, but a nearer entry in another cell is missed.
 
@@ -270,7 +274,8 @@ class Database:
             num_probes: cells of the index to look through; a quarter of them by default.
 
         Raises:
-            DatabaseError: nobody is enrolled, or the probes are of another size.
+            DatabaseError: nobody is enrolled, the probes are of another size, or an entry that was
+                found is not as it was written.
         """
         metric = metric or self.tag.metric
         probes = np.asarray(probes, np.float32)
@@ -283,6 +288,8 @@ class Database:
         if exact is None:
             exact = metric != self.tag.metric or not self._has_index()
         if exact or not len(probes):
+            if len(self) > _ROWS_IN_MEMORY and len(probes):
+                return self._search_shards(probes, k, metric)
             return self._search_exactly(probes, k, metric)
         if num_probes is None:
             num_probes = max(32, num_partitions(len(self)) // 4)
@@ -294,12 +301,48 @@ class Database:
         if kept is None or kept[0] is not entries or kept[1].metric != metric:
             self._gallery = kept = entries, match.place(entries.vectors, metric=metric)
         found = match.top_k(probes, kept[1], k=k)
-        return Hits(
-            [[entries.identities[i] for i in row] for row in found.index],
-            [[entries.images[i] for i in row] for row in found.index],
-            entries.boxes[found.index],
-            found.distances,
-        )
+        return _hits(entries, found.index, found.distances)
+
+    def _search_shards(self, probes: np.ndarray, k: int, metric: str) -> Hits:
+        numbers: list[np.ndarray] = []
+
+        def shards() -> Iterator[np.ndarray]:
+            for rows in self._shards():
+                numbers.append(rows["_rowid"].to_numpy())
+                yield recognition_entries.matrix(rows["vector"], self.tag.embedding_size)
+
+        found = match.top_k_of_shards(probes, shards(), k=k, metric=metric)
+        wanted = np.concatenate(numbers)[found.index]
+        rows = self._take(np.unique(wanted))
+        entries = self._whole(rows)
+        at = {number: place for place, number in enumerate(rows["_rowid"].to_pylist())}
+        places = np.vectorize(at.__getitem__, otypes=[np.int64])(wanted)
+        return _hits(entries, places, found.distances)
+
+    def _shards(self) -> Iterator[pa.Table]:
+        """Vectors and numbers of all rows, so many at a time as an exact search takes."""
+        kept: list[pa.RecordBatch] = []
+        num_kept = 0
+        for batch in self._batches(["vector"]):
+            while len(batch) + num_kept >= _ROWS_OF_SHARD:
+                part = batch.slice(0, _ROWS_OF_SHARD - num_kept)
+                batch = batch.slice(len(part))
+                yield pa.Table.from_batches([*kept, part])
+                kept, num_kept = [], 0
+            kept.append(batch)
+            num_kept += len(batch)
+        if num_kept:
+            yield pa.Table.from_batches(kept)
+
+    def _take(self, numbers: np.ndarray) -> pa.Table:
+        """Rows with all columns and their numbers, in any order."""
+        parts = []
+        for start in range(0, len(numbers), _ROWS_AT_ONCE):
+            query = self._table.take_row_ids(numbers[start : start + _ROWS_AT_ONCE].tolist())
+            query = query.select(self._table.schema.names).with_row_id()
+            with _naming_damage(self.uri):
+                parts.append(query.to_arrow())
+        return pa.concat_tables(parts)
 
     def _search_index(self, probes: np.ndarray, k: int, num_probes: int) -> Hits:
         identities, images, boxes, distances = [], [], [], []
@@ -312,7 +355,7 @@ class Database:
             with _naming_damage(self.uri):
                 rows = query.select([*self._table.schema.names, "_distance"]).to_arrow()
             if rows.num_rows < k:  # The cells looked through hold too few.
-                found = self._search_exactly(probe[None], k, self.tag.metric)
+                found = self.search(probe[None], k=k, exact=True)
                 identities += found.identities
                 images += found.images
                 boxes.append(found.boxes[0])
@@ -334,10 +377,9 @@ class Database:
         with _naming_damage(self.uri):
             return self._table.search().select(columns).to_arrow()
 
-    def _batches(self) -> Iterator[pa.RecordBatch]:
-        """All rows with all columns and their numbers, `_rowid`."""
+    def _batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
+        """Columns of all rows and their numbers, `_rowid`."""
         with _naming_damage(self.uri):
-            names = self._table.schema.names
             yield from self._table.search().select(names).with_row_id(True).to_batches()
 
     def _whole(self, rows: pa.Table) -> Entries:
@@ -486,6 +528,16 @@ def _folder_of(uri: str) -> pathlib.Path | None:
     if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+://", uri):
         return None
     return pathlib.Path(uri).expanduser().absolute()
+
+
+def _hits(entries: Entries, index: np.ndarray, distances: np.ndarray) -> Hits:
+    """Entries by their places `[Q, k]`, at distances `[Q, k]`."""
+    return Hits(
+        [[entries.identities[i] for i in row] for row in index],
+        [[entries.images[i] for i in row] for row in index],
+        entries.boxes[index],
+        distances,
+    )
 
 
 def _files_below(folder: pathlib.Path | None) -> list[pathlib.Path]:

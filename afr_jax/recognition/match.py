@@ -2,7 +2,8 @@
 
 All distances are computed on the accelerator: a matrix product and a running top-k over blocks of
 the gallery, whose rows may be spread over all devices. Nothing of size probes x gallery is ever
-kept. For galleries beyond memory there is the index of `database`.
+kept. A gallery beyond the accelerator's memory, or the host's, is searched in shards that are there
+one after the other; one that is too slow so, through the index of `database`.
 
 Metrics (names as in `registry.METRICS`, meanings as in PyPI deepface): `euclidean` is the L2
 distance, `euclidean_l2` that of the vectors scaled to unit length, `cosine` one minus the cosine of
@@ -10,6 +11,7 @@ their angle.
 """
 
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -129,6 +131,45 @@ def top_k(probes: np.ndarray, gallery: Gallery, *, k: int) -> Matches:
     return Matches(distances, index)
 
 
+def top_k_of_shards(
+    probes: np.ndarray,
+    shards: Iterable[np.ndarray],
+    *,
+    k: int,
+    metric: str,
+    mesh: parallel.Mesh | None = None,
+) -> Matches:
+    """As `top_k`, of a gallery that is never in memory as a whole.
+
+    One shard is on the accelerator at a time, its rows spread over all devices; the k best so far
+    are merged with those of each. Shards of one size share a compiled program.
+
+    Args:
+        probes: `[Q, D]` float32.
+        shards: the gallery's rows, `[M, D]` float32 each, in order; M may differ.
+        k: rows for each probe; at most as many as the gallery has are returned.
+        metric: one of `registry.METRICS`.
+        mesh: devices to spread the rows of a shard over; all of this process by default.
+
+    Returns:
+        As `top_k`: the distances do not depend on how the gallery is cut, nor does the index where
+        they differ. Indices count from the first row of the first shard.
+
+    Raises:
+        ValueError: as `place` and `top_k`; an empty gallery.
+    """
+    found, first = None, 0
+    for shard in shards:
+        # The gallery of the shard is dropped before the next one is read.
+        part = top_k(probes, place(shard, metric=metric, mesh=mesh), k=k)
+        part = part._replace(index=part.index + first)
+        first += len(shard)
+        found = part if found is None else _merged(found, part, k)
+    if found is None:
+        raise ValueError("a gallery without shards")
+    return found
+
+
 def distance(first: np.ndarray, second: np.ndarray, *, metric: str) -> np.ndarray:
     """Distance `[...]` of embeddings `[..., D]` in a metric, float64.
 
@@ -176,6 +217,15 @@ def unit_length(vectors: np.ndarray) -> np.ndarray:
 def _check_metric(metric: str) -> None:
     if metric not in registry.METRICS:
         raise ValueError(f"no metric {metric!r}; there are: {', '.join(registry.METRICS)}")
+
+
+def _merged(first: Matches, second: Matches, k: int) -> Matches:
+    """The k nearest of both; where they tie, those of the first."""
+    distances, index = (np.concatenate(pair, axis=1) for pair in zip(first, second, strict=True))
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return Matches(
+        np.take_along_axis(distances, order, axis=1), np.take_along_axis(index, order, axis=1)
+    )
 
 
 def _blocks(gallery: np.ndarray, mesh: parallel.Mesh) -> tuple[jax.Array, jax.Array]:

@@ -315,6 +315,25 @@ def test_exact_search_by_numpy(filled):
     assert none.identities == [] and none.distances.shape == (0, 2)
 
 
+def test_a_table_beyond_memory_is_searched_in_shards(tmp_path, monkeypatch):
+    opened = database.open_database(tmp_path, tag=_TAG, create=True)
+    for number in range(5):  # Shards and files of the table end at different rows.
+        opened.append(_entries([f"p{number}"] * 300, seed=number, first=300 * number))
+    opened.delete_images(["p1/300.jpg"])
+    probes = np.random.default_rng(7).normal(size=(20, 8)).astype(np.float32)
+    kept = {metric: opened.search(probes, k=3, metric=metric) for metric in ("euclidean", "cosine")}
+    monkeypatch.setattr(database, "_ROWS_IN_MEMORY", 1000)
+    monkeypatch.setattr(database, "_ROWS_OF_SHARD", 256)
+    monkeypatch.setattr(opened, "_search_exactly", None)
+    for metric, expected in kept.items():
+        found = opened.search(probes, k=3, metric=metric)
+        assert found[:2] == expected[:2]
+        np.testing.assert_array_equal(found.boxes, expected.boxes)
+        np.testing.assert_array_equal(found.distances, expected.distances)
+    every = opened.search(probes[:1], k=2000)  # More than one query for rows takes.
+    assert len(set(every.images[0])) == 1499
+
+
 def test_the_index_finds_what_the_exact_search_finds(tmp_path, monkeypatch):
     monkeypatch.setattr(database, "INDEX_FROM", 2000)
     opened = database.open_database(tmp_path, tag=_TAG, create=True)

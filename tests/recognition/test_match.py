@@ -57,6 +57,38 @@ def test_many_probes_are_taken_in_groups():
 
 
 @pytest.mark.parametrize("metric", registry.METRICS)
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_shards_give_what_the_whole_gallery_gives(metric, num_devices):
+    rng = np.random.default_rng(3)
+    gallery = rng.normal(size=(5000, 16)).astype(np.float32)
+    gallery[4000] = gallery[40]  # A tie between shards.
+    probes = rng.normal(size=(20, 16)).astype(np.float32)
+    probes[0] = gallery[40]
+    mesh = parallel.make_mesh(devices=jax.devices()[:num_devices])
+    whole = match.top_k(probes, match.place(gallery, metric=metric, mesh=mesh), k=7)
+    shards = np.split(gallery, [3, 2000, 4000, 4001])  # Two of them smaller than k.
+    found = match.top_k_of_shards(probes, shards, k=7, metric=metric, mesh=mesh)
+    np.testing.assert_array_equal(found.index, whole.index)
+    np.testing.assert_array_equal(found.distances, whole.distances)
+    assert list(found.index[0, :2]) == [40, 4000]
+
+
+def test_one_shard_is_on_the_accelerator_at_a_time():
+    rng = np.random.default_rng(0)
+    probes = rng.normal(size=(4, 16)).astype(np.float32)
+    before = sum(array.nbytes for array in jax.live_arrays())
+    held = []
+
+    def shards():
+        for _ in range(4):
+            yield rng.normal(size=(4096, 16)).astype(np.float32)
+            held.append(sum(array.nbytes for array in jax.live_arrays()) - before)
+
+    match.top_k_of_shards(probes, shards(), k=2, metric="euclidean")
+    assert len(held) == 4 and max(held) < 4096 * 16 * 4
+
+
+@pytest.mark.parametrize("metric", registry.METRICS)
 def test_distances_of_pairs(metric):
     rng = np.random.default_rng(1)
     first, second = rng.normal(size=(2, 5, 8)).astype(np.float32)
