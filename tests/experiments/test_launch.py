@@ -1,12 +1,15 @@
 """The launch scripts: what they hand to the program, and how a job under SLURM ends."""
 
+import json
 import os
 import pathlib
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -111,14 +114,19 @@ def cluster(tmp_path):
     commands.mkdir()
     for name, body in {
         "srun": 'echo "srun $* PYTHONPATH=$PYTHONPATH" >>calls; eval "$SRUN_DOES"',
-        "scontrol": 'if [[ $1 == show ]]; then echo a; echo b; else echo "$*" >>calls; fi',
+        "scontrol": """case $* in
+            "show hostnames"*) echo a; echo b ;;
+            "show job"*) echo "JobState=${JOB_STATE:-RUNNING} Reason=None" ;;
+            *) echo "$*" >>calls ;;
+            esac""",
+        "scancel": 'echo "scancel $*" >>calls; eval "${SCANCEL_DOES:-}"',
     }.items():
         (commands / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (commands / name).chmod(0o755)
     return tmp_path
 
 
-def _sbatch(folder, *arguments, srun_does):
+def _sbatch(folder, *arguments, srun_does, **settings):
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("AFR_", "SLURM"))
     }
@@ -130,6 +138,7 @@ def _sbatch(folder, *arguments, srun_does):
         "SLURM_SUBMIT_DIR": str(folder),
         "PYTHON": "python3",
         "SRUN_DOES": srun_does,
+        **settings,
     }
     return subprocess.Popen(
         ["bash", str(_ROOT / "launch" / "slurm.sbatch"), *arguments],
@@ -153,19 +162,125 @@ def test_slurm_starts_one_step_and_passes_the_exit_code_on(cluster, code):
     assert (cluster / "logs").is_dir()
 
 
-def test_slurm_goes_back_to_the_queue_when_time_is_nearly_up(cluster):
+@pytest.mark.parametrize(
+    "number, code, state, is_requeued",
+    [
+        (signal.SIGUSR1, 143, "RUNNING", True),
+        (signal.SIGTERM, 143, "RUNNING", True),
+        (signal.SIGUSR1, 9, "RUNNING", False),  # It failed, and would fail again.
+        (signal.SIGTERM, 143, "CANCELLED", False),
+    ],
+)
+def test_slurm_goes_back_to_the_queue_if_the_program_was_stopped(
+    cluster, number, code, state, is_requeued
+):
     for name in ("up", "go_on"):
         os.mkfifo(cluster / name)
-    step = "echo >up; read -r _ <go_on; exit 9"
-    job = _sbatch(cluster, "experiments.verify", "--workdir=w", srun_does=step)
+    step = f"echo >up; read -r _ <go_on; exit {code}"
+    job = _sbatch(cluster, "experiments.verify", "--workdir=w", srun_does=step, JOB_STATE=state)
     (cluster / "up").read_text()  # Until the step runs.
-    job.send_signal(signal.SIGUSR1)
-    assert "back to the queue" in job.stderr.readline()
+    job.send_signal(number)
+    assert "told to stop" in job.stderr.readline()
     (cluster / "go_on").write_text("\n")
     job.communicate(timeout=60)
-    assert (cluster / "calls").read_text().splitlines()[1:] == ["requeue 77"]
     # The job waited for the step to end.
-    assert job.returncode == 9
+    assert job.returncode == code
+    stopped = ["scancel --signal=TERM 77"]
+    calls = (cluster / "calls").read_text().splitlines()[1:]
+    assert calls == stopped + ["requeue 77"] * is_requeued
+
+
+# Two ranks, as srun starts them; `ranks` then holds their numbers.
+_TWO_RANKS = """
+while [[ $1 == --* ]]; do shift; done
+export SLURM_NTASKS=2 SLURM_STEP_NODELIST=127.0.0.1
+for rank in 0 1; do
+  SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" >>"rank-$rank" 2>>"errors-$rank" &
+done
+jobs -p >ranks
+code=0
+for rank in $(<ranks); do wait "$rank" || code=$?; done
+exit "$code"
+"""
+
+
+_COUNTER = '''
+import dataclasses
+import pathlib
+import time
+import jax
+import jax.numpy as jnp
+import numpy as np
+from afr_jax.core import checkpoint, distributed, options, parallel, program
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CountConfig(options.Config):
+    """Adds up the numbers of all devices, once a step; stops for a signal after the third."""
+
+    shares_work = True
+    workdir: str | None = options.option(None, "folder")
+
+
+def run(config):
+    work = pathlib.Path(config.workdir)
+    mesh = parallel.make_mesh()
+    numbers = parallel.shard_batch(np.array([1.0 + distributed.process_index()]), mesh)
+    add = jax.jit(lambda total, numbers: total + jnp.sum(numbers))
+    nothing = parallel.replicate(np.zeros(()), mesh)
+    with checkpoint.Checkpoints(work / "checkpoints") as checkpoints:
+        first, (total,) = checkpoints.restore([nothing]) or (0, [nothing])
+        for step in range(first, 6):
+            if step == 3 and not first:
+                checkpoints.wait()
+                (work / f"up-{distributed.process_index()}").touch()
+                time.sleep(600)
+            total = add(total, numbers)
+            checkpoints.save(step + 1, [total])
+    result = {"total": float(total), "first": first, "processes": distributed.process_count()}
+    return options.Outcome(result)
+
+
+if __name__ == "__main__":
+    program.main(CountConfig, run)
+'''
+
+
+def test_slurm_starts_ranks_that_join_and_go_on_after_a_stop(cluster):
+    (cluster / "counter.py").write_text(_COUNTER)
+    work = cluster / "work"
+    settings = {
+        "AFR_LOGS": str(cluster / "logs"),
+        "AFR_ROOT": str(_ROOT),
+        "JAX_NUM_CPU_DEVICES": "1",
+        "PYTHON": sys.executable,
+        "SCANCEL_DOES": "kill -TERM $(<ranks)",
+    }
+
+    def sbatch():
+        with socket.socket() as probe:  # JAX would take the port that the number of the job says.
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        flags = ["counter", f"--workdir={work}"]
+        return _sbatch(cluster, *flags, srun_does=_TWO_RANKS, JAX_COORDINATOR_PORT=port, **settings)
+
+    def errors():
+        return [(cluster / f"errors-{rank}").read_text() for rank in (0, 1)]
+
+    job = sbatch()
+    while len(list(work.glob("up-*"))) < 2 and job.poll() is None:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    job.communicate(timeout=120)
+    assert job.returncode == 143, errors()
+    assert (cluster / "calls").read_text().splitlines()[-1] == "requeue 77"
+    # What SLURM does then.
+    job = sbatch()
+    job.communicate(timeout=120)
+    assert job.returncode == 0, errors()
+    # What six steps of two devices give that nobody disturbs.
+    result = json.loads((cluster / "rank-0").read_text().splitlines()[-1])
+    assert result == {"total": 18.0, "first": 3, "processes": 2}
 
 
 def test_slurm_warns_of_a_run_that_cannot_resume(cluster):
