@@ -33,6 +33,7 @@ PROGRAMS = {
     "mode_sheet": ("afr_jax.evaluation.cloaking.mode_sheet", "ModeSheetConfig"),
     "patch_ablation": ("afr_jax.evaluation.patches.ablation", "AblationConfig"),
     "pubfig_study": ("afr_jax.evaluation.cloaking.pubfig_study", "PubFigConfig"),
+    "sweep": ("afr_jax.core.runtime.sweep", "SweepConfig"),
     "train_extractor": ("afr_jax.evaluation.recognition.train_extractor", "TrainExtractorConfig"),
     "train_victim": ("afr_jax.evaluation.unlearnable.victim", "TrainVictimConfig"),
     "unlearnable_faces": ("afr_jax.evaluation.unlearnable.faces_study", "UnlearnableFacesConfig"),

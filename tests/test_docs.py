@@ -151,6 +151,8 @@ def test_shell_lines_are_what_programs_accept(words):
     if words[0] in ("sbatch", "launch/local.sh"):
         script = next(word for word in words if word.startswith("launch/"))
         assert os.access(_ROOT / script, os.X_OK) or words[0] == "sbatch"
+        if re.fullmatch("@.*/commands", words[-1]):  # The cells of a sweep.
+            return
         start = next(i for i, word in enumerate(words) if word.startswith("experiments."))
         words = ["python", "-m", *words[start:]]
     if words[0] == "afr":

@@ -11,7 +11,10 @@ import subprocess
 import sys
 import time
 
+import programs
 import pytest
+
+from afr_jax.core.runtime import sweep
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SCRIPTS = (".ci/run", "launch/local.sh", "launch/slurm.sbatch")
@@ -305,3 +308,84 @@ def test_slurm_asks_for_tasks_as_jax_wants_them():
     assert "--gpus-per-task" not in text and "--requeue" in text
     values = dict(line.split("--", 1)[1].split("=", 1) for line in directives if "=" in line)
     assert values["gres"] == f"gpu:{values['ntasks-per-node']}"
+
+
+# A program that takes no time, and whose fifth cell fails.
+_CELL = """
+if [[ $SLURM_ARRAY_TASK_ID == 4 ]]; then exit 1; fi
+for word in "$@"; do
+  case $word in
+    --workdir=*) folder=${word#*=} ;;
+    --seed=*) seed=${word#*=} ;;
+    --test_data=*) data=${word#*=} ;;
+  esac
+done
+mkdir -p "$folder"
+cat >"$folder/result.json" <<END
+{"accuracy": $seed.5, "of": {"words": ${#data}}, "machine": {"cores": 2}}
+END
+"""
+
+
+def _sweep(*flags):
+    return programs.call(sweep.SweepConfig, sweep.run, *flags)
+
+
+def test_an_array_job_runs_the_cells_of_a_sweep_which_are_collected(cluster):
+    work = cluster / "my sweep"
+    flags = ["--program=train_victim", "--arguments=--toy --data='my photos'"]
+    flags += ["--axis=seed=0,1,2", '--axis=test_data=a,"b,c d"', f"--workdir={work}"]
+    written, _ = _sweep(*flags)
+    words = shlex.split(written["submit"])
+    assert written["cells"] == 6
+    assert words == ["sbatch", "--array=0-5", "launch/slurm.sbatch", f"@{work}/commands"]
+    for number in range(6):
+        job = _sbatch(cluster, words[-1], srun_does=_CELL, SLURM_ARRAY_TASK_ID=str(number))
+        _, errors = job.communicate(timeout=20)
+        assert job.returncode == (1 if number == 4 else 0) and errors == ""
+    collected, complete = _sweep(f"--workdir={work}", "--collect")
+    assert not complete and collected["collected"] == 5
+    assert collected["missing"] == [{"cell": 4, "seed": "2", "test_data": "a"}]
+    assert (work / "sweep.csv").read_text().splitlines() == [
+        "cell,seed,test_data,accuracy,of.words",
+        "0,0,a,0.5,1",
+        '1,0,"b,c d",0.5,5',
+        "2,1,a,1.5,1",
+        '3,1,"b,c d",1.5,5',
+        "4,2,a,,",
+        '5,2,"b,c d",2.5,5',
+    ]
+    whole = json.loads((work / "results.json").read_text())
+    assert [cell["result"] is None for cell in whole] == [number == 4 for number in range(6)]
+    assert whole[3]["flags"] == {"seed": "1", "test_data": "b,c d"}
+    # Another sweep is refused the folder, and the array has no cell beyond its last.
+    assert "another config" in _sweep(*flags, "--axis=epochs=1,2")
+    job = _sbatch(cluster, words[-1], srun_does=_CELL, SLURM_ARRAY_TASK_ID="6")
+    assert "has no cell 6" in job.communicate(timeout=20)[1] and job.returncode == 2
+
+
+def test_one_cell_is_run_by_its_number(tmp_path):
+    flags = ["--program=verify", "--axis=pairs=a.csv,absent.csv", f"--workdir={tmp_path}"]
+    _sweep(*flags)
+    done, result = programs.run("sweep", f"--workdir={tmp_path}", "--cell=1")
+    assert done.returncode == 2 and "absent.csv" in done.stderr and result is None
+    assert "--cell is 2; there are 0 to 1" in _sweep(f"--workdir={tmp_path}", "--cell=2")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--axis=seed=1"], "needs --program"),
+        (["--program=verify"], "at least one --axis"),
+        (["--program=verify", "--axis=seed"], "'seed' is not FLAG=VALUE"),
+        (["--program=verify", "--axis=seed=1,,2"], "is not FLAG=VALUE"),
+        (["--program=verify", "--axis=seed=1", "--axis=seed=2"], "seed comes twice"),
+        (["--program=verify", "--axis=speed=1"], "Unknown command line flag 'speed'"),
+        (["--program=train_victim", "--axis=epochs=1,0"], "--epochs=0"),
+        (["--program=verify", "--axis=seed=1", "--arguments='"], "--arguments: No closing"),
+        (["--collect"], "sweep.json"),
+    ],
+)
+def test_a_sweep_that_cannot_run_is_refused(tmp_path, flags, message):
+    assert message in _sweep(*flags, f"--workdir={tmp_path}")
+    assert list(tmp_path.iterdir()) == []
