@@ -17,7 +17,13 @@ import pytest
 from afr_jax.core.runtime import sweep
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-_SCRIPTS = (".ci/run", "launch/local.sh", "launch/slurm.sbatch")
+_SCRIPTS = (
+    ".ci/run",
+    "launch/gke/xpk.sh",
+    "launch/local.sh",
+    "launch/slurm.sbatch",
+    "launch/tpu_vm.sh",
+)
 
 _PROGRAM = '''
 import dataclasses

@@ -74,10 +74,10 @@ def run(config: SweepConfig) -> options.Outcome:
     Raises:
         options.UsageError: what is asked for is missing or wrong.
     """
+    if config.cell is None and not config.collect:
+        return write(config, *plan(config))
     if config.workdir is None:
         raise options.UsageError("--workdir is needed")
-    if config.cell is None and not config.collect:
-        return _write(config)
     folder = pathlib.Path(config.workdir).expanduser().absolute()
     with options.usage("--workdir"):
         cells = [Cell(**fields) for fields in files.read_sealed(folder / "sweep.json")["cells"]]
@@ -89,6 +89,39 @@ def run(config: SweepConfig) -> options.Outcome:
         raise options.UsageError(f"--cell is {config.cell}; there are 0 to {len(cells) - 1}")
     command = [sys.executable, "-m", *cells[config.cell].command]
     os.execv(command[0], command)
+
+
+def plan(config: SweepConfig) -> tuple[pathlib.Path, list[Cell]]:
+    """The folder of a sweep and its cells; writes nothing.
+
+    Raises:
+        options.UsageError: options are missing, or the program refuses the flags of a cell.
+    """
+    if config.workdir is None:
+        raise options.UsageError("--workdir is needed")
+    if config.program is None or not config.axes:
+        raise options.UsageError("a sweep needs --program and at least one --axis")
+    folder = pathlib.Path(config.workdir).expanduser().absolute()
+    with options.usage("--arguments"):
+        arguments = shlex.split(config.arguments)
+    with options.usage("--axis"):
+        return folder, make_cells(config.program, arguments, config.axes, folder)
+
+
+def write(config: SweepConfig, folder: pathlib.Path, cells: Sequence[Cell]) -> options.Outcome:
+    """Writes a sweep down, as `plan` has it; the result says how SLURM runs it.
+
+    Raises:
+        options.UsageError: the folder belongs to another sweep, or somebody works in it.
+    """
+    work = workdir.open_workdir(folder, config)
+    commands = work.path / "commands"
+    lines = "".join(f"{shlex.join(cell.command)}\n" for cell in cells)
+    files.write_atomically(commands, lines.encode(), overwrite=True)
+    files.write_sealed(work.path / "sweep.json", {"cells": [cell._asdict() for cell in cells]})
+    place = shlex.quote(f"@{commands}")
+    submit = f"sbatch --array=0-{len(cells) - 1} launch/slurm.sbatch {place}"
+    return options.Outcome({"cells": len(cells), "submit": submit})
 
 
 def product(axes: Sequence[str]) -> list[dict[str, str]]:
@@ -149,25 +182,6 @@ def make_cells(
 
 def _place(folder: pathlib.Path, number: int) -> pathlib.Path:
     return folder / "cells" / str(number)
-
-
-def _write(config: SweepConfig) -> options.Outcome:
-    if config.program is None or not config.axes:
-        raise options.UsageError("a sweep needs --program and at least one --axis")
-    folder = pathlib.Path(str(config.workdir)).expanduser().absolute()
-    with options.usage("--arguments"):
-        arguments = shlex.split(config.arguments)
-    with options.usage("--axis"):
-        cells = make_cells(config.program, arguments, config.axes, folder)
-    work = workdir.open_workdir(folder, config)
-    commands = work.path / "commands"
-    lines = "".join(f"{shlex.join(cell.command)}\n" for cell in cells)
-    files.write_atomically(commands, lines.encode(), overwrite=True)
-    files.write_sealed(work.path / "sweep.json", {"cells": [cell._asdict() for cell in cells]})
-    place = shlex.quote(f"@{commands}")
-    submit = f"sbatch --array=0-{len(cells) - 1} launch/slurm.sbatch {place}"
-    print(submit)
-    return options.Outcome({"cells": len(cells), "submit": submit})
 
 
 def _collect(folder: pathlib.Path, cells: Sequence[Cell]) -> options.Outcome:
