@@ -43,6 +43,8 @@ _INDEX = "vector_idx"
 # Up to so many rows an exact search keeps the table in memory, on the accelerator, too; of a larger
 # one it reads so many at a time (a quarter of a gigabyte in vectors of 128 numbers).
 _ROWS_IN_MEMORY, _ROWS_OF_SHARD = 1 << 20, 1 << 19
+# Each addition makes a file, and each file costs time in every query: after so many they are joined.
+_MAX_ADDED_FILES = 20
 # Rows that one condition names, and rows whose bytes are looked for after a purge.
 _ROWS_AT_ONCE, _PURGE_SAMPLE = 1000, 32
 # Shorter texts are found by chance.
@@ -64,6 +66,7 @@ class Database:
         self._connection = connection
         self._table = table
         self.tag = recognition_entries.read_tag(table.schema, uri)
+        self._num_added = 0
         self._entries: tuple[int, Entries] | None = None
         self._gallery: tuple[Entries, match.Gallery] | None = None
 
@@ -140,6 +143,9 @@ class Database:
             known = {(row["identity"], row["digest"], row["face"]) for row in known}
             if known.isdisjoint(entries.keys):
                 self._table.add(_without_repeats(rows))
+                self._num_added += 1
+                if self._num_added % _MAX_ADDED_FILES == 0:
+                    self._table.optimize()
             else:
                 self._merge(rows, None)
 

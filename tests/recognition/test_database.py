@@ -315,6 +315,15 @@ def test_exact_search_by_numpy(filled):
     assert none.identities == [] and none.distances.shape == (0, 2)
 
 
+def test_many_additions_leave_few_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "_MAX_ADDED_FILES", 3)
+    opened = database.open_database(tmp_path, tag=_TAG, create=True)
+    for number in range(10):
+        opened.append(_entries([f"p{number}"], seed=number, first=number))
+        assert opened._table.stats()["fragment_stats"]["num_fragments"] <= 3
+    assert opened.entries().identities == [f"p{number}" for number in range(10)]
+
+
 def test_a_table_beyond_memory_is_searched_in_shards(tmp_path, monkeypatch):
     opened = database.open_database(tmp_path, tag=_TAG, create=True)
     for number in range(5):  # Shards and files of the table end at different rows.
