@@ -43,7 +43,7 @@ _INDEX = "vector_idx"
 # Up to so many rows an exact search keeps the table in memory, on the accelerator, too; of a larger
 # one it reads so many at a time (a quarter of a gigabyte in vectors of 128 numbers).
 _ROWS_IN_MEMORY, _ROWS_OF_SHARD = 1 << 20, 1 << 19
-# Each addition makes a file, and each file costs time in every query: after so many they are joined.
+# Each addition makes a file, and each file costs time in every query: so many, and they are joined.
 _MAX_ADDED_FILES = 20
 # Rows that one condition names, and rows whose bytes are looked for after a purge.
 _ROWS_AT_ONCE, _PURGE_SAMPLE = 1000, 32
