@@ -187,7 +187,7 @@ def measure(
 
     def ours() -> float:
         start = time.perf_counter()
-        cloaked["ours"] = _cloak(extractor, variables, chips, config, batch, seed)
+        cloaked["ours"] = cloak_chips(extractor, variables, chips, config, batch, seed)
         return per_step * (time.perf_counter() - start)
 
     def net() -> float:
@@ -226,7 +226,7 @@ def measure(
     ]
 
 
-def _cloak(
+def cloak_chips(
     extractor: registry.Extractor,
     variables: conversion.Variables,
     chips: np.ndarray,

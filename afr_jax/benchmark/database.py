@@ -176,35 +176,25 @@ def _queries(
     repeats: int,
 ) -> list[timing.Row]:
     nearest = {}
-    processor: dict[str, list[float]] = {}
 
-    def search(kind: str, some: np.ndarray, **how: Any) -> Callable[[], float]:
-        def once() -> float:
-            before = timing.now()
+    def search(kind: str, some: np.ndarray, **how: Any) -> Callable[[], None]:
+        def once() -> None:
             nearest[kind] = opened.search(some, k=1, **how)
-            took = timing.now() - before
-            processor.setdefault(kind, []).append(1e3 * took.processor / len(some))
-            return 1e3 * took.wall / len(some)
 
         return once
 
-    sides = {
-        "exact, in a group": search("exact, in a group", probes, exact=True),
-        "exact, one by one": search("exact, one by one", probes[:1], exact=True),
-    }
+    asked = {"exact, in a group": probes, "exact, one by one": probes[:1]}
+    sides = {kind: search(kind, some, exact=True) for kind, some in asked.items()}
     has_index = len(opened) >= database.INDEX_FROM
     if has_index:
-        some = {"exact": False, "num_probes": index_probes}
-        sides["index, one by one"] = search("index, one by one", probes, **some)
-    times = timing.take_turns(sides, repeats=repeats)
+        kind, some = "index, one by one", {"exact": False, "num_probes": index_probes}
+        asked[kind] = probes
+        sides[kind] = search(kind, probes, **some)
     rows = []
-    for kind, values in times.items():
-        # The first run does not count there, either.
-        own = timing.spread(processor[kind][1:])
-        rows += [
-            timing.state(name, f"query {kind}, ms", timing.spread(values), None),
-            timing.state(name, f"query {kind}, processor ms", own, None),
-        ]
+    for kind, taken in timing.by_both_clocks(sides, repeats=repeats).items():
+        for clock, values in zip(("", "processor "), zip(*taken, strict=True), strict=True):
+            each = timing.spread([1e3 * value / len(asked[kind]) for value in values])
+            rows.append(timing.state(name, f"query {kind}, {clock}ms", each, None))
     right = [f"person {owner}" for owner in owners]
     exact = nearest["exact, in a group"]
     rows.append(timing.state(name, "right person, exact", _agree(exact, right), None))

@@ -20,10 +20,12 @@ from afr_jax.benchmark import (
     unlearnable,
 )
 from afr_jax.benchmark.agreement import detector_agreement, extractor_agreement
+from afr_jax.benchmark.limits import hot_loops, scaling
 from afr_jax.core import files, options, workdir
 from afr_jax.core import program as core_program
 from afr_jax.data import photo_files
 from afr_jax.evaluation import reference
+from afr_jax.evaluation.report import figures
 
 # By name: the field with its options, and the function that measures it.
 _RowFn = Callable[[Any, setting.Setting], setting.Measured]
@@ -36,6 +38,8 @@ ROWS: dict[str, tuple[str, _RowFn]] = {
     "patches": ("patches_row", patches.run),
     "detector_agreement": ("detector_agreement_row", detector_agreement.run),
     "extractor_agreement": ("extractor_agreement_row", extractor_agreement.run),
+    "loops": ("loops_row", hot_loops.run),
+    "scaling": ("scaling_row", scaling.run),
     "noise": ("unlearnable_row", unlearnable.run_noise),
     "victim": ("unlearnable_row", unlearnable.run_victim),
 }
@@ -57,6 +61,13 @@ _TOY = {
     "width": 4,
     "batch_size": 32,
     "noise_steps": 2,
+    "loop_batch": 2,
+    "loop_steps": 2,
+    "loop_images": 4,
+    "scaling_batches": (1, 2),
+    "scaling_steps": 1,
+    "scaling_devices": (1, 2),
+    "scaling_images": 4,
 }
 _TOY_PX = 160
 _NOTE = (
@@ -89,6 +100,11 @@ class BenchmarkConfig(options.Config):
                            every disagreement. 1 s a photo.
       extractor_agreement  whether our extractors compute what the originals compute, from the
                            originals' own files. 4 minutes, 2 GB of temporary files.
+      loops      each hot loop beside the device's limit: arithmetic and traffic by XLA's count,
+                 shares of the best product and copy, programs, compilation, memory. Ours alone;
+                 JAX_ENABLE_COMPILATION_CACHE=false compiles anew.
+      scaling    a cloak step by the size of the batch, a training step by the number of devices;
+                 scaling.png. JAX_NUM_CPU_DEVICES=4 makes four of a CPU. Ours alone.
       noise, victim   a pass of signed steps over the noise of all images, an epoch of a victim,
                       beside PyTorch: a small net for CPUs; for one GPU --num_images=50000
                       --num_blocks=2,2,2,2 --width=64 --batch_size=512 --noise_steps=20. On two CPU
@@ -125,6 +141,8 @@ class BenchmarkConfig(options.Config):
     extractor_agreement_row: extractor_agreement.ExtractorAgreementOptions = options.group(
         extractor_agreement.ExtractorAgreementOptions
     )
+    loops_row: hot_loops.LoopsOptions = options.group(hot_loops.LoopsOptions)
+    scaling_row: scaling.ScalingOptions = options.group(scaling.ScalingOptions)
     unlearnable_row: unlearnable.UnlearnableOptions = options.group(unlearnable.UnlearnableOptions)
     workdir: str | None = options.option("out/benchmark", options.WORKDIR_HELP)
     is_toy: bool = False
@@ -173,6 +191,9 @@ def run(config: BenchmarkConfig) -> options.Outcome:
     }
     page = _page(config, result)
     files.write_atomically(work.path / "benchmark.md", page.encode(), overwrite=True)
+    for found in measured.values():
+        for name, figure in found.figures.items():
+            figures.save(figure, work.path / f"{name}.png")
     print(page, file=sys.stderr)
     work.write_result(result)
     return options.Outcome(result, complete=all(found.complete for found in measured.values()))

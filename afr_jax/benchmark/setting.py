@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from afr_jax.core import files, options
 from afr_jax.data import photo_files
 from afr_jax.evaluation import reference
 from afr_jax.models import mtcnn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Setting(NamedTuple):
@@ -61,6 +64,7 @@ class Measured(NamedTuple):
         rows: of the table.
         versions: of the reference implementation; empty where it was not asked.
         details: what stands in the result beside the table, under the row's name.
+        figures: plots, written as PNG files under these names.
         complete: False if an input could not be handled, or the two sides do not agree; the details
             name it.
     """
@@ -68,4 +72,5 @@ class Measured(NamedTuple):
     rows: Sequence[timing.Row]
     versions: Mapping[str, str] = {}
     details: Mapping[str, files.Json] = {}
+    figures: Mapping[str, "Figure"] = {}
     complete: bool = True

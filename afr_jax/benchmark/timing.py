@@ -106,6 +106,25 @@ def take_turns(sides: Mapping[str, Callable[[], float]], *, repeats: int) -> dic
     return samples
 
 
+def by_both_clocks(
+    sides: Mapping[str, Callable[[], object]], *, repeats: int
+) -> dict[str, list[Took]]:
+    """What the sides took, by `take_turns`, on the clock and of processors."""
+    taken: dict[str, list[Took]] = {name: [] for name in sides}
+
+    def timed(name: str) -> Callable[[], float]:
+        def once() -> float:
+            before = now()
+            sides[name]()
+            taken[name].append(now() - before)
+            return taken[name][-1].wall
+
+        return once
+
+    take_turns({name: timed(name) for name in sides}, repeats=repeats)
+    return {name: found[1:] for name, found in taken.items()}
+
+
 def spread(samples: Sequence[float]) -> Spread:
     """Median, least and largest of measurements, and the measurements themselves."""
     return {

@@ -95,21 +95,16 @@ def measure(
     Returns:
         The rows. The arithmetic is that of the convolutions and the linear layer.
     """
-    generator = np.random.default_rng(seed)
-    images = generator.integers(0, 256, (options.num_images, _SIDE, _SIDE, 3)).astype(np.uint8)
-    labels = (np.arange(len(images)) % _CLASSES).astype(np.int32)
     mesh = parallel.make_mesh()
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    net = resnet.ResNet(options.num_blocks, False, options.width, "cifar", _CLASSES, dtype=dtype)
-    recipe = trainer.Recipe(net, heads.Logits(), optimizers.OptimizerOptions(schedule="constant"))
+    images, labels, recipe = make_task(options, seed)
     data = trainer.place_data(images, labels, mesh)
     work = _forward_flops(recipe, images.shape[1:]) * len(images)
     if row == "noise":
-        ours_fn = _noise_seconds(options, data, recipe, mesh, seed)
+        ours_fn = noise_pass(options, data, recipe, mesh, seed)
         # A signed step is a forward and a backward pass to the images: twice a forward pass.
         work *= 2 * options.noise_steps
     else:
-        ours_fn = _epoch_seconds(options, data, recipe, mesh, seed)
+        ours_fn = victim_epoch(options, data, recipe, mesh, seed)
         work *= 3
     sides = {"ours": ours_fn}
     if other is not None:
@@ -124,6 +119,19 @@ def measure(
         share = rate / options.peak_teraflops
         rows.append(timing.state(_NAMES[row], "share of peak", share, None))
     return rows
+
+
+def make_task(
+    options: UnlearnableOptions, seed: int
+) -> tuple[np.ndarray, np.ndarray, trainer.Recipe]:
+    """Random images `[N, 32, 32, 3]` uint8 of ten classes, their labels, and a net for them."""
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (options.num_images, _SIDE, _SIDE, 3)).astype(np.uint8)
+    labels = (np.arange(len(images)) % _CLASSES).astype(np.int32)
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    net = resnet.ResNet(options.num_blocks, False, options.width, "cifar", _CLASSES, dtype=dtype)
+    recipe = trainer.Recipe(net, heads.Logits(), optimizers.OptimizerOptions(schedule="constant"))
+    return images, labels, recipe
 
 
 def _run(
@@ -159,7 +167,7 @@ def _theirs(
     return lambda: other.call(command, **arguments)["seconds"][0]
 
 
-def _noise_seconds(
+def noise_pass(
     options: UnlearnableOptions,
     data: trainer.Data,
     recipe: trainer.Recipe,
@@ -186,7 +194,7 @@ def _noise_seconds(
     return seconds
 
 
-def _epoch_seconds(
+def victim_epoch(
     options: UnlearnableOptions,
     data: trainer.Data,
     recipe: trainer.Recipe,
