@@ -44,7 +44,7 @@ _DAMAGED = (
 _MOST_EXPANSION = 20
 _SMALL_BYTES = 1 << 26
 # The locks of this process, by folder, as long as somebody holds them.
-_held: weakref.WeakValueDictionary[str, "FolderLock"] = weakref.WeakValueDictionary()
+_held: weakref.WeakValueDictionary[tuple[str, bool], "FolderLock"] = weakref.WeakValueDictionary()
 _held_guard = threading.Lock()
 
 # Errors of the place where files are written, not of one name in it: a disk that is full,
@@ -143,7 +143,7 @@ class FolderLock:
         self._end = weakref.finalize(self, _unlock, file, path, os.getpid())
 
 
-def lock_folder(folder: str | os.PathLike[str]) -> FolderLock | None:
+def lock_folder(folder: str | os.PathLike[str], *, is_shared: bool = False) -> FolderLock | None:
     """Takes hold of a folder, so that no other process does.
 
     The lock is `flock` on a hidden file in the folder, so that one of a killed process is none. The
@@ -152,6 +152,8 @@ def lock_folder(folder: str | os.PathLike[str]) -> FolderLock | None:
 
     Args:
         folder: It exists.
+        is_shared: Whether others may have it likewise, and keep only those out who would have it
+            alone.
 
     Returns:
         The hold; None where the file system has no locks.
@@ -160,13 +162,13 @@ def lock_folder(folder: str | os.PathLike[str]) -> FolderLock | None:
         InUseError: Another process has it; the message names it.
         OSError: The file of the lock cannot be written.
     """
-    key = os.path.realpath(folder)
+    key = os.path.realpath(folder), is_shared
     for second in range(_PATIENCE_S + 1):
         try:
             with _held_guard:
                 lock = _held.get(key)
                 if lock is None and fcntl is not None:
-                    lock = _take_lock(pathlib.Path(folder))
+                    lock = _take_lock(pathlib.Path(folder), is_shared=is_shared)
                     if lock is not None:
                         _held[key] = lock
             return lock
@@ -263,6 +265,45 @@ def read_sealed(path: str | os.PathLike[str]) -> dict[str, Json]:
         ValueError: It is damaged.
     """
     return unseal(parse_json(pathlib.Path(path).read_bytes()))
+
+
+def append_sealed(path: str | os.PathLike[str], fields: Mapping[str, object]) -> None:
+    """Appends fields with a checksum to a file, as a line of JSON, for `read_sealed_lines`."""
+    with naming(path), open(path, "a+b") as file:
+        # Of a line that a killed run left torn, this one must not become the end.
+        is_torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        file.write(b"\n" * is_torn + sealed_line(fields))
+
+
+def sealed_line(fields: Mapping[str, object]) -> bytes:
+    """Fields with a checksum as a line of JSON."""
+    return json.dumps(seal(fields), allow_nan=False).encode() + b"\n"
+
+
+def read_sealed_lines(
+    path: str | os.PathLike[str], *, start: int = 0
+) -> tuple[list[dict[str, Json]], int, int]:
+    """What `append_sealed` has written; a last line without an end is left for later.
+
+    Args:
+        path: of the file.
+        start: byte to begin at, the end of an earlier call.
+
+    Returns:
+        (the fields of each line, the byte where the last one ends, number of damaged lines left
+        out).
+    """
+    with open(path, "rb") as file:
+        file.seek(start)
+        *whole, rest = file.read().split(b"\n")
+        end = file.tell() - len(rest)
+    lines, num_damaged = [], 0
+    for line in whole:
+        try:
+            lines += [unseal(parse_json(line))] if line else []
+        except ValueError:
+            num_damaged += 1
+    return lines, end, num_damaged
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
@@ -446,13 +487,13 @@ def _checksum(plain: Json) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _take_lock(folder: pathlib.Path) -> FolderLock | None:
+def _take_lock(folder: pathlib.Path, *, is_shared: bool) -> FolderLock | None:
     path = folder / _LOCK_NAME
     while True:
         with contextlib.ExitStack() as opened:
             file = opened.enter_context(path.open("a+b"))
             try:
-                if not _lock_file(file):
+                if not _lock_file(file, is_shared=is_shared):
                     return None
             except BlockingIOError as error:
                 file.seek(0)
@@ -481,11 +522,12 @@ def _is_there(file: IO[bytes], path: pathlib.Path) -> bool:
 def _unlock(file: IO[bytes], path: pathlib.Path, process: int) -> None:
     if os.getpid() == process:  # A fork has but a copy.
         with contextlib.suppress(OSError):
-            path.unlink()
+            if _lock_file(file):  # Nobody shares it.
+                path.unlink()
     file.close()
 
 
-def _lock_file(file: IO[bytes]) -> bool:
+def _lock_file(file: IO[bytes], *, is_shared: bool = False) -> bool:
     """Whether the file system has locks, and the file one now.
 
     Raises:
@@ -493,7 +535,7 @@ def _lock_file(file: IO[bytes]) -> bool:
     """
     try:
         if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         return fcntl is not None
     except BlockingIOError:
         raise

@@ -31,11 +31,7 @@ class Workdir:
     def append_metrics(self, metrics: Mapping[str, object]) -> None:
         """Appends one line to metrics.jsonl; by convention it has an integer "step"."""
         if distributed.is_primary():
-            path = self.path / "metrics.jsonl"
-            with files.naming(path), open(path, "a+b") as file:
-                # Of a line that a killed run left torn, this one must not become the end.
-                is_torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
-                file.write(b"\n" * is_torn + _metrics_line(metrics))
+            files.append_sealed(self.path / "metrics.jsonl", metrics)
 
     def read_metrics(self) -> list[dict[str, files.Json]]:
         """Returns the lines of metrics.jsonl, without their checksums.
@@ -44,12 +40,9 @@ class Workdir:
         that counts them.
         """
         path = self.path / "metrics.jsonl"
-        lines, num_damaged = [], 0
-        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
-            try:
-                lines += [files.unseal(files.parse_json(line))] if line else []
-            except ValueError:
-                num_damaged += 1
+        if not path.exists():
+            return []
+        lines, _, num_damaged = files.read_sealed_lines(path)
         if num_damaged:
             progress.warn(path, f"{num_damaged} damaged lines are left out")
         return lines
@@ -58,7 +51,7 @@ class Workdir:
         """Drops the lines whose "step" lies after `step`: what a resumed run will measure again."""
         if distributed.is_primary() and (self.path / "metrics.jsonl").exists():
             kept = [line for line in self.read_metrics() if line.get("step", step) <= step]
-            text = b"".join(map(_metrics_line, kept))
+            text = b"".join(map(files.sealed_line, kept))
             files.write_atomically(self.path / "metrics.jsonl", text, overwrite=True)
 
     def write_result(self, result: Mapping[str, object]) -> None:
@@ -69,7 +62,10 @@ class Workdir:
 
 @contextlib.contextmanager
 def claimed(
-    folder: str | os.PathLike[str], *, below: Iterable[str | os.PathLike[str]] = ()
+    folder: str | os.PathLike[str],
+    *,
+    below: Iterable[str | os.PathLike[str]] = (),
+    is_shared: bool = False,
 ) -> Generator[None]:
     """Makes a folder of outputs, and keeps other processes from writing to it in the body.
 
@@ -78,18 +74,23 @@ def claimed(
     Args:
       folder: of the outputs.
       below: folders below it that are written to as well.
+      is_shared: whether others may have it likewise (`core/runtime/claims.py`).
 
     Raises:
       UsageError: another process works in the folder, or it cannot be used.
     """
-    lock = _claim(folder, below) if distributed.is_primary() else None
+    lock = _claim(folder, below, is_shared=is_shared) if distributed.is_primary() else None
     distributed.barrier(f"the folder {folder} is claimed")
     yield
     del lock
 
 
 def open_workdir(
-    path: str | os.PathLike[str] | None, config: object, *, resumable: Iterable[str] | None = None
+    path: str | os.PathLike[str] | None,
+    config: object,
+    *,
+    resumable: Iterable[str] | None = None,
+    is_shared: bool = False,
 ) -> Workdir:
     """Creates or reopens the folder of a run and makes sure that it is the same run, once.
 
@@ -98,6 +99,7 @@ def open_workdir(
       config: the resolved options, a dict or a dataclass; written to config.json.
       resumable: keys that may change when a run is resumed (the number of steps, say). Nested keys
         are written with dots: "model.width". By default those that an options class says.
+      is_shared: whether other processes that ask for it likewise may have it, too.
 
     Returns:
       The work directory, `resumed` if it held a config.
@@ -120,7 +122,8 @@ def open_workdir(
         nonlocal lock
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _claim(folder, [path for path, _, _ in os.walk(folder)])
+            below = [path for path, _, _ in os.walk(folder)]
+            lock = _claim(folder, below, is_shared=is_shared)
             old = files.parse_json(known.read_text(encoding="utf-8")) if known.exists() else None
             if old is not None:
                 _check_same_run(folder, _flatten(old), _flatten(new), frozenset(resumable))
@@ -176,12 +179,15 @@ def read_or_none(
 
 
 def _claim(
-    folder: str | os.PathLike[str], below: Iterable[str | os.PathLike[str]] = ()
+    folder: str | os.PathLike[str],
+    below: Iterable[str | os.PathLike[str]] = (),
+    *,
+    is_shared: bool = False,
 ) -> files.FolderLock | None:
     """The lock, which one of several processes takes for all; None where there are none."""
     try:
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = files.lock_folder(folder)
+        lock = files.lock_folder(folder, is_shared=is_shared)
     except files.InUseError as error:
         raise options.UsageError(str(error)) from error
     except OSError as error:
@@ -189,10 +195,6 @@ def _claim(
     for each in {pathlib.Path(folder), *map(pathlib.Path, below)}:
         files.remove_partials(each)
     return lock
-
-
-def _metrics_line(metrics: Mapping[str, object]) -> bytes:
-    return json.dumps(files.seal(metrics), allow_nan=False).encode() + b"\n"
 
 
 _KEY = 32  # Hexadecimal digits of a name.
@@ -216,6 +218,10 @@ class Kept:
         """Whether anything is kept."""
         return self._folder is not None
 
+    def has(self, dependencies: object) -> bool:
+        """Whether something is kept that depends on this."""
+        return self._folder is not None and (self._folder / _key(dependencies)).exists()
+
     def load_or_compute(
         self, dependencies: object, compute_fn: Callable[[], object], *, anew: bool = False
     ) -> files.Json:
@@ -228,8 +234,7 @@ class Kept:
         """
         if self._folder is None:
             return files.to_jsonable(compute_fn())
-        text = json.dumps(files.to_jsonable(dependencies), sort_keys=True)
-        path = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:_KEY]}.json"
+        path = self._folder / _key(dependencies)
         self._used.add(path.name)
         if anew:
             path.unlink(missing_ok=True)
@@ -241,6 +246,12 @@ class Kept:
             for path in self._folder.glob(f"{'[0-9a-f]' * _KEY}.json"):
                 if path.name not in self._used:
                     path.unlink(missing_ok=True)
+
+
+def _key(dependencies: object) -> str:
+    """Name of the file of what depends on this."""
+    text = json.dumps(files.to_jsonable(dependencies), sort_keys=True)
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:_KEY]}.json"
 
 
 def _flatten(config: object, prefix: str = "") -> dict[str, files.Json]:

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import pathlib
+import subprocess
+import sys
 import time
 from typing import NamedTuple
 
@@ -232,3 +234,29 @@ def test_json_without_end_is_damage(tmp_path, depth):
     path.write_text('{"a": ' + "[" * depth + "]" * depth + ', "checksum": 1}')
     with pytest.raises(ValueError, match="damaged"):
         files.read_sealed(path)
+
+
+def test_a_shared_folder_is_no_folder_of_one_alone(tmp_path):
+    hold = (
+        "import pathlib, sys; from afr_jax.core import files;"
+        "lock = files.lock_folder(sys.argv[1], is_shared=True);"
+        "print('held', flush=True); sys.stdin.readline()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(files.InUseError, match=f"process {other.pid} "):
+            files.lock_folder(tmp_path)
+        lock = files.lock_folder(tmp_path, is_shared=True)
+        assert lock is not None
+        other.communicate("\n")
+    # Whoever leaves first takes nothing from the others.
+    with pytest.raises(files.InUseError):
+        files.lock_folder(tmp_path)
+    del lock
+    assert files.lock_folder(tmp_path) is not None
+    assert not (tmp_path / ".lock").exists()

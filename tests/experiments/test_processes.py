@@ -2,24 +2,30 @@
 
 import json
 import signal
+import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import programs
 import pytest
 import skimage.data
 from PIL import Image
 
+from afr_jax.core import files
+from afr_jax.core.runtime import claims
+
 # What says how and when a result came about, and not what it is.
 _CIRCUMSTANCES = {
-    *("command", "commit", "config", "date", "host", "machine", "output_dir", "settings"),
-    *("hardened", "num_devices", "seconds_per_epoch", "workdir"),
+    *("command", "commit", "config", "database", "date", "extractor", "host", "machine"),
+    *("hardened", "matches", "num_devices", "output_dir", "seconds", "seconds_per_epoch"),
+    *("settings", "workdir"),
 }
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Ten photos, two of which show no face and are none; and images of three classes."""
+    """Ten photos, two of which show no face and are none; people; and images of three classes."""
     root = tmp_path_factory.mktemp("world")
     portrait = Image.fromarray(skimage.data.astronaut()[0:300, 80:380]).resize((128, 128))
     (root / "photos").mkdir()
@@ -27,15 +33,24 @@ def world(tmp_path_factory):
         portrait.rotate(number - 4).save(root / "photos" / f"{number}.png")
     programs.save_photo(root / "photos" / "8.png", (9, 9, 9))
     (root / "photos" / "9.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 50)
+    for number, name in enumerate("aaabbbc"):
+        (root / "people" / name).mkdir(parents=True, exist_ok=True)
+        person = portrait.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if name == "b" else portrait
+        person.rotate(number).save(root / "people" / name / f"{number}.png")
     for name, seed in (("train", 0), ("test", 1)):
         programs.save_synthetic(root / name, 24, seed=seed, num_classes=3)
     return root
 
 
+def _command(module, *flags, killed=()):
+    """What starts a program; `killed` are arguments of `tests.killed`."""
+    prefix = ["-m", "tests.killed", *map(str, killed)] if killed else ["-m"]
+    return [sys.executable, *prefix, f"experiments.{module}", *map(str, flags)]
+
+
 def _together(module, *flags):
     """Exit codes of two processes, and the result of the first."""
-    command = [sys.executable, "-m", f"experiments.{module}", *map(str, flags)]
-    ended = programs.run_together([command, command])
+    ended = programs.run_together([_command(module, *flags)] * 2)
     lines = ended[0].stdout.splitlines()
     errors = "\n".join(one.stderr for one in ended)
     assert lines and not any(line.startswith("{") for line in ended[1].stdout.splitlines()), errors
@@ -61,43 +76,72 @@ def _alone(monkeypatch, module, *flags, num_devices):
     return result, done.returncode
 
 
-def test_cloak_and_detect_share_the_photos(world, tmp_path, monkeypatch):
-    cloak = [f"--images={world / 'photos'}", "--surrogates=dlib", "--num_steps=2"]
-    find = [f"--images={world / 'photos'}", "--draw"]
-    for name, flags in (("cloak", cloak), ("detect", find)):
-        one, two = tmp_path / f"{name}-1", tmp_path / f"{name}-2"
-        result, code = _alone(monkeypatch, name, *flags, f"--output_dir={one}", num_devices=1)
-        assert code == 3
-        codes, shared = _together(name, *flags, f"--output_dir={two}")
-        assert codes == [3, 3] and _plain(shared) == _plain(result)
-        kinds = "*.png", "*.jpg", "faces.json"
-        assert _files(one, *kinds) == _files(two, *kinds)
-    reports = [json.loads((tmp_path / f"cloak-{n}/report.json").read_text()) for n in (1, 2)]
-    assert reports[0] == reports[1]
+class _Program(NamedTuple):
+    """How a program is called here, and what of it is compared.
+
+    Attributes:
+        flags: without its folder; `{world}` stands for the fixture.
+        place: flag of its folder.
+        kinds: files there that are equal byte for byte.
+        killed: when process 0 is killed, in words of `tests.killed`.
+        num_devices: of one process that gives the same.
+    """
+
+    flags: tuple[str, ...]
+    place: str
+    kinds: tuple[str, ...]
+    killed: tuple[str, int] = ("checkpoints/[0-9]+$", 2)
+    num_devices: int = 2
+
+
+_PROGRAMS = {
+    "cloak": _Program(
+        ("--images={world}/photos", "--surrogates=dlib", "--num_steps=2"),
+        "output_dir",
+        ("*.png", "report.json"),
+        ("_cloaked.png$", 3),
+        num_devices=1,
+    ),
+    "detect": _Program(
+        ("--images={world}/photos", "--draw"),
+        "output_dir",
+        ("*.jpg", "faces.json"),
+        ("_faces.jpg$", 3),
+        num_devices=1,
+    ),
+    "make_unlearnable": _Program(("--toy", "--data={world}/train"), "output_dir", ("*.png",)),
+    "train_extractor": _Program(("--toy",), "workdir", ("*.safetensors",)),
+    "attack_detector": _Program(("--toy",), "workdir", ("patches/*.png", "frames/*/*")),
+    "harden_extractor": _Program(("--toy",), "workdir", ("*.safetensors",)),
+    "train_victim": _Program(
+        ("--toy", "--data={world}/train", "--test_data={world}/test"), "workdir", ("curve.csv",)
+    ),
+}
 
 
 @pytest.mark.parametrize(
-    "module, kinds",
+    "module, is_killed",
     [
-        ("make_unlearnable", ("*.png",)),
-        ("train_victim", ("curve.csv",)),
-        pytest.param("harden_extractor", ("*.safetensors",), marks=pytest.mark.slow),
-        pytest.param("attack_detector", ("patches/*.png", "frames/*/*"), marks=pytest.mark.slow),
+        *((module, True) for module in list(_PROGRAMS)[:5]),
+        *(pytest.param(module, False, marks=pytest.mark.slow) for module in _PROGRAMS),
+        pytest.param("harden_extractor", True, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_train_as_one_with_two_devices(world, tmp_path, monkeypatch, module, kinds):
-    flags, place = ["--toy"], "workdir"
-    if module in ("make_unlearnable", "train_victim"):
-        flags.append(f"--data={world / 'train'}")
-    if module == "train_victim":
-        flags.append(f"--test_data={world / 'test'}")
-    if module == "make_unlearnable":
-        place = "output_dir"
-    one, two = f"--{place}={tmp_path / 'one'}", f"--{place}={tmp_path / 'two'}"
-    result, code = _alone(monkeypatch, module, *flags, one, num_devices=2)
+def test_two_processes_equal_one_also_when_one_was_killed(
+    world, tmp_path, monkeypatch, module, is_killed
+):
+    about = _PROGRAMS[module]
+    flags = [flag.format(world=world) for flag in about.flags]
+    one, two = f"--{about.place}={tmp_path / 'one'}", f"--{about.place}={tmp_path / 'two'}"
+    if is_killed:
+        killed = _command(module, *flags, two, killed=about.killed)
+        ended = programs.run_together([killed, _command(module, *flags, two)])
+        assert ended[0].returncode == -signal.SIGKILL and ended[1].returncode, ended
+        assert not any("{" in one.stdout for one in ended)
     codes, shared = _together(module, *flags, two)
+    result, code = _alone(monkeypatch, module, *flags, one, num_devices=about.num_devices)
     assert codes == [code, code] and _plain(shared) == _plain(result)
-    assert _files(tmp_path / "one", *kinds) == _files(tmp_path / "two", *kinds) != {}
+    assert _files(tmp_path / "one", *about.kinds) == _files(tmp_path / "two", *about.kinds) != {}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +160,7 @@ def test_one_that_is_ended_ends_all_and_one_process_goes_on(
             time.sleep(0.05)
         processes[1].send_signal(number)
 
-    command = [sys.executable, "-m", "experiments.train_victim", *flags, f"--workdir={work}"]
+    command = _command("train_victim", *flags, f"--workdir={work}")
     ended = programs.run_together([command, command], disturb_fn=disturb)
     assert [one.returncode for one in ended] == codes, ended
     assert "process 1" in ended[0].stderr.splitlines()[-1]
@@ -129,9 +173,62 @@ def test_one_that_is_ended_ends_all_and_one_process_goes_on(
     assert _plain(results[0]) == _plain(results[1]) is not None
 
 
-def test_the_first_process_does_what_is_not_shared(world, tmp_path):
-    flags = [f"--data={world / 'train'}", f"--output_dir={tmp_path}", "--max_distance=-1"]
-    command = [sys.executable, "-m", "experiments.collect", *flags]
-    ended = programs.run_together([command, command])
-    assert [one.returncode for one in ended] == [0, 0], ended
-    assert json.loads(ended[0].stdout)["photos"] == 24 and ended[1].stdout == ""
+@pytest.mark.parametrize(
+    "module, flags, kinds",
+    [
+        ("enroll", ("--gallery={world}/people", "--database={folder}/base"), ()),
+        ("match", ("--queries={world}/photos", "--database={world}/base"), ("*.csv",)),
+        ("identify", ("--data={world}/people", "--min_photos=2"), ()),
+        ("collect", ("--data={world}/train", "--max_distance=-1", "--output_dir={folder}"), ()),
+        pytest.param("fawkes_evaluation", ("--toy",), ("*.csv",), marks=pytest.mark.slow),
+    ],
+)
+def test_the_first_process_does_what_is_not_shared(
+    world, tmp_path, monkeypatch, module, flags, kinds
+):
+    if module == "match":
+        base = f"--database={world / 'base'}"
+        programs.run("enroll", f"--gallery={world / 'people'}", base)
+    results = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        own = [flag.format(world=world, folder=folder) for flag in flags]
+        own += [] if module == "collect" else [f"--workdir={folder}"]
+        if folder.name == "one":
+            result, code = _alone(monkeypatch, module, *own, num_devices=1)
+            codes = [code, 0]  # The second has nothing to do.
+        else:
+            codes, result = _together(module, *own)
+        results.append((codes, _plain(result)))
+    assert results[0] == results[1]
+    assert _files(tmp_path / "one", *kinds) == _files(tmp_path / "two", *kinds)
+
+
+def test_runs_that_join_share_the_photos_and_outlive_one_another(world, tmp_path, monkeypatch):
+    """Small versions of `tests.drill.workers`."""
+    for module in ("detect", "cloak"):
+        about = _PROGRAMS[module]
+        flags = [flag.format(world=world) for flag in about.flags]
+        result, code = _alone(
+            monkeypatch, module, *flags, f"--output_dir={tmp_path / module}-1", num_devices=1
+        )
+        folder = tmp_path / f"{module}-2"
+        join = [*flags, f"--output_dir={folder}", "--join"]
+        command = _command(module, *join, killed=about.killed)
+        killed = subprocess.run(command, cwd=programs.ROOT, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL and not killed.stdout, killed.stderr
+        started = [
+            subprocess.Popen(
+                _command(module, *join), cwd=programs.ROOT, stdout=subprocess.PIPE, text=True
+            )
+            for _ in range(2)
+        ]
+        said = [worker.communicate()[0] for worker in started]
+        assert [worker.returncode for worker in started] == [code, code]
+        assert [_plain(json.loads(each)) for each in said] == [_plain(result)] * 2
+        assert _files(tmp_path / f"{module}-1", *about.kinds) == _files(folder, *about.kinds) != {}
+        lines, _, _ = files.read_sealed_lines(folder / f".{module}" / claims.MANIFEST)
+        done = [name for line in lines for name in line["items"]]
+        assert len(done) == len(set(done)) == 10
+        # Without --join nothing is left to do.
+        again, _ = _alone(monkeypatch, module, *join[:-1], num_devices=1)
+        assert _plain(again) == _plain(result)

@@ -1,7 +1,9 @@
 """Config and run of the program that cloaks photo files and reports what that is worth."""
 
+import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Literal
@@ -10,6 +12,7 @@ import jax
 from absl import logging
 
 from afr_jax.core import distributed, files, options, workdir
+from afr_jax.core.runtime import claims
 from afr_jax.evaluation.report import page, summary
 from afr_jax.methods.cloaking import budget, check, fawkes, folder, records, targets, workflow
 from afr_jax.methods.cloaking import face_filter as face_filters
@@ -31,7 +34,8 @@ class CloakConfig(options.Config):
     `report.json` and `report.html`. Without flags it cloaks a sample portrait. A second run skips
     what is done and goes on with what was interrupted; originals are never touched, and outputs are
     left as they are unless --again. Exit code 3: some photos were not handled, each is named in the
-    report. Files in folders that are no photos are counted as skipped.
+    report. Files in folders that are no photos are counted as skipped. With --join any number of
+    runs of one command share the photos.
 
     Photos are worked on in groups of 8, or of 100 megapixels, in the order of their names. Faces of
     one group that show the same person are moved away from what they have in common, which carries
@@ -89,6 +93,7 @@ class CloakConfig(options.Config):
     again: bool = options.option(False, "cloak photos that are cloaked already once more")
     overwrite: bool = options.option(False, "replace existing files in the output folder")
     keep_metadata: bool = options.option(False, "keep EXIF data, the place included")
+    join: bool = options.option(False, claims.JOIN_HELP)
     workdir: str | None = options.option(None, "folder of the records; default: in --output_dir")
 
     @property
@@ -123,32 +128,32 @@ def run(config: CloakConfig) -> options.Outcome:
     flow = load_flow(config)
     settings = _settings(config, flow)
     records_dir = pathlib.Path(config.workdir or output_dir / ".cloak")
-    work = _open_workdir(records_dir, settings, overwrite=config.overwrite)
-    with options.usage("--images"):
-        images = config.images or [shared_options.sample_portrait()]
-        jobs, num_skipped = records.list_jobs(
-            images, output_dir, work.path, file_format=config.file_format
+    with contextlib.ExitStack() as held:
+        shared = held.enter_context(claims.Claims(records_dir if config.join else None))
+        with shared.hold("the folder"):
+            work = _open_workdir(
+                records_dir, settings, overwrite=config.overwrite, is_shared=config.join
+            )
+            jobs, num_skipped = _list_jobs(config, output_dir, work)
+            below = [job.output.parent for job in jobs]
+            held.enter_context(workdir.claimed(output_dir, below=below, is_shared=config.join))
+        folder_run = folder.FolderRun(
+            flow,
+            work,
+            jax.random.key(config.seed),
+            config.target,
+            config.gallery,
+            config.overwrite,
+            shared,
         )
-    if not jobs:
-        raise options.UsageError(f"--images={','.join(config.images)} holds no photos")
-    with options.usage("--faces"):
-        config.face_filter.check_photos(len(jobs))
-    folder_run = folder.FolderRun(
-        flow,
-        work,
-        jax.random.key(config.seed),
-        config.target,
-        config.gallery,
-        config.overwrite,
-    )
-    with workdir.claimed(output_dir, below=[job.output.parent for job in jobs]):
         try:
             images = folder_run.cloak(jobs)
         except targets.TargetError as error:
             raise options.UsageError(f"--target={config.target}: {error}") from error
         report = _report(settings, folder_run, images, num_skipped)
         if distributed.is_primary():
-            _write_report(output_dir, report, jobs)
+            with shared.hold("the report"):
+                _write_report(output_dir, report, jobs, is_shared=config.join)
     trouble = ["unreadable", "failed"]
     if config.face_filter.boxes is None:  # Else a person chose what is left.
         trouble.append("partly_cloaked")
@@ -166,6 +171,22 @@ def run(config: CloakConfig) -> options.Outcome:
     }
     work.write_result(result)
     return options.Outcome(result, complete=not incomplete)
+
+
+def _list_jobs(
+    config: CloakConfig, output_dir: pathlib.Path, work: workdir.Workdir
+) -> tuple[list[records.Job], int]:
+    """As of `records.list_jobs`; at least one."""
+    with options.usage("--images"):
+        images = config.images or [shared_options.sample_portrait()]
+        jobs, num_skipped = records.list_jobs(
+            images, output_dir, work.path, file_format=config.file_format
+        )
+    if not jobs:
+        raise options.UsageError(f"--images={','.join(config.images)} holds no photos")
+    with options.usage("--faces"):
+        config.face_filter.check_photos(len(jobs))
+    return jobs, num_skipped
 
 
 def load_flow(config: CloakConfig) -> workflow.Workflow:
@@ -230,9 +251,11 @@ def _settings(config: CloakConfig, flow: workflow.Workflow) -> dict[str, files.J
 
 
 def _open_workdir(
-    path: pathlib.Path, settings: Mapping[str, files.Json], *, overwrite: bool
+    path: pathlib.Path, settings: Mapping[str, files.Json], *, overwrite: bool, is_shared: bool
 ) -> workdir.Workdir:
     """The folder of records; with --overwrite, those of other settings make way."""
+    if is_shared:  # Others may be at work on what would have to make way.
+        return workdir.open_workdir(path, settings, is_shared=True)
     with workdir.claimed(path):  # No other process has it: what is wrong are the settings.
         try:
             return workdir.open_workdir(path, settings)
@@ -271,17 +294,28 @@ def _report(
     return {"images": images, "settings": settings, "summary": counts, "skipped": num_skipped}
 
 
+def _read_json(path: str | os.PathLike[str]) -> files.Json:
+    return files.parse_json(pathlib.Path(path).read_bytes())
+
+
 def _write_report(
-    output_dir: pathlib.Path, report: Mapping[str, files.Json], jobs: list[records.Job]
+    output_dir: pathlib.Path,
+    report: Mapping[str, files.Json],
+    jobs: list[records.Job],
+    *,
+    is_shared: bool,
 ) -> None:
-    """Writes report.json and report.html, and logs them as lines."""
+    """Writes report.html and report.json, and logs them as lines; once, of runs that share them."""
+    known = workdir.read_or_none(output_dir / "report.json", _read_json) if is_shared else None
+    if known == files.to_jsonable(report):
+        return
     sources = {
         record["output"]: functools.partial(folder.load_pair, job)
         for job, record in zip(jobs, report["images"], strict=True)
     }
-    files.write_json(output_dir / "report.json", report)
     page.write_cloak_report(
         output_dir / "report.html", report, lambda record: sources[record["output"]]()
     )
+    files.write_json(output_dir / "report.json", report)
     for line in summary.lines(report):
         logging.info("%s", line)

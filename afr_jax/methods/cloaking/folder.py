@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from afr_jax.core import distributed, files, parallel, progress, workdir
+from afr_jax.core.runtime import claims as claims_lib
 from afr_jax.data import photos
 from afr_jax.methods.cloaking import check, records, targets, workflow
 from afr_jax.models.extractors import registry
@@ -48,6 +49,7 @@ class FolderRun:
         target: as of `targets.choose`.
         gallery: likewise.
         overwrite: whether files that are not of this run are replaced.
+        claims: what keeps this run and others that share its work apart.
     """
 
     flow: workflow.Workflow
@@ -56,6 +58,7 @@ class FolderRun:
     target: str = "repel"
     gallery: str | None = None
     overwrite: bool = False
+    claims: claims_lib.Claims = claims_lib.Claims(None)
 
     @property
     def judges(self) -> dict[str, str]:
@@ -90,12 +93,26 @@ class FolderRun:
         target = self._choose_target(jobs) if opened else None
         own = frozenset(distributed.share(opened))
         with distributed.alone():
-            for number in progress.track(range(len(jobs)), description="photos"):
-                if number in own:
-                    self._work_on_group(groups[number], target, judges, known)
+            if self.claims:
+                self.claims.work_off(
+                    groups.values(),
+                    lambda group: self._work_on_group(group, target, judges, known),
+                    name_fn=lambda job: job.name,
+                    is_done_fn=self._is_done,
+                    description="photos",
+                )
+            else:
+                for number in progress.track(range(len(jobs)), description="photos"):
+                    if number in own:
+                        self._work_on_group(groups[number], target, judges, known)
         distributed.barrier("all photos are cloaked")
-        for job in distributed.share(jobs):
-            self._judge_again(job, judges)
+        self.claims.work_off(
+            [[job] for job in distributed.share(jobs) if not _is_judged(job, judges)],
+            lambda group: self._judge_again(group[0], judges),
+            name_fn=lambda job: f"{job.name} again",
+            is_done_fn=lambda job: _is_judged(job, judges),
+            description="measured again",
+        )
         distributed.barrier("all photos are measured")
         return [records.read(job)["image"] for job in jobs]
 
@@ -186,11 +203,9 @@ class FolderRun:
             records.write(job, "failed", reason, [], sha256=sha256)
 
     def _judge_again(self, job: records.Job, judges: dict[str, str]) -> None:
-        """Measures a finished output anew if other extractors than now have judged it."""
+        """Measures a finished output anew."""
         known = records.read(job)
         image = known["image"]
-        if image["output"] is None or known["judges"] == judges:
-            return
         pixels = photos.read_photo(job.source.path).pixels
         found = detect.Faces(
             **{name: np.array(rows, np.float32) for name, rows in (known["found"] or {}).items()}
@@ -226,7 +241,8 @@ class FolderRun:
                 if chosen is not None:
                     files.write_sealed(self.work.path / _TARGET, chosen._asdict())
 
-        distributed.decide(choose)
+        with self.claims.hold("the target"):
+            distributed.decide(choose)
         return self._known_target()
 
     def _known_target(self) -> targets.Target | None:
@@ -257,6 +273,12 @@ def load_pair(job: records.Job) -> tuple[np.ndarray, np.ndarray] | None:
         return photos.read_photo(job.source.path).pixels, photos.read_photo(job.output).pixels
     except (photos.PhotoError, OSError):
         return None
+
+
+def _is_judged(job: records.Job, judges: dict[str, str]) -> bool:
+    """Whether nothing was written, or it was measured by these extractors."""
+    known = records.read(job)
+    return known["image"]["output"] is None or known["judges"] == judges
 
 
 def _readable_pixels(jobs: Sequence[records.Job]) -> Iterator[np.ndarray]:

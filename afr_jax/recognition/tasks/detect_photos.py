@@ -1,6 +1,7 @@
 """Face detection on folders of photos: faces.json with boxes and landmarks, and drawings."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,7 +15,16 @@ import numpy as np
 from absl import logging
 from PIL import Image, ImageDraw
 
-from afr_jax.core import backend, distributed, files, options, parallel, progress, workdir
+from afr_jax.core import (
+    backend,
+    distributed,
+    files,
+    options,
+    parallel,
+    progress,
+    workdir,
+)
+from afr_jax.core.runtime import claims
 from afr_jax.data import photo_files, photos
 from afr_jax.models import mtcnn
 from afr_jax.recognition import detect, shared_options
@@ -22,6 +32,8 @@ from afr_jax.recognition import detect, shared_options
 _TOY_FACE_PX = 80
 # Pixels of photos that are decoded at once, unless it is one photo.
 _PIXELS_AT_ONCE = 40_000_000
+# Photos that a run with --join claims at once.
+_GROUP = 8
 # The longest side that Pillow writes as JPEG.
 _JPEG_PX = 65_500
 _FACE_COLOR, _POINT_COLOR = (255, 64, 64), (64, 255, 64)
@@ -37,7 +49,8 @@ class DetectConfig(options.Config):
     drawn in. Without flags it looks at a sample portrait and writes to `out/detect`. An existing
     faces.json is replaced, in one piece. The same photos give the same file. What was found in each
     photo is kept in `found/.detect`, or in --workdir: a killed run goes on where it was. Photos of
-    more than 25 megapixels are looked at reduced.
+    more than 25 megapixels are looked at reduced. With --join any number of runs of one command
+    share the photos.
 
         {"images": [{"image", "status", "reason", "faces": [{"box", "confidence", "landmarks"}]}],
          "settings": {...}}
@@ -60,6 +73,7 @@ class DetectConfig(options.Config):
     draw: bool = options.option(
         False, "also write each photo with its faces drawn in", resumable=True
     )
+    join: bool = options.option(False, claims.JOIN_HELP, resumable=True)
     detector: detect.DetectorOptions = options.group(detect.DetectorOptions)
 
     def toy(self) -> "DetectConfig":
@@ -109,15 +123,33 @@ def run(config: DetectConfig) -> options.Outcome:
     output_dir = pathlib.Path(config.output_dir).expanduser().absolute()
     inputs, num_skipped = _inputs(config, output_dir)
     drawings = photo_files.output_paths(inputs, output_dir, suffix="_faces.jpg")
-    work = workdir.open_workdir(config.workdir, config) if config.workdir else None
     with options.usage(""):
         variables = mtcnn.load_variables()
-    place = (output_dir / ".detect" if work is None else work.path) / "kept"
-    with workdir.claimed(output_dir, below=[place, *(drawing.parent for drawing in drawings)]):
+    folder = pathlib.Path(config.workdir or output_dir / ".detect").expanduser().absolute()
+    place = folder / "kept"
+    with contextlib.ExitStack() as held:
+        shared = held.enter_context(claims.Claims(folder if config.join else None))
+        with shared.hold("the folder"):
+            work = (
+                workdir.open_workdir(config.workdir, config, is_shared=config.join)
+                if config.workdir
+                else None
+            )
+            below = [place, *(drawing.parent for drawing in drawings)]
+            held.enter_context(workdir.claimed(output_dir, below=below, is_shared=config.join))
         kept = workdir.Kept(place)
         look_fn = functools.partial(_look_at_all, config, variables, kept)
         pairs = list(zip(inputs, drawings, strict=True))
-        distributed.split_work(pairs, look_fn)
+        if config.join:
+            shared.work_off(
+                [pairs[start : start + _GROUP] for start in range(0, len(pairs), _GROUP)],
+                look_fn,
+                name_fn=lambda pair: pair[1].relative_to(output_dir).as_posix(),
+                is_done_fn=functools.partial(_is_known, config, kept),
+                description="photos",
+            )
+        else:
+            distributed.split_work(pairs, look_fn)
         if not distributed.is_primary():
             return options.Outcome({})
         with distributed.alone():
@@ -125,7 +157,8 @@ def run(config: DetectConfig) -> options.Outcome:
             files.write_json(
                 output_dir / "faces.json", {"images": records, "settings": config.detector}
             )
-            kept.drop_unused()
+            if not config.join:  # Others may look at other photos.
+                kept.drop_unused()
     statuses = ("ok", "no_face", "unreadable", "failed")
     not_handled = [
         {"image": record.image, "status": record.status, "reason": record.reason}
@@ -181,7 +214,7 @@ def look(
             return _face_records(found)
 
         faces = kept.load_or_compute(
-            [hashlib.sha256(data).hexdigest(), options, drawing, backend.most_pixels()],
+            _dependencies(data, options, drawing),
             find,
             anew=drawing is not None and not pathlib.Path(drawing).exists(),
         )
@@ -198,6 +231,30 @@ def look(
         return PhotoRecord(name, "ok" if faces else "no_face", None, faces)
     progress.warn(source.path, f"{record.status} ({record.reason})")
     return record
+
+
+def _dependencies(
+    data: bytes, options: detect.DetectorOptions, drawing: str | os.PathLike[str] | None
+) -> list[object]:
+    """All that the faces of a file depend on."""
+    return [hashlib.sha256(data).hexdigest(), options, drawing, backend.most_pixels()]
+
+
+def _is_known(
+    config: DetectConfig, kept: workdir.Kept, pair: tuple[photo_files.PhotoInput, pathlib.Path]
+) -> bool:
+    """Whether an earlier run or another one has looked at a photo, or nobody can."""
+    source, drawing = pair
+    if source.problem is not None:
+        return True
+    try:
+        data = photos.read_photo_bytes(source.path)
+    except (photos.PhotoError, OSError):
+        return True
+    is_drawn = not config.draw or drawing.exists()
+    return is_drawn and kept.has(
+        _dependencies(data, config.detector, drawing if config.draw else None)
+    )
 
 
 def _face_records(faces: detect.Faces) -> list[FaceRecord]:
