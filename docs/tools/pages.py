@@ -17,6 +17,7 @@ import re
 from docs.tools import (  # noqa: F401  (the modules register their tables)
     benchmark_tables,
     cloaking_tables,
+    cluster_tables,
     markdown,
     patch_tables,
     provenance_tables,

@@ -71,6 +71,11 @@ class Running:
                 start_new_session=True,
             )
 
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
+
     def end(self, *, limit_seconds: float, signal_after: tuple[int, float] | None = None) -> Ended:
         """Waits; sends a signal to the process so many seconds after its start, if it still runs.
 
