@@ -61,7 +61,7 @@ def test_a_loop_beside_the_limit(tmp_path):
     rows = {(row["row"], row["quantity"]): row["ours"] for row in result["rows"]}
     name = "exact search, 256 probes, 16384 rows"
     # A product of probes and rows, and little for the largest scores.
-    assert 0.9 < 2 * 128 * 16384 / 1e6 / rows[name, "MFLOP a probe"] < 1
+    assert 0.9 < 2 * 128 * 16384 / 1e6 / rows[name, "MFLOP per probe"] < 1
     for share in ("share of the best product", "share of the best copy"):
         assert 0 < rows[name, share] < 1.5
     assert rows["the device", "copy, GB a processor second"] > 0
@@ -88,6 +88,6 @@ def test_scaling_over_batches_and_the_devices_that_there_are(tmp_path, monkeypat
     devices = [f"training step by devices, {n}" for n in (1, 2)]
     assert [name for name, _ in rows][::2] == batches + devices
     # A thousandth of a second for 256 images.
-    assert rows[devices[0], "ms a image"]["low"] >= 1 / 256
+    assert rows[devices[0], "ms per image"]["low"] >= 1 / 256
     picture = np.asarray(Image.open(tmp_path / "scaling.png").convert("L"))
     assert picture.shape[0] > 300 and picture.std() > 10

@@ -209,8 +209,8 @@ def _rows(
         "processor ms": [1e3 * took.processor / loop.units for took in taken],
     }
     figures = {
-        f"MFLOP a {loop.unit}": flops / loop.units / 1e6,
-        f"MB moved a {loop.unit}": moved / loop.units / 1e6,
+        f"MFLOP per {loop.unit}": flops / loop.units / 1e6,
+        f"MB moved per {loop.unit}": moved / loop.units / 1e6,
         "share of the best product": flops / best / peak.flops,
         "share of the best copy": moved / best / peak.bytes_moved,
         "programs compiled": len(compilation.programs),
@@ -219,7 +219,7 @@ def _rows(
     }
     return [
         *(
-            timing.state(loop.name, f"{clock_name} a {loop.unit}", timing.spread(values), None)
+            timing.state(loop.name, f"{clock_name} per {loop.unit}", timing.spread(values), None)
             for clock_name, values in times.items()
         ),
         *(timing.state(loop.name, what, value, None) for what, value in figures.items()),

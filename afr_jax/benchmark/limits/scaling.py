@@ -66,7 +66,7 @@ def run(config: ScalingOptions, given: setting.Setting) -> setting.Measured:
         loop = loops[name]
         for clock, values in zip(("", "processor "), zip(*taken, strict=True), strict=True):
             each = timing.spread([1e3 * value / loop.units for value in values])
-            rows.append(timing.state(name, f"{clock}ms a {loop.unit}", each, None))
+            rows.append(timing.state(name, f"{clock}ms per {loop.unit}", each, None))
     return setting.Measured(rows, figures={"scaling": plot(rows)})
 
 
@@ -89,7 +89,7 @@ def plot(rows: list[timing.Row]) -> "Figure":
             axis.fill_between(counts, low, high, color=line.get_color(), alpha=0.2)
             axis.set_xticks(counts, labels=[str(count) for count in counts])
         axis.set_xlabel(what.partition(" by ")[2])
-        axis.set_ylabel(f"ms a {_UNITS[what]}")
+        axis.set_ylabel(f"ms per {_UNITS[what]}")
         axis.set_title(what.partition(" by ")[0])
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
