@@ -26,8 +26,8 @@ class ModeSheetConfig(options.Config):
     with SSIMULACRA2 and the 99th percentile of CIEDE2000 of the region that changed. Each photo is
     cloaked by itself, without other photos of the person.
 
-    Writes `sheet.png` and `result.json`, with all figures. Expected on two CPU cores: ten seconds a
-    face and budget. Exit code 3: a photo could not be read, or no face of it was cloaked.
+    Writes `sheet.png` and `result.json`, with all figures. Exit code 3: a photo could not be read,
+    or no face of it was cloaked.
     """
 
     images: tuple[str, ...] = options.option(
