@@ -41,8 +41,8 @@ TABLE = "faces"
 INDEX_FROM = 100_000
 _INDEX = "vector_idx"
 # Up to so many rows an exact search keeps the table in memory, on the accelerator, too; of a larger
-# one it reads so many at a time (a quarter of a gigabyte in vectors of 128 numbers).
-_ROWS_IN_MEMORY, _ROWS_OF_SHARD = 1 << 20, 1 << 19
+# one it reads so many at a time (134 MB in vectors of 128 numbers).
+_ROWS_IN_MEMORY, _ROWS_OF_SHARD = 1 << 20, 1 << 18
 # Each addition makes a file, and each file costs time in every query: so many, and they are joined.
 _MAX_ADDED_FILES = 20
 # Rows that one condition names, and rows whose bytes are looked for after a purge.
