@@ -71,6 +71,48 @@ def benchmark_database() -> str:
     return markdown.render(head, lines, right=len(head))
 
 
+@table("hot_loops", "hot_loops.json")
+def hot_loops() -> str:
+    """Each hot loop beside the device's limit."""
+    loops: dict[str, dict] = {}
+    for row in markdown.result("hot_loops")["rows"]:
+        loops.setdefault(row["row"], {})[row["quantity"]] = row["ours"]
+    device = loops.pop("the device")
+    lines = []
+    for name, figures in loops.items():
+        (unit,) = (text.removeprefix("ms per ") for text in figures if text.startswith("ms per "))
+        shares = ("share of the best product", "share of the best copy")
+        lines.append(
+            [
+                f"{name}; per {unit}",
+                *(spread(figures[f"{clock}ms per {unit}"]) for clock in ("processor ", "")),
+                *(markdown.short(figures[f"{what} per {unit}"]) for what in ("MFLOP", "MB moved")),
+                *(percent(figures[share]) for share in shares),
+                str(figures["programs compiled"]),
+                markdown.short(figures["seconds of compilation"]),
+                markdown.short(figures["memory of the program, MB"]),
+            ]
+        )
+    best = [markdown.short(device[name]) for name in sorted(device, reverse=True)]
+    head = (
+        *("", "processor ms", "ms", "MFLOP", "MB"),
+        f"of {best[0]} GFLOP/s",
+        f"of {best[1]} GB/s",
+        *("programs", "compilation, s", "memory, MB"),
+    )
+    return markdown.render(head, lines, right=9)
+
+
+@table("scaling", "scaling.json")
+def scaling() -> str:
+    """A cloak step over batches, a training step over devices."""
+    rows: dict[str, list[str]] = {}
+    for row in markdown.result("scaling")["rows"]:
+        unit = row["quantity"].partition("ms ")[2]
+        rows.setdefault(f"{row['row']}; {unit}", []).append(spread(row["ours"]))
+    return markdown.render(("", "ms", "processor ms"), [[k, *v] for k, v in rows.items()], right=2)
+
+
 @table(
     "headline",
     "protection_modes.json",
