@@ -28,6 +28,12 @@ if TYPE_CHECKING:  # Type checkers and editors see the names where they are defi
     from afr_jax.methods.patches.config import PatchConfig as PatchConfig
     from afr_jax.methods.patches.training import train_patches as train_patches
     from afr_jax.methods.unlearnable.recipes import (
+        AAP as AAP,
+    )
+    from afr_jax.methods.unlearnable.recipes import (
+        AUE as AUE,
+    )
+    from afr_jax.methods.unlearnable.recipes import (
         CUDA as CUDA,
     )
     from afr_jax.methods.unlearnable.recipes import (
@@ -47,6 +53,9 @@ if TYPE_CHECKING:  # Type checkers and editors see the names where they are defi
     )
     from afr_jax.methods.unlearnable.recipes import (
         RandomNoise as RandomNoise,
+    )
+    from afr_jax.methods.unlearnable.recipes import (
+        UnlearnableClusters as UnlearnableClusters,
     )
     from afr_jax.methods.unlearnable.recipes import (
         make_unlearnable as make_unlearnable,
@@ -93,6 +102,9 @@ _HOMES = {
         "TAP",
         "LSP",
         "CUDA",
+        "AUE",
+        "AAP",
+        "UnlearnableClusters",
     ),
     "afr_jax.models.classifiers.registry": ("ClassifierOptions",),
     "afr_jax.recognition.detect": ("detect_faces", "DetectorOptions"),

@@ -1,16 +1,16 @@
 r"""What victims learn from unlearnable data: methods x granularity x countermeasures x seeds.
 
-    python -m experiments.studies.unlearnable_study --cifar10_dir=cifar-10-batches-bin \
-        --workdir=out/study
-    python -m experiments.studies.unlearnable_study --scale=full --cifar10_dir=... --bfloat16 \
-        --methods=error_min,error_max,random,rem,tap,lsp,cuda --seeds=0,1,2 --workdir=out/matrix \
-        --countermeasures=none,grayscale,jpeg10,jpeg50,jpeg75,blur,bit_depth,cutout,mixup,cutmix,randaugment,adversarial
+    python -m experiments.studies.unlearnable_study --cifar10_dir=cifar-10-batches-bin --seed=1 \
+        --methods=error_min,error_max,random,rem,tap,lsp,cuda,aue,aap,uc --seeds=1,2,3 \
+        --poison_rates=1,0.8,0.6,0.4,0.2 --architectures=small_resnet,vgg11,densenet121 \
+        --workdir=out/matrix \
+        --countermeasures=none,jpeg10,grayscale,adversarial,purifier,cutout,mixup,cutmix,jpeg50,jpeg75,blur,bit_depth,ueraser,randaugment
+    python -m experiments.studies.unlearnable_study --scale=full --cifar10_dir=... --bfloat16 ...
 
-The first is the reduced form of Huang et al. 2021, figure 2, for two CPU cores. Single cells of it
-on a busy machine, last epoch: clean 50 %, error_min 22 % by sample and by class (chance 10 %); the
-same noise by sample left a victim with crops and flips 35 % (clean: 55 %). The second is the whole
-matrix on an accelerator: on an H200 a victim took 83 s, a search for error_min by sample 3.5
-minutes, beside other runs.
+The first is the whole matrix in its reduced form, for one CPU core and some hours (--max_minutes
+cuts it into sittings): a victim takes about 4 s of an idle core, a search 10 to 30 s. The second is
+the published setting on an accelerator: on an H200 a victim took 83 s, a search for error_min by
+sample 3.5 minutes, beside other runs.
 """
 
 from afr_jax.core import program

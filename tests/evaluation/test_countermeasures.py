@@ -138,6 +138,32 @@ def test_randaugment_stays_in_range_and_depends_on_its_key(images):
     assert len({array.tobytes() for array in made}) > 8
 
 
+def test_ueraser_views_differ_by_image_and_stay_in_range(images):
+    shown = jnp.asarray(images, jnp.float32) / 255
+    view_fn = jax.jit(countermeasures.ueraser)
+    made = np.stack([view_fn(jax.random.key(seed), shown) for seed in range(12)])
+    assert made.min() >= 0 and made.max() <= 1 and np.isfinite(made).all()
+    # Equal images of a batch get fields and channels of their own.
+    twins = jnp.broadcast_to(shown[:1], shown.shape)
+    views = np.stack([view_fn(jax.random.key(seed), twins) for seed in range(6)])
+    assert (np.abs(views - views[:, :1]).max(axis=(2, 3, 4)) > 0.01).mean() > 0.5
+
+
+def test_the_worst_view_is_that_of_the_largest_loss(images):
+    """By the same views, made one by one."""
+    shown, key = jnp.asarray(images, jnp.float32) / 255, jax.random.key(7)
+    weights = jax.random.normal(jax.random.key(8), shown.shape[1:])
+
+    def losses_fn(views):
+        return jnp.sum(views * weights[None], axis=(1, 2, 3))
+
+    made = countermeasures.worst_views(key, shown, losses_fn, num_views=3)
+    views = np.stack([countermeasures.ueraser(one, shown) for one in jax.random.split(key, 3)])
+    losses = np.einsum("vbhwc,hwc->vb", views.astype(np.float64), np.asarray(weights, np.float64))
+    expected = views[losses.argmax(axis=0), np.arange(len(images))]
+    np.testing.assert_allclose(made, expected, atol=1e-6)
+
+
 def test_adversarial_images_raise_the_loss_within_the_ball():
     weights = jax.random.normal(jax.random.key(2), (8, 8, 3))
     images = jax.random.uniform(jax.random.key(3), (3, 8, 8, 3))

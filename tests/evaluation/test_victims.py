@@ -107,7 +107,9 @@ def test_many_victims_equal_single_ones(sets, singles, spread):
         np.testing.assert_allclose(many.test_accuracy, one.test_accuracy, atol=0.08)
 
 
-@pytest.mark.parametrize("countermeasure", ["mixup", "cutmix", "randaugment", "adversarial"])
+@pytest.mark.parametrize(
+    "countermeasure", ["mixup", "cutmix", "randaugment", "ueraser", "adversarial"]
+)
 def test_countermeasures_in_training_fit_the_step(sets, straight, countermeasure):
     """Traced, not run: what they do to images is tested where they are made."""
     recipe = victims.make_recipe(_OPTIONS, num_classes=4, num_examples=80, image_px=8)

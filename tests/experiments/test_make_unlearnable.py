@@ -1,6 +1,8 @@
 """The make_unlearnable and unlearnable_study programs from the outside, on toy data."""
 
+import itertools
 import json
+import types
 
 import numpy as np
 import programs
@@ -168,6 +170,37 @@ def test_a_study_goes_on_cell_by_cell(studies):
     assert again["rows"] == result["rows"]
     for name in ("matrix.csv", "matrix.png", "curves.csv", "curves.png", "result.json"):
         assert (work / name).stat().st_size > 100
+
+
+def test_a_study_takes_one_seed_after_the_other():
+    flags = ["--methods=error_min,cuda", "--countermeasures=none,purifier", "--seeds=2,1"]
+    flags += ["--poison_rates=1,0.5", "--architectures=small_resnet,vgg11"]
+    cells = program.parse(study.UnlearnableStudyConfig, flags).cells()
+    assert [cell.seed for cell in cells] == [2] * 14 + [1] * 14
+    names = [(c.data_name, c.countermeasure, c.architecture) for c in cells[:14]]
+    data = ["clean", "error_min sample", "error_min class", "cuda class"]
+    assert names[:8] == [(d, c, "small_resnet") for c in ("none", "purifier") for d in data]
+    # Other rates of the first method, other architectures of all: without a countermeasure.
+    assert names[8:10] == [(f"{d} 50 %", "none", "small_resnet") for d in data[1:3]]
+    assert names[10:] == [(d, "none", "vgg11") for d in data]
+
+
+def test_a_study_ends_with_its_time_and_shows_what_is_there(tmp_path, monkeypatch):
+    """A minute goes by with every look at the clock: each run has time for one victim."""
+    minutes = itertools.count()
+    clock = types.SimpleNamespace(monotonic=lambda: 60.0 * next(minutes))
+    monkeypatch.setattr(study, "time", clock)
+    flags = ["--methods=random", "--granularities=sample", "--countermeasures=purifier"]
+    flags += [f"--workdir={tmp_path}"]
+    assert "--max_minutes" in _study("--max_minutes=0", *flags)
+    result, complete = _study("--max_minutes=1", *flags)
+    assert not complete and (result["cells"], result["cells_missing"]) == (2, 1)
+    assert [row["data"] for row in result["rows"]] == ["clean"]
+    # The purifier leaves what there is to learn.
+    assert result["rows"][0]["last_accuracy"] > 0.7
+    result, complete = _study("--max_minutes=1", *flags)
+    assert complete and result["cells_missing"] == 0
+    assert [row["data"] for row in result["rows"]] == ["clean", "random sample"]
 
 
 def test_studies_refuse_what_they_do_not_know(tmp_path):

@@ -2,8 +2,8 @@
 
 Conversions (`convert`) act once on 8-bit images on the host, JPEG through the real codec: Liu et
 al. 2023, "Image Shortcut Squeezing" (ICML). The others act in every step on the device, on batches
-`[B, H, W, 3]` float in [0, 1] with the key first: mixup, cutmix, RandAugment here; cutout is an
-option of `augmentation.Augmentation`, adversarial training is in `victims`.
+`[B, H, W, 3]` float in [0, 1] with the key first: mixup, cutmix, RandAugment, UEraser here; cutout
+is an option of `augmentation.Augmentation`, adversarial training is in `victims`.
 """
 
 import functools
@@ -20,7 +20,7 @@ from afr_jax.core import parallel
 from afr_jax.data import photos
 
 STORED = ("none", "grayscale", "jpeg10", "jpeg50", "jpeg75", "blur", "denoise", "bit_depth")
-IN_TRAINING = ("cutout", "mixup", "cutmix", "randaugment", "adversarial")
+IN_TRAINING = ("cutout", "mixup", "cutmix", "randaugment", "ueraser", "adversarial")
 NAMES = STORED + IN_TRAINING
 Operation = Callable[[jax.Array, jax.Array], jax.Array]
 _BLUR_SIGMA_PX = 1.0
@@ -28,6 +28,8 @@ _BLUR_SIGMA_PX = 1.0
 _DENOISED = 6
 # Image Shortcut Squeezing reduces to 2 bits.
 _BITS = 2
+_CHANNELS = 3
+_UERASER_MAGNITUDES = (0.2, 0.5, 0.8)
 
 
 class Mixed(NamedTuple):
@@ -192,6 +194,66 @@ def randaugment_operations(magnitude: float) -> dict[str, Operation]:
         "translate_x": affine(still, (0.0, shift)),
         "translate_y": affine(still, (shift, 0.0)),
     }
+
+
+def ueraser(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Strong random views; Qin et al. 2023, "Learning the Unlearnable" (UEraser).
+
+    As in the authors' code: with probability 1/2 each, a smooth random field is added (plasma
+    brightness) and the channels are shuffled; then one random operation of random strength. The
+    field is an enlarged grid of 4 x 4 with a random mean, within -1/2 and 1/2, where theirs is a
+    fractal; the operation is one of `randaugment` at one of three magnitudes, the same for the
+    batch, where theirs is TrivialAugment's.
+
+    Args:
+        key: of all draws.
+        images: `[B, H, W, 3]` float in [0, 1].
+
+    Returns:
+        `[B, H, W, 3]` in [0, 1].
+    """
+    keys = jax.random.split(key, 7)
+    count, height, width, _ = images.shape
+    one_each = (count, 1, 1, 1)
+    coarse = jax.random.uniform(keys[0], (count, 4, 4, 1), minval=-0.25, maxval=0.25)
+    field = jax.image.resize(coarse, (count, height, width, 1), "linear")
+    field += jax.random.uniform(keys[1], one_each, minval=-0.25, maxval=0.25)
+    brighter = jnp.clip(images + field, 0.0, 1.0)
+    images = jnp.where(jax.random.bernoulli(keys[2], shape=one_each), brighter, images)
+    order = jnp.argsort(jax.random.uniform(keys[3], (count, 1, 1, _CHANNELS)), axis=-1)
+    shuffled = jnp.take_along_axis(images, order, axis=-1)
+    images = jnp.where(jax.random.bernoulli(keys[4], shape=one_each), shuffled, images)
+    operations = [
+        jax.vmap(operation)
+        for magnitude in _UERASER_MAGNITUDES
+        for operation in randaugment_operations(magnitude).values()
+    ]
+    which = jax.random.randint(keys[5], (), 0, len(operations))
+    signs = jax.random.rademacher(keys[6], (count,), jnp.float32)
+    return jnp.clip(jax.lax.switch(which, operations, images, signs), 0.0, 1.0)
+
+
+def worst_views(
+    key: jax.Array,
+    images: jax.Array,
+    losses_fn: Callable[[jax.Array], jax.Array],
+    *,
+    num_views: int = 5,
+) -> jax.Array:
+    """Of some views of each image, the one with the largest loss; UEraser-Max, equation 3.
+
+    Args:
+        key: of all draws.
+        images: `[B, H, W, 3]` float in [0, 1].
+        losses_fn: takes images and returns their losses `[B]`.
+        num_views: K, of `ueraser`.
+
+    Returns:
+        `[B, H, W, 3]`.
+    """
+    views = jnp.stack([ueraser(one, images) for one in jax.random.split(key, num_views)])
+    losses = jnp.stack([losses_fn(view) for view in views])
+    return views[jnp.argmax(losses, axis=0), jnp.arange(len(images))]
 
 
 def _warp(image: jax.Array, matrix: jax.Array, move: jax.Array) -> jax.Array:

@@ -71,7 +71,7 @@ def train_many(
         in_axes=(0, 0, 0, 0, None, None),
         batch_size=num_runs,
         backend=backend,
-        static={"recipe": recipe, "countermeasure": options.in_training},
+        static={"recipe": recipe, **options.step_options},
     )
     correct_fn = parallel.map_batches(
         _correct,
@@ -115,6 +115,7 @@ def _steps(
     *,
     recipe: trainer.Recipe,
     countermeasure: str,
+    attack_steps: int,
 ) -> tuple[trainer.TrainState, jax.Array]:
     """The first `count` steps of a run on rows `[length, B]` of one set; accuracies `[length]`."""
     all_images, all_labels = data
@@ -122,7 +123,13 @@ def _steps(
     def one(state: trainer.TrainState, row: jax.Array) -> tuple[trainer.TrainState, jax.Array]:
         images, labels = all_images[number, row], all_labels[row]
         return victims.victim_step(
-            key, state, images, labels, recipe=recipe, countermeasure=countermeasure
+            key,
+            state,
+            images,
+            labels,
+            recipe=recipe,
+            countermeasure=countermeasure,
+            attack_steps=attack_steps,
         )
 
     return stepping.take(one, state, rows, length=len(rows), count=count)

@@ -11,7 +11,7 @@ the last and the peak of the curve (`learnability`).
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,9 @@ from afr_jax.models.weights import conversion
 from afr_jax.perturb import sign_descent, stepping
 from afr_jax.training import optimizers, scores, trainer
 
-# Adversarial training of the same authors: PGD-10, epsilon 8, step 2 gray levels.
-_ATTACK_LIMIT, _ATTACK_STEP_SIZE, _ATTACK_STEPS = 8 / 255, 2 / 255, 10
+# Adversarial training of the same authors: PGD-10, epsilon 8, step 2 gray levels, that is, steps
+# that add up to 2.5 times the radius.
+_ATTACK_LIMIT, _ATTACK_REACH = 8 / 255, 2.5
 # DeVries and Taylor 2017 on CIFAR-10: half of the side.
 _CUTOUT_SHARE = 0.5
 
@@ -52,6 +53,9 @@ class VictimOptions:
     countermeasure: str = options_lib.option(
         "none", "what the victim does against the noise", choices=countermeasures.NAMES
     )
+    attack_steps: int = options_lib.option(
+        10, "steps of adversarial training, 20 gray levels in all", at_least=1
+    )
     convert_test: bool = options_lib.option(True, "conversions are done to the test images, too")
 
     def __post_init__(self) -> None:
@@ -63,6 +67,11 @@ class VictimOptions:
         """The countermeasure if it acts in the steps of the training, else "none"."""
         is_in_training = self.countermeasure in countermeasures.IN_TRAINING
         return self.countermeasure if is_in_training else "none"
+
+    @property
+    def step_options(self) -> dict[str, Any]:
+        """The arguments of `victim_step` that are constants of the program."""
+        return {"countermeasure": self.in_training, "attack_steps": self.attack_steps}
 
     def stored(self, images: np.ndarray) -> np.ndarray:
         """Training images `[N, H, W, 3]` uint8 as the victim stores them."""
@@ -178,6 +187,7 @@ def victim_step(
     *,
     recipe: trainer.Recipe,
     countermeasure: str = "none",
+    attack_steps: int = 10,
 ) -> tuple[trainer.TrainState, jax.Array]:
     """One step of a victim; to be traced.
 
@@ -188,6 +198,7 @@ def victim_step(
         labels: `[B]` int32.
         recipe: the run.
         countermeasure: in training, or "none".
+        attack_steps: of adversarial training.
 
     Returns:
         The state after it, and the training accuracy before it, a scalar. With mixed images that is
@@ -212,10 +223,15 @@ def victim_step(
             lambda shown: _summed_loss(state, shown, labels, recipe),
             images,
             limit=_ATTACK_LIMIT,
-            step_size=_ATTACK_STEP_SIZE,
-            num_steps=_ATTACK_STEPS,
+            step_size=_ATTACK_REACH * _ATTACK_LIMIT / attack_steps,
+            num_steps=attack_steps,
         )
         mixed = mixed._replace(images=attacked)
+    elif countermeasure == "ueraser":
+        worst = countermeasures.worst_views(
+            change_key, images, lambda shown: _losses(state, shown, labels, recipe)
+        )
+        mixed = mixed._replace(images=worst)
     else:
         mix_fn = {"mixup": countermeasures.mixup, "cutmix": countermeasures.cutmix}[countermeasure]
         mixed = mix_fn(change_key, images)
@@ -341,7 +357,7 @@ def run_epoch(
         The state after it, and the mean training accuracy.
     """
     per_epoch, length = batches.steps_per_epoch, stepping.chunk_length()
-    static = {"recipe": recipe, "countermeasure": options.in_training}
+    static = {"recipe": recipe, **options.step_options}
 
     def advance(state: trainer.TrainState, steps: range) -> tuple[trainer.TrainState, jax.Array]:
         rows = trainer.place_rows(batches, steps, mesh, length=length)
@@ -352,7 +368,9 @@ def run_epoch(
     return state, float(np.mean(accuracies))
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "countermeasure"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("recipe", "countermeasure", "attack_steps"), donate_argnames="state"
+)
 def _steps(
     key: jax.Array,
     state: trainer.TrainState,
@@ -362,12 +380,21 @@ def _steps(
     *,
     recipe: trainer.Recipe,
     countermeasure: str,
+    attack_steps: int,
 ) -> tuple[trainer.TrainState, jax.Array]:
     """The first `count` steps on rows `[B, length]`; training accuracies `[length]`."""
 
     def one(state: trainer.TrainState, row: jax.Array) -> tuple[trainer.TrainState, jax.Array]:
         images, labels = (jnp.take(leaf, row, axis=0, mode="clip") for leaf in data)
-        return victim_step(key, state, images, labels, recipe=recipe, countermeasure=countermeasure)
+        return victim_step(
+            key,
+            state,
+            images,
+            labels,
+            recipe=recipe,
+            countermeasure=countermeasure,
+            attack_steps=attack_steps,
+        )
 
     return stepping.take(one, state, rows.T, length=rows.shape[1], count=count)
 
@@ -376,6 +403,12 @@ def _summed_loss(
     state: trainer.TrainState, images: jax.Array, labels: jax.Array, recipe: trainer.Recipe
 ) -> jax.Array:
     """Sum of the losses with running statistics."""
+    return jnp.sum(_losses(state, images, labels, recipe))
+
+
+def _losses(
+    state: trainer.TrainState, images: jax.Array, labels: jax.Array, recipe: trainer.Recipe
+) -> jax.Array:
+    """The losses `[B]` with running statistics."""
     outputs, _ = trainer.forward(state.params, state.batch_stats, images, recipe=recipe)
-    judged = heads.judge(recipe.head, state.params["head"], outputs, labels)
-    return jnp.sum(judged.losses)
+    return heads.judge(recipe.head, state.params["head"], outputs, labels).losses

@@ -140,7 +140,7 @@ def plot_matrix(
     *,
     title: str,
 ) -> None:
-    """Draws a heat map of accuracies `[R, C]` in [0, 1] with their figures; NaN is empty."""
+    """Draws a heat map of accuracies `[R, C]` in [0, 1] with their figures; NaN is "-"."""
     pyplot = figures.pyplot()
     # Room for the title above few columns.
     size = max(4.5, 1.6 + 0.75 * len(column_names)), 1.4 + 0.4 * len(row_names)
@@ -149,16 +149,8 @@ def plot_matrix(
     axes.set_xticks(range(len(column_names)), column_names, rotation=40, ha="right", fontsize=8)
     axes.set_yticks(range(len(row_names)), row_names, fontsize=8)
     for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            color = "black" if value > 0.6 else "white"
-            axes.text(
-                column,
-                row,
-                f"{100 * value:.0f}",
-                ha="center",
-                va="center",
-                color=color,
-                fontsize=8,
-            )
+        text = f"{100 * value:.0f}" if np.isfinite(value) else "-"
+        color = "white" if value <= 0.6 else "black"
+        axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     axes.set_title(title, fontsize=9)
     figures.save(figure, path)

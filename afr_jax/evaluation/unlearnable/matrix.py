@@ -13,6 +13,9 @@ import numpy as np
 from afr_jax.core import files
 from afr_jax.evaluation.metrics import learnability
 
+# Huang et al. 2021, figure 2.
+_IN_FIGURE = ("clean", "random", "error_max", "error_min")
+
 
 class VictimCell(NamedTuple):
     """One victim.
@@ -21,7 +24,7 @@ class VictimCell(NamedTuple):
         method: of `recipes.METHODS`, or "clean".
         granularity: "sample", "class", or "none" for clean data.
         rate: share of the training images that carry noise.
-        countermeasure: of `countermeasures.NAMES`.
+        countermeasure: of `countermeasures.NAMES`, or "purifier".
         architecture: of `registry.NAMES`.
         seed: of noise and victim.
     """
@@ -162,9 +165,10 @@ def write(
         folder / "curves.csv", {cell.file_name[:-5]: curve for cell, curve in curves.items()}
     )
     first = next(iter(curves))
+    alike = {cell: curve for cell, curve in curves.items() if cell[3:] == first[3:]}
     shown = {
         cell.data_name: curve
-        for cell, curve in curves.items()
-        if cell[3:] == first[3:] and cell.rate == 1
+        for cell, curve in alike.items()
+        if cell.rate == 1 and cell.method in _IN_FIGURE
     }
     learnability.plot_curves(folder / "curves.png", shown, title=f"{first.architecture}, {title}")

@@ -70,10 +70,10 @@ class MakeUnlearnableConfig(options.Config):
     resized with --resize. What is left out is not protected: it is named, and the exit code is 3.
 
     --method: error_min (Huang et al. 2021), its controls random and error_max, and rem, tap, lsp,
-    cuda. Searches train a source network (--architecture) on the machine's devices and are resumed
-    from the work directory (default: <output_dir>/work). Values of the search that are not given
-    are the published ones for CIFAR-10; data sets with fewer images than a batch of 512 want a
-    smaller --batch_size.
+    cuda, aue, aap, uc (which needs no labels: any folders do). Searches train a source network
+    (--architecture) on the machine's devices and are resumed from the work directory (default:
+    <output_dir>/work). Values of the search that are not given are the published ones for CIFAR-10;
+    data sets with fewer images than a batch of 512 want a smaller --batch_size.
 
     This hides nothing from a model that is already trained, and little from a victim that also gets
     clean photos, trains on grayscale or JPEG copies, or trains adversarially:
@@ -144,7 +144,7 @@ def run(config: MakeUnlearnableConfig) -> options.Outcome:
     data = image_sets.without_unnameable(config.data.read(seed=config.seed))
     if not data.sample_ids:
         raise options.UsageError(f"--data={config.data.data}: {data.problems[-1].reason}")
-    if len(data.classes) < 2 and isinstance(method, recipes.SearchedNoise):
+    if len(data.classes) < 2 and method.needs_classes:
         raise options.UsageError(f"--method={config.method} needs two classes or more")
     settings = {
         "data": config.data.data,

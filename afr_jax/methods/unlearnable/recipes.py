@@ -11,6 +11,9 @@
 | random | `RandomNoise` | uniform noise, the control | L-infinity |
 | rem | `REM` | Fu et al. 2022 (ICLR): error_min under crops and an adversary | L-infinity |
 | tap | `TAP` | Fowl et al. 2021 (NeurIPS): towards another label | L-infinity |
+| aue | `AUE` | Wang et al. 2024 (NeurIPS): error_min under contrastive views | L-infinity |
+| aap | `AAP` | of the same: TAP under such views | L-infinity |
+| uc | `UnlearnableClusters` | Zhang et al. 2023 (CVPR): by cluster, no labels | L-infinity |
 | lsp | `LSP` | Yu et al. 2022 (KDD): linearly separable patches, no network | L2 |
 | cuda | `CUDA` | Sadasivan et al. 2023 (CVPR): a random filter a class, no network | none |
 
@@ -28,8 +31,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from afr_jax.core import checkpoint, files, parallel
-from afr_jax.data import image_sets, noise_files
-from afr_jax.methods.unlearnable import baselines
+from afr_jax.data import augmentation, image_sets, noise_files
+from afr_jax.methods.unlearnable import baselines, clusters
 from afr_jax.methods.unlearnable import search as noise_search
 from afr_jax.models import heads
 from afr_jax.models.classifiers import registry
@@ -50,6 +53,8 @@ class NoiseConfig(abc.ABC):
 
     name: ClassVar[str]
     budget: ClassVar[str] = "L-infinity"
+    granularities: ClassVar[tuple[str, ...]] = ("sample", "class")
+    needs_classes: ClassVar[bool] = False
     granularity: noise_files.Granularity = "sample"
     epsilon: float = 8 / 255
 
@@ -131,6 +136,7 @@ class CUDA(DirectNoise):
 
     name = "cuda"
     budget = "none"
+    granularities = ("class",)
     granularity: noise_files.Granularity = "class"
 
     def __post_init__(self) -> None:
@@ -159,6 +165,7 @@ class SearchedNoise(NoiseConfig):
             (`published`), and see `with_search`. Granularity and epsilon are those of the method.
     """
 
+    needs_classes = True
     network: registry.ClassifierOptions = registry.ClassifierOptions()
     learning_rate: float = 0.1
     search: noise_search.SearchOptions | None = None
@@ -192,6 +199,18 @@ class SearchedNoise(NoiseConfig):
             learning_rate=self.learning_rate, schedule="constant"
         )
         return trainer.Recipe(self.network.make(num_classes), heads.Logits(), optimizer)
+
+    def groups(self, data: image_sets.ImageSet, *, seed: int) -> tuple[np.ndarray, int]:
+        """What the source network tells apart: the group of each image `[N]`, and their number."""
+        del seed
+        return data.labels, len(data.classes)
+
+    def noise_of(
+        self, data: image_sets.ImageSet, groups: np.ndarray, levels: np.ndarray
+    ) -> noise_files.Noise:
+        """Names for found noise `[N or K, H, W, 3]`, in gray levels."""
+        del groups
+        return noise_files.Noise(self.names_of(data), levels, self.granularity)
 
     def _base(self) -> noise_search.SearchOptions:
         is_class = self.granularity == "class"
@@ -280,10 +299,121 @@ class TAP(SearchedNoise):
         )
 
 
+def contrastive_view(strength: float) -> augmentation.Augmentation:
+    """Views as contrastive learning has them, of a strength in [0, 1].
+
+    Wang et al. 2024: SimCLR's views (Chen et al. 2020, appendix A) are scaled by one number. Here
+    crops of a random area from 1 - 0.9 strength on, flips, brightness, contrast and saturation by
+    0.4 strength, no color with probability 0.2 strength; a change of hue is left out.
+    """
+    return augmentation.Augmentation(
+        min_scale=1 - 0.9 * strength,
+        max_stretch=4 / 3,
+        flip_probability=0.5,
+        brightness=0.4 * strength,
+        contrast=0.4 * strength,
+        saturation=0.4 * strength,
+        gray_probability=0.2 * strength,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AUE(SearchedNoise):
+    """Augmented unlearnable examples, against supervised and contrastive learning at once.
+
+    Wang, Zhu and Gao 2024, "Efficient Availability Attacks against Supervised and Contrastive
+    Learning Simultaneously" (NeurIPS), section 4: error-minimizing noise whose source network and
+    whose noise steps see `contrastive_view` of strength 0.6, the authors' for CIFAR-10; a victim
+    that learns from pairs of views is met by it, too. The rounds are those of `ErrorMin`. See
+    `SearchedNoise`.
+    """
+
+    name = "aue"
+
+    def published(self) -> noise_search.SearchOptions:
+        """The values of `ErrorMin` with views, all rounds."""
+        return dataclasses.replace(
+            self._base(), views=1, view=contrastive_view(0.6), stop_error=None
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AAP(SearchedNoise):
+    """Augmented adversarial poisoning, the targeted form; see `AUE` and `SearchedNoise`.
+
+    The source network is trained on views of clean images, and the noise leads views to the label
+    of another class: `TAP` under `contrastive_view` of strength 0.4, the authors' for CIFAR-10.
+    """
+
+    name = "aap"
+
+    def published(self) -> noise_search.SearchOptions:
+        """The values of `TAP` with views."""
+        tap = TAP(granularity=self.granularity).published()
+        return dataclasses.replace(tap, views=1, view=contrastive_view(0.4))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnlearnableClusters(SearchedNoise):
+    """Noise by clusters of images, which needs no labels; see `SearchedNoise`.
+
+    Zhang et al. 2023, "Unlearnable Clusters: Towards Label-Agnostic Unlearnable Examples" (CVPR):
+    images are put into clusters without labels, and all images of a cluster share a noise that
+    leads them to the center of another one. The authors cluster and measure in the features of a
+    large pretrained network and train a generator for each noise. Here K-means (Lloyd, in the
+    principal components of the pixels) makes the clusters, a source network is trained to tell
+    them apart, and the noise is searched as `TAP` by class with clusters for classes: the rows of
+    its last layer take the centers' place. Their budget is 16/255; the default here is that of the
+    other methods.
+
+    Attributes:
+        granularity: "class", which is by cluster; images of one cluster have equal noise.
+        num_clusters: p, 10 in the paper.
+    """
+
+    name = "uc"
+    needs_classes = False
+    granularities = ("class",)
+    granularity: noise_files.Granularity = "class"
+    num_clusters: int = 10
+
+    def __post_init__(self) -> None:
+        """Checks names and ranges."""
+        super().__post_init__()
+        if self.granularity == "sample":
+            raise ValueError("uc has one noise a cluster: its granularity is 'class'")
+        if self.num_clusters < 2:
+            raise ValueError(f"num_clusters is {self.num_clusters}, must be at least 2")
+
+    def published(self) -> noise_search.SearchOptions:
+        """The values of `TAP`."""
+        return TAP(granularity="class").published()
+
+    def groups(self, data: image_sets.ImageSet, *, seed: int) -> tuple[np.ndarray, int]:
+        """See `SearchedNoise.groups`: clusters, as many as there are images for."""
+        count = min(self.num_clusters, len(data.images))
+        return clusters.of_images(data.images, count, seed=seed), count
+
+    def noise_of(
+        self, data: image_sets.ImageSet, groups: np.ndarray, levels: np.ndarray
+    ) -> noise_files.Noise:
+        """See `SearchedNoise.noise_of`: by sample, since a cluster has no name of its own."""
+        return noise_files.Noise(data.sample_ids, levels[groups], "sample")
+
+
 METHODS: dict[str, type[NoiseConfig]] = {
-    config.name: config for config in (ErrorMin, ErrorMax, RandomNoise, REM, TAP, LSP, CUDA)
+    config.name: config
+    for config in (
+        *(ErrorMin, ErrorMax, RandomNoise, REM, TAP, LSP, CUDA),
+        *(AUE, AAP, UnlearnableClusters),
+    )
 }
 SEARCHED = tuple(name for name, config in METHODS.items() if issubclass(config, SearchedNoise))
+
+
+def is_defined(method: str, granularity: str) -> bool:
+    """Whether a method of `METHODS` makes noise of this granularity."""
+    return granularity in METHODS[method].granularities
 
 
 def make_unlearnable(
@@ -320,13 +450,14 @@ def make_unlearnable(
     data = image_sets.take(data, np.arange(len(data.labels)))
     report: dict[str, files.Json] = {}
     if isinstance(config, SearchedNoise):
-        if len(data.classes) < 2:
+        groups, count = config.groups(data, seed=seed)
+        if count < 2:
             raise ValueError(f"{config.name} needs two classes or more")
         found = noise_search.search(
             data.images,
-            data.labels,
-            num_classes=len(data.classes),
-            recipe=config.recipe(len(data.classes)),
+            groups,
+            num_classes=count,
+            recipe=config.recipe(count),
             options=config.search_options(),
             seed=seed,
             mesh=mesh or parallel.make_mesh(),
@@ -334,7 +465,7 @@ def make_unlearnable(
             report_fn=report_fn,
         )
         levels = noise_files.to_levels(found.noise, limit_levels=config.epsilon_levels)
-        noise = noise_files.Noise(config.names_of(data), levels, config.granularity)
+        noise = config.noise_of(data, groups, levels)
         report = {"training_errors": found.errors, "converged": found.converged}
     elif isinstance(config, DirectNoise):
         noise = config.make(data, seed=seed)

@@ -33,7 +33,8 @@ class NoiseOptions:
         epsilon: The largest absolute value of the noise, in [0, 1] units.
         step_size: The size of a signed step, in [0, 1] units.
         num_steps: T, signed steps of one pass.
-        views: Random crops and flips of an image that a step averages over; 0 for the image itself.
+        views: Random views of an image that a step averages over; 0 for the image itself.
+        view: What a view is: crops and flips by default.
         adversary_radius: The radius of the inner adversary, in [0, 1] units; 0 for none.
         adversary_step_size: The size of its steps, in [0, 1] units.
         adversary_steps: The number of its steps.
@@ -45,6 +46,7 @@ class NoiseOptions:
     step_size: float = 0.8 / 255
     num_steps: int = 20
     views: int = 0
+    view: augmentation.Augmentation = augmentation.CIFAR
     adversary_radius: float = 0.0
     adversary_step_size: float = 0.8 / 255
     adversary_steps: int = 10
@@ -92,7 +94,7 @@ def train(
         mesh: The devices.
         batches: The rows of each step.
         num_steps: The number of optimizer steps.
-        clean: Whether images are shown without noise, views and adversary.
+        clean: Whether images are shown without noise.
     """
     first, length = int(state.step), stepping.chunk_length()
 
@@ -153,7 +155,7 @@ def train_chunk(
         images = image_ops.to_float(images)
         if not clean:
             images = jnp.clip(images + noise_of(noise, row, labels, options), 0.0, 1.0)
-        if options.views and not clean:
+        if options.views:
             view_key = jax.random.fold_in(jax.random.fold_in(key, state.step), 1)
             theta = state.params, state.batch_stats
             images = robust_view(
@@ -221,10 +223,10 @@ def robust_view(
     recipe: trainer.Recipe,
     options: NoiseOptions,
 ) -> jax.Array:
-    """A random crop and flip, with the inner adversary's change on top of it (no gradient).
+    """A random view, with the inner adversary's change on top of it (no gradient).
 
     Args:
-        key: The key of crop, flip and the adversary's start.
+        key: The key of the view and the adversary's start.
         theta: The source network.
         images: `[B, H, W, 3]` float in [0, 1].
         labels: `[B]` int32, the labels that the adversary's loss is taken of.
@@ -233,7 +235,7 @@ def robust_view(
         options: The adversary's.
     """
     view_key, adversary_key = jax.random.split(key)
-    views = augmentation.augment_batch(view_key, images, options=augmentation.CIFAR)
+    views = augmentation.augment_batch(view_key, images, options=options.view)
     if not options.adversary_radius:
         return views
     attacked = sign_descent.adversarial(
