@@ -4,12 +4,14 @@ import contextlib
 import gc
 import os
 import pathlib
+import secrets
 import signal
 import subprocess
 import unittest
 
 import browsers
 import chex
+import fsspec
 import jax
 import jaxlib
 import pytest
@@ -54,6 +56,33 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("shared"):
                 item.add_marker(pytest.mark.skip(reason=_no_shared_data()))
+
+
+@pytest.fixture(scope="session")
+def object_store_server():
+    """An S3 server on this machine, which every library and child process finds."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        yield
+    server.stop()
+
+
+@pytest.fixture
+def bucket(object_store_server):
+    """The address of a new bucket."""
+    address = f"s3://{secrets.token_hex(8)}"
+    fsspec.filesystem("s3").mkdir(address)
+    return address
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from afr_jax.core import distributed, files, interrupts, progress
 from afr_jax.core.parallel import PyTree, Tree
+from afr_jax.core.runtime import object_store
 
 # What a checkpoint takes besides its arrays.
 _METADATA_BYTES = 1 << 20
@@ -78,6 +79,7 @@ class Checkpoints:
           OSError: the disk has no room for it.
         """
         latest = self.latest_step()
+        object_store.push_soon()
         if latest is not None and step <= latest:
             if step == latest:
                 return

@@ -28,7 +28,7 @@ from absl import app, flags, logging
 
 from afr_jax.core import backend, distributed, files, interrupts, options
 from afr_jax.core import provenance as provenance_lib
-from afr_jax.core.runtime import process_group, profiling
+from afr_jax.core.runtime import object_store, process_group, profiling
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -40,6 +40,8 @@ _OWN_FLAGS = {
     "one_process_per_node": "under SLURM: one process drives all GPUs of its node",
 }
 _PROFILE_HELP = "A:B writes a trace of steps A to B for xprof, into profile/ of the run's folder"
+# Options that may be addresses in an object store.
+_IN_STORES = ("workdir", "database")
 _Config = TypeVar("_Config", bound=options.Config)
 
 _DEFINERS = {
@@ -76,6 +78,7 @@ def main(
     def call(_: Sequence[str]) -> int:
         try:
             config = _read(config_class, flags.FLAGS)
+            _check_addresses(config)
             backend.choose_compiler_options()
             backend.keep_freed_memory()
             backend.limit_pixels(config.max_megapixels)
@@ -87,11 +90,17 @@ def main(
                 _ask_for_trace(config)
                 outcome = run_fn(config)
                 profiling.end()
+                line = object_store.named(
+                    json.dumps(files.to_jsonable(outcome.result), allow_nan=False)
+                )
+                object_store.close_all()
                 is_complete = distributed.gather(outcome.complete)[0]
             interrupts.end_at_once()
             interrupts.check()
         except BaseException as error:
             interrupts.end_at_once()
+            with contextlib.suppress(Exception):  # What was the trouble before counts.
+                object_store.close_all()
             if (ending := process_group.ended_by_others()) is not None:
                 process_group.leave_at_once(ending)
             if (code := interrupts.told(error)) is not None:
@@ -109,7 +118,7 @@ def main(
             process_group.fail(EXIT_USAGE, f"failed: {message}")
             return EXIT_USAGE
         if distributed.is_primary():
-            print(json.dumps(files.to_jsonable(outcome.result), allow_nan=False), flush=True)
+            print(line, flush=True)
         return EXIT_OK if is_complete else EXIT_PARTIAL
 
     if not {"-h", "-help", "--help"}.isdisjoint(argv[1:]):
@@ -231,6 +240,20 @@ def _read(config_class: type[_Config], values: flags.FlagValues) -> _Config:
         raise options.UsageError(f"--{error}") from error
 
 
+def _check_addresses(config: options.Config) -> None:
+    """Refuses addresses in object stores where there must be files, before anything is written."""
+    for leaf in options.leaves(type(config)):
+        value = operator.attrgetter(".".join(leaf.path))(config)
+        values = value if isinstance(value, tuple) else (value,)
+        if not any(isinstance(item, str) and object_store.is_address(item) for item in values):
+            continue
+        if leaf.flag == "workdir" and hasattr(config, "output_dir"):
+            raise UsageError("--workdir must be a folder where there is an --output_dir")
+        if leaf.flag not in _IN_STORES:
+            stores = " and ".join(f"--{name}" for name in _IN_STORES)
+            raise UsageError(f"--{leaf.flag} must be a file or folder; {stores} may be in a store")
+
+
 def _shown(leaf: options.Leaf) -> str:
     """A default as it would be typed."""
     if leaf.default is None:
@@ -263,6 +286,8 @@ def _ask_for_trace(config: options.Config) -> None:
     steps = flags.FLAGS.profile_steps
     if steps is not None:
         place = config.workdir or getattr(config, "output_dir", None) or "out"
+        if object_store.is_address(place):
+            raise UsageError("--profile_steps needs a folder as --workdir")
         number = f"process-{distributed.process_index()}"
         with options.usage("--profile_steps"):
             profiling.ask(steps, pathlib.Path(place).expanduser() / "profile" / number)

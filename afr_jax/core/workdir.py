@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TypeVar
 
 from afr_jax.core import distributed, files, options, progress
+from afr_jax.core.runtime import object_store
 
 _Value = TypeVar("_Value")
 
@@ -57,7 +58,8 @@ class Workdir:
     def write_result(self, result: Mapping[str, object]) -> None:
         """Writes result.json."""
         if distributed.is_primary():
-            files.write_json(self.path / "result.json", result)
+            text = object_store.named(json.dumps(files.to_jsonable(result)))
+            files.write_json(self.path / "result.json", json.loads(text))
 
 
 @contextlib.contextmanager
@@ -95,7 +97,7 @@ def open_workdir(
     """Creates or reopens the folder of a run and makes sure that it is the same run, once.
 
     Args:
-      path: the folder; None is a usage error.
+      path: the folder, or its address in an object store; None is a usage error.
       config: the resolved options, a dict or a dataclass; written to config.json.
       resumable: keys that may change when a run is resumed (the number of steps, say). Nested keys
         are written with dots: "model.width". By default those that an options class says.
@@ -113,7 +115,15 @@ def open_workdir(
     if resumable is None:
         is_options = dataclasses.is_dataclass(config)
         resumable = (*options.resumable(type(config)), "workdir") if is_options else ()
-    folder = pathlib.Path(path).expanduser().absolute()
+    if object_store.is_address(path):
+        if distributed.process_count() > 1:
+            raise options.UsageError(
+                f"--workdir={path}: several processes need a folder they share"
+            )
+        folder = object_store.Mirror(os.fspath(path)).folder
+    else:
+        folder = pathlib.Path(path).expanduser().absolute()
+    name = object_store.named(str(folder))
     new = files.to_jsonable(config)
     known = folder / "config.json"
     lock = None
@@ -126,10 +136,10 @@ def open_workdir(
             lock = _claim(folder, below, is_shared=is_shared)
             old = files.parse_json(known.read_text(encoding="utf-8")) if known.exists() else None
             if old is not None:
-                _check_same_run(folder, _flatten(old), _flatten(new), frozenset(resumable))
+                _check_same_run(name, _flatten(old), _flatten(new), frozenset(resumable))
             files.write_json(known, new)
         except (OSError, ValueError) as error:
-            raise options.UsageError(f"cannot use the work directory {folder}: {error}") from error
+            raise options.UsageError(f"cannot use the work directory {name}: {error}") from error
         return old is not None
 
     return Workdir(folder, distributed.decide(open_it), lock)
@@ -264,7 +274,7 @@ def _flatten(config: object, prefix: str = "") -> dict[str, files.Json]:
 
 
 def _check_same_run(
-    folder: pathlib.Path,
+    folder: str,
     old: dict[str, files.Json],
     new: dict[str, files.Json],
     resumable: frozenset[str],
