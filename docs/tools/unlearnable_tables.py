@@ -30,6 +30,64 @@ def _accuracy(row: Mapping[str, Any]) -> str:
     return f"{percent_range(last, *row['last_spread'], digits=1)}; best {best}"
 
 
+_MATRIX_ROWS = (
+    "clean",
+    *(
+        f"{method} {granularity}"
+        for method in ("error_min", "error_max", "random", "rem", "tap", "lsp", "aue", "aap")
+        for granularity in ("sample", "class")
+    ),
+    *("cuda class", "uc class"),
+    *(f"error_min {kind} {rate} %" for kind in ("sample", "class") for rate in (80, 60, 40, 20)),
+)
+# Architecture and countermeasure.
+_MATRIX_COLUMNS = {
+    ("small_resnet", "none"): "none",
+    ("small_resnet", "jpeg10"): "JPEG 10",
+    ("small_resnet", "grayscale"): "gray",
+    ("small_resnet", "adversarial"): "adversarial",
+    ("small_resnet", "purifier"): "purifier",
+    ("small_resnet", "cutout"): "cutout",
+    ("small_resnet", "mixup"): "mixup",
+    ("small_resnet", "cutmix"): "cutmix",
+    ("small_resnet", "jpeg50"): "JPEG 50",
+    ("small_resnet", "jpeg75"): "JPEG 75",
+    ("small_resnet", "blur"): "blur",
+    ("small_resnet", "bit_depth"): "bit depth",
+    ("small_resnet", "ueraser"): "UEraser",
+    ("small_resnet", "randaugment"): "RandAugment",
+    ("vgg11", "none"): "VGG-11",
+    ("densenet121", "none"): "DenseNet-121",
+}
+
+
+@table("unlearnable_matrix", "unlearnable_matrix.json")
+def unlearnable_matrix() -> str:
+    """Noises by what victims do about them, in percent; "-" where nothing was measured."""
+    rows = {
+        (row["data"], row["architecture"], row["countermeasure"]): row
+        for row in markdown.result("unlearnable_matrix")["rows"]
+    }
+    lines = []
+    for data in _MATRIX_ROWS:
+        plain = rows.get((data, "small_resnet", "none"))
+        if plain is None and "%" in data:
+            continue  # Shares of protected images are asked last.
+        best = "-" if plain is None else markdown.number(100 * plain["peak_accuracy"])
+        cells = [_cell(rows.get((data, *column))) for column in _MATRIX_COLUMNS]
+        lines.append([f"`{data}`", cells[0], best, *cells[1:]])
+    first, *others = _MATRIX_COLUMNS.values()
+    head = ("noise", first, "best epoch", *others)
+    return markdown.render(head, lines, right=len(head) - 1)
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    values = [markdown.number(100 * v) for v in (row["last_accuracy"], *row["last_spread"])]
+    return values[0] if row["seeds"] == 1 else f"{values[0]} ({values[1]}-{values[2]})"
+
+
 @table("unlearnable_reduced", "unlearnable_reduced.json")
 def unlearnable_reduced() -> str:
     """A small victim of a part of CIFAR-10."""
