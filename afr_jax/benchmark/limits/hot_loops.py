@@ -70,16 +70,20 @@ def run(config: LoopsOptions, given: setting.Setting) -> setting.Measured:
         options.UsageError: the weights of dlib's net or of the detector are missing.
     """
     clock = "processor" if jax.default_backend() == "cpu" else "wall"
-    rows, details, peaks = [], {}, []
+    measured: list[tuple[HotLoop, compiled.Compilation, list[timing.Took]]] = []
+    details, peaks = {}, []
     for name in config.loops:
         loop = _MAKERS[name](config, given.seed)
         compilation = compiled.first_run(loop.run_fn)
         sides = {"loop": loop.run_fn, **compiled.peak_sides()}
-        taken = timing.by_both_clocks(sides, repeats=given.repeats)
-        peaks.append(compiled.peak(taken, clock=clock))
-        rows += _rows(loop, compilation, taken["loop"], peaks[-1], clock)
+        turns = timing.by_both_clocks(sides, repeats=given.repeats)
+        peaks.append(compiled.peak(turns, clock=clock))
+        measured.append((loop, compilation, turns["loop"]))
         details[name] = [program._asdict() for program in compilation.programs[:5]]
-    best = compiled.Peak(*(max(values) for values in zip(*peaks, strict=True)))
+    best = compiled.Peak(max(p.flops for p in peaks), max(p.bytes_moved for p in peaks))
+    rows = []
+    for loop, compilation, taken in measured:
+        rows += _rows(loop, compilation, taken, best, clock)
     second = "processor second" if clock == "processor" else "second"
     rows += [
         timing.state(
