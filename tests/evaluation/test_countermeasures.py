@@ -12,6 +12,8 @@ from PIL import Image, ImageOps
 from afr_jax.evaluation.attackers import countermeasures
 from afr_jax.perturb import sign_descent
 
+_ueraser = jax.jit(countermeasures.ueraser)
+
 
 @pytest.fixture(scope="module")
 def images():
@@ -140,12 +142,11 @@ def test_randaugment_stays_in_range_and_depends_on_its_key(images):
 
 def test_ueraser_views_differ_by_image_and_stay_in_range(images):
     shown = jnp.asarray(images, jnp.float32) / 255
-    view_fn = jax.jit(countermeasures.ueraser)
-    made = np.stack([view_fn(jax.random.key(seed), shown) for seed in range(12)])
+    made = np.stack([_ueraser(jax.random.key(seed), shown) for seed in range(12)])
     assert made.min() >= 0 and made.max() <= 1 and np.isfinite(made).all()
     # Equal images of a batch get fields and channels of their own.
     twins = jnp.broadcast_to(shown[:1], shown.shape)
-    views = np.stack([view_fn(jax.random.key(seed), twins) for seed in range(6)])
+    views = np.stack([_ueraser(jax.random.key(seed), twins) for seed in range(6)])
     assert (np.abs(views - views[:, :1]).max(axis=(2, 3, 4)) > 0.01).mean() > 0.5
 
 
@@ -158,7 +159,7 @@ def test_the_worst_view_is_that_of_the_largest_loss(images):
         return jnp.sum(views * weights[None], axis=(1, 2, 3))
 
     made = countermeasures.worst_views(key, shown, losses_fn, num_views=3)
-    views = np.stack([countermeasures.ueraser(one, shown) for one in jax.random.split(key, 3)])
+    views = np.stack([_ueraser(one, shown) for one in jax.random.split(key, 3)])
     losses = np.einsum("vbhwc,hwc->vb", views.astype(np.float64), np.asarray(weights, np.float64))
     expected = views[losses.argmax(axis=0), np.arange(len(images))]
     np.testing.assert_allclose(made, expected, atol=1e-6)

@@ -251,7 +251,8 @@ def worst_views(
     Returns:
         `[B, H, W, 3]`.
     """
-    views = jnp.stack([ueraser(one, images) for one in jax.random.split(key, num_views)])
+    # A loop, since the operations take long to compile; the network's part is not in it.
+    views = jax.lax.map(lambda one: ueraser(one, images), jax.random.split(key, num_views))
     losses = jnp.stack([losses_fn(view) for view in views])
     return views[jnp.argmax(losses, axis=0), jnp.arange(len(images))]
 
