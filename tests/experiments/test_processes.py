@@ -203,32 +203,34 @@ def test_the_first_process_does_what_is_not_shared(
     assert _files(tmp_path / "one", *kinds) == _files(tmp_path / "two", *kinds)
 
 
-def test_runs_that_join_share_the_photos_and_outlive_one_another(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("module", ["detect", pytest.param("cloak", marks=pytest.mark.slow)])
+def test_runs_that_join_share_the_photos_and_outlive_one_another(
+    world, tmp_path, monkeypatch, module
+):
     """Small versions of `tests.drill.workers`."""
-    for module in ("detect", "cloak"):
-        about = _PROGRAMS[module]
-        flags = [flag.format(world=world) for flag in about.flags]
-        result, code = _alone(
-            monkeypatch, module, *flags, f"--output_dir={tmp_path / module}-1", num_devices=1
+    about = _PROGRAMS[module]
+    flags = [flag.format(world=world) for flag in about.flags]
+    result, code = _alone(
+        monkeypatch, module, *flags, f"--output_dir={tmp_path / module}-1", num_devices=1
+    )
+    folder = tmp_path / f"{module}-2"
+    join = [*flags, f"--output_dir={folder}", "--join"]
+    command = _command(module, *join, killed=about.killed)
+    killed = subprocess.run(command, cwd=programs.ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL and not killed.stdout, killed.stderr
+    started = [
+        subprocess.Popen(
+            _command(module, *join), cwd=programs.ROOT, stdout=subprocess.PIPE, text=True
         )
-        folder = tmp_path / f"{module}-2"
-        join = [*flags, f"--output_dir={folder}", "--join"]
-        command = _command(module, *join, killed=about.killed)
-        killed = subprocess.run(command, cwd=programs.ROOT, capture_output=True, text=True)
-        assert killed.returncode == -signal.SIGKILL and not killed.stdout, killed.stderr
-        started = [
-            subprocess.Popen(
-                _command(module, *join), cwd=programs.ROOT, stdout=subprocess.PIPE, text=True
-            )
-            for _ in range(2)
-        ]
-        said = [worker.communicate()[0] for worker in started]
-        assert [worker.returncode for worker in started] == [code, code]
-        assert [_plain(json.loads(each)) for each in said] == [_plain(result)] * 2
-        assert _files(tmp_path / f"{module}-1", *about.kinds) == _files(folder, *about.kinds) != {}
-        lines, _, _ = files.read_sealed_lines(folder / f".{module}" / claims.MANIFEST)
-        done = [name for line in lines for name in line["items"]]
-        assert len(done) == len(set(done)) == 10
-        # Without --join nothing is left to do.
-        again, _ = _alone(monkeypatch, module, *join[:-1], num_devices=1)
-        assert _plain(again) == _plain(result)
+        for _ in range(2)
+    ]
+    said = [worker.communicate()[0] for worker in started]
+    assert [worker.returncode for worker in started] == [code, code]
+    assert [_plain(json.loads(each)) for each in said] == [_plain(result)] * 2
+    assert _files(tmp_path / f"{module}-1", *about.kinds) == _files(folder, *about.kinds) != {}
+    lines, _, _ = files.read_sealed_lines(folder / f".{module}" / claims.MANIFEST)
+    done = [name for line in lines for name in line["items"]]
+    assert len(done) == len(set(done)) == 10
+    # Without --join nothing is left to do.
+    again, _ = _alone(monkeypatch, module, *join[:-1], num_devices=1)
+    assert _plain(again) == _plain(result)
