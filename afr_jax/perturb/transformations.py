@@ -74,7 +74,7 @@ class ViewOptions:
 
 
 def random_view(
-    key: jax.Array, image: jax.Array, options: ViewOptions, *, blur_share: jax.Array | float = 1.0
+    key: jax.Array, image: jax.Array, options: ViewOptions, *, share: jax.Array | float = 1.0
 ) -> jax.Array:
     """One random photo of the scene: `random_light`, then `random_capture`.
 
@@ -82,14 +82,14 @@ def random_view(
         key: decides all draws, each uniform in its range.
         image: `[H, W, 3]`.
         options: the ranges.
-        blur_share: how much of the range of blur is used, in [0, 1].
+        share: how much of the ranges of blur and JPEG is used, from their mild ends, in [0, 1].
 
     Returns:
         `[H, W, 3]` in [0, 1].
     """
     light_key, capture_key = jax.random.split(key)
     lit = random_light(light_key, image, options)
-    return random_capture(capture_key, lit, options, blur_share=blur_share)
+    return random_capture(capture_key, lit, options, share=share)
 
 
 def random_light(
@@ -118,17 +118,18 @@ def random_light(
 
 
 def random_capture(
-    key: jax.Array, image: jax.Array, options: ViewOptions, *, blur_share: jax.Array | float = 1.0
+    key: jax.Array, image: jax.Array, options: ViewOptions, *, share: jax.Array | float = 1.0
 ) -> jax.Array:
     """What a camera makes of an image `[H, W, 3]`: blur, noise, clip to [0, 1], JPEG."""
     keys = jax.random.split(key, 4)
     if options.blur_px:
-        image = blur(image, blur_share * jax.random.uniform(keys[0], maxval=options.blur_px))
+        image = blur(image, share * jax.random.uniform(keys[0], maxval=options.blur_px))
     if options.noise:
         image = add_noise(keys[1], image, jax.random.uniform(keys[2], maxval=options.noise))
     image = jnp.clip(image, 0.0, 1.0)
     if options.jpeg_quality is not None:
         low, high = options.jpeg_quality
+        low = high - share * (high - low)
         image = jpeg(image, jax.random.uniform(keys[3], minval=low, maxval=high))
     return image
 

@@ -159,7 +159,12 @@ def pool_factor(scale: float) -> int:
 
 
 def jitter_transform(
-    key: jax.Array, transform: parallel.AnyArray, size: int, *, shift: float, turn: float
+    key: jax.Array,
+    transform: parallel.AnyArray,
+    size: int,
+    *,
+    shift: jax.Array | float,
+    turn: jax.Array | float,
 ) -> jax.Array:
     """A chip-to-photo transform as slightly different landmarks would give it.
 

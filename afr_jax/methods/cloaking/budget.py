@@ -45,6 +45,8 @@ class Budget:
             levels.
         flip: Largest mean FLIP of the region.
         ssimulacra2: Least SSIMULACRA2 of the region, below 100.
+        views: How much of a search's random views the budget pays for, in (0, 1]: the less may
+            change, the less there is to spend on what a tracker only might do to a photo.
     """
 
     dssim: float
@@ -52,6 +54,7 @@ class Budget:
     chroma: float | None = None
     flip: float | None = None
     ssimulacra2: float | None = None
+    views: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks ranges.
@@ -66,11 +69,18 @@ class Budget:
                 raise ValueError(f"{name} is {value}, must be above 0")
         if self.ssimulacra2 is not None and not 0 < self.ssimulacra2 < 100:
             raise ValueError(f"ssimulacra2 is {self.ssimulacra2}, must lie in (0, 100)")
+        if not 0 < self.views <= 1:
+            raise ValueError(f"views is {self.views}, must lie in (0, 1]")
 
     @property
     def flicker(self) -> float:
         """What a search may spend of `flicker.flicker`, so that FLIP is about its limit."""
         return np.inf if self.flip is None else _FLICKER_SHARE * self.flip
+
+    @property
+    def ease(self) -> float:
+        """How strong random views are, of their full strength, also where DSSIM is small."""
+        return min(self.dssim / PUBLISHED_DSSIM, 1.0) * self.views
 
     def spent(
         self, original: np.ndarray, final: np.ndarray, region: np.ndarray, box: np.ndarray
@@ -115,7 +125,7 @@ class Budget:
 # In what people see. By its author, SSIMULACRA2 of 85 is not told apart in a flip test, of 80 not
 # side by side, and of 70 it is hard to notice without the original.
 MODES: dict[str, Budget] = {
-    "low": Budget(0.01, ciede2000=3.5, chroma=0.4, flip=0.04, ssimulacra2=85.0),
+    "low": Budget(0.012, ciede2000=4.0, chroma=0.4, flip=0.042, ssimulacra2=85.0, views=0.2),
     "mid": Budget(0.016, ciede2000=4.5, chroma=0.4, flip=0.045, ssimulacra2=78.0),
     "high": Budget(0.026, ciede2000=6.5, chroma=0.6, flip=0.065, ssimulacra2=70.0),
 }

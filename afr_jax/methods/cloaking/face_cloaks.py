@@ -68,6 +68,7 @@ class Face(NamedTuple):
         gray: float, 1 where the change must be equal in all channels, else 0.
         budget: float, largest DSSIM; `cloak_faces` fills it in.
         flicker: float, largest `flicker.flicker` of the region; likewise.
+        ease: float, `Budget.ease`; likewise.
     """
 
     image: parallel.AnyArray
@@ -80,6 +81,7 @@ class Face(NamedTuple):
     gray: parallel.AnyArray
     budget: parallel.AnyArray | float = 0.0
     flicker: parallel.AnyArray | float = np.inf
+    ease: parallel.AnyArray | float = 1.0
 
 
 class CloakSearch(Protocol):
@@ -192,9 +194,10 @@ def cloak_faces(
     chex.assert_rank(faces.image, 4)
     chex.assert_equal_shape_prefix([keys, faces.image, faces.limit, faces.boxes], 1)
     num_faces, search = len(faces.image), config.search
-    limits = (config.budget.dssim, config.budget.flicker)
-    most, flickers = (np.full(num_faces, limit, np.float32) for limit in limits)
-    faces = faces._replace(budget=most, flicker=flickers)
+    budget = config.budget
+    limits = (budget.dssim, budget.flicker, budget.ease)
+    most, flickers, ease = (np.full(num_faces, limit, np.float32) for limit in limits)
+    faces = faces._replace(budget=most, flicker=flickers, ease=ease)
     seen = _look(keys, variables, faces, surrogates, search)
     crops = [
         crop._replace(own=vector) for crop, vector in zip(faces.crops, seen.embeddings, strict=True)

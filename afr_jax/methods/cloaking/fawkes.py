@@ -53,19 +53,18 @@ class FawkesSearch:
         repel_weight: weight of the distance from the person.
         attract_weight: weight of the distance to the target embedding, where there is a target.
         softmin_sharpness: how much surrogates that lag behind count for more: the gain is
-            `soft_minimum` of theirs; 0 is their mean. Below the budget of mode mid the sharpness
-            grows with the inverse square of its strength: nothing can be spared there for those
-            that are ahead.
+            `soft_minimum` of theirs; 0 is their mean. It grows with the inverse square of
+            `Budget.ease`: where the budget is small nothing can be spared for those that are ahead.
         align_shift: standard deviation of the random shift of each chip at each step, as a share of
-            its side: the landmarks that a tracker finds in the cloaked photo are not ours. By
+            its side, at the full strength of views, as all that follows: `Budget.ease` says how
+            much of it the budget pays for. A tracker finds other landmarks than ours. By
             MTCNN they move by a quarter of the default; three to four times as much is what
             carries over best to other extractors (`fawkes_attempts.md`). 0 switches it off.
         align_turn: standard deviation of the rotation (radians) and of the relative scale of each
             chip about its center, likewise.
         mirror: whether each chip is mirrored at each step with probability one half.
         blur_px: largest standard deviation of the random Gaussian blur, in canvas pixels, at most
-            1.5 (about what halving and doubling the size does). Below the budget of mode mid it
-            falls with the budget, which does not pay for all views. 0 switches it off.
+            1.5 (about what halving and doubling the size does). 0 switches it off.
         jpeg_quality: (lowest, highest) of the random JPEG compression; None switches it off.
         start_noise: half width of the uniform start, in [0, 1] units.
     """
@@ -197,8 +196,7 @@ def evaluate(
     cloaked = delta + face.image
     spent = face_cloaks.spent(cloaked, face, reference)
     view_key, align_key = jax.random.split(key)
-    ease = jnp.minimum(face.budget / budget.PUBLISHED_DSSIM, 1.0)
-    seen = transformations.random_view(view_key, cloaked, config.views(), blur_share=ease)
+    seen = transformations.random_view(view_key, cloaked, config.views(), share=face.ease)
     distances, gains = [], []
     for number, (surrogate, params, crop) in enumerate(
         zip(surrogates, variables, face.crops, strict=True)
@@ -210,12 +208,12 @@ def evaluate(
                 own_key,
                 transform,
                 surrogate.extractor.input_px,
-                shift=config.align_shift,
-                turn=config.align_turn,
+                shift=face.ease * config.align_shift,
+                turn=face.ease * config.align_turn,
             )
         chip = face_cloaks.chip(surrogate, seen, transform)
         if config.mirror:
-            is_mirrored = jax.random.bernoulli(jax.random.fold_in(own_key, 1))
+            is_mirrored = jax.random.bernoulli(jax.random.fold_in(own_key, 1), 0.5 * face.ease)
             chip = jnp.where(is_mirrored, chip[:, ::-1], chip)
         embedding = registry.embed(surrogate.extractor, params, chip[None])[0]
         away = registry.distance(embedding, crop.own + crop.to_person)
@@ -225,7 +223,7 @@ def evaluate(
         gains.append(gain / surrogate.extractor.reach)
     gains, distances = jnp.stack(gains), jnp.stack(distances)
     if config.softmin_sharpness > 0:
-        gain = soft_minimum(gains, config.softmin_sharpness / ease**2)
+        gain = soft_minimum(gains, config.softmin_sharpness / face.ease**2)
     else:
         gain = jnp.mean(gains)
     return face_cloaks.within_budget(gain, spent, weight, distances=distances)
