@@ -196,7 +196,8 @@ def evaluate(
     cloaked = delta + face.image
     spent = face_cloaks.spent(cloaked, face, reference)
     view_key, align_key = jax.random.split(key)
-    seen = transformations.random_view(view_key, cloaked, config.views(), share=face.ease)
+    ease = jnp.asarray(face.ease)
+    seen = transformations.random_view(view_key, cloaked, config.views(), share=ease)
     distances, gains = [], []
     for number, (surrogate, params, crop) in enumerate(
         zip(surrogates, variables, face.crops, strict=True)
@@ -208,12 +209,12 @@ def evaluate(
                 own_key,
                 transform,
                 surrogate.extractor.input_px,
-                shift=face.ease * config.align_shift,
-                turn=face.ease * config.align_turn,
+                shift=ease * config.align_shift,
+                turn=ease * config.align_turn,
             )
         chip = face_cloaks.chip(surrogate, seen, transform)
         if config.mirror:
-            is_mirrored = jax.random.bernoulli(jax.random.fold_in(own_key, 1), 0.5 * face.ease)
+            is_mirrored = jax.random.bernoulli(jax.random.fold_in(own_key, 1), 0.5 * ease)
             chip = jnp.where(is_mirrored, chip[:, ::-1], chip)
         embedding = registry.embed(surrogate.extractor, params, chip[None])[0]
         away = registry.distance(embedding, crop.own + crop.to_person)
@@ -223,7 +224,7 @@ def evaluate(
         gains.append(gain / surrogate.extractor.reach)
     gains, distances = jnp.stack(gains), jnp.stack(distances)
     if config.softmin_sharpness > 0:
-        gain = soft_minimum(gains, config.softmin_sharpness / face.ease**2)
+        gain = soft_minimum(gains, config.softmin_sharpness / ease**2)
     else:
         gain = jnp.mean(gains)
     return face_cloaks.within_budget(gain, spent, weight, distances=distances)
