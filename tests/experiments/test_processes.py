@@ -122,9 +122,13 @@ _PROGRAMS = {
 @pytest.mark.parametrize(
     "module, is_killed",
     [
-        *((module, True) for module in list(_PROGRAMS)[:5]),
+        # One for each way of sharing.
+        *((module, True) for module in ("cloak", "make_unlearnable")),
+        *(
+            pytest.param(module, True, marks=pytest.mark.slow)
+            for module in ("detect", "train_extractor", "attack_detector", "harden_extractor")
+        ),
         *(pytest.param(module, False, marks=pytest.mark.slow) for module in _PROGRAMS),
-        pytest.param("harden_extractor", True, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_equal_one_also_when_one_was_killed(
