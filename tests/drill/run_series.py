@@ -92,9 +92,13 @@ PROGRAMS = (
         ],
     ),
     Program("identify", lambda data, output: [f"--data={data / 'people'}", f"--workdir={output}"]),
-    Program("train_extractor", lambda data, output: ["--toy", f"--workdir={output}"]),
-    Program("harden_extractor", lambda data, output: ["--toy", f"--workdir={output}"]),
-    Program("attack_detector", lambda data, output: ["--toy", f"--workdir={output}"]),
+    *(
+        Program(name, lambda _, output: ["--toy", f"--workdir={output}"])
+        for name in (
+            *("train_extractor", "harden_extractor", "attack_detector"),
+            *("fawkes_evaluation", "pubfig_study", "unlearnable_faces"),
+        )
+    ),
 )
 
 
