@@ -31,7 +31,7 @@ class ModeWords(NamedTuple):
 
 
 MODES = {
-    "low": ModeWords("Low", "Hardly anything is seen, even when the two photos alternate.", 28, 50),
+    "low": ModeWords("Low", "Hardly anything is seen, even when the two photos alternate.", 35, 60),
     "mid": ModeWords("Mid", "Hardly told apart side by side. The usual choice.", 88, 100),
     "high": ModeWords("High", "May be seen on smooth skin by who looks closely.", 100, 100),
 }
