@@ -108,6 +108,7 @@ def test_wrong_usage_is_named(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_ablation_measures_its_rows_once(tmp_path, monkeypatch):
     def run(*flags):
         return programs.call(ablation.AblationConfig, ablation.run, *flags)

@@ -122,11 +122,11 @@ _PROGRAMS = {
 @pytest.mark.parametrize(
     "module, is_killed",
     [
-        # One for each way of sharing.
-        *((module, True) for module in ("cloak", "make_unlearnable")),
+        ("cloak", True),
         *(
             pytest.param(module, True, marks=pytest.mark.slow)
-            for module in ("detect", "train_extractor", "attack_detector", "harden_extractor")
+            for module in list(_PROGRAMS)[1:]
+            if module != "train_victim"
         ),
         *(pytest.param(module, False, marks=pytest.mark.slow) for module in _PROGRAMS),
     ],
@@ -180,11 +180,16 @@ def test_one_that_is_ended_ends_all_and_one_process_goes_on(
 @pytest.mark.parametrize(
     "module, flags, kinds",
     [
-        ("enroll", ("--gallery={world}/people", "--database={folder}/base"), ()),
         ("match", ("--queries={world}/photos", "--database={world}/base"), ("*.csv",)),
-        ("identify", ("--data={world}/people", "--min_photos=2"), ()),
         ("collect", ("--data={world}/train", "--max_distance=-1", "--output_dir={folder}"), ()),
-        pytest.param("fawkes_evaluation", ("--toy",), ("*.csv",), marks=pytest.mark.slow),
+        *(
+            pytest.param(*some, marks=pytest.mark.slow)
+            for some in (
+                ("enroll", ("--gallery={world}/people", "--database={folder}/base"), ()),
+                ("identify", ("--data={world}/people", "--min_photos=2"), ()),
+                ("fawkes_evaluation", ("--toy",), ("*.csv",)),
+            )
+        ),
     ],
 )
 def test_the_first_process_does_what_is_not_shared(

@@ -9,10 +9,12 @@ import time
 
 import fsspec
 import programs
+import pytest
 
 _EPOCHS = 20
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_what_the_store_has(bucket, tmp_path):
     for name, seed in (("train", 0), ("test", 1)):
         programs.save_synthetic(tmp_path / name, 24, seed=seed, num_classes=3)
