@@ -25,7 +25,8 @@ def drill() -> str:
         known = sums.setdefault((row["series"], row["program"]), {"peak_mb": 0})
         for name in ("inputs", *_FAULTS):
             known[name] = known.get(name, 0) + row[name]
-        known["peak_mb"] = row["peak_mb"] and max(known["peak_mb"], row["peak_mb"])
+        peaks = (known["peak_mb"], row["peak_mb"])
+        known["peak_mb"] = None if None in peaks else max(peaks)
     lines = [
         [series, f"`{program}`", *_cells(row), _peak(row)]
         for (series, program), row in sums.items()

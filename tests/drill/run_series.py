@@ -311,6 +311,8 @@ def _left(workdir: pathlib.Path, program: Program, output: pathlib.Path) -> dict
         parts = path.relative_to(output).parts
         if not path.is_file() or any(p.startswith(".") or p == "checkpoints" for p in parts):
             continue
+        if any((folder / "_CHECKPOINT_METADATA").exists() for folder in path.parents):
+            continue  # Orbax notes the time.
         data = path.read_bytes().replace(str(output).encode(), b"OUTPUT")
         if path.suffix == ".json":
             data = json.dumps(_stable(json.loads(data))).encode()
