@@ -2,8 +2,8 @@
 
 A loop runs on random pixels, which cost what real ones do. Its arithmetic and traffic are what XLA
 counts of its largest program; the limit is the best product of matrices and the best copy that were
-measured in turns with it. On a CPU both are taken by processor time, so that other programs on the
-machine do not change the shares much; on an accelerator by the clock.
+measured in turns with it. On a CPU both are taken by processor time, which depends less on other
+programs than the clock does; on an accelerator by the clock.
 """
 
 import dataclasses

@@ -79,7 +79,10 @@ class Budget:
 
     @property
     def ease(self) -> float:
-        """How strong random views are, of their full strength, also where DSSIM is small."""
+        """The share of their full strength that random views have, in (0, 1].
+
+        It is `views`, and less where DSSIM must be below the paper's.
+        """
         return min(self.dssim / PUBLISHED_DSSIM, 1.0) * self.views
 
     def spent(

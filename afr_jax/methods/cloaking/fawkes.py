@@ -49,7 +49,7 @@ class FawkesSearch:
         num_steps: gradient steps, >= 0.
         learning_rate: of Adam at the start for the budget of mode mid, in [0, 1] units, root mean
             square over the pixels (`step`); a cosine takes it to a tenth. For other budgets it
-            grows with the root of their strength .
+            grows with the root of their DSSIM.
         repel_weight: weight of the distance from the person.
         attract_weight: weight of the distance to the target embedding, where there is a target.
         softmin_sharpness: how much surrogates that lag behind count for more: the gain is

@@ -15,15 +15,7 @@ import numpy as np
 from absl import logging
 from PIL import Image, ImageDraw
 
-from afr_jax.core import (
-    backend,
-    distributed,
-    files,
-    options,
-    parallel,
-    progress,
-    workdir,
-)
+from afr_jax.core import backend, distributed, files, options, parallel, progress, workdir
 from afr_jax.core.runtime import claims
 from afr_jax.data import photo_files, photos
 from afr_jax.models import mtcnn
