@@ -214,6 +214,7 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
         if needs_package
         else contextlib.nullcontext()
     )
+    noted = {line.get("step") for line in work.read_metrics()}
     with package_of as package:
         for number, cell in enumerate(progress.track(plan, description="cells")):
             start = time.perf_counter()
@@ -228,7 +229,9 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
                     name = f"{cell.name}/{sample.sample_id}"
                     problems.append({"image": name, "reason": record["problem"]})
             seconds = {"photos": middle - start, "scores": time.perf_counter() - middle}
-            work.append_metrics({"step": number, "cell": cell.name, "seconds": seconds})
+            # A run that goes on notes the others alone.
+            if number not in noted:
+                work.append_metrics({"step": number, "cell": cell.name, "seconds": seconds})
     _draw(setup, made, rows, work)
     table.write_table(work.path / "table.csv", rows)
     result = {
