@@ -123,7 +123,8 @@ class Checkpoints:
         Raises:
           OSError: it could not be written.
         """
-        with files.naming(self._folder):
+        # Orbax prints an interruption as an error of its own.
+        with files.naming(self._folder), interrupts.deferred():
             self._manager.wait_until_finished()
 
     def _check_room(self, tree: PyTree) -> None:

@@ -1,4 +1,7 @@
+import os
 import shutil
+import signal
+import sys
 from typing import NamedTuple
 
 import chex
@@ -8,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from afr_jax.core import checkpoint, parallel
+from afr_jax.core import checkpoint, interrupts, parallel
 
 
 class _State(NamedTuple):
@@ -197,3 +200,31 @@ def test_a_full_disk_is_told_before_orbax_begins(tmp_path, monkeypatch):
     ):
         checkpoints.save(1, {"a": jnp.ones(3), "key": jax.random.key(0), "step": 1})
     assert not list((tmp_path / "full").iterdir())
+
+
+def test_a_signal_while_a_save_is_completed_raises_behind_it(tmp_path, monkeypatch):
+    """Orbax, whose threads are waited for, would print the interruption as an error of its own."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
+    completed = []
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        wait = checkpoints._manager.wait_until_finished
+
+        def interrupted_wait():
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait()
+            completed.append(True)
+
+        checkpoints.save(3, _state())
+        try:
+            interrupts.raise_and_remember()
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoints._manager, "wait_until_finished", interrupted_wait)
+                with pytest.raises(interrupts.Interrupted):
+                    checkpoints.wait()
+            assert completed
+        finally:
+            interrupts.raise_and_remember()  # Forgets the signal.
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        assert checkpoints.latest_step() == 3
