@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import cv2
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import skimage.data
 
+import afr_jax
 from afr_jax.core import parallel
-from afr_jax.core.perception import ssim
-from afr_jax.methods.cloaking import budget, fawkes, photo_cloaks
+from afr_jax.core.perception import ssim, ssimulacra2
+from afr_jax.methods.cloaking import budget, face_cloaks, fawkes, photo_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import align, detect, embed
 
@@ -101,6 +103,52 @@ def test_what_an_average_of_changes_leaves_of_the_budget_is_spent(surrogates):
     photo = _photo()
     ((pixels, (face,)),) = _cloak(surrogates, [photo], config)
     assert 0.98 < config.budget.spent(photo.pixels, pixels, face.region, face.box) <= 1
+
+
+@pytest.mark.slow
+def test_a_large_face_is_another_person_after_the_default_cloak():
+    """The portrait at three times its size: most of the cloak must not be lost to its limits."""
+    portrait = cv2.resize(skimage.data.astronaut()[:300, 60:400], None, fx=3, fy=3)
+    recognizer = afr_jax.load_recognizer("dlib", "sface")
+    (cloaked,) = afr_jax.cloak(recognizer, [portrait], key=0)
+    (face,) = cloaked.faces
+    assert min(np.subtract(face["box"][2:], face["box"][:2])) > 225
+    for name, verdict in face["extractors"].items():
+        threshold = recognizer.extractors[name].threshold
+        assert verdict["distance"] > 0.95 * threshold, name
+    assert face["visibility"]["ssimulacra2"] >= 78
+
+
+@pytest.mark.parametrize("factor", [2, 3, 7])
+def test_enlarged_changes_are_smooth_and_keep_their_averages(factor):
+    change = np.random.default_rng(0).normal(size=(40, 30, 3)).astype(np.float32)
+    large = photo_cloaks._enlarged(change, factor)
+    blocks = large.reshape(40, factor, 30, factor, 3).mean(axis=(1, 3))
+    assert np.abs(blocks - change).mean() < 0.03
+    steps = np.abs(np.diff(large, axis=0)).max()
+    assert steps < 0.95 * np.abs(np.diff(change, axis=0)).max()
+
+
+@pytest.mark.parametrize("is_coarse", [False, True])
+def test_a_search_holds_what_is_seen_of_a_large_face(is_coarse):
+    image = skimage.data.astronaut()[:320, 60:380].astype(np.float32) / 255
+    noise = np.random.default_rng(0).normal(size=image.shape).astype(np.float32)
+    face = face_cloaks.Face(
+        image,
+        *[np.ones(image.shape[:2], np.float32)] * 3,
+        np.array([[0, 0, 320, 320]] * 2, np.int32),
+        crops=(),
+        has_target=0.0,
+        gray=0.0,
+        is_coarse=is_coarse,
+        budget=1.0,
+        lost=8.0,
+    )
+    cloaked, reference = image + 0.01 * noise, face_cloaks.reference(image)
+    lost = ssimulacra2.lost(cloaked, reference.shown, size=(320, 320), is_coarse=is_coarse)
+    assert float(face_cloaks.spent(cloaked, face, reference)) == pytest.approx(float(lost) / 8)
+    smaller = face_cloaks.reference(image[:224, :224])
+    assert smaller.shown == ()
 
 
 @pytest.mark.parametrize("rows, larger", [(slice(4, 12), "region"), (slice(30, 34), "box")])

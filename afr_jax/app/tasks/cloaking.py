@@ -151,7 +151,8 @@ def _face(face: check.CloakRecord) -> dict[str, files.Json]:
     if "extractors" not in face:
         return shown
     visibility = face.get("visibility") or {}
-    likeness = visibility.get("ssimulacra2")
+    # The page shows large: what is seen closely counts.
+    likeness = visibility.get("ssimulacra2_close", visibility.get("ssimulacra2"))
     shown["found_again"] = face.get("found_again", True)
     shown["figures"] = (
         []

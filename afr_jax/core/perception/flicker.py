@@ -25,7 +25,9 @@ _FACTOR, _POWER = 0.0432, 0.7
 _FLOOR = 0.22
 
 
-def flicker(image: jax.Array, original: AnyArray, *, size: AnyArray) -> jax.Array:
+def flicker(
+    image: jax.Array, original: AnyArray, *, size: AnyArray, is_coarse: AnyArray | bool = False
+) -> jax.Array:
     """Mean visible change of luma.
 
     Args:
@@ -33,6 +35,7 @@ def flicker(image: jax.Array, original: AnyArray, *, size: AnyArray) -> jax.Arra
         original: Of the same shape.
         size: `[2]` int, rows and columns of the upper left part that is counted; nothing changes
             outside.
+        is_coarse: Whether pixels are two wide of what is shown.
 
     Returns:
         Scalar, at least 0.
@@ -41,15 +44,18 @@ def flicker(image: jax.Array, original: AnyArray, *, size: AnyArray) -> jax.Arra
     change = image - original
     red, green, blue = (weight * change[..., i] for i, weight in enumerate(LUMA))
     lightness = 100 * (red + green + blue)
-    rows, columns = (_band(side) for side in lightness.shape)
+    rows, columns = (
+        jnp.where(is_coarse, _band(side, _SIGMA / 2), _band(side, _SIGMA))
+        for side in lightness.shape
+    )
     seen = rows @ lightness @ columns.T
     error = (seen**2 + _FLOOR**2) ** (_POWER / 2) - _FLOOR**_POWER
     return _FACTOR * jnp.sum(error) / (size[0] * size[1])
 
 
-def _band(side: int) -> np.ndarray:
+def _band(side: int, sigma: float) -> np.ndarray:
     """The filter along an axis, `[side, side]`; nothing changes outside."""
     shifts = np.arange(-_RADIUS, _RADIUS + 1)
-    weights = np.exp(-0.5 * (shifts / _SIGMA) ** 2)
+    weights = np.exp(-0.5 * (shifts / sigma) ** 2)
     diagonals = [np.eye(side, k=int(shift)) for shift in shifts]
     return np.tensordot(weights / weights.sum(), diagonals, axes=1).astype(np.float32)

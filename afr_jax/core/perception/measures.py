@@ -15,18 +15,25 @@ from afr_jax.core.perception import ssim
 # Cb and Cr of JFIF 1.02 (ITU-R BT.601).
 _TO_CHROMA = np.array([[-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32)
 # Images are compared as they are shown: with a longer side above this many pixels, reduced to that.
-_SHOWN_PX = 512
+# SSIMULACRA2 has all six scales from 225 pixels on. With fewer its weights, which are taken in
+# order, belong to other scales, and the same change scores some 15 points more: figures of smaller
+# and larger images cannot be compared, so that all are taken on one side.
+_SHOWN_PX = 224
+# The same for a closer look at large images.
+_CLOSE_PX = 512
 # Standard deviation of the blur under which tints show, as a share of the shorter side.
 _TINT_BLUR = 0.02
 
 
 class Visibility(NamedTuple):
-    """How much a change of an image shows; all but DSSIM, PSNR and L-inf at most 512 pixels wide.
+    """How much a change of an image shows; all but DSSIM, PSNR and L-inf at most 224 pixels wide.
 
     Attributes:
         ssimulacra2: Sneyers' measure (libjxl), 100 for equal images; by its author 90 is not told
             apart in a flicker test, 85 in a flip test, 80 side by side, and 70 is hard to notice
             without the original. It was made for compression, and hardly counts fine noise.
+        ssimulacra2_close: the same at most 512 pixels wide; lower for larger images, also because
+            there it counts more scales (`shown`).
         dssim: `ssim.dssim_uint8`, 0 for equal images.
         ciede2000_mean: difference of color (CIEDE2000, ISO/CIE 11664-6), mean over the pixels; 1
             is about what can just be told apart side by side.
@@ -39,6 +46,7 @@ class Visibility(NamedTuple):
     """
 
     ssimulacra2: float
+    ssimulacra2_close: float
     dssim: float
     ciede2000_mean: float
     ciede2000_p99: float
@@ -56,11 +64,15 @@ def measure(original: np.ndarray, final: np.ndarray) -> Visibility:
         final: Of the same shape.
     """
     pair = shown(original, final)
+    likeness = ssimulacra2(*pair)
+    is_small = pair[0] is original
+    close = None if is_small else shown(original, final, most_px=_CLOSE_PX)
     differences = ciede2000(*pair)
     change = final.astype(np.float64) - original
     square = float(np.mean(change**2))
     return Visibility(
-        ssimulacra2=ssimulacra2(*pair),
+        ssimulacra2=likeness,
+        ssimulacra2_close=likeness if close is None else ssimulacra2(*close),
         dssim=ssim.dssim_uint8(original, final),
         ciede2000_mean=float(differences.mean()),
         ciede2000_p99=float(np.percentile(differences, 99)),
@@ -71,10 +83,12 @@ def measure(original: np.ndarray, final: np.ndarray) -> Visibility:
     )
 
 
-def shown(original: np.ndarray, final: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two images `[H, W, 3]` uint8, reduced by area to a longer side of at most 512 pixels."""
+def shown(
+    original: np.ndarray, final: np.ndarray, *, most_px: int = _SHOWN_PX
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two images `[H, W, 3]` uint8, reduced by area to a longer side of at most 224 pixels."""
     height, width = original.shape[:2]
-    share = _SHOWN_PX / max(height, width)
+    share = most_px / max(height, width)
     if share >= 1:
         return original, final
     size = (max(round(share * width), 1), max(round(share * height), 1))

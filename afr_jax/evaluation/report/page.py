@@ -307,7 +307,13 @@ def _head(number: int, image: Mapping[str, files.Json]) -> dict[str, files.Json]
 
 # What people see of a change, in words: key, name, digits, the limit's key, its words.
 _VISIBLE = (
-    ("ssimulacra2", "Likeness as people see it (SSIMULACRA2; 100 is equal)", ".0f", "at least"),
+    (
+        "ssimulacra2",
+        "Likeness as people see it (SSIMULACRA2, up to 224 pixels wide; 100 is equal)",
+        ".0f",
+        "at least",
+    ),
+    ("ssimulacra2_close", "The same, up to 512 pixels wide", ".0f", None),
     ("ciede2000_mean", "Difference of color (CIEDE2000), mean", ".2f", None),
     ("ciede2000_p99", "The same, at 99 % of the pixels", ".2f", "at most"),
     ("chroma", "Tint (low-passed chroma), levels", ".2f", "at most"),

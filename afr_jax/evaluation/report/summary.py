@@ -31,6 +31,8 @@ def lines(report: Mapping[str, files.Json]) -> Iterator[str]:
             lost = "" if face.get("found_again", True) else "; not found again in the written photo"
             seen = face.get("visibility") or {}
             likeness = f", SSIMULACRA2 {seen['ssimulacra2']:.0f}" if seen else ""
+            if seen and (close := seen.get("ssimulacra2_close")) not in (None, seen["ssimulacra2"]):
+                likeness += f" ({close:.0f} looked at closely)"
             yield f"  face {number}: DSSIM {face['dssim']:.4f}{likeness}{lost}"
             for name, entry in face["extractors"].items():
                 after = report_lib.after_jpeg(entry) or {"reason": "not looked at"}

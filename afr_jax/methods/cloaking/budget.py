@@ -18,6 +18,8 @@ from afr_jax.recognition import detect
 PUBLISHED_DSSIM = 0.007
 # Flicker beside FLIP: what changes of luma within the budgets have, and a little room.
 _FLICKER_SHARE = 0.27
+# How much more SSIMULACRA2 may lose on a large face looked at closely than at its limit's size.
+_CLOSER = 1.6
 # Rounds of fitting several changes together, and how many of them may enlarge a change.
 _ROUNDS, _GROWING_ROUNDS = 32, 4
 # What a change above the budget shrinks to at least, in a round of the first half and the second:
@@ -76,6 +78,11 @@ class Budget:
     def flicker(self) -> float:
         """What a search may spend of `flicker.flicker`, so that FLIP is about its limit."""
         return np.inf if self.flip is None else _FLICKER_SHARE * self.flip
+
+    @property
+    def lost(self) -> float:
+        """What a search may spend of `ssimulacra2.lost` on a face that is large."""
+        return np.inf if self.ssimulacra2 is None else _CLOSER * (100 - self.ssimulacra2)
 
     @property
     def ease(self) -> float:

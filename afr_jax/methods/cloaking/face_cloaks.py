@@ -18,7 +18,7 @@ import optax
 from flax.typing import VariableDict
 
 from afr_jax.core import parallel
-from afr_jax.core.perception import flicker, ssim
+from afr_jax.core.perception import flicker, ssim, ssimulacra2
 from afr_jax.methods.cloaking import budget
 from afr_jax.models.extractors import registry
 from afr_jax.perturb import loop, penalties, projections, stepping
@@ -66,8 +66,10 @@ class Face(NamedTuple):
         crops: one for each surrogate.
         has_target: float, 1 where `target` counts, else 0.
         gray: float, 1 where the change must be equal in all channels, else 0.
+        is_coarse: bool, whether a pixel is about two wide of what people are shown.
         budget: float, largest DSSIM; `cloak_faces` fills it in.
         flicker: float, largest `flicker.flicker` of the region; likewise.
+        lost: float, largest `ssimulacra2.lost` of the region; likewise.
         ease: float, `Budget.ease`; likewise.
     """
 
@@ -79,9 +81,23 @@ class Face(NamedTuple):
     crops: tuple[FaceCrop, ...]
     has_target: parallel.AnyArray
     gray: parallel.AnyArray
+    is_coarse: parallel.AnyArray | bool = False
     budget: parallel.AnyArray | float = 0.0
     flicker: parallel.AnyArray | float = np.inf
+    lost: parallel.AnyArray | float = np.inf
     ease: parallel.AnyArray | float = 1.0
+
+
+class Reference(NamedTuple):
+    """Statistics of a canvas, with which a search compares its changes.
+
+    Attributes:
+        structure: for DSSIM.
+        shown: for SSIMULACRA2; empty on canvases that are too small for all of its scales.
+    """
+
+    structure: ssim.SsimReference
+    shown: tuple[ssimulacra2.Scale, ...]
 
 
 class CloakSearch(Protocol):
@@ -103,7 +119,7 @@ class CloakSearch(Protocol):
         """See the class."""
         ...
 
-    def rules(self, face: Face, reference: ssim.SsimReference) -> loop.Rules:
+    def rules(self, face: Face, reference: Reference) -> loop.Rules:
         """How the change `[S, S, 3]` of one face moves; mostly `face_cloaks.rules`.
 
         Args:
@@ -115,7 +131,7 @@ class CloakSearch(Protocol):
         self,
         variables: tuple[VariableDict, ...],
         face: Face,
-        reference: ssim.SsimReference,
+        reference: Reference,
         surrogates: tuple[Surrogate, ...],
     ) -> loop.Problem:
         """The search for a change `[S, S, 3]` of one face (without batch axis).
@@ -195,9 +211,11 @@ def cloak_faces(
     chex.assert_equal_shape_prefix([keys, faces.image, faces.limit, faces.boxes], 1)
     num_faces, search = len(faces.image), config.search
     budget = config.budget
-    limits = (budget.dssim, budget.flicker, budget.ease)
-    most, flickers, ease = (np.full(num_faces, limit, np.float32) for limit in limits)
-    faces = faces._replace(budget=most, flicker=flickers, ease=ease)
+    most, flickers, lost, ease = (
+        np.full(num_faces, limit, np.float32)
+        for limit in (budget.dssim, budget.flicker, budget.lost, budget.ease)
+    )
+    faces = faces._replace(budget=most, flicker=flickers, lost=lost, ease=ease)
     seen = _look(keys, variables, faces, surrogates, search)
     crops = [
         crop._replace(own=vector) for crop, vector in zip(faces.crops, seen.embeddings, strict=True)
@@ -251,16 +269,27 @@ def embed_faces(
     return _look(keys, variables, faces, surrogates, config.search).embeddings
 
 
-def spent(cloaked: jax.Array, face: Face, reference: ssim.SsimReference) -> jax.Array:
+def reference(image: parallel.AnyArray) -> Reference:
+    """The statistics of a canvas `[S, S, 3]`."""
+    is_large = image.shape[0] >= ssimulacra2.LEAST_SIDE
+    shown = ssimulacra2.reference(image) if is_large else ()
+    return Reference(ssim.ssim_reference(image), shown)
+
+
+def spent(cloaked: jax.Array, face: Face, reference: Reference) -> jax.Array:
     """The share of the budget that a changed canvas `[S, S, 3]` takes, at most 1 within it.
 
-    That is the larger of two shares: of DSSIM, the larger of those of the face's boxes; and of
-    flicker.
+    That is the largest of the shares of DSSIM, the larger of those of the face's boxes; of flicker;
+    and of SSIMULACRA2, where it is held.
     """
-    similarity = ssim.ssim_map(cloaked, reference)
+    similarity, size = ssim.ssim_map(cloaked, reference.structure), face.boxes[0, 2:]
     dssim = jnp.maximum(*(ssim.box_dssim(similarity, box) for box in face.boxes))
-    seen = flicker.flicker(cloaked, face.image, size=face.boxes[0, 2:])
-    return jnp.maximum(dssim / face.budget, seen / face.flicker)
+    seen = flicker.flicker(cloaked, face.image, size=size, is_coarse=face.is_coarse)
+    share = jnp.maximum(dssim / face.budget, seen / face.flicker)
+    if reference.shown:
+        lost = ssimulacra2.lost(cloaked, reference.shown, size=size, is_coarse=face.is_coarse)
+        share = jnp.maximum(share, lost / face.lost)
+    return share
 
 
 def within_budget(
@@ -333,7 +362,7 @@ class _Look(NamedTuple):
     change: jax.Array
     embeddings: tuple[jax.Array, ...]
     distances: jax.Array
-    references: ssim.SsimReference
+    references: Reference
     start: loop.State
 
 
@@ -381,9 +410,9 @@ def _look_at(
         )
         embeddings.append(registry.embed(extractor, params, chips))
         distances.append(registry.distance(embeddings[-1], crop.own))
-    references = jax.vmap(ssim.ssim_reference)(faces.image)
+    references = jax.vmap(reference)(faces.image)
 
-    def start(key: jax.Array, face: Face, reference: ssim.SsimReference) -> loop.State:
+    def start(key: jax.Array, face: Face, reference: Reference) -> loop.State:
         noise = jax.random.uniform(key, face.image.shape, minval=-1.0, maxval=1.0)
         return loop.start(search.rules(face, reference), noise * search.start_noise)
 
@@ -403,7 +432,7 @@ def _advance(
     keys: jax.Array,
     variables: tuple[VariableDict, ...],
     faces: Face,
-    references: ssim.SsimReference,
+    references: Reference,
     state: loop.State,
     count: int,
     pools: tuple[jax.Array, ...],
@@ -415,9 +444,7 @@ def _advance(
     """The state after `count` steps of a chunk, the same number for all faces."""
     surrogates = tuple(map(Surrogate, extractors, pools))
 
-    def one(
-        key: jax.Array, face: Face, reference: ssim.SsimReference, state: loop.State
-    ) -> loop.State:
+    def one(key: jax.Array, face: Face, reference: Reference, state: loop.State) -> loop.State:
         problem = search.problem(variables, face, reference, surrogates)
         return loop.advance(key, problem, state, num_steps=length, count=count)[0]
 

@@ -108,7 +108,7 @@ class FawkesSearch:
             jpeg_quality=self.jpeg_quality,
         )
 
-    def rules(self, face: face_cloaks.Face, reference: ssim.SsimReference) -> loop.Rules:
+    def rules(self, face: face_cloaks.Face, reference: face_cloaks.Reference) -> loop.Rules:
         """See `face_cloaks.CloakSearch.rules`."""
         # Of so few steps that the average would be of one change, the best is kept.
         ema_decay = 1 - 1 / max(_AVERAGED * self.num_steps, 1)
@@ -118,7 +118,7 @@ class FawkesSearch:
         self,
         variables: tuple[VariableDict, ...],
         face: face_cloaks.Face,
-        reference: ssim.SsimReference,
+        reference: face_cloaks.Reference,
         surrogates: tuple[face_cloaks.Surrogate, ...],
     ) -> loop.Problem:
         """See `face_cloaks.CloakSearch.problem`."""
@@ -172,7 +172,7 @@ def evaluate(
     weight: jax.Array,
     variables: tuple[VariableDict, ...],
     face: face_cloaks.Face,
-    reference: ssim.SsimReference,
+    reference: face_cloaks.Reference,
     *,
     surrogates: tuple[face_cloaks.Surrogate, ...],
     config: FawkesSearch,
@@ -237,7 +237,7 @@ def soft_minimum(values: jax.Array, sharpness: jax.Array | float) -> jax.Array:
 
 
 def step(
-    config: FawkesSearch, face: face_cloaks.Face, reference: ssim.SsimReference
+    config: FawkesSearch, face: face_cloaks.Face, reference: face_cloaks.Reference
 ) -> optax.GradientTransformation:
     """Adam with a cosine schedule, longer where a change costs less DSSIM: where texture hides it.
 
@@ -254,7 +254,7 @@ def step(
     size = jnp.sqrt(face.budget / budget.PUBLISHED_DSSIM)
 
     def stretch(updates: parallel.PyTree, _: object) -> parallel.PyTree:
-        tolerance = ssim.tolerance(reference)
+        tolerance = ssim.tolerance(reference.structure)
         free = face.limit[..., None] * jnp.ones_like(tolerance)
         square = jnp.sum(free * tolerance**2) / jnp.maximum(jnp.sum(free), 1e-12)
         return updates * tolerance / jnp.sqrt(square + 1e-12)

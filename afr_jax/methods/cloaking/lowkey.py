@@ -21,7 +21,6 @@ import optax
 from flax.typing import VariableDict
 
 from afr_jax.core import options
-from afr_jax.core.perception import ssim
 from afr_jax.methods.cloaking import budget, face_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.perturb import loop, transformations
@@ -53,7 +52,7 @@ class LowKeySearch:
         options.check(self)
         face_cloaks.check_shares(self, ("start_noise", "step_size"))
 
-    def rules(self, face: face_cloaks.Face, reference: ssim.SsimReference) -> loop.Rules:
+    def rules(self, face: face_cloaks.Face, reference: face_cloaks.Reference) -> loop.Rules:
         """See `face_cloaks.CloakSearch.rules`."""
         del reference
         return face_cloaks.rules(optax.sign_sgd(self.step_size), face)
@@ -62,7 +61,7 @@ class LowKeySearch:
         self,
         variables: tuple[VariableDict, ...],
         face: face_cloaks.Face,
-        reference: ssim.SsimReference,
+        reference: face_cloaks.Reference,
         surrogates: tuple[face_cloaks.Surrogate, ...],
     ) -> loop.Problem:
         """See `face_cloaks.CloakSearch.problem`."""
@@ -112,7 +111,7 @@ def evaluate(
     weight: jax.Array,
     variables: tuple[VariableDict, ...],
     face: face_cloaks.Face,
-    reference: ssim.SsimReference,
+    reference: face_cloaks.Reference,
     surrogates: tuple[face_cloaks.Surrogate, ...],
 ) -> loop.Evaluation:
     """Loss, score and metrics of one face's change.

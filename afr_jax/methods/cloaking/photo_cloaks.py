@@ -11,10 +11,10 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import cv2
 import jax
 import numpy as np
 from flax.typing import VariableDict
-from PIL import Image
 
 from afr_jax.core import images, parallel
 from afr_jax.core.perception import measures, ssim
@@ -36,6 +36,8 @@ _MARGIN = 0.05
 _SHARPER = 0.5
 
 
+# Rounds of enlarging changes so that their averages come out right (Irani and Peleg 1991).
+_BACK_PROJECTIONS = 4
 # The share of the limit of color difference that luma alone may take, and the largest change of
 # chroma beside the limit of its low-passed mean.
 _LUMA_SHARE = 0.9
@@ -230,7 +232,9 @@ def _plan(
     region = _region(photo.faces.boxes[number], bounds, shape, margin=margin)
     box = np.concatenate(align.integer_bounds(photo.faces.boxes[number], shape))
     factor = -(-int((region[2:] - region[:2]).max()) // _CANVAS_SIZES[-1])
-    canvas = align.cut_canvas(photo.pixels, region, factor=factor, bucket_sizes=_CANVAS_SIZES)
+    # Large faces have the largest canvas, on which SSIMULACRA2 is held.
+    sizes = _CANVAS_SIZES if factor == 1 else _CANVAS_SIZES[-1:]
+    canvas = align.cut_canvas(photo.pixels, region, factor=factor, bucket_sizes=sizes)
     side = canvas.image.shape[0]
     free = images.pad_to(_limit(photo, number, region, factor), (side, side))
     luma, chroma = _color_limits(canvas.image, config)
@@ -252,6 +256,7 @@ def _plan(
         crops=tuple(crops),
         has_target=np.asarray(targets is not None, np.float32),
         gray=np.asarray(photo.gray, np.float32),
+        is_coarse=np.asarray(factor > 1),
     )
     seed = (zlib.crc32(photo.name.encode("utf-8", "surrogateescape")), number)
     return _Plan(index, region, box, canvas, tuple(pools), face, seed)
@@ -439,19 +444,26 @@ def _to_photo_size(
     height, width = plan.region[2:] - plan.region[:2]
     limit = _limit(photo, plan.seed[1], plan.region, 1)[..., None] * config.linf_limit
     if factor > 1:
-        planes = [
-            Image.fromarray(plane).resize(
-                (columns * factor, rows * factor), Image.Resampling.BICUBIC
-            )
-            for plane in np.moveaxis(delta, -1, 0)
-        ]
-        delta = np.stack([np.asarray(plane) for plane in planes], -1)[:height, :width]
+        delta = _enlarged(delta, factor)[:height, :width]
         delta = np.clip(delta, -limit, limit)
     # A faint shift of the whole region would show as a rectangle.
     total = limit.sum()
     if total > 0:
         delta = delta - limit * (delta.sum(axis=(0, 1), keepdims=True) / total)
     return np.clip(delta, -limit, limit), limit
+
+
+def _enlarged(delta: np.ndarray, factor: int) -> np.ndarray:
+    """A change `[h, w, 3]` at `factor` times its size: smooth, with the averages that it had.
+
+    Bicubic enlargement alone blurs, and extractors would see less of a change than the search did.
+    """
+    rows, columns, _ = delta.shape
+    large, left = np.zeros((rows * factor, columns * factor, 3), np.float32), delta
+    for _ in range(_BACK_PROJECTIONS):
+        large += cv2.resize(left, large.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+        left = delta - large.reshape(rows, factor, columns, factor, 3).mean(axis=(1, 3))
+    return large
 
 
 def _region(

@@ -54,3 +54,15 @@ def test_only_the_part_that_counts_is_the_mean_s():
     half = flicker.flicker(image, jnp.zeros_like(image), size=jnp.array([20, 40]))
     whole = flicker.flicker(image, jnp.zeros_like(image), size=jnp.array([40, 40]))
     np.testing.assert_allclose(half, 2 * whole, rtol=1e-5)
+
+
+def test_pixels_that_are_two_wide_of_what_is_shown():
+    """A coarse change flickers as what it is enlarged to, but for what the enlarging adds."""
+    change = _change(2.0, 5.0) / 255 * np.ones(3)
+    shown = np.kron(change, np.ones((2, 2, 1)))
+    coarse, fine = (
+        float(flicker.flicker(jnp.asarray(x), np.zeros_like(x), size=x.shape[:2], is_coarse=two))
+        for x, two in ((change, True), (shown, False))
+    )
+    assert coarse == pytest.approx(fine, rel=0.03)
+    assert coarse > 1.02 * float(flicker.flicker(jnp.asarray(change), 0.0, size=change.shape[:2]))

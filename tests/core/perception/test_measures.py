@@ -19,7 +19,7 @@ def _shifted(cb=0.0, cr=0.0, luma=0.0):
 def test_nothing_is_seen_of_no_change():
     seen = measures.measure(_PHOTO, _PHOTO)
     assert seen.psnr is None
-    assert seen._replace(psnr=0.0) == (100.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
+    assert seen._replace(psnr=0.0) == (100.0, 100.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
 
 def test_ssimulacra2_is_the_package_s_on_files(tmp_path):
@@ -68,8 +68,20 @@ def test_the_signal_to_noise_ratio():
 
 def test_large_photos_are_compared_as_they_are_shown():
     large = np.kron(_PHOTO, np.ones((8, 8, 1), np.uint8))
-    first, second = measures.shown(large, 255 - large)
-    assert first.shape == (512, round(512 * large.shape[1] / large.shape[0]), 3)
-    np.testing.assert_allclose(first.mean(), large.mean(), atol=0.5)
-    np.testing.assert_allclose(first.astype(int) + second, 255, atol=1)
+    for most_px in (224, 512):
+        first, second = measures.shown(large, 255 - large, most_px=most_px)
+        assert first.shape == (most_px, round(most_px * large.shape[1] / large.shape[0]), 3)
+        np.testing.assert_allclose(first.mean(), large.mean(), atol=0.5)
+        np.testing.assert_allclose(first.astype(int) + second, 255, atol=1)
     assert measures.shown(_PHOTO, _PHOTO)[0] is _PHOTO
+
+
+def test_limits_hold_at_224_pixels_and_a_closer_look_sees_more():
+    large = np.kron(_PHOTO, np.ones((3, 3, 1), np.uint8))
+    noise = np.random.default_rng(0).normal(size=(*_PHOTO.shape[:2], 1)) * 4
+    final = np.clip(large + np.kron(noise, np.ones((3, 3, 1))), 0, 255).astype(np.uint8)
+    seen = measures.measure(large, final)
+    assert seen.ssimulacra2 == measures.ssimulacra2(*measures.shown(large, final))
+    assert seen.ssimulacra2_close == measures.ssimulacra2(large, final) < seen.ssimulacra2 - 5
+    small = measures.measure(_PHOTO, _shifted(luma=2.0)[1])
+    assert small.ssimulacra2_close == small.ssimulacra2
