@@ -93,10 +93,12 @@ class Reference(NamedTuple):
 
     Attributes:
         structure: for DSSIM.
+        tolerance: `ssim.tolerance`, `[S, S, 3]`.
         shown: for SSIMULACRA2; empty on canvases that are too small for all of its scales.
     """
 
     structure: ssim.SsimReference
+    tolerance: jax.Array
     shown: tuple[ssimulacra2.Scale, ...]
 
 
@@ -273,7 +275,8 @@ def reference(image: parallel.AnyArray) -> Reference:
     """The statistics of a canvas `[S, S, 3]`."""
     is_large = image.shape[0] >= ssimulacra2.LEAST_SIDE
     shown = ssimulacra2.reference(image) if is_large else ()
-    return Reference(ssim.ssim_reference(image), shown)
+    structure = ssim.ssim_reference(image)
+    return Reference(structure, ssim.tolerance(structure), shown)
 
 
 def spent(cloaked: jax.Array, face: Face, reference: Reference) -> jax.Array:

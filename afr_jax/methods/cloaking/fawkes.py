@@ -31,7 +31,6 @@ import optax
 from flax.typing import VariableDict
 
 from afr_jax.core import options, parallel
-from afr_jax.core.perception import ssim
 from afr_jax.methods.cloaking import budget, face_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.perturb import loop, transformations
@@ -254,7 +253,7 @@ def step(
     size = jnp.sqrt(face.budget / budget.PUBLISHED_DSSIM)
 
     def stretch(updates: parallel.PyTree, _: object) -> parallel.PyTree:
-        tolerance = ssim.tolerance(reference.structure)
+        tolerance = reference.tolerance
         free = face.limit[..., None] * jnp.ones_like(tolerance)
         square = jnp.sum(free * tolerance**2) / jnp.maximum(jnp.sum(free), 1e-12)
         return updates * tolerance / jnp.sqrt(square + 1e-12)
