@@ -21,7 +21,8 @@ def folder(tmp_path, monkeypatch):
         if pixels[0, 0, 0] == 3:
             return [workflow.CloakedPhoto("", "no_face", "no face")]
         amount = _SHIFT["low" if config.dssim_budget is None else str(config.dssim_budget)]
-        visibility = {"ssimulacra2": 90.0 - amount, "ciede2000_p99": amount / 10}
+        likeness = dict.fromkeys(("ssimulacra2", "ssimulacra2_close"), 90.0 - amount)
+        visibility = {**likeness, "ciede2000_p99": amount / 10}
         face = {"box": _BOX, "status": "cloaked", "dssim": amount / 1000, "visibility": visibility}
         return [workflow.CloakedPhoto("", "cloaked", None, [face], pixels + np.uint8(amount))]
 

@@ -13,7 +13,7 @@ from afr_jax.methods.cloaking import face_filter, workflow
 from afr_jax.recognition import pipeline, shared_options
 
 _CAPTION_PX, _FONT_PX = 20, 12
-_FIGURES = "SSIMULACRA2 {:.0f}, CIEDE2000 {:.1f}"
+_FIGURES = "SSIMULACRA2 {:.0f} ({:.0f}), CIEDE2000 {:.1f}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,9 @@ def run(config: ModeSheetConfig) -> options.Outcome:
             if not line:
                 line.append(_cell(pixels, face["box"], source.name, config.face_px))
             figures = {"dssim": face["dssim"], **face["visibility"]}
-            text = _FIGURES.format(figures["ssimulacra2"], figures["ciede2000_p99"])
+            text = _FIGURES.format(
+                *(figures[key] for key in ("ssimulacra2", "ssimulacra2_close", "ciede2000_p99"))
+            )
             line.append(_cell(done.pixels, face["box"], f"{budget}: {text}", config.face_px))
             row.append({"image": source.name, "budget": budget, **figures})
         lines += [line] * bool(line)
