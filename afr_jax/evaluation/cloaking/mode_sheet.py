@@ -23,8 +23,8 @@ class ModeSheetConfig(options.Config):
         python -m experiments.studies.mode_sheet --images=photos --workdir=out/sheet
 
     Each row is the largest face of a photo: the original, then its cloak within each of --budgets,
-    with SSIMULACRA2 and the 99th percentile of CIEDE2000 of the region that changed. Each photo is
-    cloaked by itself, without other photos of the person.
+    with SSIMULACRA2 (in brackets looked at closely) and the 99th percentile of CIEDE2000 of the
+    region that changed. Each photo is cloaked by itself, without other photos of the person.
 
     Writes `sheet.png` and `result.json`, with all figures. Exit code 3: a photo could not be read,
     or no face of it was cloaked.
