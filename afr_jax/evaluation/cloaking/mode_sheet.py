@@ -13,7 +13,7 @@ from afr_jax.methods.cloaking import face_filter, workflow
 from afr_jax.recognition import pipeline, shared_options
 
 _CAPTION_PX, _FONT_PX = 20, 12
-_FIGURES = "SSIMULACRA2 {:.0f} ({:.0f}), CIEDE2000 {:.1f}"
+_FIGURES = "SSIMU2 {:.0f} ({:.0f}), CIEDE2000 {:.1f}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
