@@ -110,12 +110,18 @@ def window() -> np.ndarray:
     return weights / weights.sum()
 
 
-def dssim_uint8(image: np.ndarray, other: np.ndarray) -> float:
-    """DSSIM of two host images `[H, W, C]` uint8, in float64 by scikit-image.
+def dssim_uint8(image: np.ndarray, other: np.ndarray, *, boxes: np.ndarray | None = None) -> float:
+    """DSSIM of two host images, in float64 by scikit-image.
 
     This is the yardstick of final files: independent of the code above and of compiled shapes.
+
+    Args:
+        image: `[H, W, C]` uint8, as the other.
+        other: of the same shape.
+        boxes: `[N, 4]` int (y0, x0, y1, x1), at least 11 pixels a side; the largest DSSIM of these
+            pieces is taken, in place of that of the whole.
     """
-    similarity = metrics.structural_similarity(
+    _, similarity = metrics.structural_similarity(
         image,
         other,
         gaussian_weights=True,
@@ -123,8 +129,15 @@ def dssim_uint8(image: np.ndarray, other: np.ndarray) -> float:
         use_sample_covariance=False,
         data_range=255,
         channel_axis=-1,
+        full=True,
     )
-    return float((1.0 - similarity) / 2.0)
+    margin = WINDOW // 2
+    if boxes is None:
+        boxes = np.array([[0, 0, *image.shape[:2]]])
+    pieces = [
+        similarity[y0 + margin : y1 - margin, x0 + margin : x1 - margin] for y0, x0, y1, x1 in boxes
+    ]
+    return max(float((1.0 - np.mean(piece, dtype=np.float64)) / 2.0) for piece in pieces)
 
 
 @jax.custom_vjp

@@ -165,9 +165,10 @@ def face_dssim(
         region: `[4]` int.
         box: `[4]` int.
     """
-    return max(
-        ssim.dssim_uint8(original[y0:y1, x0:x1], cloaked[y0:y1, x0:x1])
-        for y0, x0, y1, x1 in (region, box)
+    boxes = np.stack([region, box])
+    (y0, x0), (y1, x1) = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
+    return ssim.dssim_uint8(
+        original[y0:y1, x0:x1], cloaked[y0:y1, x0:x1], boxes=boxes - np.array([y0, x0, y0, x0])
     )
 
 
