@@ -254,6 +254,7 @@ def cloak_chips(
             crops=(crop,),
             has_target=jnp.zeros(count),
             gray=jnp.zeros(count),
+            is_coarse=jnp.zeros(count, bool),
         )
         delta, _ = face_cloaks.cloak_faces(
             keys[start : start + batch],

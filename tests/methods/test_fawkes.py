@@ -103,6 +103,7 @@ def _face(number: int, *, crops: int = 1, gray: bool = False, **changes) -> face
         crops=(face_cloaks.FaceCrop(_transform(number), blank, blank, blank),) * crops,
         has_target=np.float32(0),
         gray=np.float32(gray),
+        is_coarse=np.bool_(False),
         luma=limit,
         chroma=np.ones_like(limit),
     )

@@ -81,7 +81,7 @@ class Face(NamedTuple):
     crops: tuple[FaceCrop, ...]
     has_target: parallel.AnyArray
     gray: parallel.AnyArray
-    is_coarse: parallel.AnyArray | bool = False
+    is_coarse: parallel.AnyArray
     budget: parallel.AnyArray | float = 0.0
     flicker: parallel.AnyArray | float = np.inf
     lost: parallel.AnyArray | float = np.inf
