@@ -71,6 +71,16 @@ def benchmark_database() -> str:
     return markdown.render(head, lines, right=len(head))
 
 
+@table("benchmark_database_large", "benchmark_database_large.json")
+def benchmark_database_large() -> str:
+    """What ten million vectors take, a line for each quantity."""
+    lines = []
+    for row in markdown.result("benchmark_database_large")["rows"]:
+        value = row["ours"]["median"] if isinstance(row["ours"], dict) else row["ours"]
+        lines.append([row["quantity"], markdown.short(value)])
+    return markdown.render(("10,000,000 vectors of 128", "once"), lines, right=1)
+
+
 @table("hot_loops", "hot_loops.json")
 def hot_loops() -> str:
     """Each hot loop beside the device's limit."""
