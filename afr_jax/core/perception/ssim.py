@@ -120,6 +120,9 @@ def dssim_uint8(image: np.ndarray, other: np.ndarray, *, boxes: np.ndarray | Non
         other: of the same shape.
         boxes: `[N, 4]` int (y0, x0, y1, x1), at least 11 pixels a side; the largest DSSIM of these
             pieces is taken, in place of that of the whole.
+
+    Raises:
+        ValueError: an image or a box is smaller than the window.
     """
     _, similarity = metrics.structural_similarity(
         image,
@@ -134,6 +137,10 @@ def dssim_uint8(image: np.ndarray, other: np.ndarray, *, boxes: np.ndarray | Non
     margin = WINDOW // 2
     if boxes is None:
         boxes = np.array([[0, 0, *image.shape[:2]]])
+    if np.min(boxes[:, 2:] - boxes[:, :2]) < WINDOW:
+        raise ValueError(
+            f"DSSIM needs sides of {WINDOW} pixels, a box of {boxes.tolist()} has less"
+        )
     pieces = [
         similarity[y0 + margin : y1 - margin, x0 + margin : x1 - margin] for y0, x0, y1, x1 in boxes
     ]

@@ -200,3 +200,9 @@ def test_changes_of_the_tolerance_lose_equal_similarity():
     inside = tolerance[12:116, 12:116]
     assert inside.max() > 5 * inside.min()
     assert max(losses) < 1.25 * min(losses), losses
+
+
+def test_a_box_smaller_than_the_window_is_an_error():
+    image = np.zeros((40, 40, 3), np.uint8)
+    with pytest.raises(ValueError, match="sides of 11 pixels"):
+        ssim.dssim_uint8(image, image, boxes=np.array([[0, 0, 40, 40], [5, 5, 15, 30]]))
