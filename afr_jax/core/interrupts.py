@@ -21,6 +21,8 @@ from collections.abc import Callable, Generator
 
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _received: list[int] = []
+# What the process itself ends for, in a thread that will see to it.
+_ending: list[int] = []
 _deferring: list[bool] = []
 
 
@@ -47,9 +49,20 @@ def raise_and_remember() -> None:
 
     Where nobody can take what is raised, in callbacks of the garbage collector, it is not printed.
     """
-    _received.clear()
+    _received[:] = _ending
     sys.unraisablehook = _say_unless_interrupted
     _handle_with(_raise)
+
+
+def interrupt() -> None:
+    """Interrupts the work as SIGTERM would, from a thread that then ends the process.
+
+    Where there is no work, before it and after, it is only remembered: the main thread may be
+    leaving already, and has something to say and others to wait for.
+    """
+    _ending[:] = [signal.SIGTERM]
+    _received.append(signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def check() -> None:
@@ -115,6 +128,8 @@ def _say_unless_interrupted(unraisable: "sys.UnraisableHookArgs") -> None:
 
 def _end(number: int, frame: types.FrameType | None) -> None:
     del frame
+    if _ending:
+        return
     os.write(2, f"{_WORDS[signal.Signals(number)]}\n".encode())
     os._exit(128 + number)
 

@@ -12,7 +12,7 @@ from afr_jax.core.runtime import process_group
 
 _CLUSTER_VARIABLES = ("AFR_", "SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB", "JAX_LOCAL")
 
-_LIMIT = {"heartbeat_timeout_seconds": 50}
+_LIMIT = {"heartbeat_timeout_seconds": process_group.LONGEST_SILENCE_S}
 _EXPLICIT = {
     "AFR_COORDINATOR": "10.0.0.1:1234",
     "AFR_NUM_PROCESSES": "4",
@@ -257,6 +257,35 @@ def test_processes_end_together(fault, codes, reason):
     assert [one.returncode for one in ended] == codes, ended
     assert [one.stdout.splitlines()[0] for one in ended] == ["[0, 2, 4]", "[1, 3]"]
     assert f"error: process 1 {reason}" in ended[0].stderr
+
+
+_LEAVES = """
+import sys, time
+from afr_jax.core import distributed, interrupts
+from afr_jax.core.runtime import process_group
+distributed.maybe_initialize()
+interrupts.raise_and_remember()
+if distributed.process_index():
+    process_group.fail(2, "failed: no such folder")
+interrupts.end_at_once()
+while process_group.ended_by_others() is None:
+    time.sleep(0.01)
+try:
+    while True:
+        interrupts.check()
+except KeyboardInterrupt:
+    time.sleep(0.1)  # A handler would run here.
+    process_group.fail(1, "failed: a connection broke")
+"""
+
+
+def test_a_process_that_leaves_already_is_not_ended_before_it_has_said_why():
+    command = [sys.executable, "-c", _LEAVES]
+    ended = programs.run_together([command, command])
+    assert [one.returncode for one in ended] == [2, 2], ended
+    said = ended[0].stderr.splitlines()
+    assert said[-1] == "error: process 1 failed: no such folder"
+    assert "terminated" not in said
 
 
 def test_a_program_for_one_process_knows_its_number_without_joining(initialize, monkeypatch):

@@ -8,7 +8,6 @@ the thread interrupts this one as a signal would, and ends it where that does no
 import atexit
 import contextlib
 import os
-import signal
 import sys
 import threading
 import time
@@ -22,9 +21,11 @@ from afr_jax.core import interrupts
 if TYPE_CHECKING:
     from jax._src.lib import _jax
 
-# A process is taken for dead after so long without a sign of life; the second is the limit of JAX's
-# own watch, which ends processes with SIGABRT and is there for what this one misses.
-_SILENCE_S, LONGEST_SILENCE_S = 30.0, 50
+# A process is taken for dead after so long without a sign of life. The second is the limit of JAX's
+# own watch, which ends processes with SIGABRT and is there for what this one misses. JAX asks for a
+# sign twice in that time, so it may strike after half of it: that half is longer than a silence and
+# `_GRACE_S`.
+_SILENCE_S, LONGEST_SILENCE_S = 30.0, 104
 _LOOK_S = 1.0
 # How long a process may take to end after it was interrupted, and how long process 0, without which
 # JAX aborts the others, waits for them.
@@ -122,12 +123,13 @@ class _Group(threading.Thread):
     def _end(self, ending: Ending) -> None:
         """Interrupts the main thread; ends the process if that does not."""
         self.ending = ending
-        os.kill(os.getpid(), signal.SIGTERM)
+        interrupts.interrupt()
         time.sleep(_GRACE_S)
         leave_at_once(ending)
 
 
 _group: _Group | None = None
+_leaving = threading.Lock()
 
 
 def join(index: int, count: int) -> None:
@@ -169,8 +171,12 @@ def fail(code: int, reason: str) -> None:
 
 
 def leave_at_once(ending: Ending) -> None:
-    """Ends the process without waiting for the others, as the end of JAX does."""
-    if ending.reason:
+    """Ends the process without waiting for the others, as the end of JAX does.
+
+    The main thread and that of the group may both want to; the first one says why, and has time.
+    """
+    is_first = _leaving.acquire(timeout=_FAREWELL_S)
+    if ending.reason and is_first:
         print(f"error: {ending.reason}", file=sys.stderr)
     logging.flush()
     sys.stdout.flush()
