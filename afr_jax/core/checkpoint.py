@@ -35,7 +35,8 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 class Checkpoints:
     """The checkpoints of one run; a context manager, or call `close` at the end.
 
-    With several processes all of them call every method, with the same arguments.
+    With several processes all of them call every method, with the same arguments. One that works
+    `distributed.alone` among others keeps nothing: Orbax refuses arrays of one process alone.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, num_kept: int = 2) -> None:
@@ -51,6 +52,9 @@ class Checkpoints:
         if distributed.is_primary():
             _put_damaged_aside(self._folder)
         distributed.barrier("damaged checkpoints are put aside")
+        self._manager = None
+        if distributed.process_count() < jax.process_count():
+            return
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -63,7 +67,7 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None."""
         self.wait()
-        return self._manager.latest_step()
+        return None if self._manager is None else self._manager.latest_step()
 
     def save(self, step: int, tree: PyTree) -> None:
         """Saves in the background; the tree may be donated or changed as soon as this returns.
@@ -79,6 +83,8 @@ class Checkpoints:
           OSError: the disk has no room for it.
         """
         latest = self.latest_step()
+        if self._manager is None:
+            return
         object_store.push_soon()
         if latest is not None and step <= latest:
             if step == latest:
@@ -104,7 +110,7 @@ class Checkpoints:
           ValueError: if the checkpoint does not fit the example.
         """
         step = self.latest_step()
-        if step is None:
+        if self._manager is None or step is None:
             return None
         tree = self._manager.restore(
             step, args=ocp.args.StandardRestore(jax.tree.map(_placed, example))
@@ -124,8 +130,9 @@ class Checkpoints:
           OSError: it could not be written.
         """
         # Orbax prints an interruption as an error of its own.
-        with files.naming(self._folder), interrupts.deferred():
-            self._manager.wait_until_finished()
+        if self._manager is not None:
+            with files.naming(self._folder), interrupts.deferred():
+                self._manager.wait_until_finished()
 
     def _check_room(self, tree: PyTree) -> None:
         """Raises OSError where a disk is too full: Orbax's threads would fail at great length."""
@@ -136,7 +143,8 @@ class Checkpoints:
     def close(self) -> None:
         """Completes what is being saved and frees the background threads."""
         self.wait()
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
 
     def __enter__(self) -> Self:
         """Returns itself."""

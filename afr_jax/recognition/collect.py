@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from afr_jax.core import backend, parallel, workdir
+from afr_jax.core import backend, distributed, files, parallel, workdir
 from afr_jax.data import identities, photos
 
 # Among 5,788 aligned crops of 24 people, 206 pairs of one person differ by at most 4 bits of 64 and
@@ -93,30 +93,9 @@ def collect(
             there.
     """
     store = workdir.Kept(kept)
-
-    def read(sample: identities.Sample) -> Fingerprint | str:
-        try:
-            return fingerprint(photos.read_photo(sample.path).pixels)
-        except photos.PhotoError as error:
-            return str(error)
-
-    def read_all(part: Sequence[identities.Sample]) -> list[Fingerprint | str]:
-        stream = parallel.thread_stream(
-            read,
-            part,
-            width=num_threads,
-            weight_fn=lambda sample: photos.num_pixels(sample.path),
-            limit=photos.GROUP_PIXELS,
-        )
-        return list(stream)
-
     prints: list[Fingerprint | str] = []
-    for start in range(0, len(listing.samples), _GROUP):
-        part = listing.samples[start : start + _GROUP]
-        digests = [photos.digest_of(sample.path) for sample in part] if store else []
-        found = store.load_or_compute(
-            [digests, backend.most_pixels()], functools.partial(read_all, part)
-        )
+    for part in _groups(listing):
+        found = _read_group(store, num_threads, part)
         prints += [item if isinstance(item, str) else Fingerprint(**item) for item in found]
         if report_fn is not None:
             report_fn(len(part))
@@ -136,6 +115,22 @@ def collect(
         identities.Omission(repeat.sample_id, f"repeats {repeat.kept}") for repeat in repeats
     ]
     return Collection(readable.without(dropped), tuple(repeats))
+
+
+def share(
+    listing: identities.Listing, *, num_threads: int = 4, kept: str | os.PathLike[str]
+) -> None:
+    """Lets each of several processes read its share of the photos; one process does nothing.
+
+    `collect` then finds what was read in `kept`, a folder that all see.
+
+    Args:
+        listing: the same in all processes.
+        num_threads: that decode, in each.
+        kept: as of `collect`.
+    """
+    read_fn = functools.partial(_read_group, workdir.Kept(kept), num_threads)
+    distributed.split_work(_groups(listing), lambda own: [read_fn(part) for part in own])
 
 
 def fingerprint(pixels: np.ndarray) -> Fingerprint:
@@ -230,6 +225,36 @@ def near_pairs(bits: np.ndarray, max_distance: int) -> np.ndarray:
     if not found:
         return np.zeros((0, 3), np.int64)
     return np.unique(np.concatenate(found).astype(np.int64), axis=0)
+
+
+def _groups(listing: identities.Listing) -> list[Sequence[identities.Sample]]:
+    count = len(listing.samples)
+    return [listing.samples[start : start + _GROUP] for start in range(0, count, _GROUP)]
+
+
+def _read_group(
+    store: workdir.Kept, num_threads: int, part: Sequence[identities.Sample]
+) -> Sequence[str | dict[str, files.Json]]:
+    """The fingerprints of photos as JSON has them, or why one cannot be read."""
+
+    def read(sample: identities.Sample) -> Fingerprint | str:
+        try:
+            return fingerprint(photos.read_photo(sample.path).pixels)
+        except photos.PhotoError as error:
+            return str(error)
+
+    def read_all() -> list[Fingerprint | str]:
+        stream = parallel.thread_stream(
+            read,
+            part,
+            width=num_threads,
+            weight_fn=lambda sample: photos.num_pixels(sample.path),
+            limit=photos.GROUP_PIXELS,
+        )
+        return list(stream)
+
+    digests = [photos.digest_of(sample.path) for sample in part] if store else []
+    return store.load_or_compute([digests, backend.most_pixels()], read_all)
 
 
 def _neighbors(bits: list[int], max_distance: int | None) -> list[list[tuple[int, int]]]:

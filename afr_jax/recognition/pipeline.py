@@ -12,12 +12,13 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from afr_jax.core import backend, files, parallel, progress, workdir
+from afr_jax.core import backend, distributed, files, parallel, progress, workdir
 from afr_jax.data import identities, photos
 from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
@@ -66,6 +67,7 @@ class Recognizer(NamedTuple):
         extractor: str | None = None,
         replace: bool = False,
         min_confidence: float = 0.9,
+        kept: str | os.PathLike[str] | None = None,
     ) -> "EnrollmentReport":
         """Enrolls people's photos into a reference database: what is new and what has changed.
 
@@ -82,6 +84,7 @@ class Recognizer(NamedTuple):
             extractor: name of one of the recognizer's; its first by default.
             replace: whether the database forgets what else it has of the gallery's people.
             min_confidence: of the detector, for a face to be enrolled.
+            kept: folder that `share_gallery` was given; deleted at the end, as it has embeddings.
 
         Raises:
             DatabaseError: it cannot be used, another process changes it, or it holds another
@@ -89,16 +92,61 @@ class Recognizer(NamedTuple):
             FileNotFoundError: the gallery does not exist.
             ValueError: it holds no photo of a person, or the recognizer has no such extractor.
         """
+        name, database = self._place_for(database, extractor)
+        items, problems = _enrollees(gallery)
+        with database.hold():
+            report = self._enroll(items, problems, database, name, replace, min_confidence, kept)
+        if kept is not None:
+            shutil.rmtree(kept, ignore_errors=True)
+        return report
+
+    def share_gallery(
+        self,
+        gallery: GalleryLike,
+        database: str | os.PathLike[str] | databases.Database,
+        *,
+        extractor: str | None = None,
+        replace: bool = False,
+        min_confidence: float = 0.9,
+        kept: str | os.PathLike[str],
+    ) -> None:
+        """Lets each of several processes look at its share of photos that are to be enrolled.
+
+        One of them then calls `enroll` with the same arguments, which finds it in `kept`.
+
+        Args:
+            gallery: as of `enroll`, the same in all processes.
+            database: likewise.
+            extractor: likewise.
+            replace: likewise.
+            min_confidence: likewise.
+            kept: folder that all see.
+
+        Raises:
+            DatabaseError: as of `enroll`.
+            FileNotFoundError: likewise.
+            ValueError: likewise.
+        """
+        name, database = distributed.primary_first(lambda: self._place_for(database, extractor))
+        items, _ = _enrollees(gallery)
+        enrolled = {} if replace else database.images()
+        made = _made(self, name, min_confidence)
+        todo, _ = _missing(items, enrolled, made, by_person=replace)
+        sources = [item.photo for item in todo]
+        share(self, sources, min_confidence=min_confidence, kept=kept)
+
+    def _place_for(
+        self, database: str | os.PathLike[str] | databases.Database, extractor: str | None
+    ) -> tuple[str, databases.Database]:
+        """Name of the extractor that enrolls, and the open database, which is checked."""
         name = next(iter(self.extractors), "") if extractor is None else extractor
         if name not in self.extractors:
             raise ValueError(f"the recognizer has no extractor {name!r}")
-        items, problems = _enrollees(gallery)
         own_tag = tag(self, name)
         if not isinstance(database, databases.Database):
             database = databases.open_database(database, tag=own_tag, create=True)
         database.check_tag(own_tag)
-        with database.hold():
-            return self._enroll(items, problems, database, name, replace, min_confidence)
+        return name, database
 
     def match(
         self,
@@ -172,6 +220,7 @@ class Recognizer(NamedTuple):
         name: str,
         replace: bool,
         min_confidence: float,
+        kept: str | os.PathLike[str] | None,
     ) -> "EnrollmentReport":
         num_damaged, num_repeated = database.repair()
         if num_damaged or num_repeated:
@@ -179,18 +228,9 @@ class Recognizer(NamedTuple):
             progress.warn(database.uri, what)
         made = _made(self, name, min_confidence)
         enrolled = {} if replace else database.images()
-        todo, known, repeats = [], set(), 0
-        for item in items:
-            digest = photos.digest_of(item.photo)
-            if digest and (item.identity, digest) in known:
-                repeats += 1
-                continue
-            known.add((item.identity, digest))
-            if enrolled.get(item.name) != (digest, item.identity, made):
-                todo.append(item)
-        if replace:
-            todo.sort(key=lambda item: item.identity)
-        found = recognize(self, [item.photo for item in todo], min_confidence=min_confidence)
+        todo, repeats = _missing(items, enrolled, made, by_person=replace)
+        sources = [item.photo for item in todo]
+        found = recognize(self, sources, min_confidence=min_confidence, kept=kept)
         found = progress.track(found, description="photos", total=len(todo))
         added = changed = 0
         for group in _transactions(zip(todo, found, strict=True), by_person=replace):
@@ -544,36 +584,90 @@ def recognize(
     Yields:
         One result for each photo, in their order.
     """
-    if detect_fn is None:
-        detect_fn = functools.partial(
-            detect.detect_faces, recognizer.detector, options=recognizer.options
-        )
-        store = workdir.Kept(kept)
-    else:
-        store = workdir.Kept(None)
-    settings: list[object] = [which, min_confidence, recognizer.options, backend.most_pixels()]
-    if store:
-        networks = zip(mtcnn.Variables._fields, recognizer.detector, strict=False)
-        settings += [registry.fingerprint(dict(networks))]
-        settings += [tag(recognizer, name) for name in recognizer.extractors]
+    look = _Look.of(recognizer, which=which, min_confidence=min_confidence, kept=kept)
+    if detect_fn is not None:
+        look = look._replace(detect_fn=detect_fn, kept=workdir.Kept(None))
     for group in photos.in_groups(sources, most=_GROUP, photo_fn=lambda source: source):
-        digests = [photos.digest_of(source) for source in group] if store else []
-        found = store.load_or_compute(
-            [settings, digests],
-            functools.partial(
-                _recognize_group,
-                recognizer,
-                group,
-                find_fn=functools.partial(
-                    _find, detect_fn, which=which, min_confidence=min_confidence
-                ),
-            ),
-        )
-        for source, entry in zip(group, found, strict=True):
+        for source, entry in zip(group, look.at(group), strict=True):
             photo = source.photo if isinstance(source, photos.PhotoSource) else source
             path = pathlib.Path(photo) if isinstance(photo, (str, os.PathLike)) else None
             yield _from_entry(recognizer, path, entry)
-    store.drop_unused()
+    look.kept.drop_unused()
+
+
+def share(
+    recognizer: Recognizer,
+    sources: Iterable[photos.PhotoLike | photos.PhotoSource],
+    *,
+    which: Literal["main", "all"] = "main",
+    min_confidence: float = 0.0,
+    kept: str | os.PathLike[str],
+) -> None:
+    """Lets each of several processes look at its share of photos; one process does nothing.
+
+    `recognize` then finds it in `kept`, a folder that all see, with the same arguments.
+
+    Args:
+        recognizer: from `load_recognizer`.
+        sources: photos, the same in all processes.
+        which: as of `recognize`.
+        min_confidence: likewise.
+        kept: likewise.
+    """
+    if distributed.process_count() > 1:
+        look = _Look.of(recognizer, which=which, min_confidence=min_confidence, kept=kept)
+        groups = list(photos.in_groups(sources, most=_GROUP, photo_fn=lambda source: source))
+
+        def look_at_all(own: list[list[photos.PhotoLike | photos.PhotoSource]]) -> None:
+            for group in progress.track(own, description="groups of photos"):
+                look.at(group)
+
+        distributed.split_work(groups, look_at_all)
+
+
+class _Look(NamedTuple):
+    """How photos are looked at, group by group, and where what is found is kept."""
+
+    recognizer: Recognizer
+    which: str
+    min_confidence: float
+    detect_fn: Callable[[np.ndarray], detect.Faces]
+    kept: workdir.Kept
+    settings: list[object]
+
+    @classmethod
+    def of(
+        cls,
+        recognizer: Recognizer,
+        *,
+        which: str,
+        min_confidence: float,
+        kept: str | os.PathLike[str] | None,
+    ) -> "_Look":
+        """By the recognizer's MTCNN."""
+        store = workdir.Kept(kept)
+        settings: list[object] = [which, min_confidence, recognizer.options, backend.most_pixels()]
+        if store:
+            networks = zip(mtcnn.Variables._fields, recognizer.detector, strict=False)
+            settings += [registry.fingerprint(dict(networks))]
+            settings += [tag(recognizer, name) for name in recognizer.extractors]
+        find_fn = functools.partial(
+            detect.detect_faces, recognizer.detector, options=recognizer.options
+        )
+        return cls(recognizer, which, min_confidence, find_fn, store, settings)
+
+    def at(
+        self, group: Sequence[photos.PhotoLike | photos.PhotoSource]
+    ) -> Sequence[dict[str, files.Json]]:
+        """What is found in photos, for each as `_from_entry` takes it."""
+        digests = [photos.digest_of(source) for source in group] if self.kept else []
+        find_fn = functools.partial(
+            _find, self.detect_fn, which=self.which, min_confidence=self.min_confidence
+        )
+        return self.kept.load_or_compute(
+            [self.settings, digests],
+            functools.partial(_recognize_group, self.recognizer, group, find_fn=find_fn),
+        )
 
 
 def _recognize_group(
@@ -653,6 +747,35 @@ def _enrollees(
     reasons = {item.name: reason for item in items if (reason := _name_problem(item))}
     problems += [identities.Omission(name, reason) for name, reason in reasons.items()]
     return [item for item in items if item.name not in reasons], problems
+
+
+def _missing(
+    items: Sequence[_Enrollee],
+    enrolled: Mapping[str, tuple[str, str, str]],
+    made: str,
+    *,
+    by_person: bool,
+) -> tuple[list[_Enrollee], int]:
+    """What is not enrolled as it is now, and how many photos repeat another one of the person.
+
+    Args:
+        items: of a gallery.
+        enrolled: digest, identity and `made` of a database's photos, by name.
+        made: as of `_made`.
+        by_person: whether photos of a person come one after the other.
+    """
+    todo, known, repeats = [], set(), 0
+    for item in items:
+        digest = photos.digest_of(item.photo)
+        if digest and (item.identity, digest) in known:
+            repeats += 1
+            continue
+        known.add((item.identity, digest))
+        if enrolled.get(item.name) != (digest, item.identity, made):
+            todo.append(item)
+    if by_person:
+        todo.sort(key=lambda item: item.identity)
+    return todo, repeats
 
 
 def _name_problem(item: _Enrollee) -> str | None:

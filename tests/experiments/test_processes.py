@@ -177,39 +177,76 @@ def test_one_that_is_ended_ends_all_and_one_process_goes_on(
     assert _plain(results[0]) == _plain(results[1]) is not None
 
 
+# Programs whose processes look at photos, or train victims, each its share, and process 0 goes on.
+_SHARES = {
+    "match": (("--queries={world}/many", "--database={world}/base"), ("*.csv",)),
+    "enroll": (("--gallery={world}/people", "--database={folder}/base"), ()),
+    "collect": (("--data={world}/people", "--max_distance=-1", "--output_dir={folder}"), ()),
+    "identify": (("--data={world}/people", "--min_photos=2"), ()),
+    "verify": (("--pairs={world}/pairs.csv", "--images={world}"), ("*.csv",)),
+    "studies.unlearnable_study": (
+        ("--toy", "--methods=random,error_min", "--granularities=class"),
+        ("*.csv", "cells/*", "noise/*"),
+    ),
+    "unlearnable_faces": (("--toy",), ("cells/*",)),
+    "fawkes_evaluation": (("--toy", "--methods=none,noise,fawkes"), ("*.csv",)),
+}
+
+
+# What processes leave for the first one.
+_WAITS = r"(kept|cells)/.*\.(json|png)$"
+
+
+@pytest.fixture(scope="module")
+def many(world):
+    """What `_SHARES` need besides: photos of several groups, pairs, a database."""
+    for number in range(140):
+        programs.save_photo(world / "many" / f"{number:03}.png", (number, 9, 9))
+    for number in (3, 70, 135):
+        portrait = (world / "photos" / f"{number % 8}.png").read_bytes()
+        (world / "many" / f"{number:03}.png").write_bytes(portrait)
+    names = [f"photos/{number}.png" for number in range(8)]
+    rows = [(a, b, int(a < b)) for a in names[:4] for b in names[:6]]
+    files.write_csv(world / "pairs.csv", ("image_a", "image_b", "same"), rows)
+    programs.run("enroll", f"--gallery={world / 'people'}", f"--database={world / 'base'}")
+    return world
+
+
 @pytest.mark.parametrize(
-    "module, flags, kinds",
+    "module, is_killed",
     [
-        ("match", ("--queries={world}/photos", "--database={world}/base"), ("*.csv",)),
-        ("collect", ("--data={world}/train", "--max_distance=-1", "--output_dir={folder}"), ()),
-        *(
-            pytest.param(*some, marks=pytest.mark.slow)
-            for some in (
-                ("enroll", ("--gallery={world}/people", "--database={folder}/base"), ()),
-                ("identify", ("--data={world}/people", "--min_photos=2"), ()),
-                ("fawkes_evaluation", ("--toy",), ("*.csv",)),
-            )
-        ),
+        ("match", False),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in _SHARES),
     ],
 )
-def test_the_first_process_does_what_is_not_shared(
-    world, tmp_path, monkeypatch, module, flags, kinds
-):
-    if module == "match":
-        base = f"--database={world / 'base'}"
-        programs.run("enroll", f"--gallery={world / 'people'}", base)
+def test_what_is_looked_at_in_shares_is_the_same(many, tmp_path, monkeypatch, module, is_killed):
+    flags, kinds = _SHARES[module]
     results = []
     for folder in (tmp_path / "one", tmp_path / "two"):
-        own = [flag.format(world=world, folder=folder) for flag in flags]
-        own += [] if module == "collect" else [f"--workdir={folder}"]
+        own = [flag.format(world=many, folder=folder) for flag in flags]
+        own += [] if module == "collect" else [f"--workdir={folder / 'work'}"]
         if folder.name == "one":
             result, code = _alone(monkeypatch, module, *own, num_devices=1)
-            codes = [code, 0]  # The second has nothing to do.
+            codes = [code, code]
         else:
+            if is_killed:
+                killed = _command(module, *own, killed=(_WAITS, 1))
+                ended = programs.run_together([killed, _command(module, *own)])
+                assert ended[0].returncode == -signal.SIGKILL and ended[1].returncode, ended
             codes, result = _together(module, *own)
         results.append((codes, _plain(result)))
     assert results[0] == results[1]
     assert _files(tmp_path / "one", *kinds) == _files(tmp_path / "two", *kinds)
+    if module == "enroll":  # What waited there has embeddings.
+        assert not (tmp_path / "two" / "work" / "kept").exists()
+
+
+def test_enrolling_processes_need_a_place_for_what_they_find(many, tmp_path):
+    flags = [f"--gallery={many / 'people'}", f"--database={tmp_path / 'base'}"]
+    ended = programs.run_together([_command("enroll", *flags)] * 2)
+    assert [one.returncode for one in ended] == [2, 2]
+    assert "--workdir is needed" in ended[0].stderr + ended[1].stderr
+    assert not (tmp_path / "base").exists()
 
 
 @pytest.mark.parametrize("module", ["detect", pytest.param("cloak", marks=pytest.mark.slow)])

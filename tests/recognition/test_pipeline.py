@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from afr_jax.core import distributed
 from afr_jax.data import photos
 from afr_jax.models.extractors import registry
 from afr_jax.models.weights import download
@@ -293,6 +294,37 @@ def test_what_was_found_is_kept_group_by_group(recognizer, tmp_path, monkeypatch
     _photo(paths[0], 1, (1, 2, 3))
     list(pipeline.recognize(recognizer, paths, min_confidence=0.5, kept=kept))
     assert len(calls) - 3 == 8 and len(list(kept.iterdir())) == 3
+
+
+def test_each_of_two_processes_looks_at_its_groups(recognizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_GROUP", 2)
+    monkeypatch.setattr(distributed, "barrier", lambda name: None)
+    paths = [_photo(tmp_path / f"{n}.png", n % 3, (n, 20, 30)) for n in range(7)]
+    straight = list(pipeline.recognize(recognizer, paths))
+    pipeline.share(recognizer, paths, kept=tmp_path / "alone")
+    assert not (tmp_path / "alone").exists()
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    kept, seen = tmp_path / "kept", []
+    find = pipeline._find
+
+    def find_and_note(detect_fn, source, which, min_confidence):
+        seen.append(source)
+        return find(detect_fn, source, which, min_confidence)
+
+    monkeypatch.setattr(pipeline, "_find", find_and_note)
+    for index, own in ((1, [2, 3, 6]), (0, [0, 1, 4, 5])):
+        seen.clear()
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        pipeline.share(recognizer, paths, kept=kept)
+        assert sorted(seen) == [paths[number] for number in own]
+    seen.clear()
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    found = list(pipeline.recognize(recognizer, paths, kept=kept))
+    assert not seen
+    for one, other in zip(found, straight, strict=True):
+        assert one[:3] == other[:3]
+        jax.tree.map(np.testing.assert_array_equal, one[3:], other[3:])
 
 
 def test_groups_are_of_few_pixels(recognizer, tmp_path, monkeypatch):

@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from afr_jax.core import files, options, program, progress, workdir
+from afr_jax.core import distributed, files, options, program, progress, workdir
 from afr_jax.data import identities
 from afr_jax.evaluation import fawkes_package, reference
 from afr_jax.evaluation.attackers import tracker_names, tracker_training
@@ -68,6 +69,8 @@ class FawkesEvaluationConfig(options.Config):
     be added later. Exit code 3: some photos have no face or cannot be read. Expected on LFW without
     any cloak: 0 to 2 % of the probes missed. --toy: two synthetic people, dlib alone.
     """
+
+    shares_work = True
 
     data: str | None = options.option(None, "folder with a folder of photos for each person")
     people: int = options.option(10, "people to protect", at_least=1)
@@ -196,14 +199,18 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
     if len(config.num_steps) > 1:
         growing.remove("budgets")
     work = workdir.open_workdir(config.workdir, resolved, resumable=growing)
-    split, problems = _split(config, work)
+    split, problems = distributed.primary_first(lambda: _split(config, work))
     try:
         everything = pipeline.load_recognizer(
             *names, weights=pipeline.parse_weights(config.weights, names)
         )
-        embeddings.check_weights(work.path / "extractors.json", everything)
         trackers = tracker_names.add_trackers(everything, config.trackers)
-        setup = table.prepare(split, trackers, work.path / "clean")
+
+        def prepare() -> table.Setup:
+            embeddings.check_weights(work.path / "extractors.json", everything)
+            return table.prepare(split, trackers, work.path / "clean")
+
+        setup = distributed.primary_first(prepare)
     except (FileNotFoundError, ValueError) as error:
         raise options.UsageError(str(error)) from error
     unseen = table.without_faces(setup)
@@ -214,24 +221,34 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
         if needs_package
         else contextlib.nullcontext()
     )
-    noted = {line.get("step") for line in work.read_metrics()}
     with package_of as package:
-        for number, cell in enumerate(progress.track(plan, description="cells")):
+
+        def protect(cell: cells.CloakCell) -> _Protected:
             start = time.perf_counter()
             photos_of, records = _publish(
                 cell, setup, everything, package, work, num_steps=steps.get(cell), seed=config.seed
             )
             middle = time.perf_counter()
-            made.append(photos_of)
-            rows += _rows(config, setup, photos_of, records)
-            for sample, record in zip(split.published, records, strict=False):
+            own_rows = _rows(config, setup, photos_of, records)
+            seconds = {"photos": middle - start, "scores": time.perf_counter() - middle}
+            return _Protected(photos_of, records, own_rows, seconds)
+
+        distributed.split_work(plan, lambda own: [protect(cell) for cell in own])
+        if not distributed.is_primary():
+            return options.Outcome({})
+        noted = {line.get("step") for line in work.read_metrics()}
+        for number, cell in enumerate(progress.track(plan, description="cells")):
+            with distributed.alone():
+                done = protect(cell)
+            made.append(done.photos_of)
+            rows += done.rows
+            for sample, record in zip(split.published, done.records, strict=False):
                 if record["problem"]:
                     name = f"{cell.name}/{sample.sample_id}"
                     problems.append({"image": name, "reason": record["problem"]})
-            seconds = {"photos": middle - start, "scores": time.perf_counter() - middle}
             # A run that goes on notes the others alone.
             if number not in noted:
-                work.append_metrics({"step": number, "cell": cell.name, "seconds": seconds})
+                work.append_metrics({"step": number, "cell": cell.name, "seconds": done.seconds})
     _draw(setup, made, rows, work)
     table.write_table(work.path / "table.csv", rows)
     result = {
@@ -249,6 +266,22 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
     shown = [row for row in rows if (row["tracker"], row["countermeasure"], row["leak"]) == plain]
     result["nearest"] = [{key: row[key] for key in keys} for row in shown]
     return options.Outcome(result, complete=not problems)
+
+
+class _Protected(NamedTuple):
+    """A cell that is done.
+
+    Attributes:
+        photos_of: the cell's photos.
+        records: of them; none for clean ones.
+        rows: of the table.
+        seconds: that photos and scores took, in this run.
+    """
+
+    photos_of: table.CellPhotos
+    records: list[published.PublishedRecord]
+    rows: list[scores.Row]
+    seconds: dict[str, float]
 
 
 def _sorted(config: FawkesEvaluationConfig) -> FawkesEvaluationConfig:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from afr_jax.core import options, program, progress, workdir
+from afr_jax.core import distributed, options, program, progress, workdir
 from afr_jax.data import identities
 from afr_jax.evaluation.metrics import identification, intervals
 from afr_jax.evaluation.report import figures
@@ -42,6 +42,8 @@ class IdentifyConfig(options.Config):
     --toy takes 4 people and 4 strangers.
     """
 
+    shares_work = True
+
     data: str | None = options.option(None, "folder with a folder of photos for each person")
     recognition: shared_options.ExtractorsOptions = options.group(shared_options.ExtractorsOptions)
     metric: str | None = options.option(
@@ -66,6 +68,11 @@ class IdentificationSplit(NamedTuple):
     gallery: list[tuple[pathlib.Path, str]]
     probes: list[tuple[pathlib.Path, str]]
     strangers: list[tuple[pathlib.Path, str]]
+
+    @property
+    def paths(self) -> list[pathlib.Path]:
+        """Of all photos, in this order."""
+        return [path for part in self for path, _ in part]
 
 
 class IdentificationReport(NamedTuple):
@@ -114,7 +121,12 @@ def run(config: IdentifyConfig) -> options.Outcome:
         )
     recognizer = config.recognition.load()
     work = workdir.open_workdir(config.workdir, config)
-    report = identify_split(recognizer, split, metric=config.metric, kept=work.path / "kept")
+    kept = work.path / "kept"
+    pipeline.share(recognizer, split.paths, kept=kept)
+    if not distributed.is_primary():
+        return options.Outcome({})
+    with distributed.alone():
+        report = identify_split(recognizer, split, metric=config.metric, kept=kept)
     root = pathlib.Path(config.data).resolve()
     result = {
         **program.provenance("experiments.identify", config=config),
@@ -208,7 +220,7 @@ def identify_split(
         metric: one of `registry.METRICS`; each extractor's own by default.
         kept: as of `pipeline.recognize`.
     """
-    sources = [path for part in split for path, _ in part]
+    sources = split.paths
     found = list(
         progress.track(
             pipeline.recognize(recognizer, sources, kept=kept),

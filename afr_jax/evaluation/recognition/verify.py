@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from afr_jax.core import files, options, progress, workdir
+from afr_jax.core import distributed, files, options, progress, workdir
 from afr_jax.data import pairs, photo_files, photos
 from afr_jax.evaluation.metrics import verification
 from afr_jax.evaluation.report import figures
@@ -33,6 +33,8 @@ class VerifyConfig(options.Config):
     --metric: `euclidean` is the distance of the embeddings, `euclidean_l2` that of the embeddings
     scaled to unit length, `cosine` one minus the cosine of their angle. --toy: the first 40 pairs.
     """
+
+    shares_work = True
 
     pair: tuple[str, ...] = options.option((), "two photos: A,B")
     pairs: str | None = options.option(None, "CSV with the columns image_a, image_b, same")
@@ -71,6 +73,8 @@ def run(config: VerifyConfig) -> options.Outcome:
         with options.usage(""):
             threshold = match.threshold_of(extractor, metric)
     if config.pair:
+        if not distributed.is_primary():
+            return options.Outcome({})
         return _verify_pair(config, recognizer, metric, threshold)
     return _verify_pairs(config, recognizer, metric, threshold)
 
@@ -112,11 +116,14 @@ def _verify_pairs(
     work = workdir.open_workdir(config.workdir, config)
     names = sorted({photo for row in rows for photo in row})
     sources = [photos.PhotoSource.of(photo_files.find_below(config.images, each)) for each in names]
-    found = pipeline.recognize(recognizer, sources, kept=work.path / "kept")
+    pipeline.share(recognizer, sources, kept=work.path / "kept")
+    if not distributed.is_primary():
+        return options.Outcome({})
+    with distributed.alone():
+        found = pipeline.recognize(recognizer, sources, kept=work.path / "kept")
+        found = list(progress.track(found, description="photos", total=len(names)))
     embeddings, problems = {}, []
-    for photo, item in zip(
-        names, progress.track(found, description="photos", total=len(names)), strict=True
-    ):
+    for photo, item in zip(names, found, strict=True):
         if item.problem:
             problems.append({"image": photo, "reason": item.problem})
         else:

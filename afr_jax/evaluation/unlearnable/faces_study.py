@@ -10,7 +10,16 @@ import jax
 import numpy as np
 from absl import logging
 
-from afr_jax.core import checkpoint, files, options, parallel, program, progress, workdir
+from afr_jax.core import (
+    checkpoint,
+    distributed,
+    files,
+    options,
+    parallel,
+    program,
+    progress,
+    workdir,
+)
 from afr_jax.data import image_sets, noise_files
 from afr_jax.evaluation.attackers import victims
 from afr_jax.evaluation.metrics import learnability
@@ -68,6 +77,8 @@ class UnlearnableFacesConfig(options.Config):
     Writes `result.json` and `roc.png`. Exit code 3: some photos could not be used. --toy: synthetic
     pictures unless there is --data, seconds.
     """
+
+    shares_work = True
 
     data: str | None = options.option(None, "folder with one folder of face crops per identity")
     pairs: str | None = options.option(None, "CSV with the columns image_a, image_b, same")
@@ -170,22 +181,28 @@ def run(config: UnlearnableFacesConfig) -> options.Outcome:
         "toy": config.is_toy,
     }
     work = workdir.open_workdir(config.workdir, resolved)
-    setup = _Setup(config, _read_pairs(config, data.images.shape[1], work), work)
-    cells: dict[str, list[Mapping[str, files.Json]]] = {setting: [] for setting in settings}
+    pairs = distributed.primary_first(lambda: _read_pairs(config, data.images.shape[1], work))
+    setup = _Setup(config, pairs, work)
     todo = list(itertools.product(config.seeds, settings))
-    for seed, setting in progress.track(todo, description="victims"):
-        name = f"{setting}-seed{seed}"
-        division = divisions[seed]
-        cell = workdir.load_or_compute(
-            work.path / "cells" / f"{name}.json",
-            lambda division=division, setting=setting, seed=seed: _cell(
-                setup, division, setting, seed
-            ),
-        )
-        cells[setting].append(cell)
-    untrained = [_untrained(setup, division, seed) for seed, division in divisions.items()]
+
+    def train(own: Sequence[tuple[int, str]]) -> list[Mapping[str, files.Json]]:
+        return [
+            workdir.load_or_compute(
+                work.path / "cells" / f"{setting}-seed{seed}.json",
+                lambda setting=setting, seed=seed: _cell(setup, divisions[seed], setting, seed),
+            )
+            for seed, setting in progress.track(own, description="victims")
+        ]
+
+    distributed.split_work(todo, train)
+    if not distributed.is_primary():
+        return options.Outcome({})
+    cells: dict[str, list[Mapping[str, files.Json]]] = {setting: [] for setting in settings}
+    with distributed.alone():
+        for (_, setting), cell in zip(todo, train(todo), strict=True):
+            cells[setting].append(cell)
+        untrained = [_untrained(setup, division, seed) for seed, division in divisions.items()]
     untrained = [scores for scores in untrained if scores is not None]
-    pairs = setup.pairs
     not_handled = data.not_handled()
     if pairs is not None:
         not_handled += [problem.as_result() for problem in pairs.problems]

@@ -11,7 +11,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from absl import logging
 
-from afr_jax.core import checkpoint, files, options, parallel, program, progress, workdir
+from afr_jax.core import (
+    checkpoint,
+    distributed,
+    files,
+    options,
+    parallel,
+    program,
+    progress,
+    workdir,
+)
 from afr_jax.data import image_sets, noise_files
 from afr_jax.evaluation.attackers import countermeasures, many_victims, purifier, victims
 from afr_jax.evaluation.metrics import learnability
@@ -143,6 +152,8 @@ class UnlearnableStudyConfig(options.Config):
     px, four classes, seconds.
     """
 
+    shares_work = True
+
     cifar10_dir: str | None = options.option(None, "folder of CIFAR-10")
     scale: Literal["reduced", "full", "toy"] = options.option(
         "reduced", "small net and few images, or the published setting"
@@ -230,8 +241,20 @@ def run(config: UnlearnableStudyConfig) -> options.Outcome:
     }
     work = workdir.open_workdir(config.workdir, settings)
     study = _Study(scale, config.epsilon / 255, data, work)
+    begin = time.monotonic()
+    train_fn = functools.partial(_train_missing, study, config, begin)
+    # All victims of some noise in one process, which makes it.
+    by_noise: dict[tuple[str, str, int], list[matrix.VictimCell]] = {}
+    for cell in cells:
+        by_noise.setdefault((cell.method, cell.granularity, cell.seed), []).append(cell)
+    distributed.split_work(
+        list(by_noise.values()), lambda own: train_fn(list(itertools.chain(*own)))
+    )
+    if not distributed.is_primary():
+        return options.Outcome({})
+    with distributed.alone():
+        train_fn(cells)
     records = {cell: study.known(cell) for cell in cells}
-    _train_missing(study, config, records)
     curves = {}
     for cell, record in records.items():
         if record is not None:
@@ -291,21 +314,20 @@ class _Study(NamedTuple):
 def _train_missing(
     study: _Study,
     config: UnlearnableStudyConfig,
-    records: dict[matrix.VictimCell, Mapping[str, Any] | None],
+    begin: float,
+    cells: Sequence[matrix.VictimCell],
 ) -> None:
-    """Trains the victims of cells without a record, as long as the time allows."""
+    """Trains the victims of cells without a record, as long as the time since `begin` allows."""
+    missing = [cell for cell in cells if study.known(cell) is None]
     groups: dict[tuple[int, str, str], list[matrix.VictimCell]] = {}
-    for cell, record in records.items():
-        if record is None:
-            key = cell.seed, cell.architecture, cell.countermeasure
-            groups.setdefault(key, []).append(cell)
-    logging.info("%d of %d cells to do", sum(map(len, groups.values())), len(records))
+    for cell in missing:
+        groups.setdefault((cell.seed, cell.architecture, cell.countermeasure), []).append(cell)
+    logging.info("%d of %d cells to do", len(missing), len(cells))
     parts = [
         group[start : start + config.at_once]
         for group in groups.values()
         for start in range(0, len(group), config.at_once)
     ]
-    begin = time.monotonic()
     for part in progress.track(parts, description="victims"):
         if config.max_minutes is not None and time.monotonic() - begin > 60 * config.max_minutes:
             logging.info("out of time")
@@ -314,7 +336,7 @@ def _train_missing(
             summary = learnability.summary(curve)
             logging.info("%s: last %.3f, peak %.3f", cell.file_name, *summary[:2])
             record = {"cell": cell, "summary": summary, "curve": curve}
-            records[cell] = workdir.load_or_compute(study.path_of(cell), lambda r=record: r)
+            workdir.load_or_compute(study.path_of(cell), lambda r=record: r)
 
 
 def _read(config: UnlearnableStudyConfig, scale: _Scale) -> _Data:

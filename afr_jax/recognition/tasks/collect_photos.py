@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from afr_jax.core import files, options, progress, workdir
+from afr_jax.core import distributed, files, options, progress, workdir
 from afr_jax.data import array_records, identities, sampling
 from afr_jax.recognition import collect
 
@@ -32,6 +32,8 @@ class CollectConfig(options.Config):
     Exit codes: 0 done; 2 wrong usage; 3 done, but some photos or rows could not be used. --toy
     looks at the first 100 photos.
     """
+
+    shares_work = True
 
     data: str | None = options.option(None, "folder of photos")
     csv: str | None = options.option(None, "CSV with the columns image, identity; paths in --data")
@@ -70,10 +72,16 @@ def run(config: CollectConfig) -> options.Outcome:
     if config.max_photos:
         listing = dataclasses.replace(listing, samples=listing.samples[: config.max_photos])
     work = workdir.open_workdir(config.workdir, config) if config.workdir else None
-    with progress.counter(len(listing.samples), description="reading") as advance:
-        distance = None if config.max_distance < 0 else config.max_distance
-        own = output / ".collect" if work is None else work.path
-        with workdir.claimed(output):
+    own = output / ".collect" if work is None else work.path
+    with workdir.claimed(output):
+        collect.share(listing, kept=own / "kept")
+        if not distributed.is_primary():
+            return options.Outcome({})
+        with (
+            distributed.alone(),
+            progress.counter(len(listing.samples), description="reading") as advance,
+        ):
+            distance = None if config.max_distance < 0 else config.max_distance
             found = collect.collect(
                 listing, max_distance=distance, report_fn=advance, kept=own / "kept"
             )

@@ -1,9 +1,10 @@
 """Enrolling a gallery of people into a reference database, and removing people from one."""
 
 import dataclasses
+import pathlib
 import time
 
-from afr_jax.core import options, progress, workdir
+from afr_jax.core import distributed, options, progress, workdir
 from afr_jax.data import identities
 from afr_jax.recognition import database, shared_options
 
@@ -34,9 +35,14 @@ class EnrollConfig(options.Config):
     one set of weights; others are refused. While one process enrolls or deletes, others that would
     change the same folder are refused (in an object store nothing keeps them apart).
 
+    Several processes of a job share the photos, and need a --workdir: what each finds, embeddings
+    included, waits in its folder `kept` until process 0 has enrolled it.
+
     The result names every photo that could not be enrolled, and why. Exit codes: 0 done; 2 wrong
     usage; 3 done, but some photos could not be enrolled. --toy enrolls the first 8 photos.
     """
+
+    shares_work = True
 
     gallery: str | None = options.option(None, "folder with a folder of photos for each person")
     csv: str | None = options.option(
@@ -69,6 +75,8 @@ def run(config: EnrollConfig) -> options.Outcome:
     """
     if not config.database:
         raise options.UsageError("--database is needed")
+    if not config.gallery and not distributed.is_primary():
+        return options.Outcome({})
     if bool(config.gallery) == bool(config.delete or config.purge):
         raise options.UsageError("give one of --gallery and --delete")
     try:
@@ -91,12 +99,18 @@ def _enroll(config: EnrollConfig, gallery: str, place: str) -> options.Outcome:
         work = workdir.open_workdir(config.workdir, config, resumable=resumable)
     start = time.perf_counter()
     recognizer = config.extraction.load(min_face_px=config.detection.min_face_px)
-    done = recognizer.enroll(
-        listing,
-        place,
-        replace=config.replace,
-        min_confidence=config.detection.min_confidence,
-    )
+    kept = _kept(work)
+    confidence = config.detection.min_confidence
+    if kept is not None:
+        recognizer.share_gallery(
+            listing, place, replace=config.replace, min_confidence=confidence, kept=kept
+        )
+    if not distributed.is_primary():
+        return options.Outcome({})
+    with distributed.alone():
+        done = recognizer.enroll(
+            listing, place, replace=config.replace, min_confidence=confidence, kept=kept
+        )
     for problem in done.problems:
         progress.warn(problem.name, problem.reason)
     result = {
@@ -116,6 +130,18 @@ def _enroll(config: EnrollConfig, gallery: str, place: str) -> options.Outcome:
     if work is not None:
         work.write_result(result)
     return options.Outcome(result, complete=not done.problems)
+
+
+def _kept(work: workdir.Workdir | None) -> pathlib.Path | None:
+    """Where processes leave what they find, until it is enrolled; None for one that starts."""
+    if work is None:
+        if distributed.process_count() > 1:
+            raise options.UsageError(
+                "--workdir is needed where processes share the work: what each finds waits there"
+            )
+        return None
+    kept = work.path / "kept"
+    return kept if distributed.process_count() > 1 or kept.exists() else None
 
 
 def _delete(config: EnrollConfig, place: str) -> options.Outcome:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from afr_jax.core import options, progress, workdir
+from afr_jax.core import distributed, options, progress, workdir
 from afr_jax.data import photo_files, photos
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import database, detect, match, pipeline, shared_options
@@ -33,6 +33,8 @@ class MatchConfig(options.Config):
 
     Exit codes: 0 done; 2 wrong usage; 3 done, but some queries could not be read or have no face.
     """
+
+    shares_work = True
 
     queries: tuple[str, ...] = options.option((), "photos and folders of photos to look at")
     database: str | None = options.option(None, "folder or object-store address to search in")
@@ -65,16 +67,22 @@ def run(config: MatchConfig) -> options.Outcome:
             # What is taken over from an earlier run is told by what it depends on.
             every = [".".join(leaf.path) for leaf in options.leaves(MatchConfig)]
             work = workdir.open_workdir(config.workdir, config, resumable=every)
-            found = recognizer.match(
-                [_nameable(photos.PhotoSource.of(item)) for item in inputs],
-                reference,
-                top_k=config.top_k,
-                metric=config.distance.metric,
-                threshold=config.distance.threshold,
-                exact=True if config.exact else None,
-                min_confidence=config.detection.min_confidence,
-                kept=work.path / "kept",
-            )
+            sources = [_nameable(photos.PhotoSource.of(item)) for item in inputs]
+            kept, confidence = work.path / "kept", config.detection.min_confidence
+            pipeline.share(recognizer, sources, which="all", min_confidence=confidence, kept=kept)
+            if not distributed.is_primary():
+                return options.Outcome({})
+            with distributed.alone():
+                found = recognizer.match(
+                    sources,
+                    reference,
+                    top_k=config.top_k,
+                    metric=config.distance.metric,
+                    threshold=config.distance.threshold,
+                    exact=True if config.exact else None,
+                    min_confidence=confidence,
+                    kept=kept,
+                )
     except database.DatabaseError as error:
         raise options.UsageError(str(error)) from error
     found.save(work.path / "matches.csv")
