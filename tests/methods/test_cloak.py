@@ -144,11 +144,13 @@ def test_a_search_holds_what_is_seen_of_a_large_face(is_coarse):
         budget=1.0,
         lost=8.0,
     )
-    cloaked, reference = image + 0.01 * noise, face_cloaks.reference(image)
+    cloaked, reference = image + 0.01 * noise, face_cloaks.reference(face)
     lost = ssimulacra2.lost(cloaked, reference.shown, size=(320, 320), is_coarse=is_coarse)
     assert float(face_cloaks.spent(cloaked, face, reference)) == pytest.approx(float(lost) / 8)
-    smaller = face_cloaks.reference(image[:224, :224])
-    assert smaller.shown == ()
+    assert face_cloaks.reference(face._replace(image=image[:224, :224])).shown == ()
+    unlimited = face._replace(lost=None)
+    reference = face_cloaks.reference(unlimited)
+    assert reference.shown == () and float(face_cloaks.spent(cloaked, unlimited, reference)) < 1
 
 
 @pytest.mark.parametrize("rows, larger", [(slice(4, 12), "region"), (slice(30, 34), "box")])

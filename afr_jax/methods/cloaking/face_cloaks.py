@@ -69,7 +69,8 @@ class Face(NamedTuple):
         is_coarse: bool, whether a pixel is about two wide of what people are shown.
         budget: float, largest DSSIM; `cloak_faces` fills it in.
         flicker: float, largest `flicker.flicker` of the region; likewise.
-        lost: float, largest `ssimulacra2.lost` of the region; likewise.
+        lost: float, largest `ssimulacra2.lost` of the region, or None, with which it is not
+            computed; likewise.
         ease: float, `Budget.ease`; likewise.
     """
 
@@ -84,7 +85,7 @@ class Face(NamedTuple):
     is_coarse: parallel.AnyArray
     budget: parallel.AnyArray | float = 0.0
     flicker: parallel.AnyArray | float = np.inf
-    lost: parallel.AnyArray | float = np.inf
+    lost: parallel.AnyArray | float | None = None
     ease: parallel.AnyArray | float = 1.0
 
 
@@ -94,7 +95,8 @@ class Reference(NamedTuple):
     Attributes:
         structure: for DSSIM.
         tolerance: `ssim.tolerance`, `[S, S, 3]`.
-        shown: for SSIMULACRA2; empty on canvases that are too small for all of its scales.
+        shown: for SSIMULACRA2; empty where it has no limit, and on canvases that are too small for
+            all of its scales.
     """
 
     structure: ssim.SsimReference
@@ -211,13 +213,7 @@ def cloak_faces(
     """
     chex.assert_rank(faces.image, 4)
     chex.assert_equal_shape_prefix([keys, faces.image, faces.limit, faces.boxes], 1)
-    num_faces, search = len(faces.image), config.search
-    budget = config.budget
-    most, flickers, lost, ease = (
-        np.full(num_faces, limit, np.float32)
-        for limit in (budget.dssim, budget.flicker, budget.lost, budget.ease)
-    )
-    faces = faces._replace(budget=most, flicker=flickers, lost=lost, ease=ease)
+    search, faces = config.search, _limited(faces, config.budget)
     seen = _look(keys, variables, faces, surrogates, search)
     crops = [
         crop._replace(own=vector) for crop, vector in zip(faces.crops, seen.embeddings, strict=True)
@@ -268,13 +264,15 @@ def embed_faces(
 
     It is done by a program of `cloak_faces`, which has the same arguments.
     """
+    faces = _limited(faces, config.budget)
     return _look(keys, variables, faces, surrogates, config.search).embeddings
 
 
-def reference(image: parallel.AnyArray) -> Reference:
-    """The statistics of a canvas `[S, S, 3]`."""
-    is_large = image.shape[0] >= ssimulacra2.LEAST_SIDE
-    shown = ssimulacra2.reference(image) if is_large else ()
+def reference(face: Face) -> Reference:
+    """The statistics of the canvas of one face."""
+    image = face.image
+    is_held = face.lost is not None and image.shape[0] >= ssimulacra2.LEAST_SIDE
+    shown = ssimulacra2.reference(image) if is_held else ()
     structure = ssim.ssim_reference(image)
     return Reference(structure, ssim.tolerance(structure), shown)
 
@@ -289,7 +287,7 @@ def spent(cloaked: jax.Array, face: Face, reference: Reference) -> jax.Array:
     dssim = jnp.maximum(*(ssim.box_dssim(similarity, box) for box in face.boxes))
     seen = flicker.flicker(cloaked, face.image, size=size, is_coarse=face.is_coarse)
     share = jnp.maximum(dssim / face.budget, seen / face.flicker)
-    if reference.shown:
+    if reference.shown and face.lost is not None:
         lost = ssimulacra2.lost(cloaked, reference.shown, size=size, is_coarse=face.is_coarse)
         share = jnp.maximum(share, lost / face.lost)
     return share
@@ -349,6 +347,16 @@ def project(delta: jax.Array, face: Face) -> jax.Array:
 def chip(surrogate: Surrogate, image: parallel.AnyArray, transform: parallel.AnyArray) -> jax.Array:
     """The chip `[side, side, 3]` that a surrogate sees of a canvas `[S, S, 3]`."""
     return align.warp(image, transform, size=surrogate.extractor.input_px, pool=surrogate.pool)
+
+
+def _limited(faces: Face, limits: budget.Budget) -> Face:
+    """A batch of faces with what their changes may cost."""
+    most, flickers, lost, ease = (
+        np.full(len(faces.image), limit, np.float32)
+        for limit in (limits.dssim, limits.flicker, limits.lost, limits.ease)
+    )
+    held = None if limits.ssimulacra2 is None else lost
+    return faces._replace(budget=most, flicker=flickers, lost=held, ease=ease)
 
 
 class _Look(NamedTuple):
@@ -413,7 +421,7 @@ def _look_at(
         )
         embeddings.append(registry.embed(extractor, params, chips))
         distances.append(registry.distance(embeddings[-1], crop.own))
-    references = jax.vmap(reference)(faces.image)
+    references = jax.vmap(reference)(faces)
 
     def start(key: jax.Array, face: Face, reference: Reference) -> loop.State:
         noise = jax.random.uniform(key, face.image.shape, minval=-1.0, maxval=1.0)
