@@ -20,6 +20,10 @@ def test_people_and_photos_are_divided_without_overlap():
     assert division.training.classes == tuple(sorted(division.protected + division.clean))
     assert not set(division.training.sample_ids) & set(division.held_out.sample_ids)
     assert not set(division.search.sample_ids) & set(division.held_out.sample_ids)
+    # Of each person's photos about the share is held out, one at least.
+    counts = np.bincount(division.held_out.labels, minlength=5)
+    every = counts + np.bincount(division.training.labels, minlength=5)
+    np.testing.assert_array_equal(counts, np.maximum(1, np.round(0.3 * every)))
     # Labels follow the names in every part.
     for part in (division.search, division.training, division.held_out):
         for name, label in zip(part.sample_ids, part.labels, strict=True):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from afr_jax.core import files, parallel, workdir
 from afr_jax.core import images as image_ops
-from afr_jax.data import identities, image_sets, pairs, photo_files, photos, sampling
+from afr_jax.data import identities, image_sets, pairs, photo_files, photos
 from afr_jax.evaluation.metrics import verification
 from afr_jax.models import mtcnn
 from afr_jax.models.weights import conversion
@@ -136,7 +136,7 @@ def divide(
     auxiliary = tuple(sorted(names[:num_auxiliary]))
     protected = tuple(sorted(names[num_auxiliary : num_auxiliary + num_protected]))
     clean = tuple(sorted(names[num_auxiliary + num_protected :]))
-    known, unknown = sampling.split_by_id(list(data.sample_ids), held_out=held_out, seed=seed)
+    known, unknown = _split(data.labels, held_out=held_out, seed=seed)
     victims = (*protected, *clean)
     division = Division(
         auxiliary,
@@ -151,6 +151,18 @@ def divide(
             if part.classes.index(name) not in part.labels:
                 raise ValueError(f"{name} has too few photos to train on some and test on others")
     return division
+
+
+def _split(labels: np.ndarray, *, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of each person's photos for training, and for judging: the share, and one at least."""
+    parts = [], []
+    for label in np.unique(labels):
+        rows = np.random.default_rng([seed, label]).permutation(np.flatnonzero(labels == label))
+        count = max(1, round(held_out * len(rows)))
+        parts[0].append(rows[count:])
+        parts[1].append(rows[:count])
+    known, unknown = (np.sort(np.concatenate(rows)) for rows in parts)
+    return known, unknown
 
 
 def people(data: image_sets.ImageSet, names: Sequence[str]) -> image_sets.ImageSet:

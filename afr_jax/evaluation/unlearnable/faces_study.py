@@ -1,4 +1,4 @@
-"""The face study: what a recognizer learns of people whose photos carry class-wise noise."""
+"""The face study: what a recognizer learns of people whose photos carry noise."""
 
 import dataclasses
 import itertools
@@ -52,7 +52,7 @@ _NOTE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnlearnableFacesConfig(options.Config):
-    r"""The face study: what a recognizer learns of people whose photos carry class-wise noise.
+    r"""The face study: what a recognizer learns of people whose photos carry noise.
 
         python -m experiments.unlearnable_faces --data=faces --pairs=lfw_pairs.csv --images=lfw \
             --setting=all --seeds=0,1,2 --workdir=out/faces
@@ -60,8 +60,9 @@ class UnlearnableFacesConfig(options.Config):
     After Huang et al. 2021, section 4.3. --data has one folder of face crops per identity. Some
     people (--num_auxiliary) are used to find noise only; of the others, the victim's people,
     --num_protected are protected in the setting `partial`, all of them in `full`, nobody in
-    `clean`; `all` runs the three. The victim, --architecture, is trained from scratch to tell its
-    people apart and is judged on clean photos that it has not seen:
+    `clean`; `all` runs the three. The noise is by class, as published, or by sample. The victim,
+    --architecture, is trained from scratch to tell its people apart and is judged on clean photos
+    that it has not seen:
 
         accuracy of protected and of clean people, among all of the victim's people;
         verification of strangers, the pairs of --pairs (columns image_a, image_b, same; paths below
@@ -98,6 +99,13 @@ class UnlearnableFacesConfig(options.Config):
     max_photos: int | None = options.option(
         None, "at most so many photos a person; default: all", at_least=4
     )
+    max_people: int | None = options.option(
+        None, "at most so many people, drawn by --seed; default: all", at_least=3
+    )
+    granularity: noise_files.Granularity = options.option("class", "of the noise")
+    noise_steps: int | None = options.option(
+        None, "of the noise in a round; default: 1 by class, 20 by sample", at_least=1
+    )
     held_out: float = options.option(
         0.2, "share of a person's photos for testing", at_least=0, at_most=0.9
     )
@@ -129,12 +137,14 @@ class UnlearnableFacesConfig(options.Config):
     def noise(self) -> recipes.ErrorMin:
         """The search for noise, with the paper's values for faces; the source is the victim's."""
         found = recipes.ErrorMin(
-            granularity="class",
+            granularity=self.granularity,
             epsilon=self.epsilon / 255,
             network=self.victim.network,
             learning_rate=self.victim.learning_rate,
         )
+        steps = found.search_options().num_steps if self.noise_steps is None else self.noise_steps
         return found.with_search(
+            num_steps=steps,
             step_size=self.epsilon / 10 / 255,
             class_share=1.0,
             stop_error=self.stop_error or None,
@@ -171,6 +181,7 @@ def run(config: UnlearnableFacesConfig) -> options.Outcome:
         "images": config.images,
         "crop": config.crop,
         "people": len(data.classes),
+        "max_people": config.max_people,
         "photos": len(data.labels),
         "num_auxiliary": config.num_auxiliary,
         "num_protected": config.num_protected,
@@ -212,7 +223,10 @@ def run(config: UnlearnableFacesConfig) -> options.Outcome:
         **program.provenance("experiments.unlearnable_faces", config=config),
         "config": resolved,
         "seeds": config.seeds,
-        "settings": {setting: _summary(found) for setting, found in cells.items()},
+        "settings": {
+            setting: _summary(found) | _kept(found, cells.get("clean"), untrained)
+            for setting, found in cells.items()
+        },
         "untrained": _summary([each._asdict() for each in untrained]) if untrained else None,
         "pairs": None if pairs is None else len(pairs.same),
         "pair_photos_without_face": None if pairs is None else pairs.without_face,
@@ -232,20 +246,25 @@ class _Setup(NamedTuple):
 
 
 def _read(config: UnlearnableFacesConfig) -> image_sets.ImageSet:
-    if config.data is None and config.is_toy:
-        return image_sets.synthetic(config.seed, 288, num_classes=6)
-    if config.data is None:
+    if config.data is not None:
+        with options.usage("--data"):
+            data = image_sets.load_image_folder(
+                pathlib.Path(config.data).expanduser(), image_px=config.image_px, resize=True
+            )
+    elif config.is_toy:
+        data = image_sets.synthetic(config.seed, 288, num_classes=6)
+    else:
         raise options.UsageError(
             "--data is needed: a folder with one folder of face crops per identity"
         )
-    with options.usage("--data"):
-        data = image_sets.load_image_folder(
-            pathlib.Path(config.data).expanduser(), image_px=config.image_px, resize=True
-        )
+    generator = np.random.default_rng(config.seed)
+    if config.max_people is not None:
+        # The first of one order, so that a larger study has the people of a smaller one.
+        drawn = np.random.default_rng(config.seed).permutation(data.classes)[: config.max_people]
+        data = faces.people(data, drawn.tolist())
     if config.max_photos is None:
         return data
     rows = [np.flatnonzero(data.labels == label) for label in range(len(data.classes))]
-    generator = np.random.default_rng(config.seed)
     rows = [generator.permutation(own)[: config.max_photos] for own in rows]
     return image_sets.take(data, np.concatenate(rows))
 
@@ -317,7 +336,7 @@ def _cell(
 def _noise(
     setup: _Setup, division: faces.Division, protected: Sequence[str], name: str, seed: int
 ) -> noise_files.Noise:
-    """Class-wise noise of the protected people, found beside the auxiliary ones."""
+    """Noise of the protected people, found beside the auxiliary ones."""
     path = setup.work.path / "noise" / f"{name}.npz"
     if (known := workdir.read_or_none(path, noise_files.read_noise)) is not None:
         return known
@@ -332,9 +351,12 @@ def _noise(
                 "%s: round %d, training error %.3f", name, number, error
             ),
         )
-    rows = [found.names.index(person) for person in sorted(protected)]
+    names = sorted(protected)
+    if found.granularity == "sample":
+        names = faces.people(division.training, protected).sample_ids
+    rows = [found.names.index(name) for name in names]
     noise = noise_files.Noise(
-        tuple(sorted(protected)), found.levels[rows], "class", found.settings["report"]
+        tuple(names), found.levels[rows], found.granularity, found.settings["report"]
     )
     noise.save(path)
     return noise
@@ -374,6 +396,22 @@ def _summary(cells: Sequence[Mapping[str, files.Json]]) -> dict[str, files.Json]
         if values:
             summary[name] = {"mean": np.mean(values), "low": min(values), "high": max(values)}
     return summary | {"seeds": len(cells)}
+
+
+def _kept(
+    cells: Sequence[Mapping[str, files.Json]],
+    clean: Sequence[Mapping[str, files.Json]] | None,
+    untrained: Sequence[faces.StrangerScores],
+) -> dict[str, files.Json]:
+    """What is left of the AUC that clean training adds to an untrained network's, a share."""
+    if not clean or not untrained:
+        return {}
+    values = [
+        (cell["auc"] - floor.auc) / (best["auc"] - floor.auc)
+        for cell, best, floor in zip(cells, clean, untrained, strict=True)
+    ]
+    spread = {"mean": np.mean(values), "low": min(values), "high": max(values)}
+    return {"share_of_trained_auc": spread}
 
 
 def _plot(
