@@ -66,6 +66,8 @@ _TOY = {
     "loop_images": 4,
     "scaling_batches": (1, 2),
     "scaling_steps": 1,
+    "scaling_lengths": (1, 2),
+    "scaling_sets": (4, 8),
     "scaling_devices": (1, 2),
     "scaling_images": 4,
 }
@@ -103,8 +105,8 @@ class BenchmarkConfig(options.Config):
       loops      each hot loop beside the device's limit: arithmetic and traffic by XLA's count,
                  shares of the best product and copy, programs, compilation, memory. Ours alone;
                  JAX_ENABLE_COMPILATION_CACHE=false compiles anew.
-      scaling    a cloak step by the size of the batch, a training step by the number of devices;
-                 scaling.png. JAX_NUM_CPU_DEVICES=4 makes four of a CPU. Ours alone.
+      scaling    a cloak step by faces of a batch and by steps, noise by images, a training step by
+                 devices; scaling.png. JAX_NUM_CPU_DEVICES=4 makes four of a CPU. Ours alone.
       noise, victim   a pass of signed steps over the noise of all images, an epoch of a victim,
                       beside PyTorch: a small net for CPUs; for one GPU --num_images=50000
                       --num_blocks=2,2,2,2 --width=64 --batch_size=512 --noise_steps=20. On two CPU

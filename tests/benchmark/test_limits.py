@@ -72,7 +72,11 @@ def test_scaling_over_batches_and_the_devices_that_there_are(tmp_path, monkeypat
     def cloak_loop(batch, steps, seed):
         return hot_loops.HotLoop("cloak", "face and step", batch * steps, 1, lambda: None)
 
-    asked = []
+    asked, sets = [], []
+
+    def noise_pass(options, data, recipe, mesh, seed):
+        sets.append(len(data.labels))
+        return lambda: None
 
     def victim_epoch(options, data, recipe, mesh, seed):
         asked.append(mesh.devices.size)
@@ -80,13 +84,16 @@ def test_scaling_over_batches_and_the_devices_that_there_are(tmp_path, monkeypat
 
     monkeypatch.setattr(hot_loops, "cloak_loop", cloak_loop)
     monkeypatch.setattr(unlearnable, "victim_epoch", victim_epoch)
+    monkeypatch.setattr(unlearnable, "noise_pass", noise_pass)
     flags = ["--rows=scaling", "--repeats=3", "--scaling_devices=1,2,999", f"--workdir={tmp_path}"]
     result, _ = programs.call(benchmark.BenchmarkConfig, benchmark.run, *flags)
-    assert asked == [1, 2]
+    assert asked == [1, 2] and sets == [10, 100, 1000, 10_000]
     rows = {(row["row"], row["quantity"]): row["ours"] for row in result["rows"]}
     batches = [f"cloak step by faces of a batch, {n}" for n in (1, 2, 4, 8, 16, 32, 64)]
     devices = [f"training step by devices, {n}" for n in (1, 2)]
-    assert [name for name, _ in rows][::2] == batches + devices
+    lengths = [f"cloak of one face by steps, {n}" for n in (1, 10, 100)]
+    images = [f"signed step of noise by images, {n}" for n in sets]
+    assert [name for name, _ in rows][::2] == batches + lengths + images + devices
     # A thousandth of a second for 256 images.
     assert rows[devices[0], "ms per image"]["low"] >= 1 / 256
     picture = np.asarray(Image.open(tmp_path / "scaling.png").convert("L"))
