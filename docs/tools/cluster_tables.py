@@ -1,4 +1,6 @@
-"""The table of runs that share photos while one of them is killed."""
+"""Tables of runs that share photos, and of what programs hold while many photos stream through."""
+
+import numpy as np
 
 from docs.tools import markdown
 from docs.tools.markdown import table
@@ -33,3 +35,19 @@ def workers() -> str:
         for row in markdown.result("workers")["rows"]
     ]
     return markdown.render(head, rows, right=6)
+
+
+@table("memory", "memory.json")
+def memory() -> str:
+    """What programs held while photos streamed through them, by `tests.drill.memory`."""
+    measured = markdown.result("memory")
+    lines = []
+    for row in measured["rows"]:
+        counts, held = np.array(row["samples"], float).T
+        # From a third on: what is held at first is the programs' own.
+        later = counts > measured["photos"] / 3
+        slope, _ = np.polyfit(counts[later], held[later], 1)
+        cells = (f"{measured['photos']:,}", str(row["peak_mb"]), f"{1e4 * slope:.1f}")
+        lines.append([f"`{row['program']}`", *cells, f"{row['seconds']:,}"])
+    head = ("program", "photos", "peak MB", "MB more for 10,000 photos", "seconds")
+    return markdown.render(head, lines, right=4)

@@ -5,7 +5,6 @@ import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -14,11 +13,10 @@ from afr_jax.data import video
 from afr_jax.evaluation import reference
 from afr_jax.evaluation.attackers import other_detectors
 from afr_jax.evaluation.metrics import misdetection
-from afr_jax.evaluation.patches import pictures
+from afr_jax.evaluation.patches import handling, pictures
 from afr_jax.methods.patches import placement, training
 from afr_jax.methods.patches.config import PatchConfig
 from afr_jax.models import mtcnn
-from afr_jax.perturb import warps
 from afr_jax.recognition import detect
 
 _ROBUST_FRAMES, _OTHER_FRAMES, _TRANSFER_FRAMES, _REFERENCE_FRAMES = 24, 40, 40, 12
@@ -84,11 +82,18 @@ class PatchStudy:
                 variant: self._altered(frames, patches, alter_fn, scale=scales.get(name, 1.0))
                 for variant, patches in self._pair().items()
             }
-        for degrees in (-15, 15):
-            turned = [_turned(frame, degrees) for frame in frames]
-            rate = self._altered(turned, self.trained.patches, np.asarray)
-            rows[f"turned {degrees:+d} degrees"] = {"trained": rate}
         return rows
+
+    def handling(self) -> dict[str, object]:
+        """Rates by how the patches are worn and printed, and their plot."""
+        found = handling.measure(
+            self.variables,
+            self._some(_ROBUST_FRAMES),
+            self.trained.patches,
+            scale_factor=self.config.levels.scale_factors[0],
+        )
+        self._write("handling.png", handling.plot(found))
+        return found
 
     def other_detectors(
         self, detectors: Mapping[str, other_detectors.Detector]
@@ -278,15 +283,6 @@ def _reference_min_face(frames: Sequence[placement.Placed], factor: float) -> fl
         if int(side * 12 / 20 * factor ** (count - 1)) < 12:
             return 12.0
     return 20.0
-
-
-def _turned(frame: placement.Placed, degrees: float) -> placement.Placed:
-    angles = jnp.deg2rad(jnp.array([0.0, 0.0, float(degrees)]))
-    grids = {
-        name: np.asarray(warps.turn_grid(jnp.asarray(grid), angles))
-        for name, grid in frame.grids.items()
-    }
-    return frame._replace(grids=grids)
 
 
 def _spread(frames: Sequence[placement.Placed], count: int) -> list[placement.Placed]:

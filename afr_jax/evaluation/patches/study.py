@@ -74,7 +74,9 @@ class AttackConfig(options.Config):
         resumable=True,
     )
     extra_checks: bool = options.option(
-        True, "measure other light, sizes, turns and detectors as well", resumable=True
+        True,
+        "measure other light, sizes, ways of wearing, printers and detectors, too",
+        resumable=True,
     )
     transfer: tuple[str, ...] = options.option(
         (), "films and photos of other people, to try the patches on", resumable=True
@@ -178,6 +180,7 @@ def run(config: AttackConfig) -> options.Outcome:
         result["pictures"] = study.write_pictures(face_width_mm=config.face_width_mm)
         if config.extra_checks:
             result["robustness"] = study.robustness()
+            result["handling"] = study.handling()
             result["other_detectors"] = study.other_detectors(others)
         if config.transfer:
             transfer = result["transfer"] = {}
