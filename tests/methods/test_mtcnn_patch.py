@@ -1,6 +1,7 @@
 """Patches on a portrait: geometry, cuts of levels, loss and training against oracles."""
 
 import dataclasses
+import functools
 
 import cv2
 import jax
@@ -120,6 +121,38 @@ def _area_resize(image, size):
         covered = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
         matrices.append(np.clip(covered, 0, 1) * count / length)
     return np.einsum("ip,pqc,jq->ijc", matrices[0], image, matrices[1], optimize=True)
+
+
+def test_blocks_are_erased_at_random():
+    patch = jax.random.uniform(jax.random.key(0), (48, 42), minval=0.6)
+    keys = jax.random.split(jax.random.key(1), 300)
+    seen = np.asarray(jax.vmap(lambda key: views._without_blocks(key, patch, 0.3))(keys))
+    is_blank = seen == 0.5
+    np.testing.assert_array_equal(seen[~is_blank], np.broadcast_to(patch, seen.shape)[~is_blank])
+    # Whole blocks of 8 x 7, three in ten of 300 x 36 of them: ± four standard deviations.
+    blocks = is_blank.reshape(300, 6, 8, 6, 7).transpose(0, 1, 3, 2, 4).reshape(-1, 56)
+    assert np.isin(blocks.sum(axis=1), (0, 56)).all()
+    assert abs(blocks[:, 0].mean() - 0.3) < 0.018
+    assert len(np.unique(is_blank.reshape(300, -1), axis=0)) > 250
+
+
+def test_erased_blocks_reach_the_views_of_training(placed):
+    batch = scenes.make_scenes(placed[:1], _SMALL.levels)
+    scene = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batch)
+    sizes = views.view_sizes(batch, _SMALL.turns)
+
+    @functools.partial(jax.jit, static_argnames="erased")
+    def inner(gray, erased):
+        patches = {name: jnp.full(shape, gray) for name, shape in _SMALL.shapes().items()}
+        return views.view(
+            jax.random.key(3), patches, scene, turns=_SMALL.turns, views=_STILL, sizes=sizes,
+            erased=erased,
+        ).inner  # fmt: skip
+
+    blank, dark, erased = (inner(*case) for case in ((0.5, 0.0), (0.1, 0.0), (0.1, 0.4)))
+    is_patch = np.abs(blank - dark).max(axis=-1) > 0.1
+    share = np.mean(np.abs(blank - erased).max(axis=-1)[is_patch] < 0.02)
+    assert 0.2 < share < 0.6
 
 
 def test_cuts_equal_the_whole_levels(placed):

@@ -47,6 +47,8 @@ def make_rows(full: PatchConfig) -> dict[str, AblationRow]:
         rows[f"total variation {weight}"] = change(tv_weight=weight)
     for weight in (0.1, 1.0):
         rows[f"black area {weight}"] = change(black_weight=weight)
+    for share in (0.1, 0.3):
+        rows[f"blocks erased {share}"] = change(erased=share)
     rows["maximum loss"] = change(loss="max")
     rows["P-Net alone"] = change(stage_weight=0.0)
     rows["Adam"] = change(optimizer="adam")
@@ -68,11 +70,11 @@ class AblationConfig(options.Config):
         python -m experiments.studies.patch_ablation --train=monday.mp4 --test=tuesday.mp4
 
     Rows: "full"; "no NAME" for each part of the random views; "no views" without any; total
-    variation and black area at other weights; the maximum loss; Adam; only the levels of one scale
-    factor, or only coarse ones; 1, 5 and 20 training frames; 4 starts. Each row is a run of
-    --epochs epochs (fewer than the attack's 2,000: the table compares rows, it does not repeat the
-    attack), measured on --test_frames frames at --scale_factor. "black" is no training but a plain
-    black patch, which a trained one should beat.
+    variation and black area at other weights; shares of blocks erased; the maximum loss; P-Net
+    alone; Adam; only the levels of one scale factor, or only coarse ones; 1, 5 and 20 training
+    frames; 4 starts. Each row is a run of --epochs epochs (fewer than the attack's 2,000: the table
+    compares rows, it does not repeat the attack), measured on --test_frames frames at
+    --scale_factor. "black" is no training but a plain black patch, which a trained one should beat.
 
     Rows that are done are kept in --workdir, and a stopped run goes on with the next. Writes
     `result.json` and `ablation.md`. Expected on two CPU cores: 3 minutes a row. --toy: two rows of

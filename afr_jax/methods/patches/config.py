@@ -39,6 +39,8 @@ class PatchConfig:
         black_weight: Weight of the mean squared distance from white.
         stage_weight: Weight of R-Net's and O-Net's face probability on squares about the face,
             which the paper does not use; 0 leaves them out.
+        erased: Share of 6 x 6 blocks of each patch that are blank in a view, at random, so that no
+            part of it counts on the others (after DePatch, Cheng et al. 2024).
         starts: Random starts that are trained side by side; the best is kept.
         ink: Darkest and lightest value of a texel, in [0, 1].
         levels: Pyramid levels that are drawn from.
@@ -66,6 +68,12 @@ class PatchConfig:
     black_weight: float = options.option(0.0, "weight of black area", at_least=0)
     stage_weight: float = options.option(
         20.0, "weight of R-Net and O-Net; 0: P-Net alone, as published", at_least=0
+    )
+    erased: float = options.option(
+        0.0,
+        "share of a patch's blocks that are blank in each view, at random",
+        at_least=0,
+        at_most=0.9,
     )
     starts: int = options.option(1, "random starts side by side; the best is kept", at_least=1)
     ink: tuple[float, float] = (0.05, 0.95)

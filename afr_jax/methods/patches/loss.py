@@ -105,7 +105,13 @@ def loss_parts(
     def one(number: jax.Array, scene: scenes.Scene) -> tuple[tuple[views.Crops, ...], jax.Array]:
         view_key, level_key, box_key = jax.random.split(jax.random.fold_in(key, number), 3)
         seen = views.view(
-            view_key, patches, scene, turns=config.turns, views=config.views, sizes=sizes
+            view_key,
+            patches,
+            scene,
+            turns=config.turns,
+            views=config.views,
+            sizes=sizes,
+            erased=config.erased,
         )
         stages = jnp.zeros(())
         if config.stage_weight:

@@ -21,6 +21,8 @@ from afr_jax.perturb import transformations, warps
 # Side of the part of a view that gets noise, blur and JPEG, in sides of the face: the patches and
 # what the finest levels look at.
 _INNER = 2.1
+# Blocks that a patch is cut into along each side where some are blank, and what they show.
+_BLOCKS, _BLANK = 6, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,7 @@ def view(
     turns: TurnOptions,
     views: transformations.ViewOptions,
     sizes: Sizes,
+    erased: float = 0.0,
 ) -> View:
     """Draws patches on a scene, in a random view.
 
@@ -85,6 +88,7 @@ def view(
         turns: How the patches move.
         views: How the photo varies.
         sizes: What `view_sizes` says of the batch that the scene is of.
+        erased: Share of the blocks of each patch that are blank, at random.
     """
     keys = jax.random.split(key, 6)
     region = jnp.astype(scene.region, jnp.float32) / 255.0
@@ -98,7 +102,10 @@ def view(
     # In units of the paper's color a patch is gray: one channel to draw instead of three.
     paper = jnp.reshape(scene.paper, (1, 1, 3))
     inner = inner / paper
-    for name in sorted(patches):
+    for number, name in enumerate(sorted(patches)):
+        if erased:
+            own_key = jax.random.fold_in(jax.random.fold_in(key, 6), number)
+            patches = {**patches, name: _without_blocks(own_key, patches[name], erased)}
         shown = ends[0] + (1 - ends[0] - ends[1]) * patches[name]
         grid = warps.turn_grid(scene.grids[name], angles, scale=scale, shift=shift)
         inner = warps.paste(inner, shown[..., None], grid, window=window, origin=origin)
@@ -110,6 +117,13 @@ def view(
     hole = jnp.zeros_like(outer, shape=inner.shape)
     outer = jax.lax.dynamic_update_slice(outer, hole, (low[0], low[1], 0))
     return View(inner, low, jax.lax.stop_gradient(outer))
+
+
+def _without_blocks(key: jax.Array, patch: jax.Array, share: float) -> jax.Array:
+    """A patch `[h, w]` with some blocks blank."""
+    is_kept = jax.random.bernoulli(key, 1 - share, (_BLOCKS, _BLOCKS))
+    rows, columns = (jnp.arange(count) * _BLOCKS // count for count in patch.shape)
+    return jnp.where(is_kept[rows][:, columns], patch, _BLANK)
 
 
 def view_sizes(batch: scenes.Scene, turns: TurnOptions) -> Sizes:
