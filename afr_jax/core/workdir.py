@@ -252,10 +252,22 @@ class Kept:
 
     def drop_unused(self) -> None:
         """Deletes what this run had no use for, when it has come to its end."""
+        for path in self._files():
+            if path.name not in self._used:
+                path.unlink(missing_ok=True)
+
+    def delete(self) -> None:
+        """Deletes all of it, and the folder if nothing else is there."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
         if self._folder is not None:
-            for path in self._folder.glob(f"{'[0-9a-f]' * _KEY}.json"):
-                if path.name not in self._used:
-                    path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()
+
+    def _files(self) -> list[pathlib.Path]:
+        if self._folder is None:
+            return []
+        return list(self._folder.glob(f"{'[0-9a-f]' * _KEY}.json"))
 
 
 def _key(dependencies: object) -> str:

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -84,7 +83,8 @@ class Recognizer(NamedTuple):
             extractor: name of one of the recognizer's; its first by default.
             replace: whether the database forgets what else it has of the gallery's people.
             min_confidence: of the detector, for a face to be enrolled.
-            kept: folder that `share_gallery` was given; deleted at the end, as it has embeddings.
+            kept: folder that `share_gallery` was given; what is kept there is deleted at the end,
+                as it has embeddings.
 
         Raises:
             DatabaseError: it cannot be used, another process changes it, or it holds another
@@ -96,8 +96,7 @@ class Recognizer(NamedTuple):
         items, problems = _enrollees(gallery)
         with database.hold():
             report = self._enroll(items, problems, database, name, replace, min_confidence, kept)
-        if kept is not None:
-            shutil.rmtree(kept, ignore_errors=True)
+        workdir.Kept(kept).delete()
         return report
 
     def share_gallery(

@@ -192,3 +192,58 @@ def patch_speed() -> str:
     lines.append([f"{side['starts']} pairs side by side, H200", seconds, "", ""])
     head = ("s an epoch of 20 frames", "ours", "eager PyTorch", "ratio")
     return markdown.render(head, lines, right=3)
+
+
+_PERSONS = {"man": "man", "woman": "woman", "second_man": "second man"}
+_DETECTORS = {"yunet": "YuNet", "lbp_cascade": "LBP cascade", "dlib_hog": "dlib's HOG"}
+
+
+@table("patches_persons", "attack_persons.json")
+def patches_persons() -> str:
+    """Missed frames of three people, by how the patches were trained and by detector."""
+    runs = markdown.result("attack_persons")["runs"]
+    others = [name for name in _DETECTORS if name in runs[0]["other_detectors"]]
+    lines = []
+    for person, label in _PERSONS.items():
+        own = [run for run in runs if run["person"] == person]
+        for variant, name in (("clean", "nothing"), ("black", "plain black")):
+            lines.append([label, name, *_persons_cells(own[0], variant, others)])
+        lines += [[label, run["loss"], *_persons_cells(run, "trained", others)] for run in own]
+    head = ("person", "patches", *(f"factor {factor}" for factor in _FACTORS))
+    head = (*head, *(_DETECTORS[name] for name in others))
+    return markdown.render(head, lines, right=len(head) - 2)
+
+
+def _persons_cells(run: Mapping[str, Any], variant: str, others: Sequence[str]) -> list[str]:
+    rates = [run["test"]["variants"][variant][factor] for factor in _FACTORS]
+    rates += [run["other_detectors"][name].get(variant) for name in others]
+    return ["" if rate is None else _interval(rate) for rate in rates]
+
+
+def _interval(rate: Mapping[str, float]) -> str:
+    low, high = (number(100 * rate[end]) for end in ("low", "high"))
+    return f"{percent(rate['rate'])} ({low}-{high})"
+
+
+@table("patches_handling", "attack_persons.json")
+def patches_handling() -> str:
+    """Missed frames by how patches are worn and printed."""
+    runs = [
+        run
+        for run in markdown.result("attack_persons")["runs"]
+        if run["loss"] == "all three networks"
+    ]
+    lines = []
+    for how, curve in runs[0]["handling"]["curves"].items():
+        for index, point in enumerate(curve["points"]):
+            found = [run["handling"]["curves"][how]["points"][index] for run in runs]
+            lines.append([f"{how}: {point['at']:g} {curve['unit']}", *map(_count, found)])
+    for name in runs[0]["handling"]["printers"]:
+        found = [run["handling"]["printers"][name] for run in runs]
+        lines.append([f"printed: {name}", *map(_count, found)])
+    head = ("worn, printed", *(_PERSONS[run["person"]] for run in runs))
+    return markdown.render(head, lines, right=len(runs))
+
+
+def _count(rate: Mapping[str, float]) -> str:
+    return f"{rate['missed']:g} of {rate['total']:g}"

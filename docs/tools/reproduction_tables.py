@@ -29,7 +29,7 @@ class _Claim(NamedTuple):
     """A row: what was claimed, what ours was measured on, its file, and the figures."""
 
     claim: str
-    setting: str
+    setting: str | Callable[[], str]
     source: str
     figures_fn: Callable[[], _Figures]
     is_area: bool = False
@@ -45,7 +45,7 @@ def reproduction() -> str:
         lines.append(
             [
                 claim.claim,
-                claim.setting,
+                claim.setting if isinstance(claim.setting, str) else claim.setting(),
                 show_fn(figures.published),
                 show_fn(figures.ours),
                 verdict(*figures),
@@ -183,6 +183,28 @@ def _accuracy(data: str, key: str = "last_accuracy") -> float:
     return found
 
 
+def _face_setting() -> str:
+    measured = markdown.result("unlearnable_faces")
+    known = measured["settings"]["clean"]["accuracy_of_protected_people"]["mean"]
+    of_them = measured["config"]["num_protected"]
+    return f"{of_them} of {_face_people(measured)}; {percent(known)} unprotected"
+
+
+def _area_setting() -> str:
+    measured = markdown.result("unlearnable_faces")
+    clean, floor = (
+        _area(spread["auc"]["mean"])
+        for spread in (measured["settings"]["clean"], measured["untrained"])
+    )
+    return f"{_face_people(measured)}; {clean} clean, {floor} untrained"
+
+
+def _face_people(measured: Mapping[str, Any]) -> str:
+    config = measured["config"]
+    people = config["people"] - config["num_auxiliary"]
+    return f"{people} people at {config['image_px']} px, {len(measured['seeds'])} seeds"
+
+
 def _faces(key: str, setting: str) -> float:
     return markdown.result("unlearnable_faces")["settings"][setting][key]["mean"]
 
@@ -296,19 +318,19 @@ _CLAIMS = (
     ),
     _Claim(
         "Unlearnable faces: accuracy on the protected people",
-        "4 of 24 people at 48 px, three seeds; 69 % unprotected",
+        _face_setting,
         "unlearnable_faces.json",
         _protected_people,
     ),
     _Claim(
         "Unlearnable faces: the other people are learned as before",
-        "the other 20; beside what clean training gives them",
+        "the other people of the same; beside what clean training gives them",
         "unlearnable_faces.json",
         _other_people,
     ),
     _Claim(
         "Unlearnable faces: AUC where all people are protected (0.9975 clean)",
-        "24 people at 48 px; 0.83 clean, 0.67 untrained",
+        _area_setting,
         "unlearnable_faces.json",
         lambda: _Figures(0.5321, _faces("auc", "clean"), _faces("auc", "full")),
         is_area=True,

@@ -128,18 +128,65 @@ def unlearnable_cifar10() -> str:
 def unlearnable_faces() -> str:
     """The face study."""
     measured = markdown.result("unlearnable_faces")
-    names = {"clean": "nobody", "partial": "the four", "full": "all sixteen"}
+    config = measured["config"]
+    num_protected = config["num_protected"]
+    num_others = config["people"] - config["num_auxiliary"] - num_protected
+    names = {
+        "clean": "nobody",
+        "partial": f"the {num_protected}",
+        "full": f"all {num_protected + num_others}",
+    }
     lines = []
     for setting, name in names.items():
         row = measured["settings"][setting]
         accuracies = [
-            percent_range(*(row[key][part] for part in ("mean", "low", "high")))
+            _accuracy_range(row[key])
             for key in ("accuracy_of_protected_people", "accuracy_of_other_people")
         ]
         lines.append([name, *accuracies, _auc(row["auc"])])
     lines.append(["an untrained network", "", "", _auc(measured["untrained"]["auc"])])
-    head = ("noise on", "accuracy of four people", "of the twelve others", "AUC of LFW pairs")
+    head = (
+        "noise on",
+        f"accuracy of the {num_protected} people",
+        f"of the {num_others} others",
+        "AUC of LFW pairs",
+    )
     return markdown.render(head, lines, right=3)
+
+
+@table("unlearnable_faces_people", "unlearnable_faces_people.json")
+def unlearnable_faces_people() -> str:
+    """The face study by the number of people, the victim's augmentation and the kind of noise."""
+    lines = []
+    for run in markdown.result("unlearnable_faces_people")["runs"]:
+        config, settings = run["config"], run["settings"]
+        people = config["people"] - config["num_auxiliary"]
+        lines.append(
+            [
+                f"{people}, {config['num_protected']} protected",
+                f"by {config['search']['granularity']}",
+                "crops and flips" if config["victim"]["augmented"] else "none",
+                _accuracy_range(settings["clean"]["accuracy_of_protected_people"]),
+                _accuracy_range(settings["partial"]["accuracy_of_protected_people"]),
+                *(_auc(settings[key]["auc"]) for key in ("clean", "full")),
+                _auc(run["untrained"]["auc"]),
+                percent_range(*_values(settings["full"]["share_of_trained_auc"])),
+            ]
+        )
+    head = (
+        *("victim's people", "noise", "victim's augmentation"),
+        *("protected people, nobody protected", "these protected"),
+        *("AUC, nobody protected", "all protected", "untrained", "left of training"),
+    )
+    return markdown.render(head, lines, right=6)
+
+
+def _values(spread: Mapping[str, float]) -> tuple[float, ...]:
+    return tuple(spread[part] for part in ("mean", "low", "high"))
+
+
+def _accuracy_range(spread: Mapping[str, float]) -> str:
+    return percent_range(*_values(spread))
 
 
 def _auc(spread: Mapping[str, float]) -> str:
