@@ -213,10 +213,9 @@ def test_what_was_found_is_kept_by_what_it_depends_on(tmp_path):
     kept.drop_unused()
     assert len(list((tmp_path / "kept").iterdir())) == 2
     assert calls == ["a", "b", "c"]
-    (tmp_path / "kept" / "note.txt").write_text("mine")
     kept.delete()
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["note.txt"]
-    (tmp_path / "kept" / "note.txt").unlink()
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["notes.json"]
+    (tmp_path / "kept" / "notes.json").unlink()
     kept.delete()
     assert not (tmp_path / "kept").exists()
     nothing = workdir.Kept(None)
