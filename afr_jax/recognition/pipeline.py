@@ -697,6 +697,8 @@ def _from_entry(
     recognizer: Recognizer, path: pathlib.Path | None, entry: dict[str, files.Json]
 ) -> Recognized:
     """What `_recognize_group` found in a photo, from JSON."""
+    if entry["problem"] == NO_FACE:  # One for all such photos: a folder may have many.
+        return Recognized(path, NO_FACE, entry["digest"], *_nothing(tuple(_sizes(recognizer))))
     faces = {name: np.array(rows, np.float32) for name, rows in entry["faces"].items()}
     return Recognized(
         path,
@@ -714,6 +716,19 @@ def _from_entry(
             for name, extractor in recognizer.extractors.items()
         },
     )
+
+
+def _sizes(recognizer: Recognizer) -> Iterator[tuple[str, int]]:
+    return ((name, each.embedding_size) for name, each in recognizer.extractors.items())
+
+
+@functools.cache
+def _nothing(sizes: tuple[tuple[str, int], ...]) -> tuple[detect.Faces, dict[str, np.ndarray]]:
+    """No faces, and no embeddings of them by extractors of these names and sizes; read-only."""
+    vectors = {name: np.zeros((0, size), np.float32) for name, size in sizes}
+    for array in (*(faces := detect.no_faces()), *vectors.values()):
+        array.flags.writeable = False
+    return faces, vectors
 
 
 class _Enrollee(NamedTuple):

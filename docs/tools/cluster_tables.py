@@ -47,7 +47,7 @@ def memory() -> str:
         # From a third on: what is held at first is the programs' own.
         later = counts > measured["photos"] / 3
         slope, _ = np.polyfit(counts[later], held[later], 1)
-        cells = (f"{measured['photos']:,}", str(row["peak_mb"]), f"{1e4 * slope:.1f}")
+        cells = (f"{measured['photos']:,}", f"{row['peak_mb']:,}", f"{1e4 * slope:.1f}")
         lines.append([f"`{row['program']}`", *cells, f"{row['seconds']:,}"])
     head = ("program", "photos", "peak MB", "MB more for 10,000 photos", "seconds")
     return markdown.render(head, lines, right=4)
