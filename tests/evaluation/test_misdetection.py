@@ -33,6 +33,19 @@ def test_rates_by_factor_stage_and_size():
     assert [row["missed"] for row in sizes] == [0, 1, 2]
 
 
+def test_what_a_first_network_still_proposes():
+    box = np.array([10, 10, 50, 50], np.float32)
+    near = np.array([[10, 10, 50, 50], [14, 14, 34, 54], [90, 90, 99, 99]], np.float32)
+    found = misdetection.survivors([near, near[2:], np.zeros((0, 4), np.float32)], [box] * 3)
+    assert (found["frames"], found["with_some"], found["per_frame"]) == (3, 1, 0.0)
+    # Of the same place and size; 20 x 40 pixels, its middle 6 px up and 4 px to the right.
+    sides, away = np.array([1.0, np.sqrt(800) / 40]), np.array([0.0, np.hypot(6, 4) / 40])
+    quartiles = [0.25, 0.5, 0.75]
+    np.testing.assert_allclose(found["sides"], np.quantile(sides, quartiles), rtol=1e-5)
+    np.testing.assert_allclose(found["away"], np.quantile(away, quartiles), rtol=1e-5)
+    assert misdetection.survivors([near[2:]], [box])["sides"] is None
+
+
 def test_alterations():
     pixels = np.full((20, 30, 3), 100, np.uint8)
     assert (misdetection.relight(pixels, 1.3) == 130).all()

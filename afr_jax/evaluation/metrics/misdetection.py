@@ -47,6 +47,23 @@ class SizeRate(Rate):
     to_px: float
 
 
+class Survivors(TypedDict):
+    """P-Net's proposals that overlap the person's box: what a first network still gives away.
+
+    Attributes:
+        frames: how many were looked at, and `with_some` of them have such proposals.
+        per_frame: median number of them.
+        sides: quartiles of their sides, in sides of the person's box: the levels of the pyramid.
+        away: quartiles of the distance between the middles, likewise: cells beside the patch.
+    """
+
+    frames: int
+    with_some: int
+    per_frame: float
+    sides: list[float] | None
+    away: list[float] | None
+
+
 # Rates by scale factor, and under "mean" the mean of their shares.
 RateTable = dict[str, Rate | float | None]
 
@@ -194,6 +211,35 @@ def judge_factors(
     return {
         str(factor): judge(variables, photos, boxes, scale_factor=factor, min_face_px=min_face_px)
         for factor in progress.track(scale_factors, description="scale factors")
+    }
+
+
+def survivors(proposals: Sequence[np.ndarray], boxes: Sequence[np.ndarray]) -> Survivors:
+    """Where P-Net still proposes the person.
+
+    Args:
+        proposals: `[N, 4]` of each frame, `detect.Stages.proposals`.
+        boxes: `[4]`, where the person's face is in each.
+    """
+    counts, sides, away = [], [], []
+    for found, box in zip(proposals, boxes, strict=True):
+        own = found[detect.overlap(np.asarray(found), box[None])[:, 0] >= MIN_OVERLAP]
+        counts.append(len(own))
+        side = np.sqrt(np.prod(box[2:] - box[:2]))
+        sides.append(np.sqrt(np.prod(own[:, 2:] - own[:, :2], axis=1)) / side)
+        middles = (own[:, :2] + own[:, 2:] - box[:2] - box[2:]) / 2
+        away.append(np.linalg.norm(middles, axis=1) / side)
+
+    def quartiles(parts: list[np.ndarray]) -> list[float] | None:
+        values = np.concatenate([np.zeros(0), *parts])
+        return np.quantile(values, [0.25, 0.5, 0.75]).tolist() if len(values) else None
+
+    return {
+        "frames": len(counts),
+        "with_some": int(np.count_nonzero(counts)),
+        "per_frame": float(np.median(counts)) if counts else 0.0,
+        "sides": quartiles(sides),
+        "away": quartiles(away),
     }
 
 

@@ -84,6 +84,23 @@ class PatchStudy:
             }
         return rows
 
+    def survivors(self) -> dict[str, misdetection.Survivors]:
+        """What P-Net alone still proposes of the person, without and with the patches."""
+        frames, levels = self._some(_ROBUST_FRAMES), self.config.levels
+        options = detect.DetectorOptions(levels.min_face_px, levels.scale_factors[0])
+        return {
+            name: misdetection.survivors(
+                [
+                    detect.detect_stages(
+                        self.variables, placement.wear(frame, patches), options=options
+                    ).proposals
+                    for frame in frames
+                ],
+                [frame.box for frame in frames],
+            )
+            for name, patches in self._pair().items()
+        }
+
     def handling(self) -> dict[str, object]:
         """Rates by how the patches are worn and printed, and their plot."""
         found = handling.measure(

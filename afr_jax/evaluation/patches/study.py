@@ -181,6 +181,7 @@ def run(config: AttackConfig) -> options.Outcome:
         if config.extra_checks:
             result["robustness"] = study.robustness()
             result["handling"] = study.handling()
+            result["survivors"] = study.survivors()
             result["other_detectors"] = study.other_detectors(others)
         if config.transfer:
             transfer = result["transfer"] = {}
