@@ -247,3 +247,26 @@ def patches_handling() -> str:
 
 def _count(rate: Mapping[str, float]) -> str:
     return f"{rate['missed']:g} of {rate['total']:g}"
+
+
+@table("patches_survivors", "attack_persons.json")
+def patches_survivors() -> str:
+    """What P-Net still proposes of three people, without and with patches."""
+    lines = []
+    for run in markdown.result("attack_persons")["runs"]:
+        for variant, name in (("clean", "nothing"), ("trained", run["loss"])):
+            if variant == "clean" and run["loss"] != "all three networks":
+                continue
+            found = run["survivors"][variant]
+            quartiles = [
+                "" if found[key] is None else " / ".join(number(v, digits=2) for v in found[key])
+                for key in ("sides", "away")
+            ]
+            share = f"{found['with_some']} of {found['frames']}"
+            cells = (share, number(found["per_frame"]), *quartiles)
+            lines.append([_PERSONS[run["person"]], name, *cells])
+    head = (
+        *("person", "patches", "frames with proposals", "a frame, median"),
+        *("their sides, quartiles", "their distance, quartiles"),
+    )
+    return markdown.render(head, lines, right=4)

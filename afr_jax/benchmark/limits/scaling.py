@@ -84,9 +84,9 @@ def run(config: ScalingOptions, given: setting.Setting) -> setting.Measured:
 
 
 def _noise_loop(count: int, seed: int) -> hot_loops.HotLoop:
-    """A signed step over the noise of a set of images."""
+    """A signed step over the noise of a set of images, on one device."""
     task = unlearnable.UnlearnableOptions(num_images=count, batch_size=_BATCH, noise_steps=1)
-    mesh = parallel.make_mesh()
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
     pixels, labels, recipe = unlearnable.make_task(task, seed)
     data = trainer.place_data(pixels, labels, mesh)
     once = unlearnable.noise_pass(task, data, recipe, mesh, seed)
