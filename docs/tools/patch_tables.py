@@ -208,10 +208,14 @@ def patches_persons() -> str:
         own = [run for run in runs if run["person"] == person]
         for variant, name in (("clean", "nothing"), ("black", "plain black")):
             lines.append([label, name, *_persons_cells(own[0], variant, others)])
-        lines += [[label, run["loss"], *_persons_cells(run, "trained", others)] for run in own]
+        lines += [[label, _trained(run), *_persons_cells(run, "trained", others)] for run in own]
     head = ("person", "patches", *(f"factor {factor}" for factor in _FACTORS))
     head = (*head, *(_DETECTORS[name] for name in others))
     return markdown.render(head, lines, right=len(head) - 2)
+
+
+def _trained(run: Mapping[str, Any]) -> str:
+    return f"trained on {run['loss']}"
 
 
 def _persons_cells(run: Mapping[str, Any], variant: str, others: Sequence[str]) -> list[str]:
@@ -254,7 +258,7 @@ def patches_survivors() -> str:
     """What P-Net still proposes of three people, without and with patches."""
     lines = []
     for run in markdown.result("attack_persons")["runs"]:
-        for variant, name in (("clean", "nothing"), ("trained", run["loss"])):
+        for variant, name in (("clean", "nothing"), ("trained", _trained(run))):
             if variant == "clean" and run["loss"] != "all three networks":
                 continue
             found = run["survivors"][variant]
@@ -263,7 +267,7 @@ def patches_survivors() -> str:
                 for key in ("sides", "away")
             ]
             share = f"{found['with_some']} of {found['frames']}"
-            cells = (share, number(found["per_frame"]), *quartiles)
+            cells = (share, number(found["per_frame"], digits=1), *quartiles)
             lines.append([_PERSONS[run["person"]], name, *cells])
     head = (
         *("person", "patches", "frames with proposals", "a frame, median"),

@@ -170,7 +170,7 @@ def unlearnable_faces_people() -> str:
                 _accuracy_range(settings["partial"]["accuracy_of_protected_people"]),
                 *(_auc(settings[key]["auc"]) for key in ("clean", "full")),
                 _auc(run["untrained"]["auc"]),
-                percent_range(*_values(settings["full"]["share_of_trained_auc"])),
+                _share(settings["full"]["share_of_trained_auc"]),
             ]
         )
     head = (
@@ -183,6 +183,12 @@ def unlearnable_faces_people() -> str:
 
 def _values(spread: Mapping[str, float]) -> tuple[float, ...]:
     return tuple(spread[part] for part in ("mean", "low", "high"))
+
+
+def _share(spread: Mapping[str, float]) -> str:
+    """Shares that may be below 0."""
+    mean, low, high = (markdown.number(100 * value) for value in _values(spread))
+    return f"{mean} % ({low} to {high})"
 
 
 def _accuracy_range(spread: Mapping[str, float]) -> str:
