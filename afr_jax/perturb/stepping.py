@@ -36,6 +36,11 @@ from afr_jax.core.runtime import profiling
 State = TypeVar("State")
 
 
+# Chunks under way at once where the devices are threads of one CPU: with many more, the threads of
+# XLA wait for one another without end, and it aborts the process.
+_IN_FLIGHT = 8
+
+
 def chunk_length() -> int:
     """Steps of one call on this backend: 1 on CPU, where a scan is slow, else 50."""
     return 1 if jax.default_backend() == "cpu" else 50
@@ -65,7 +70,8 @@ def drive(
 
     Returns:
         The state after all steps, and the outputs of all of them, joined along `axis`, NumPy. They
-        are fetched from the devices once, at the end, so that no chunk waits for the one before.
+        are fetched from the devices once, at the end, so that no chunk waits for the one before
+        (but for every eighth on several devices of a CPU).
         Without a step the outputs are None.
 
     Raises:
@@ -74,6 +80,7 @@ def drive(
     length = chunk_length() if length is None else length
     if length < 1 or steps.step != 1:
         raise ValueError(f"length is {length}, steps are {steps}: from 1 on, rising by one")
+    waits = jax.default_backend() == "cpu" and jax.local_device_count() > 1
     parts, counts = [], []
     for begin in range(steps.start, steps.stop, length):
         interrupts.check()
@@ -81,6 +88,8 @@ def drive(
         part = range(begin, min(begin + length, steps.stop))
         state, outputs = chunk_fn(state, part)
         parts.append(outputs)
+        if waits and not len(parts) % _IN_FLIGHT:
+            jax.block_until_ready(state)
         counts.append(len(part))
         if report_fn is not None:
             report_fn(len(part))

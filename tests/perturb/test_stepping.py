@@ -1,11 +1,15 @@
 """The driver of chunks, and the steps of a chunk, on a loop whose every number is known."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 
 from afr_jax.perturb import stepping
@@ -125,3 +129,36 @@ def test_drive_refuses_steps_that_it_cannot_take(options):
 
 def test_a_chunk_is_one_step_on_cpu():
     assert stepping.chunk_length() == 1
+
+
+_MANY_STEPS = """
+import jax, jax.numpy as jnp
+from afr_jax.core import parallel
+from afr_jax.perturb import stepping
+mesh = parallel.make_mesh()
+state = parallel.shard_batch(jnp.ones((8, 64, 64)), mesh)
+
+@jax.jit
+def step(state):
+    for _ in range(3):
+        state = state @ state.swapaxes(1, 2) / (1 + jnp.abs(state).mean())
+    return state, state.mean()
+
+for _ in range(3):
+    _, means = stepping.drive(lambda state, part: step(state), state, steps=range(400), length=1)
+print(len(jax.devices()), means.shape)
+"""
+
+
+def test_devices_that_are_threads_of_a_cpu_do_not_wait_for_one_another_for_ever():
+    """Where they do, XLA aborts the process, or it hangs."""
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", _MANY_STEPS],
+        env=environment,
+        cwd=programs.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert (done.returncode, done.stdout) == (0, "4 (400,)\n"), done.stderr[-2000:]
