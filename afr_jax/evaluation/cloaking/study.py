@@ -249,7 +249,8 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
             # A run that goes on notes the others alone.
             if number not in noted:
                 work.append_metrics({"step": number, "cell": cell.name, "seconds": done.seconds})
-    _draw(setup, made, rows, work)
+    with distributed.alone():
+        _draw(setup, made, rows, work)
     table.write_table(work.path / "table.csv", rows)
     result = {
         **program.provenance("experiments.fawkes_evaluation", config=config),

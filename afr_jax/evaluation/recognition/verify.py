@@ -75,7 +75,8 @@ def run(config: VerifyConfig) -> options.Outcome:
     if config.pair:
         if not distributed.is_primary():
             return options.Outcome({})
-        return _verify_pair(config, recognizer, metric, threshold)
+        with distributed.alone():
+            return _verify_pair(config, recognizer, metric, threshold)
     return _verify_pairs(config, recognizer, metric, threshold)
 
 

@@ -406,6 +406,8 @@ def _kept(
     """What is left of the AUC that clean training adds to an untrained network's, a share."""
     if not clean or not untrained:
         return {}
+    if any(best["auc"] == floor.auc for best, floor in zip(clean, untrained, strict=True)):
+        return {}  # Training added nothing.
     values = [
         (cell["auc"] - floor.auc) / (best["auc"] - floor.auc)
         for cell, best, floor in zip(cells, clean, untrained, strict=True)
