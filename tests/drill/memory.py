@@ -79,7 +79,7 @@ def measure(name: str, flags: list[str], log: pathlib.Path) -> dict[str, Any]:
 
     def watch() -> None:
         while not is_over.wait(1.0):
-            held, count = _held_mb(running.pid), _last_count(log.with_suffix(".err"))
+            held, count = processes.held_mb(running.pid), _last_count(log.with_suffix(".err"))
             if held and count is not None and (not samples or count > samples[-1][0]):
                 samples.append((count, held))
 
@@ -97,15 +97,6 @@ def measure(name: str, flags: list[str], log: pathlib.Path) -> dict[str, Any]:
         "samples": [[count, round(held)] for count, held in samples[::step]],
         "last_words": ended.last_words if ended.crashed else "",
     }
-
-
-def _held_mb(process: int) -> float:
-    try:
-        status = pathlib.Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return 0.0
-    found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) * 1024 / 1e6 if found else 0.0
 
 
 def _last_count(log: pathlib.Path) -> int | None:

@@ -107,11 +107,20 @@ def peak_mb(process: int | str = "self") -> float:
 
     What `resource` says of a child counts the memory of who started it.
     """
+    return _status_mb(process, "VmHWM")
+
+
+def held_mb(process: int) -> float:
+    """Memory that a process holds now, resident, in MB; 0 once it has ended."""
+    return _status_mb(process, "VmRSS")
+
+
+def _status_mb(process: int | str, field: str) -> float:
     try:
         status = pathlib.Path(f"/proc/{process}/status").read_text()
     except OSError:
         return 0.0
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
     return int(found[1]) * 1024 / 1e6 if found else 0.0
 
 
