@@ -2,13 +2,12 @@
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from afr_jax.models import conv
+from afr_jax.models import conv, norm
 
 
 def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
@@ -41,30 +40,6 @@ def pad_for_pool(x: jax.Array, window: int, stride: int, low: float) -> jax.Arra
     return jnp.pad(x, pads, constant_values=low)
 
 
-def conv_fn(kernel: tuple[int, int]) -> Callable[..., jax.Array]:
-    """What `flax.linen.Conv(conv_general_dilated=...)` should call for a kernel of that size.
-
-    A convolution of 1 x 1, without groups, dilation or padding, is a matrix product, which XLA runs
-    on CPU in half the time of the convolution; the others get their fast kernel gradient. On GPUs
-    it stays a convolution: with products XLA of jaxlib 0.11 ended a ResNet-18's run in bfloat16.
-    """
-    is_product = kernel == (1, 1) and jax.default_backend() == "cpu"
-    return _pointwise if is_product else conv.conv_general_dilated
-
-
-def _pointwise(
-    inputs: jax.Array,
-    kernel: jax.Array,
-    window_strides: Sequence[int],
-    padding: object,
-    **_: object,
-) -> jax.Array:
-    """1 x 1 convolution of `[B, H, W, C]`."""
-    del padding
-    inputs = inputs[:, :: window_strides[0], :: window_strides[1]]
-    return jax.lax.dot_general(inputs, kernel[0, 0], (((3,), (0,)), ((), ())))
-
-
 def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
     """Convolution of each channel by itself, as a sum of shifted products that fuse into one pass.
 
@@ -83,16 +58,8 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int
     shifted = functools.partial(_shifted_products, stride=stride, padding=padding)
     if jax.default_backend() != "cpu":
         return shifted(x, kernel)
-    # XLA fuses the sum into what reads it, and works it out anew for each of the K * L taps of the
-    # gradient; it does not look into a branch. The condition holds for any kernel of numbers.
-    shape = jax.eval_shape(shifted, x, kernel)
-    return jax.lax.cond(
-        kernel[0, 0, 0, 0] == kernel[0, 0, 0, 0],
-        shifted,
-        lambda x, kernel: jnp.full(shape.shape, jnp.nan, shape.dtype),
-        x,
-        kernel,
-    )
+    # Else XLA would work the sum out anew for each of the K * L taps of the gradient.
+    return conv.apart(lambda k, x: shifted(x, k), kernel, x)
 
 
 def _shifted_products(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
@@ -166,10 +133,10 @@ class ConvNorm(nn.Module):
                 padding=self.padding,
                 use_bias=False,
                 dtype=self.dtype,
-                conv_general_dilated=conv_fn(self.kernel),
+                conv_general_dilated=conv.conv_fn(self.kernel),
                 name="conv",
             )(x)
-        x = nn.BatchNorm(
+        x = norm.BatchNorm(
             use_running_average=not train,
             epsilon=self.epsilon,
             momentum=self.momentum,

@@ -14,7 +14,7 @@ import make_references
 import numpy as np
 import pytest
 
-from afr_jax.models import layers, mtcnn
+from afr_jax.models import conv, layers, mtcnn
 from afr_jax.models.extractors import dlib_resnet, sface
 
 
@@ -118,7 +118,7 @@ def test_depthwise_conv_equals_xlas_grouped_convolution(size, kernel, stride, pa
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_1x1_convolution_is_a_matrix_product(stride):
     x = _noise(2, 5, 6, 3)
-    module = nn.Conv(4, (1, 1), stride, conv_general_dilated=layers.conv_fn((1, 1)))
+    module = nn.Conv(4, (1, 1), stride, conv_general_dilated=conv.conv_fn((1, 1)))
     variables = module.init(jax.random.key(0), x)
     kernel = np.asarray(variables["params"]["kernel"], np.float64)[0, 0]
     expected = x[:, ::stride, ::stride] @ kernel

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from afr_jax.models import conv, layers
+from afr_jax.models import conv, layers, norm
 
 Stem = Literal["cifar", "imagenet"]
 _LAYERS_121 = (6, 12, 24, 16)
@@ -54,12 +54,12 @@ class DenseNet(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 kernel_init=_KERNEL_INIT,
-                conv_general_dilated=conv.conv_general_dilated,
+                conv_general_dilated=conv.conv_fn((side, side)),
                 name=name,
             )(x)
 
         def active(x: jax.Array, name: str) -> jax.Array:
-            x = nn.BatchNorm(
+            x = norm.BatchNorm(
                 use_running_average=not train,
                 momentum=0.9,
                 epsilon=1e-5,

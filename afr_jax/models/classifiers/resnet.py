@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from afr_jax.models import layers
+from afr_jax.models import conv, layers, norm
 
 Stem = Literal["cifar", "imagenet"]
 _NUM_BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
@@ -97,14 +97,14 @@ class FaceResNet(nn.Module):
         """Embeddings `[B, D]`, float32, not normalized, of images `[B, H, W, 3]`."""
         features = self.backbone(images, train=train)
         embeddings = nn.Dense(self.embedding_size, use_bias=False, name="embedding")(features)
-        norm = nn.BatchNorm(
+        last = norm.BatchNorm(
             use_running_average=not train,
             momentum=0.9,
             epsilon=1e-5,
             use_scale=False,
             name="embedding_norm",
         )
-        return norm(embeddings)
+        return last(embeddings)
 
 
 def resnet18(
@@ -161,7 +161,7 @@ class _Block(nn.Module):
 
 def _layer_functions(
     dtype: jax.typing.DTypeLike, train: bool
-) -> tuple[Callable[..., nn.Conv], Callable[..., nn.BatchNorm]]:
+) -> tuple[Callable[..., nn.Conv], Callable[..., norm.BatchNorm]]:
     """Constructors `(channels, side, stride, name) -> convolution` and `(name) -> BatchNorm`."""
 
     def conv_fn(channels: int, side: int, stride: int, *, name: str) -> nn.Conv:
@@ -173,11 +173,11 @@ def _layer_functions(
             use_bias=False,
             dtype=dtype,
             kernel_init=_KERNEL_INIT,
-            conv_general_dilated=layers.conv_fn((side, side)),
+            conv_general_dilated=conv.conv_fn((side, side)),
             name=name,
         )
 
     norm_fn = functools.partial(
-        nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype
+        norm.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype
     )
     return conv_fn, norm_fn

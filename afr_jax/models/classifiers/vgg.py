@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from afr_jax.models import conv, layers
+from afr_jax.models import conv, layers, norm
 
 # Channels of the convolutions, in multiples of the width; 0 is a 2 x 2 max pool.
 _PLAN_11 = (1, 0, 2, 0, 4, 4, 0, 8, 8, 0, 8, 8, 0)
@@ -49,10 +49,10 @@ class Vgg(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 kernel_init=_KERNEL_INIT,
-                conv_general_dilated=conv.conv_general_dilated,
+                conv_general_dilated=conv.conv_fn((3, 3)),
                 name=f"conv_{index}",
             )(x)
-            x = nn.BatchNorm(
+            x = norm.BatchNorm(
                 use_running_average=not train,
                 momentum=0.9,
                 epsilon=1e-5,

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from afr_jax.models import layers
+from afr_jax.models import conv, layers, norm
 from afr_jax.models.weights import conversion, formats
 
 INPUT_SIZE = 160
@@ -146,7 +146,7 @@ class InceptionResnetV1(nn.Module):
         x = jnp.mean(last(x, train=train), axis=(1, 2))
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         x = nn.Dense(EMBEDDING_SIZE, use_bias=False, dtype=self.dtype, name="Bottleneck")(x)
-        return nn.BatchNorm(
+        return norm.BatchNorm(
             use_running_average=not train,
             epsilon=_EPSILON,
             momentum=_MOMENTUM,
@@ -186,7 +186,7 @@ class _Block(nn.Module):
             x.shape[-1],
             (1, 1),
             dtype=self.dtype,
-            conv_general_dilated=layers.conv_fn((1, 1)),
+            conv_general_dilated=conv.conv_fn((1, 1)),
             name="Conv2d_1x1",
         )(mixed)
         x = x + self.scale * y

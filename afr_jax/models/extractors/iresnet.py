@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.models import layers
+from afr_jax.models import conv, layers, norm
 from afr_jax.models.extractors import iresnet_onnx
 from afr_jax.models.weights import conversion, formats
 
@@ -218,12 +218,12 @@ def _conv(
         padding=padding,
         use_bias=False,
         dtype=dtype,
-        conv_general_dilated=layers.conv_fn(size),
+        conv_general_dilated=conv.conv_fn(size),
         name=name,
     )
 
 
-def _norm(train: bool, dtype: jax.typing.DTypeLike | None, name: str) -> nn.BatchNorm:
-    return nn.BatchNorm(
+def _norm(train: bool, dtype: jax.typing.DTypeLike | None, name: str) -> norm.BatchNorm:
+    return norm.BatchNorm(
         use_running_average=not train, epsilon=_EPSILON, momentum=_MOMENTUM, dtype=dtype, name=name
     )

@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from afr_jax.models import layers
+from afr_jax.models import layers, norm
 from afr_jax.models.weights import conversion, formats
 
 INPUT_SIZE = 112
@@ -107,7 +107,7 @@ class MobileFaceNet(nn.Module):
             x = unit(x, "conv_7", 512, activation="none")
         x = x.reshape(x.shape[0], -1).astype(jnp.float32)
         x = nn.Dense(self.embedding_size, use_bias=self.use_bias, name="pre_fc1")(x)
-        return nn.BatchNorm(not train, epsilon=self.epsilon, momentum=0.9, name="fc1")(x)
+        return norm.BatchNorm(not train, epsilon=self.epsilon, momentum=0.9, name="fc1")(x)
 
 
 class _ChannelAttention(nn.Module):

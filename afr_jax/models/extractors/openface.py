@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.models import layers
+from afr_jax.models import conv, layers, norm
 from afr_jax.models.weights import conversion, formats
 
 INPUT_SIZE = 96
@@ -68,8 +68,8 @@ class OpenFace(nn.Module):
 
         def unit(
             x: jax.Array,
-            conv: str,
-            norm: str,
+            conv_name: str,
+            norm_name: str,
             features: int,
             kernel: int = 1,
             stride: int = 1,
@@ -80,11 +80,11 @@ class OpenFace(nn.Module):
                 size,
                 stride,
                 padding=kernel // 2,
-                conv_general_dilated=layers.conv_fn(size),
-                name=conv,
+                conv_general_dilated=conv.conv_fn(size),
+                name=conv_name,
             )(x)
-            normalize = nn.BatchNorm(
-                use_running_average=not train, epsilon=_EPSILON, momentum=_MOMENTUM, name=norm
+            normalize = norm.BatchNorm(
+                use_running_average=not train, epsilon=_EPSILON, momentum=_MOMENTUM, name=norm_name
             )
             return nn.relu(normalize(x))
 

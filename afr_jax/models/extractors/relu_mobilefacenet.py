@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from afr_jax.models import layers
+from afr_jax.models import layers, norm
 from afr_jax.models.weights import conversion, formats
 
 INPUT_SIZE = 112
@@ -83,7 +83,7 @@ class ReluMobileFaceNet(nn.Module):
         x = unit(x, "gdconv", 512, 7, padding=0, depthwise=True)
         x = x.reshape(x.shape[0], -1).astype(jnp.float32)
         x = nn.Dense(EMBEDDING_SIZE, name="conv3")(x)
-        return nn.BatchNorm(not train, epsilon=_EPSILON, momentum=_MOMENTUM, name="bn")(x)
+        return norm.BatchNorm(not train, epsilon=_EPSILON, momentum=_MOMENTUM, name="bn")(x)
 
 
 def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:

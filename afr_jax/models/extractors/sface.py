@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.models import layers
+from afr_jax.models import layers, norm
 from afr_jax.models.weights import conversion, formats, installed
 
 INPUT_SIZE = 112
@@ -138,8 +138,8 @@ def read_weights(path: str | os.PathLike[str]) -> conversion.Variables:
     )
 
 
-def _last_norm(train: bool, dtype: jax.typing.DTypeLike | None, name: str) -> nn.BatchNorm:
-    return nn.BatchNorm(
+def _last_norm(train: bool, dtype: jax.typing.DTypeLike | None, name: str) -> norm.BatchNorm:
+    return norm.BatchNorm(
         use_running_average=not train,
         epsilon=_LAST_EPSILON,
         momentum=_MOMENTUM,

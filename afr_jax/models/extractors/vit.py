@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afr_jax.models import norm
 from afr_jax.models.weights import conversion, formats, onnx_files, torch_files
 
 INPUT_SIZE = 112
@@ -64,7 +65,7 @@ class FaceTransformer(nn.Module):
         x = x.reshape(x.shape[0], -1).astype(jnp.float32)
         for number, features in ((0, self.width), (2, self.embedding_size)):
             x = nn.Dense(features, use_bias=False, name=f"feature_{number}")(x)
-            x = nn.BatchNorm(
+            x = norm.BatchNorm(
                 not train,
                 epsilon=_HEAD_EPSILON,
                 momentum=_MOMENTUM,
