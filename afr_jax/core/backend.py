@@ -1,4 +1,4 @@
-"""Settings of XLA and of the process: compiler options, memory, the cache of compiled programs."""
+"""What is set of XLA and the process: compiler options, memory, compiled programs, fusion."""
 
 import contextlib
 import ctypes
@@ -8,14 +8,18 @@ import pathlib
 import platform
 import resource
 import tempfile
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 from absl import logging
 
 # XLA stops the process at an option that it does not know: only where it was tried.
 _YNNPACK_OPTION = "--xla_cpu_experimental_ynn_fusion_type"
 _YNNPACK_VERSIONS = ("0.10.",)
+_Tree = TypeVar("_Tree")
 _CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 # What a program takes before its first photo, what one takes for each pixel of a photo at its peak
 # (decoding, detection, encoding), and the share of the memory that photos may take.
@@ -113,3 +117,27 @@ _limit: list[int] = []
 def _pixels_that_fit() -> int:
     pixels = int((memory_bytes() - _PROGRAM_BYTES) * _PHOTO_SHARE / _PIXEL_BYTES)
     return min(max(pixels, _FEWEST_PIXELS), _MOST_PIXELS)
+
+
+def apart(fn: Callable[..., _Tree], *arrays: jax.Array) -> _Tree:
+    """`fn(*arrays)`, fused on CPU with nothing that makes the arrays or reads the result.
+
+    XLA:CPU fuses cheap operations into those that read them, once for each reader, in the order in
+    which that one goes through memory. That saves a pass over memory, and costs many where each
+    number is read several times (taps of a window) or across the rows (a transposition).
+
+    It becomes a branch that is always taken, which XLA does not know: it does not look into
+    branches. Elsewhere, and for values, this is `fn(*arrays)`.
+
+    Args:
+        fn: traced; convolutions in it would be slow, as XLA prepares them outside of branches only.
+        arrays: its arguments.
+    """
+    if jax.default_backend() != "cpu":
+        return fn(*arrays)
+    shapes = jax.eval_shape(fn, *arrays)
+
+    def nothing(*_: jax.Array) -> _Tree:
+        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+    return jax.lax.cond(jax.lax.optimization_barrier(jnp.array(True)), fn, nothing, *arrays)

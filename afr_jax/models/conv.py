@@ -5,8 +5,8 @@ the image, with images for channels. Whatever made its two inputs (BatchNorm, Re
 shortcut) it computes anew while it transposes them, in the worst order for the caches, which took
 longer than the convolution. Here both are transposed apart. The kernel gradient of a 1 x 1
 convolution is a product for each image, then their sum: the one product over all pixels, which XLA
-would run, takes up to 1.8 times as long. The gradient with respect to few channels (images), or
-through a stride, is one product and a sum of its shifted parts, one for each tap: that takes a
+would run, takes up to 1.8 times as long. The gradient with respect to few channels (images),
+or through a stride, is one product and a sum of its shifted parts, one for each tap: that takes a
 quarter to three quarters of XLA's time. Accelerators keep the gradients of `jax.lax`.
 
 Only reverse mode differentiation is defined where the fast gradients are used.
@@ -15,15 +15,15 @@ Only reverse mode differentiation is defined where the fast gradients are used.
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
-_Tree = TypeVar("_Tree")
+from afr_jax.core import backend
+
 _NHWC = ("NHWC", "HWIO", "NHWC")
-# So few channels are those of images.
-_FEW_CHANNELS = 4
+# So few channels are those of images; with more taps a sum of them is no faster.
+_FEW_CHANNELS, _FEW_TAPS = 4, 9
 # Of images of fewer pixels the products of a 1 x 1 convolution's gradient are one.
 _FEW_PIXELS = 256
 
@@ -117,25 +117,6 @@ def pointwise(
     return _mix_channels(inputs, kernel[0, 0])
 
 
-def apart(fn: Callable[..., _Tree], *arrays: jax.Array) -> _Tree:
-    """`fn(*arrays)`, which XLA:CPU neither fuses with what is around it nor computes anew.
-
-    It does not look into a branch. The other branch is taken where the first number of the first
-    array is NaN: then all is NaN.
-
-    Args:
-        fn: traced; float arrays in and out.
-        arrays: its arguments; the first is one that nothing is vmapped over.
-    """
-    shapes = jax.eval_shape(fn, *arrays)
-    first = arrays[0][(0,) * arrays[0].ndim]
-
-    def nothing(*_: jax.Array) -> _Tree:
-        return jax.tree.map(lambda shape: jnp.full(shape.shape, jnp.nan, shape.dtype), shapes)
-
-    return jax.lax.cond(first == first, fn, nothing, *arrays)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(
     inputs: jax.Array,
@@ -171,7 +152,8 @@ def _backward(
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     inputs, kernel = kept
-    if max(strides) > 1 or inputs.shape[-1] <= _FEW_CHANNELS:
+    is_odd = max(strides) > 1 or inputs.shape[-1] <= _FEW_CHANNELS
+    if is_odd and kernel.shape[0] * kernel.shape[1] <= _FEW_TAPS:
         by_inputs = _sum_of_taps(gradient, kernel, inputs.shape[1:3], strides, padding)
     else:
         _, inputs_fn = jax.vjp(lambda x: _plain(x, kernel, strides, padding), inputs)
@@ -189,8 +171,8 @@ def _sum_of_taps(
 ) -> jax.Array:
     """Gradient `[B, H, W, C]` with respect to inputs of (H, W) pixels."""
     rows, columns, channels, _ = kernel.shape
-    flat = kernel.transpose(3, 0, 1, 2).reshape(kernel.shape[3], -1)
-    products = jax.lax.dot_general(gradient, flat, (((3,), (0,)), ((), ())))
+    flat = kernel.reshape(-1, kernel.shape[3])
+    products = jax.lax.dot_general(gradient, flat, (((3,), (1,)), ((), ())))
 
     def placed(i: int, j: int) -> jax.Array:
         """The part of tap (i, j), where its window had it; outside is cut off."""
@@ -204,9 +186,8 @@ def _sum_of_taps(
         part = products[..., first : first + channels]
         return jax.lax.pad(part, jnp.zeros((), part.dtype), [(0, 0, 0), *places, (0, 0, 0)])
 
-    return functools.reduce(
-        operator.add, [placed(i, j) for i in range(rows) for j in range(columns)]
-    )
+    parts = [placed(i, j) for i in range(rows) for j in range(columns)]
+    return functools.reduce(operator.add, parts)
 
 
 def _kernel_gradient(
@@ -217,7 +198,7 @@ def _kernel_gradient(
     padding: tuple[tuple[int, int], ...],
 ) -> jax.Array:
     """Gradient `[R, S, C, D]` for a kernel of R x S taps."""
-    channels_first, images_last = apart(
+    channels_first, images_last = backend.apart(
         lambda x, y: (x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3)), inputs, gradient
     )
     pads = []

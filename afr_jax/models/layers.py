@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from afr_jax.core import backend
 from afr_jax.models import conv, norm
 
 
@@ -56,10 +57,8 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int
         `[B, (H + 2 padding - K) // stride + 1, (W + 2 padding - L) // stride + 1, C]`.
     """
     shifted = functools.partial(_shifted_products, stride=stride, padding=padding)
-    if jax.default_backend() != "cpu":
-        return shifted(x, kernel)
     # Else XLA would work the sum out anew for each of the K * L taps of the gradient.
-    return conv.apart(lambda k, x: shifted(x, k), kernel, x)
+    return backend.apart(shifted, x, kernel)
 
 
 def _shifted_products(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:

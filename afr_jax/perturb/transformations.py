@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afr_jax.core.perception import windows
+
 _BLUR_RADIUS = 3
 
 # Quantisation tables of ITU-T T.81 (JPEG), annex K.1, tables K.1 and K.2.
@@ -153,9 +155,9 @@ def blur(image: jax.Array, sigma: jax.Array | float) -> jax.Array:
     reach = jnp.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, dtype=jnp.float32)
     weights = jnp.exp(-((reach / jnp.maximum(sigma, 1e-3)) ** 2) / 2)
     weights = weights / jnp.sum(weights)
-    # Banded products: the gradient of shifted sums is slow on a CPU.
-    by_row, by_column = (_band(weights, side) for side in image.shape[:2])
-    return jnp.einsum("ip,jq,pqc->ijc", by_row, by_column, image, optimize="optimal")
+    margin = (_BLUR_RADIUS, _BLUR_RADIUS)
+    planes = jnp.pad(image.transpose(2, 0, 1), [(0, 0), margin, margin], mode="edge")
+    return windows.window_sums(planes, weights).transpose(1, 2, 0)
 
 
 def jpeg(image: jax.Array, quality: jax.Array | float) -> jax.Array:
@@ -187,15 +189,6 @@ def jpeg(image: jax.Array, quality: jax.Array | float) -> jax.Array:
     back = jnp.asarray(np.linalg.inv(_TO_YCC))
     pixels = jnp.einsum("khw,ck->hwc", jnp.concatenate([luma, chroma]), back)
     return jnp.clip(_rounded(pixels) / 255.0, 0.0, 1.0)[:height, :width]
-
-
-def _band(weights: jax.Array, side: int) -> jax.Array:
-    """Matrix `[side, side]` of a filter; what would lie outside is the edge's value."""
-    places = np.arange(side)
-    shifts = np.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1)
-    sources = np.clip(places[:, None] + shifts[None], 0, side - 1)
-    chosen = (sources[:, :, None] == places[None, None]).astype(np.float32)
-    return jnp.einsum("k,ikp->ip", weights, jnp.asarray(chosen))
 
 
 def _quantised(planes: jax.Array, table: np.ndarray, percent: jax.Array) -> jax.Array:

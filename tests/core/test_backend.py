@@ -7,6 +7,8 @@ import sys
 import textwrap
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from afr_jax.core import backend
@@ -115,3 +117,29 @@ def test_memory_is_what_a_shell_allows():
     limited = f"ulimit -v 4000000 && exec {sys.executable} -c '{code}'"
     done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 4000000 << 10 < backend.memory_bytes()
+
+
+def _fn(x, y):
+    return {"sum": jnp.sin(x) + y, "turned": x.T}
+
+
+def test_values_and_gradients_are_those_of_the_function():
+    x, y = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    bounded = jax.jit(lambda x, y: backend.apart(_fn, x, y))
+    jax.tree.map(np.testing.assert_array_equal, bounded(x, y), jax.jit(_fn)(x, y))
+    gradient = jax.grad(lambda x, y: bounded(x, y)["sum"].sum(), argnums=(0, 1))(x, y)
+    np.testing.assert_allclose(gradient[0], jnp.cos(x), rtol=1e-6)
+    np.testing.assert_array_equal(gradient[1], jnp.ones_like(y))
+
+
+def test_numbers_that_are_none_pass():
+    found = backend.apart(lambda x: 2 * x, jnp.array([jnp.nan, jnp.inf, 1.0]))
+    np.testing.assert_array_equal(found, [np.nan, np.inf, 2.0])
+
+
+def test_on_cpu_it_stays_a_branch_in_a_batch_too():
+    x, y = jax.random.normal(jax.random.key(0), (2, 5, 3, 4))
+    batched = jax.jit(jax.vmap(lambda x, y: backend.apart(_fn, x, y)))
+    jax.tree.map(np.testing.assert_array_equal, batched(x, y), jax.jit(jax.vmap(_fn))(x, y))
+    text = batched.lower(x, y).compile().as_text()
+    assert ("conditional(" in text) == (jax.default_backend() == "cpu")

@@ -195,3 +195,10 @@ def test_to_uint8_rounds_and_clips():
 def test_to_float_takes_bytes_only(dtype):
     with pytest.raises(AssertionError):
         images.to_float(jnp.zeros((2, 2), dtype))
+
+
+@pytest.mark.parametrize("exponent", [2.4, 1 / 3, 0.35])
+def test_powers_are_those_of_double_precision(exponent):
+    values = np.geomspace(1e-6, 20.0, 1001).astype(np.float32)
+    found = jax.jit(images.power, static_argnums=1)(values, exponent)
+    np.testing.assert_allclose(found, values.astype(np.float64) ** exponent, rtol=5e-6)

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afr_jax.core import images
 from afr_jax.core.parallel import AnyArray
+from afr_jax.core.perception import windows
 
 # Luma of JFIF 1.02 (ITU-R BT.601).
 LUMA = (0.299, 0.587, 0.114)
@@ -44,18 +46,14 @@ def flicker(
     change = image - original
     red, green, blue = (weight * change[..., i] for i, weight in enumerate(LUMA))
     lightness = 100 * (red + green + blue)
-    rows, columns = (
-        jnp.where(is_coarse, _band(side, _SIGMA / 2), _band(side, _SIGMA))
-        for side in lightness.shape
-    )
-    seen = rows @ lightness @ columns.T
-    error = (seen**2 + _FLOOR**2) ** (_POWER / 2) - _FLOOR**_POWER
+    weights = jnp.where(is_coarse, _weights(_SIGMA / 2), _weights(_SIGMA))
+    # Nothing changes outside.
+    seen = windows.window_sums(jnp.pad(lightness, _RADIUS), weights)
+    error = images.power(seen**2 + _FLOOR**2, _POWER / 2) - _FLOOR**_POWER
     return _FACTOR * jnp.sum(error) / (size[0] * size[1])
 
 
-def _band(side: int, sigma: float) -> np.ndarray:
-    """The filter along an axis, `[side, side]`; nothing changes outside."""
-    shifts = np.arange(-_RADIUS, _RADIUS + 1)
-    weights = np.exp(-0.5 * (shifts / sigma) ** 2)
-    diagonals = [np.eye(side, k=int(shift)) for shift in shifts]
-    return np.tensordot(weights / weights.sum(), diagonals, axes=1).astype(np.float32)
+def _weights(sigma: float) -> np.ndarray:
+    """The filter along an axis, of sum 1."""
+    weights = np.exp(-0.5 * (np.arange(-_RADIUS, _RADIUS + 1) / sigma) ** 2)
+    return (weights / weights.sum()).astype(np.float32)

@@ -7,7 +7,7 @@ the authors' code, which applies `tf.image.ssim`). SSIM is of Wang, Bovik, Sheik
 
 `dm_pix.ssim` has the same values (the tests compare both values and gradients). This module exists
 because DSSIM is evaluated at every step of a cloak: the reference's moments are computed once, the
-window filter is a few small matrix products, and the gradient is written out (three filters instead
+window filter is two passes of shifted sums, and the gradient is written out (three filters instead
 of five, forward and backward), which together is several times faster.
 """
 
@@ -20,13 +20,11 @@ import numpy as np
 from skimage import metrics
 
 from afr_jax.core.parallel import AnyArray
+from afr_jax.core.perception import windows
 
 WINDOW = 11
 _SIGMA = 1.5
 _C1, _C2 = 0.01**2, 0.03**2
-# Outputs per matrix product of the window filter: wide enough for the processor, narrow enough that
-# the banded matrix is not mostly zeros.
-_BLOCK = 54
 
 
 class SsimReference(NamedTuple):
@@ -58,7 +56,7 @@ def ssim_map(image: jax.Array, reference: SsimReference) -> jax.Array:
     """
     planes = image.transpose(2, 0, 1)
     chex.assert_equal_shape([planes, reference.planes])
-    return jnp.mean(_ssim(planes, reference), axis=0).T
+    return jnp.mean(_ssim(planes, reference), axis=0)
 
 
 def tolerance(reference: SsimReference) -> jax.Array:
@@ -74,8 +72,9 @@ def tolerance(reference: SsimReference) -> jax.Array:
         `[H, W, C]`, > 0.
     """
     variance = jnp.maximum(reference.square - reference.mean**2, 0.0)
-    loss = _filter_adjoint(1 / (2 * variance + _C2)) / _filter_adjoint(jnp.ones_like(variance))
-    return (1 / jnp.sqrt(loss)).transpose(1, 2, 0)
+    sums = jnp.stack([1 / (2 * variance + _C2), jnp.ones_like(variance)])
+    loss, whole = windows.spread(sums, window())
+    return jnp.sqrt(whole / loss).transpose(1, 2, 0)
 
 
 def dssim(image: jax.Array, other: jax.Array) -> jax.Array:
@@ -149,7 +148,7 @@ def dssim_uint8(image: np.ndarray, other: np.ndarray, *, boxes: np.ndarray | Non
 
 @jax.custom_vjp
 def _ssim(planes: jax.Array, reference: SsimReference) -> jax.Array:
-    """SSIM map `[C, W - 10, H - 10]`, transposed as the filter leaves it, of planes `[C, H, W]`."""
+    """SSIM map `[C, H - 10, W - 10]` of planes `[C, H, W]`."""
     return _ssim_forward(planes, reference)[0]
 
 
@@ -175,7 +174,7 @@ def _ssim_backward(
     residuals: tuple[jax.Array, SsimReference, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, None]:
     planes, reference, by_moment = residuals
-    mean, square, product = _filter_adjoint(by_moment * cotangent[None])
+    mean, square, product = windows.spread(by_moment * cotangent[None], window())
     return mean + 2 * planes * square + reference.planes * product, None
 
 
@@ -183,34 +182,5 @@ _ssim.defvjp(_ssim_forward, _ssim_backward)
 
 
 def window_means(planes: jax.Array) -> jax.Array:
-    """Means by the Gaussian window of `[..., H, W]`, transposed: `[..., W - 10, H - 10]`."""
-    return _filter_last(jnp.swapaxes(_filter_last(planes), -1, -2))
-
-
-def _filter_adjoint(sums: jax.Array) -> jax.Array:
-    """The transpose of `_filter`, `[..., W - 10, H - 10]` to `[..., H, W]` (a symmetric window)."""
-    margin = WINDOW - 1
-
-    def spread(values: jax.Array) -> jax.Array:
-        pads = [(0, 0)] * (values.ndim - 1) + [(margin, margin)]
-        return _filter_last(jnp.pad(values, pads))
-
-    return spread(jnp.swapaxes(spread(sums), -1, -2))
-
-
-def _filter_last(values: jax.Array) -> jax.Array:
-    """Window sums along the last axis, `[..., N]` to `[..., N - 10]`, in blocks."""
-    num_out = values.shape[-1] - WINDOW + 1
-    blocks = []
-    for start in range(0, num_out, _BLOCK):
-        size = min(_BLOCK, num_out - start)
-        blocks.append(values[..., start : start + size + WINDOW - 1] @ _window_matrix(size))
-    return jnp.concatenate(blocks, axis=-1)
-
-
-def _window_matrix(num_out: int) -> np.ndarray:
-    """`[num_out + 10, num_out]`: column i holds the normalized window at rows i..i+10."""
-    matrix = np.zeros((num_out + WINDOW - 1, num_out), np.float32)
-    for shift, weight in enumerate(window()):
-        np.fill_diagonal(matrix[shift:], weight)
-    return matrix
+    """Means by the Gaussian window of `[..., H, W]`, `[..., H - 10, W - 10]`."""
+    return windows.window_sums(planes, window())

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import ssimulacra2 as package
 
+from afr_jax.core import images
 from afr_jax.core.parallel import AnyArray
 from afr_jax.core.perception import ssim
 
@@ -118,7 +119,7 @@ def _planes(image: AnyArray) -> list[jax.Array]:
     image = jnp.asarray(image).transpose(2, 0, 1)
     low = image <= 0.04045
     # Where the other branch is taken, its power still has a slope.
-    curve = ((jnp.where(low, 1.0, image) + 0.055) / 1.055) ** 2.4
+    curve = images.power((jnp.where(low, 1.0, image) + 0.055) / 1.055, 2.4)
     linear = jnp.where(low, image / 12.92, curve)
     scales = []
     for number, channels in enumerate(_CHANNELS):
@@ -133,7 +134,7 @@ def _planes(image: AnyArray) -> list[jax.Array]:
 def _xyb(linear: jax.Array) -> jax.Array:
     """The opponent colors `[3, h, w]` of linear light, shifted so that they are positive."""
     mixed = jnp.tensordot(_MIXING, linear, axes=1) + _BIAS
-    first, second, third = jnp.cbrt(jnp.maximum(mixed, 1e-9)) - np.cbrt(_BIAS)
+    first, second, third = images.power(jnp.maximum(mixed, 1e-9), 1 / 3) - np.cbrt(_BIAS)
     luma = (first + second) / 2
     return jnp.stack([7 * (first - second) + 0.42, luma + 0.01, third - luma + 0.55])
 
@@ -151,4 +152,4 @@ def _blurred(planes: jax.Array) -> jax.Array:
     lead = [(0, 0)] * (planes.ndim - 2)
     planes = jnp.pad(planes, [*lead, (0, 0), (_MARGIN, _MARGIN)])
     planes = jnp.pad(planes, [*lead, (_MARGIN, _MARGIN), (0, 0)], mode="symmetric")
-    return jnp.swapaxes(ssim.window_means(planes), -1, -2)
+    return ssim.window_means(planes)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.models import layers
+from afr_jax.models import conv, layers
 from afr_jax.models.weights import conversion, installed
 
 INPUT_SIZE = 150
@@ -39,7 +39,7 @@ class DlibResNet(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Descriptors `[B, 128]` of images `[B, 150, 150, 3]` in [0, 255]."""
         x = (images - jnp.array(_CHANNEL_MEANS, images.dtype).reshape(1, 1, 1, 3)) / 256.0
-        x = nn.relu(nn.Conv(32, (7, 7), 2, padding="VALID", name="conv_0")(x))
+        x = nn.relu(_conv(32, 7, "VALID", "conv_0", stride=2)(x))
         x = layers.max_pool(x, 3, 2)
         index = 1
         for stage, (channels, num_blocks) in enumerate(_STAGES):
@@ -96,17 +96,17 @@ def read_weights(path: pathlib.Path | str) -> conversion.Variables:
             f"{num_convs} affine layers and 1 matrix, found {found[0]}, {found[1]} and {found[2]}"
         )
     params = {}
-    for i, (conv, affine) in enumerate(zip(vectors[b"con_4"], vectors[b"affine_"], strict=True)):
+    for i, (con, affine) in enumerate(zip(vectors[b"con_4"], vectors[b"affine_"], strict=True)):
         rows, columns, num_in, num_out = shapes[f"conv_{i}"]["kernel"]
         count = rows * columns * num_in * num_out
-        if conv.size != count + num_out or affine.size != 2 * num_out:
+        if con.size != count + num_out or affine.size != 2 * num_out:
             raise ValueError(
-                f"{path}: convolution {i} has {conv.size} values and {affine.size} affine values, "
+                f"{path}: convolution {i} has {con.size} values and {affine.size} affine values, "
                 f"expected {count + num_out} and {2 * num_out}"
             )
-        kernel = conv[:count].reshape(num_out, num_in, rows, columns).transpose(2, 3, 1, 0)
+        kernel = con[:count].reshape(num_out, num_in, rows, columns).transpose(2, 3, 1, 0)
         gamma, beta = affine[:num_out], affine[num_out:]
-        params[f"conv_{i}"] = {"kernel": kernel * gamma, "bias": conv[count:] * gamma + beta}
+        params[f"conv_{i}"] = {"kernel": kernel * gamma, "bias": con[count:] * gamma + beta}
     matrix = vectors[b"fc_2"][0]
     if matrix.size != np.prod(shapes["fc"]["kernel"]):
         raise ValueError(f"{path}: the output matrix has {matrix.size} values, expected 256 x 128")
@@ -117,14 +117,24 @@ def read_weights(path: pathlib.Path | str) -> conversion.Variables:
 def _residual_block(x: jax.Array, channels: int, down: bool, index: int) -> jax.Array:
     """Two 3 x 3 convolutions and a parameter-free shortcut, zero-padded to the larger shape."""
     padding, stride = ("VALID", 2) if down else ("SAME", 1)
-    y = nn.Conv(channels, (3, 3), stride, padding=padding, name=f"conv_{index}")(x)
-    y = nn.relu(y)
-    y = nn.Conv(channels, (3, 3), padding="SAME", name=f"conv_{index + 1}")(y)
+    y = nn.relu(_conv(channels, 3, padding, f"conv_{index}", stride=stride)(x))
+    y = _conv(channels, 3, "SAME", f"conv_{index + 1}")(y)
     if down:
         x = nn.avg_pool(x, (2, 2), (2, 2), padding="VALID")
         rows, columns = max(x.shape[1], y.shape[1]), max(x.shape[2], y.shape[2])
         x, y = (_zero_pad(z, rows, columns, channels) for z in (x, y))
     return nn.relu(x + y)
+
+
+def _conv(channels: int, side: int, padding: str, name: str, *, stride: int = 1) -> nn.Conv:
+    return nn.Conv(
+        channels,
+        (side, side),
+        stride,
+        padding=padding,
+        conv_general_dilated=conv.conv_fn((side, side)),
+        name=name,
+    )
 
 
 def _zero_pad(x: jax.Array, rows: int, columns: int, channels: int) -> jax.Array:
