@@ -1,13 +1,15 @@
 """Row `embedding`: how fast our extractors embed a face, beside their originals.
 
-The originals are dlib, facenet-pytorch's module and a MobileFaceNet in torch, in inference mode.
-Both sides get the same batch of aligned chips; detection and alignment are not in it.
+The originals are dlib, facenet-pytorch's module and a MobileFaceNet in torch, in inference mode;
+those in torch also as onnxruntime runs them. All sides get the same batch of aligned chips;
+detection and alignment are not in it.
 """
 
 import dataclasses
 import functools
 import pathlib
 import time
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from afr_jax.models.weights import conversion
 
 DRIVER = "extractors_driver.py"
 _BATCH = 16
+_OTHER_RUNTIME = "onnxruntime"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ def measure(
     repeats: int,
     seed: int = 0,
 ) -> list[timing.Row]:
-    """A row of the table: milliseconds a face.
+    """Rows of the table: milliseconds a face.
 
     Weights and chips are random, which costs the same as real ones.
 
@@ -89,17 +92,28 @@ def measure(
         jax.block_until_ready(embed_chips(variables, placed, extractor))
         return 1e3 * (time.perf_counter() - start) / batch
 
+    def theirs(with_onnxruntime: bool) -> float:
+        answer = cast(reference.ReferenceProcess, other).call(
+            "throughput",
+            name=extractor.name,
+            chips=str(source),
+            repeats=1,
+            with_onnxruntime=with_onnxruntime,
+        )
+        return 1e3 * answer["seconds"][0] / batch
+
     sides = {"ours": ours}
     if other is not None:
-
-        def theirs() -> float:
-            answer = other.call("throughput", name=extractor.name, chips=str(source), repeats=1)
-            return 1e3 * answer["seconds"][0] / batch
-
-        sides["theirs"] = theirs
+        sides["theirs"] = functools.partial(theirs, False)
+        if extractor.name != "dlib":
+            sides[_OTHER_RUNTIME] = functools.partial(theirs, True)
     times = timing.take_turns(sides, repeats=repeats)
     row = f"embedding, {extractor.name}, batch {batch}"
-    return [timing.compare(row, "ms per face", times["ours"], times.get("theirs"))]
+    rows = [timing.compare(row, "ms per face", times["ours"], times.get("theirs"))]
+    if _OTHER_RUNTIME in times:
+        quantity = f"ms per face, {_OTHER_RUNTIME}"
+        rows.append(timing.compare(row, quantity, times["ours"], times[_OTHER_RUNTIME]))
+    return rows
 
 
 def _random_variables(extractor: registry.Extractor, seed: int) -> conversion.Variables:

@@ -35,6 +35,7 @@ def benchmark_embedding() -> str:
     lines = []
     for row in markdown.result("benchmark_embedding")["rows"]:
         name, peer = peers[row["row"].split(", ")[1]]
+        peer = row["quantity"].partition(", ")[2] or peer
         lines.append([name, peer, *(spread(row[key]) for key in ("ours", "peer", "ratio"))])
     head = ("ms a face, batches of 16", "beside", "ours", "theirs", "ratio")
     return markdown.render(head, lines, right=3)

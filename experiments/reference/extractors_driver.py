@@ -14,6 +14,7 @@ os.environ["TF_USE_LEGACY_KERAS"] = "1"
 import functools
 import importlib
 import importlib.util
+import io
 import pathlib
 import sys
 import time
@@ -52,10 +53,17 @@ def main() -> None:
         np.save(output, network(name, 0, graph, arrays).embed(np.load(chips)))
         return {}
 
-    def throughput(name: str, chips: str, repeats: int, graph: str = "", arrays: str = "") -> dict:
+    def throughput(
+        name: str,
+        chips: str,
+        repeats: int,
+        graph: str = "",
+        arrays: str = "",
+        with_onnxruntime: bool = False,
+    ) -> dict:
         """Seconds of each of `repeats` passes over the chips of a file, after one untimed."""
-        images = np.load(chips)
-        run = network(name, 0, graph, arrays).prepare(images)
+        images, net = np.load(chips), network(name, 0, graph, arrays)
+        run = net.prepare_onnxruntime(images) if with_onnxruntime else net.prepare(images)
         run()
         seconds = []
         for _ in range(repeats):
@@ -64,7 +72,15 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
         return {"seconds": seconds}
 
-    packages = ("torch", "facenet-pytorch", "deepface", "tensorflow", "tf_keras", "dlib-bin")
+    packages = (
+        "torch",
+        "onnxruntime",
+        "facenet-pytorch",
+        "deepface",
+        "tensorflow",
+        "tf_keras",
+        "dlib-bin",
+    )
     versions = serving.versions(*packages, "numpy")
     serving.serve(versions, {"write": write, "embed": embed, "throughput": throughput})
 
@@ -113,6 +129,23 @@ class _Torch:
                 return self._module(images).numpy()
 
         return run
+
+    def prepare_onnxruntime(self, chips):
+        import onnxruntime
+
+        images = np.ascontiguousarray(chips.transpose(0, 3, 1, 2))
+        exported = io.BytesIO()
+        self._torch.onnx.export(
+            self._module,
+            (self._torch.from_numpy(images),),
+            exported,
+            input_names=["images"],
+            dynamo=False,
+        )
+        session = onnxruntime.InferenceSession(
+            exported.getvalue(), providers=["CPUExecutionProvider"]
+        )
+        return lambda: session.run(None, {"images": images})[0]
 
     def embed(self, chips):
         return self.prepare(chips)()

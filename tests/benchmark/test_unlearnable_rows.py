@@ -12,8 +12,9 @@ _SMALL = unlearnable.UnlearnableOptions(
 @pytest.mark.parametrize("row", ["noise", "victim"])
 def test_both_kinds_of_work_are_measured(row, tmp_path):
     rows = unlearnable.measure(row, tmp_path, None, options=_SMALL, repeats=1)
-    assert [found["quantity"] for found in rows] == ["s", "teraflops/s", "share of peak"]
-    seconds, rate, share = (found["ours"] for found in rows)
-    assert seconds["median"] > 0 and rate > 0
+    names = ["s", "teraflops/s", "share of the bare network", "share of peak"]
+    assert [found["quantity"] for found in rows] == names
+    seconds, rate, bare, share = (found["ours"] for found in rows)
+    assert seconds["median"] > 0 and rate > 0 and bare["median"] > 0
     assert share == pytest.approx(rate / 0.1)
     assert all(found["row"].startswith(row) for found in rows)
