@@ -24,6 +24,44 @@ def benchmark_photos() -> str:
     return markdown.render(("", "beside", "ours", "theirs", "ratio"), lines, right=3)
 
 
+@table("benchmark_folder", "benchmark_folder.json")
+def benchmark_folder() -> str:
+    """Detection in a folder of photos of all sizes."""
+    found = markdown.result("benchmark_folder")
+    names = {"s, cold": "empty cache", "s, warm": "full cache"}
+    lines = [
+        [
+            f"{row['row']}, {names[row['quantity']]}",
+            *(spread(row[key]) for key in ("ours", "peer", "ratio")),
+        ]
+        for row in found["rows"]
+    ]
+    lines.append(
+        ["the same by YuNet, with decoding", spread(found["folder"]["yunet_seconds"]), "", ""]
+    )
+    for name in ("cold", "warm"):
+        run = found["folder"][name]
+        lines.append(
+            [
+                f"{run['programs']} programs, {name}: seconds of compilation or loading; memory",
+                f"{markdown.short(run['compile_seconds'])}; {run['peak_bytes'] / 1e6:.0f} MB",
+                "",
+                "",
+            ]
+        )
+    return markdown.render(("seconds", "ours", "PyPI `mtcnn`", "ratio"), lines, right=3)
+
+
+@table("speed_changes", "speed_changes.json")
+def speed_changes() -> str:
+    """What was made faster, and what was tried and left."""
+    lines = [
+        [row["what"], markdown.short(row["before"]), markdown.short(row["after"]), row["kept"]]
+        for row in markdown.result("speed_changes")["rows"]
+    ]
+    return markdown.render(("ms", "before", "after", "kept"), lines)
+
+
 @table("benchmark_embedding", "benchmark_embedding.json")
 def benchmark_embedding() -> str:
     """Embedding aligned faces."""

@@ -214,6 +214,9 @@ def unlearnable_speed() -> str:
             if row["peer"] is not None:
                 cells = [markdown.spread(row[key]) for key in ("ours", "peer", "ratio")]
                 lines.append([name, row["row"], *cells])
+            if row["quantity"] == "share of the bare network":
+                text = f"{percent(row['ours']['median'])} without BatchNorm, loss and optimizer"
+                lines.append([name, row["row"], text, "", ""])
     for row in h200["without the peer"]["rows"]:
         if row["quantity"] == "share of peak":
             text = f"{percent(row['ours'])} of the peak"
