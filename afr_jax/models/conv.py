@@ -152,8 +152,8 @@ def _backward(
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     inputs, kernel = kept
-    is_odd = max(strides) > 1 or inputs.shape[-1] <= _FEW_CHANNELS
-    if is_odd and kernel.shape[0] * kernel.shape[1] <= _FEW_TAPS:
+    is_slow = max(strides) > 1 or inputs.shape[-1] <= _FEW_CHANNELS
+    if is_slow and kernel.shape[0] * kernel.shape[1] <= _FEW_TAPS:
         by_inputs = _sum_of_taps(gradient, kernel, inputs.shape[1:3], strides, padding)
     else:
         _, inputs_fn = jax.vjp(lambda x: _plain(x, kernel, strides, padding), inputs)
