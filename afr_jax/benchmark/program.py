@@ -110,7 +110,7 @@ class BenchmarkConfig(options.Config):
       noise, victim   a pass of signed steps over the noise of all images, an epoch of a victim,
                       beside PyTorch: a small net for CPUs; for one GPU --num_images=50000
                       --num_blocks=2,2,2,2 --width=64 --batch_size=512 --noise_steps=20. Ours takes
-                      as long on two CPU cores; on an H200 it is 2.3 and 1.65 times as fast.
+                      about as long on two CPU cores; on an H200 it is 2.3 and 1.65 times as fast.
 
     Both sides run everything once before they are timed, then take turns. The reference
     implementations are processes of another environment, kept alive, which time themselves

@@ -1,7 +1,7 @@
 """BatchNorm as `flax.linen` has it, whose sums are fast on CPU.
 
 A training step needs four sums over the pixels for each BatchNorm. XLA:CPU runs a sum over all axes
-but the last as a tree of windows, for 64 channels thirty times slower than it reads the numbers;
+but the last as a tree of windows, for 64 channels twenty times slower than it reads the numbers;
 two sums in one reduction it runs as fast as it reads. So the batch's moments are one reduction, and
 the gradient, written out after Ioffe and Szegedy 2015 ("Batch Normalization", section 3), is
 another one.
