@@ -1,4 +1,4 @@
-"""Convolutions whose kernel gradient is fast on CPU, to be given to `flax.linen.Conv`.
+"""Convolutions whose gradients are fast on CPU, to be given to `flax.linen.Conv`.
 
 XLA:CPU computes the gradient with respect to a kernel as a convolution whose window is as large as
 the image, with images for channels. Whatever made its two inputs (BatchNorm, ReLU, the sum of a
@@ -9,15 +9,21 @@ would run, takes up to 1.8 times as long. The gradient with respect to few chann
 or through a stride, is one product and a sum of its shifted parts, one for each tap: that takes a
 quarter to nine tenths of XLA's time. Accelerators keep the gradients of `jax.lax`.
 
+The gradient with respect to images is a convolution with the kernel turned, which XLA turns anew
+each time, slowly: where kernels stay as they are (`turn_kernels`) that is done once.
+
 Only reverse mode differentiation is defined where the fast gradients are used.
 """
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import VariableDict
 
 from afr_jax.core import backend
 
@@ -28,14 +34,62 @@ _FEW_CHANNELS, _FEW_TAPS = 4, 9
 _FEW_PIXELS = 256
 
 
-def conv_fn(kernel: tuple[int, int]) -> Callable[..., jax.Array]:
-    """What `flax.linen.Conv(conv_general_dilated=...)` should call for a kernel of that size.
+# Collection of the turned kernels.
+_TURNED = "turned"
 
-    On CPU a convolution of 1 x 1 is a matrix product. On GPUs it stays a convolution: with products
-    XLA of jaxlib 0.11 ended a ResNet-18's run in bfloat16.
+
+class Convolution(nn.Module):
+    """What `flax.linen.Conv(conv_general_dilated_cls=...)` should be."""
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: jax.Array,
+        kernel: jax.Array,
+        window_strides: Sequence[int],
+        padding: str | Sequence[tuple[int, int]],
+        **options: Any,
+    ) -> jax.Array:
+        """See `conv_general_dilated`; takes turned kernels where the variables have them."""
+        turned = None
+        if self.has_variable(_TURNED, "kernel"):
+            turned = self.get_variable(_TURNED, "kernel")
+        return conv_general_dilated(
+            inputs, kernel, window_strides, padding, turned=turned, **options
+        )
+
+
+def turn_kernels(variables: VariableDict) -> VariableDict:
+    """Variables of a network whose kernels stay as they are, for gradients of images.
+
+    Args:
+        variables: of a module whose convolutions are `Convolution`.
+
+    Returns:
+        On CPU the same with another collection; results are the same, and the gradient with respect
+        to kernels is still right. Elsewhere the variables as they are.
     """
-    is_product = kernel == (1, 1) and jax.default_backend() == "cpu"
-    return pointwise if is_product else conv_general_dilated
+    if jax.default_backend() != "cpu":
+        return variables
+    return {**variables, _TURNED: _turn_all(variables["params"])}
+
+
+@jax.jit
+def _turn_all(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The kernels of a module and of those in it, but for 1 x 1, by the module that reads them."""
+    found = {}
+    for name, each in params.items():
+        if isinstance(each, Mapping):
+            inner = _turn_all(each)
+            found |= {name: inner} if inner else {}
+        elif name == "kernel" and each.ndim == 4 and each.shape[:2] != (1, 1):
+            found[f"{Convolution.__name__}_0"] = {"kernel": _turn(each)}
+    return found
+
+
+def _turn(kernel: jax.Array) -> jax.Array:
+    """`[R, S, C, D]` to `[R, S, D, C]`, with its taps in reverse."""
+    return jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
 
 
 def conv_general_dilated(
@@ -49,8 +103,12 @@ def conv_general_dilated(
     dimension_numbers: jax.lax.ConvDimensionNumbers | None = None,
     feature_group_count: int = 1,
     precision: jax.lax.PrecisionLike = None,
+    turned: jax.Array | None = None,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` with a fast kernel gradient on CPU.
+    """`jax.lax.conv_general_dilated` with fast gradients on CPU.
+
+    There a convolution of 1 x 1 is a matrix product. On GPUs it stays a convolution: with products
+    XLA of jaxlib 0.11 ended a ResNet-18's run in bfloat16.
 
     Args:
         inputs: `[B, H, W, C]` float.
@@ -62,6 +120,7 @@ def conv_general_dilated(
         dimension_numbers: as in `jax.lax`; by default those of the shapes above.
         feature_group_count: number of groups of channels.
         precision: as in `jax.lax`.
+        turned: the kernel `[R, S, D, C]` as `turn_kernels` has it; None turns it when it is needed.
 
     Returns:
         `[B, H', W', D]`.
@@ -88,16 +147,46 @@ def conv_general_dilated(
         padding = jax.lax.padtype_to_pads(
             inputs.shape[1:3], kernel.shape[:2], strides, padding.upper()
         )
-    padding = tuple((before, after) for before, after in padding)
-    return _convolve(inputs, kernel, strides, padding)
+    taps, pads = [], []
+    for axis, axis_padding in enumerate(padding):
+        used, left = _used_taps(
+            kernel.shape[axis], inputs.shape[1 + axis], strides[axis], axis_padding
+        )
+        taps.append(used)
+        pads.append(left)
+    cut = kernel[taps[0], taps[1]]
+    if cut.shape != kernel.shape:
+        turned = None
+    if cut.shape[:2] == (1, 1) and not any(map(any, pads)):
+        return pointwise(inputs, cut, strides)
+    return _convolve(inputs, cut, turned, strides, tuple(pads))
+
+
+def _used_taps(
+    taps: int, size: int, stride: int, padding: tuple[int, int]
+) -> tuple[slice, tuple[int, int]]:
+    """Which taps along an axis see more than padding, and the padding of these alone.
+
+    On a single pixel a window of three has one; XLA multiplies by the others all the same, and
+    takes the pixel for the window.
+    """
+    before, after = padding
+    count = (size + before + after - taps) // stride + 1
+    seen = [
+        tap
+        for tap in range(taps)
+        if any(0 <= tap - before + stride * place < size for place in range(count))
+    ]
+    if not seen:
+        return slice(taps), (before, after)
+    first, last = seen[0], seen[-1]
+    return slice(first, last + 1), (before - first, after - (taps - 1 - last))
 
 
 def pointwise(
     inputs: jax.Array,
     kernel: jax.Array,
     window_strides: Sequence[int],
-    padding: object,
-    **_: object,
 ) -> jax.Array:
     """A convolution of 1 x 1, without groups, dilation or padding, as a matrix product.
 
@@ -108,23 +197,23 @@ def pointwise(
         inputs: `[B, H, W, C]` float.
         kernel: `[1, 1, C, D]`.
         window_strides: (rows, columns).
-        padding: not read.
 
     Returns:
         `[B, H', W', D]`.
     """
-    del padding
     inputs = inputs[:, :: window_strides[0], :: window_strides[1]]
     return _mix_channels(inputs, kernel[0, 0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _convolve(
     inputs: jax.Array,
     kernel: jax.Array,
+    turned: jax.Array | None,
     strides: tuple[int, ...],
     padding: tuple[tuple[int, int], ...],
 ) -> jax.Array:
+    del turned
     return _plain(inputs, kernel, strides, padding)
 
 
@@ -140,27 +229,36 @@ def _plain(
 def _forward(
     inputs: jax.Array,
     kernel: jax.Array,
+    turned: jax.Array | None,
     strides: tuple[int, ...],
     padding: tuple[tuple[int, int], ...],
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _plain(inputs, kernel, strides, padding), (inputs, kernel)
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None]]:
+    return _plain(inputs, kernel, strides, padding), (inputs, kernel, turned)
 
 
 def _backward(
     strides: tuple[int, ...],
     padding: tuple[tuple[int, int], ...],
-    kept: tuple[jax.Array, jax.Array],
+    kept: tuple[jax.Array, jax.Array, jax.Array | None],
     gradient: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    inputs, kernel = kept
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    inputs, kernel, turned = kept
     is_slow = max(strides) > 1 or inputs.shape[-1] <= _FEW_CHANNELS
     if is_slow and kernel.shape[0] * kernel.shape[1] <= _FEW_TAPS:
         by_inputs = _sum_of_taps(gradient, kernel, inputs.shape[1:3], strides, padding)
+    elif turned is not None and max(strides) == 1:
+        pads = [
+            (taps - 1 - before, taps - 1 - after)
+            for taps, (before, after) in zip(kernel.shape[:2], padding, strict=True)
+        ]
+        by_inputs = _plain(gradient, turned, strides, tuple(pads))
     else:
         _, inputs_fn = jax.vjp(lambda x: _plain(x, kernel, strides, padding), inputs)
         (by_inputs,) = inputs_fn(gradient)
     by_kernel = _kernel_gradient(inputs, gradient, kernel.shape[:2], strides, padding)
-    return by_inputs.astype(inputs.dtype), by_kernel.astype(kernel.dtype)
+    # Kernels that were turned once do not move.
+    by_turned = None if turned is None else jnp.zeros_like(turned)
+    return by_inputs.astype(inputs.dtype), by_kernel.astype(kernel.dtype), by_turned
 
 
 def _sum_of_taps(

@@ -132,7 +132,7 @@ class ConvNorm(nn.Module):
                 padding=self.padding,
                 use_bias=False,
                 dtype=self.dtype,
-                conv_general_dilated=conv.conv_fn(self.kernel),
+                conv_general_dilated_cls=conv.Convolution,
                 name="conv",
             )(x)
         x = norm.BatchNorm(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.core import images, parallel
+from afr_jax.core import backend, images, parallel
 from afr_jax.models.extractors import registry
 
 # Pixels of an averaged photo from one pixel of a chip to the next, at most.
@@ -224,7 +224,9 @@ def warp(
         row[0] * steps[:, None] + row[1] * steps[None, :] + row[2]
         for row in transform.astype(jnp.float32)
     )
-    return _bilinear(image, (y - (pool - 1) / 2) / pool, (x - (pool - 1) / 2) / pool)
+    places = (row - (pool - 1) / 2 for row in (y, x))
+    # Whoever reads the chip would look all four pixels up anew, on one core.
+    return backend.apart(_bilinear, jnp.asarray(image), *(row / pool for row in places))
 
 
 def _pooled(image: parallel.AnyArray, pool: int, *, padded: bool = False) -> parallel.AnyArray:

@@ -12,7 +12,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from afr_jax.benchmark import cloaking, detection, program, timing
+from afr_jax.benchmark import cloaking, detection, folder, program, timing
 from afr_jax.benchmark import photos as photo_source
 from afr_jax.evaluation import reference
 from afr_jax.evaluation.attackers import other_detectors
@@ -184,6 +184,25 @@ def test_a_folder_is_detected_cold_and_warm(tmp_path, stub_python):
         assert 3 <= each["programs"] <= 8 and 0 < each["compile_seconds"] < each["seconds"]
         assert each["peak_bytes"] > 1e8
     assert found["yunet_seconds"]["median"] > 0
+
+
+def test_photos_of_a_folder_are_cloaked_cold_and_warm(tmp_path, monkeypatch):
+    started = []
+
+    def start(command, cache):
+        started.append((command[0], cache.name, cache.exists()))
+        cache.mkdir(exist_ok=True)
+        return folder._Run(100.0 - len(started), 5, 1.0, 1 << 30)
+
+    monkeypatch.setattr(folder, "_start", start)
+    flags = ["--rows=folder", "--repeats=2", "--folder_cloaks=1", f"--workdir={tmp_path}"]
+    result, _ = _run(*flags)
+    cloaks = [each[1:] for each in started if each[0] == "cloak"]
+    assert cloaks == [("cloak_cache", False)] + 2 * [("cloak_cache", True)]
+    rows = {row["quantity"]: row for row in result["rows"] if row["row"].startswith("cloak, 1 ")}
+    assert rows["s, cold"]["ours"]["samples"] == [99.0]
+    assert rows["s, warm"]["ours"]["samples"] == [98.0, 97.0]
+    assert result["folder"]["cloak_warm"]["seconds"] == 97.0
 
 
 @pytest.mark.parametrize("side", [(60, 400), (400, 60), (300, 300), (1, 1)])

@@ -131,17 +131,19 @@ def cloaked(clean):
     )
 
 
-def _brute_force(clean, cloaked, leak):
-    """Answers of the nearest-neighbour trackers and ranks, probe by probe."""
+def _brute_force(clean, cloaked, leaked, hidden=()):
+    """Answers of the nearest-neighbour trackers and ranks, probe by probe.
+
+    `leaked` and `hidden` are numbers of published photos: clean ones, and ones not enrolled.
+    """
     split = clean.split
-    leaked = scores.leaked_photos(len(split.published), leak)
     answers, limited, ranks, own_distances = [], [], [], []
     for number, probe in enumerate(split.probes):
         enrolled = []
         for i, sample in enumerate(split.published):
-            is_clean = sample.identity != probe.identity or leaked[i]
-            source = clean.published if is_clean else cloaked
-            if source.found[i]:
+            is_own = sample.identity == probe.identity
+            source = cloaked if is_own and i not in leaked else clean.published
+            if source.found[i] and not (is_own and i in hidden):
                 enrolled.append((sample.identity, source.vectors[i]))
         for i, sample in enumerate(split.gallery):
             enrolled.append((sample.identity, clean.gallery.vectors[i]))
@@ -160,11 +162,27 @@ def _brute_force(clean, cloaked, leak):
     return answers, limited, ranks, own_distances
 
 
-@pytest.mark.parametrize("leak", [0.0, 0.25])
-def test_scores_by_brute_force(clean, cloaked, leak):
-    rows = {row["tracker"]: row for row in scores.score(clean, cloaked, leak=leak)}
+# Photo 5 has no face clean, and photos 12 to 15 none any more.
+@pytest.mark.parametrize(
+    "exposure, leaked, hidden, not_found",
+    [
+        (scores.Exposure(), [], [], 5),
+        (scores.Exposure(leak=0.25), [3, 7, 11, 15], [], 4),
+        (scores.Exposure(mix=scores.Mix(4)), [], [], 5),
+        (scores.Exposure(mix=scores.Mix(1)), [], [1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 15], 1),
+        (scores.Exposure(mix=scores.Mix(2, 1)), [3, 7, 11, 15], [2, 6, 10, 14], 3),
+        (
+            scores.Exposure(mix=scores.Mix(0, 1)),
+            [3, 7, 11, 15],
+            [i for i in range(16) if i % 4 < 3],
+            0,
+        ),
+    ],
+)
+def test_scores_by_brute_force(clean, cloaked, exposure, leaked, hidden, not_found):
+    rows = {row["tracker"]: row for row in scores.score(clean, cloaked, exposure)}
     assert tuple(rows) == trackers.KINDS
-    answers, limited, ranks, own = _brute_force(clean, cloaked, leak)
+    answers, limited, ranks, own = _brute_force(clean, cloaked, leaked, hidden)
     truth = [probe.identity for probe in clean.split.probes]
     for kind, given in (("nearest", answers), ("nearest_threshold", limited)):
         missed = np.array([a != t for a, t in zip(given, truth, strict=True)], float)
@@ -177,24 +195,53 @@ def test_scores_by_brute_force(clean, cloaked, leak):
     assert nearest["rank_1"] == np.mean(np.array(ranks) <= 1)
     assert nearest["rank_5"] == np.mean(np.array(ranks) <= 5)
     np.testing.assert_allclose(nearest["own_distance"][2], np.median(own), rtol=1e-5)
-    # Of the 16 one has no face clean, four have none any more; leaked are photos 3, 7, 11, 15.
-    assert nearest["leaked"] == 16 * leak
-    assert nearest["not_found"] == (4 if leak else 5)
-    assert nearest["enrolled"] + nearest["not_found"] == 16
+    assert nearest["leaked"] == len(leaked)
+    assert nearest["not_found"] == not_found
+    assert nearest["enrolled"] + nearest["not_found"] == 16 - len(hidden)
+
+
+def test_mixes_take_the_first_photos_cloaked_and_the_last_ones_clean():
+    people_of = np.array([7, 7, 7, 2, 2, 2, 2, 2])
+    has, leaked = scores.mixed_photos(people_of, scores.Mix(2, 2))
+    assert np.flatnonzero(leaked).tolist() == [1, 2, 6, 7]
+    assert np.flatnonzero(has).tolist() == [0, 1, 2, 3, 4, 6, 7]
+    has, leaked = scores.mixed_photos(people_of, scores.Mix(20))
+    assert has.all() and not leaked.any()
+    has, leaked = scores.mixed_photos(people_of, scores.Mix(0, 9))
+    assert has.all() and leaked.all()
+
+
+def test_mixes_are_read_and_written():
+    assert scores.parse_mix("10") == scores.Mix(10, 0) == scores.parse_mix("10+0")
+    assert str(scores.parse_mix("3+12")) == "3+12"
+    for text in ("", "+", "0", "0+0", "3+", "+3", "-1", "1.5", "1+2+3", "a"):
+        with pytest.raises(ValueError, match="mixes must"):
+            scores.parse_mix(text)
+
+
+def test_the_head_learns_from_the_photos_that_the_tracker_has(clean, cloaked):
+    # The last person's published photos have no face, their clean one has.
+    rows = [
+        scores.score(clean, cloaked, scores.Exposure(mix=scores.Mix(*m))) for m in ((4, 0), (3, 1))
+    ]
+    missed = [
+        row["protection"] for found in rows for row in found if row["tracker"] == "linear_head"
+    ]
+    assert missed[0] > missed[1]
 
 
 def test_clean_photos_are_told_apart_and_leaks_of_all_are_clean(clean, cloaked):
     plain = scores.score(clean, clean.published)
     # One probe of eight has no face; five dimensions are few for ten people.
     assert all(row["protection"] <= 0.4 for row in plain if row["tracker"] != "nearest_threshold")
-    leaked = scores.score(clean, cloaked, leak=1.0)
+    leaked = scores.score(clean, cloaked, scores.Exposure(leak=1.0))
     for one, other in zip(plain, leaked, strict=True):
         assert {**one, "leaked": 16} == {**other, "leaked": 16}
 
 
 def test_top_matches_are_those_of_the_nearest_tracker(clean, cloaked):
     found = scores.top_matches(clean, cloaked)
-    answers, limited, ranks, _ = _brute_force(clean, cloaked, 0.0)
+    answers, limited, ranks, _ = _brute_force(clean, cloaked, [])
     seen = [i for i in range(8) if clean.probes.found[i]]
     assert [row["identity"] for row in found] == [answers[i] for i in seen]
     assert [row["matched"] for row in found] == [int(limited[i] is not None) for i in seen]

@@ -151,7 +151,7 @@ def runs(people, trained_folder, tmp_path_factory):
         return ask(*common, f"--workdir={root / name}", *flags, **options)
 
     last = [all_sets, "--budgets=0.007"]
-    grown = ["--surrogates=toy_a", "--end_to_end=1", "--epochs=1"]
+    grown = ["--surrogates=toy_a", "--end_to_end=1", "--epochs=1", "--mixes=2+1,1"]
     steps = [grown[0], "--trackers=toy_a"]
     with _stand_ins() as ask:
         found = [
@@ -242,6 +242,13 @@ def test_a_run_may_grow(runs):
     assert calls == [["toy_a"]] and more == calls
     table = json.loads((root / "grown" / "result.json").read_text())["table"]
     assert {row["budget"] for row in table} == {None, 0.004, 0.007}
+    mixed = [row for row in table if row["mix"]]
+    # Two mixes of the five cells, for two extractors and four trackers.
+    assert {row["mix"] for row in mixed} == {"1+0", "2+1"} and len(mixed) == 2 * 5 * 2 * 4
+    for row in mixed:
+        assert row["enrolled"] == 2 * (1 if row["mix"] == "1+0" else 3)
+        assert row["leaked"] == 2 * (row["mix"] == "2+1") and row["leak"] == 0
+    assert (root / "grown" / "mixes.png").exists()
     trained = [row for row in table if row["tracker"] == "end_to_end"]
     # Two extractors; none, and two methods of two budgets.
     assert len(trained) == 10 and all(row["people"] == 1 for row in trained)
@@ -281,6 +288,8 @@ def test_wrong_usage_is_named(people, trained_folder, tmp_path):
         "no method 'magic'; there are none, noise": small("--methods=none,magic"),
         "countermeasures is 'sepia', must be one of none": small("--countermeasures=sepia"),
         "--leaks is 2.0, must be at most 1": small("--leaks=0,2"),
+        "mixes=2+2: more than cloaked_photos=3": small("--mixes=1,2+2"),
+        "mixes must be like 10 or 10+5": small("--mixes=many"),
         "--budgets must be of low, mid, high, or lie in (0, 1], not 0": small("--budgets=0"),
         "or lie in (0, 1], not much": small("--budgets=much"),
         "--num_steps=1,2: a number, or one for each of 3": small("--num_steps=1,2"),

@@ -118,7 +118,7 @@ def test_depthwise_conv_equals_xlas_grouped_convolution(size, kernel, stride, pa
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_1x1_convolution_is_a_matrix_product(stride):
     x = _noise(2, 5, 6, 3)
-    module = nn.Conv(4, (1, 1), stride, conv_general_dilated=conv.conv_fn((1, 1)))
+    module = nn.Conv(4, (1, 1), stride, conv_general_dilated_cls=conv.Convolution)
     variables = module.init(jax.random.key(0), x)
     kernel = np.asarray(variables["params"]["kernel"], np.float64)[0, 0]
     expected = x[:, ::stride, ::stride] @ kernel

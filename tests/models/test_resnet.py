@@ -155,6 +155,13 @@ def test_unknown_stem():
         ((2, 8, 8, 5), (3, 3, 5, 4), (1, 1), "SAME", 1),
         ((2, 17, 18, 5), (3, 3, 5, 4), (2, 3), ((0, 2), (1, 0)), 1),
         ((2, 8, 8, 4), (3, 3, 1, 4), (2, 2), ((1, 1), (1, 1)), 4),
+        # Taps that see padding alone.
+        ((2, 1, 1, 5), (3, 3, 5, 4), (1, 1), "SAME", 1),
+        ((2, 1, 3, 5), (5, 3, 5, 4), (1, 1), "SAME", 1),
+        ((2, 2, 1, 5), (7, 7, 5, 4), (2, 2), ((3, 3), (3, 3)), 1),
+        ((2, 1, 1, 5), (3, 3, 5, 4), (2, 2), ((0, 2), (2, 0)), 1),
+        ((2, 2, 2, 5), (3, 3, 5, 4), (3, 3), ((5, 2), (4, 4)), 1),
+        ((2, 3, 3, 5), (1, 1, 5, 4), (2, 2), ((1, 1), (2, 2)), 1),
     ],
 )
 def test_gradients_of_the_convolution_are_those_of_jax(
@@ -179,6 +186,51 @@ def test_gradients_of_the_convolution_are_those_of_jax(
     theirs = jax.jit(lambda: grads(jax.lax.conv_general_dilated))()
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding, stride", [("SAME", 1), ("VALID", 1), ((0, 2), 1), (1, 2)])
+@pytest.mark.parametrize("side", [7, 1])
+def test_kernels_that_are_turned_once_give_the_same_gradients(padding, stride, side):
+    if isinstance(padding, tuple):
+        padding = [padding, padding[::-1]]
+    if side == 1 and padding == "VALID":
+        padding = 2
+    net = nn.Sequential(
+        [
+            nn.Conv(6, (3, 5), padding=2, conv_general_dilated_cls=conv.Convolution),
+            nn.relu,
+            nn.Conv(4, (3, 3), stride, padding=padding, conv_general_dilated_cls=conv.Convolution),
+            nn.Conv(3, (1, 1), conv_general_dilated_cls=conv.Convolution),
+        ]
+    )
+    images = jax.random.normal(jax.random.key(0), (2, side, side, 5))
+    variables = net.init(jax.random.key(1), images)
+    turned = conv.turn_kernels(variables)
+    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(turned["turned"]))
+    assert shapes == [(3, 3, 4, 6), (3, 5, 6, 5)] and turned["params"] is variables["params"]
+
+    def grads(variables):
+        def loss_fn(params, images):
+            outputs = net.apply({**variables, "params": params}, images)
+            return jnp.sum(jnp.sin(outputs)), outputs
+
+        return jax.jit(jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True))(
+            variables["params"], images
+        )
+
+    plain, fast = grads(variables), grads(turned)
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(fast), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_turned_kernels_are_those_that_the_gradient_reads():
+    net = nn.Conv(4, (3, 3), conv_general_dilated_cls=conv.Convolution)
+    images = jax.random.normal(jax.random.key(0), (1, 6, 6, 5))
+    variables = net.init(jax.random.key(1), images)
+    turned = conv.turn_kernels(variables)
+    turned = {**turned, "turned": jax.tree.map(jnp.zeros_like, turned["turned"])}
+    gradient = jax.grad(lambda x: jnp.sum(net.apply(turned, x) ** 2))(images)
+    assert not np.any(gradient)
 
 
 def test_what_the_fast_gradient_does_not_cover_goes_to_jax():

@@ -128,7 +128,7 @@ def draw(
             )
         )
         before, after, others = [], [], []
-        cases = scores.galleries(clean, scores.enroll(clean, seen[name], leak=0.0))
+        cases = scores.galleries(clean, scores.enroll(clean, seen[name]))
         for one, (apart, labels) in zip(setup.split.protected, cases, strict=True):
             number = setup.split.names.index(one.identity)
             rows = clean.people == number
@@ -162,12 +162,13 @@ def plot_budgets(
 
     Args:
         path: of the PNG.
-        rows: of the table, without leaks; those of other trackers and countermeasures are left out.
+        rows: of the table; those with leaks or mixes and those of other trackers and
+            countermeasures are left out.
         axis: what is seen: mean DSSIM, or median SSIMULACRA2 (less to the right).
         tracker: of the rows that are drawn.
         countermeasures: drawn solid with intervals, and dotted.
     """
-    rows = [row for row in rows if row["tracker"] == tracker and row["leak"] == 0]
+    rows = [row for row in rows if row["tracker"] == tracker and is_whole(row)]
     names = list(dict.fromkeys(row["extractor"] for row in rows))
     figure, axes = _panels(len(names), height=4.2)
     for panel, name in zip(axes, names, strict=True):
@@ -201,6 +202,51 @@ def plot_budgets(
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
     note = f"solid: {countermeasures[0]}, dotted: {countermeasures[1]}"
     figure.suptitle(f"{note}; hollow: the extractor is none of the surrogates", fontsize=9)
+    figures.save(figure, path)
+
+
+def is_whole(row: scores.Row) -> bool:
+    """Whether the row's tracker has all published photos, none of them clean."""
+    return row["leak"] == 0 and not row.get("mix")
+
+
+def plot_mixes(
+    path: str | os.PathLike[str], rows: Sequence[scores.Row], *, tracker: str = "nearest"
+) -> None:
+    """Draws protection against the number of the person's photos that the tracker has.
+
+    Above a line for each cell against the number of cloaked photos, none beside them clean; below
+    against that of clean photos beside as many cloaked ones as the line says.
+
+    Args:
+        path: of the PNG.
+        rows: of the table; those without a mix and those of other trackers are left out.
+        tracker: of the rows that are drawn.
+    """
+    rows = [row for row in rows if row["tracker"] == tracker and row.get("mix")]
+    names = list(dict.fromkeys(row["extractor"] for row in rows))
+    figure, axes = figures.pyplot().subplots(
+        2, len(names), figsize=(3.6 * len(names), 7.2), layout="constrained", squeeze=False
+    )
+    for (above, below), name in zip(axes.T, names, strict=True):
+        own = [row for row in rows if row["extractor"] == name]
+        for title, line in _by_cell(own).items():
+            mixes = {scores.parse_mix(row["mix"]): row for row in line}
+            alone = {mix.cloaked: mixes[mix] for mix in sorted(mixes) if not mix.clean}
+            _mix_line(above, alone, title)
+            for cloaked in sorted({mix.cloaked for mix in mixes if mix.clean}):
+                beside = {m.clean: mixes[m] for m in sorted(mixes) if m.cloaked == cloaked}
+                _mix_line(below, beside, f"{title}, {cloaked} published")
+        above.set(title=name, xlabel="published photos, none clean")
+        below.set(xlabel="clean photos beside published ones")
+        for panel in (above, below):
+            panel.set(ylim=(-3, 103))
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.grid(alpha=0.3)
+    for panel in axes[:, 0]:
+        panel.set_ylabel(f"probes not identified, % ({tracker})")
+    for row_axes in axes:
+        row_axes[0].legend(fontsize=7)
     figures.save(figure, path)
 
 
@@ -262,6 +308,25 @@ def principal_components(vectors: np.ndarray) -> Callable[[np.ndarray], np.ndarr
     center = unit.mean(axis=0)
     _, _, axes = np.linalg.svd(unit - center, full_matrices=False)
     return lambda some: (match.unit_length(np.asarray(some, np.float64)) - center) @ axes[:2].T
+
+
+def _by_cell(rows: Sequence[scores.Row]) -> dict[str, list[scores.Row]]:
+    found: dict[str, list[scores.Row]] = {}
+    for row in rows:
+        parts = [row["method"], row["surrogates"], row["budget"]]
+        title = " ".join(str(part) for part in parts if part is not None and part != "")
+        found.setdefault(title, []).append(row)
+    return found
+
+
+def _mix_line(panel: Axes, by_count: Mapping[int, scores.Row], label: str) -> None:
+    """Protection with its intervals against a number of photos."""
+    share, low, high = (
+        100 * np.array([row[key] for row in by_count.values()])
+        for key in ("protection", "low", "high")
+    )
+    spread = np.maximum([share - low, high - share], 0)
+    panel.errorbar(list(by_count), share, spread, marker="o", markersize=4, capsize=2, label=label)
 
 
 def _budget_line(

@@ -69,17 +69,50 @@ class CleanPhotos(NamedTuple):
         return self.split.labels(list(self.split.gallery))
 
 
+class Mix(NamedTuple):
+    """How many photos of a protected person a tracker has; written `10+5`, or `10` without clean.
+
+    Attributes:
+        cloaked: the person's first published photos, as they are published.
+        clean: the person's last published photos, as they were.
+    """
+
+    cloaked: int
+    clean: int = 0
+
+    def __str__(self) -> str:
+        """As tables have it: 10+5."""
+        return f"{self.cloaked}+{self.clean}"
+
+
+class Exposure(NamedTuple):
+    """What a tracker has of the protected people's published photos: by default all, as published.
+
+    Attributes:
+        leak: share of them of which the tracker has the clean original instead.
+        mix: how many of each person's it has; None for all.
+    """
+
+    leak: float = 0.0
+    mix: Mix | None = None
+
+
+ALL = Exposure()
+
+
 class Enrollment(NamedTuple):
     """The published photos as a tracker has them.
 
     Attributes:
         vectors: `[M, D]`.
-        found: `[M]` bool.
-        distances: `[Q, M]` of the probes.
+        has: `[M]` bool, which of them it has.
+        found: `[M]` bool, in which of these it found a face.
+        distances: `[Q, M]` of the probes, infinite where not found.
         leaked: `[M]` bool, which of them are clean.
     """
 
     vectors: np.ndarray
+    has: np.ndarray
     found: np.ndarray
     distances: np.ndarray
     leaked: np.ndarray
@@ -126,20 +159,56 @@ def leaked_photos(count: int, share: float) -> np.ndarray:
     return np.diff(steps) > 0
 
 
-def enroll(clean: CleanPhotos, protected: Embeddings, *, leak: float) -> Enrollment:
-    """The published photos as a tracker has them: protected ones, and a share of clean ones.
+def parse_mix(text: str) -> Mix:
+    """Numbers of cloaked and clean photos, of "10+5", or of "10" for none clean.
+
+    Raises:
+        ValueError: it is neither, or no photo at all.
+    """
+    cloaked, plus, clean = text.partition("+")
+    if not (cloaked.isdecimal() and (clean.isdecimal() or not plus)):
+        raise ValueError(f"mixes must be like 10 or 10+5 (cloaked+clean photos), not {text!r}")
+    mix = Mix(int(cloaked), int(clean or 0))
+    if not sum(mix):
+        raise ValueError(f"mixes must have a photo, {text!r} has none")
+    return mix
+
+
+def mixed_photos(people: np.ndarray, mix: Mix) -> tuple[np.ndarray, np.ndarray]:
+    """Which photos a tracker has, and which of them clean, `[M]` bool each.
+
+    Of a person with too few photos those of the mix that are clean come first.
+
+    Args:
+        people: `[M]` int, whose photos they are, in the order in which they are taken.
+        mix: how many of each person.
+    """
+    seen, leaked = np.zeros(len(people), bool), np.zeros(len(people), bool)
+    for person in np.unique(people):
+        own = np.flatnonzero(people == person)
+        leaked[own[len(own) - min(mix.clean, len(own)) :]] = True
+        seen[own[: mix.cloaked]] = True
+    return seen | leaked, leaked
+
+
+def enroll(clean: CleanPhotos, protected: Embeddings, exposure: Exposure = ALL) -> Enrollment:
+    """The published photos as a tracker has them: protected ones, clean ones, or none.
 
     Args:
         clean: what an extractor saw of the clean photos.
         protected: its embeddings of the published photos as they are in a cell.
-        leak: share of the published photos of which the tracker has the clean original instead.
+        exposure: how many it has, and how many of these clean.
     """
-    leaked = leaked_photos(len(protected.found), leak)
+    leaked = leaked_photos(len(protected.found), exposure.leak)
+    has = np.ones(len(leaked), bool)
+    if exposure.mix is not None:
+        has, leaked = mixed_photos(clean.owners, exposure.mix)
     apart = distances(clean.probes, protected, clean.extractor.metric)
     return Enrollment(
         np.where(leaked[:, None], clean.published.vectors, protected.vectors),
-        np.where(leaked, clean.published.found, protected.found),
-        np.where(leaked[None], clean.to_published, apart),
+        has,
+        has & np.where(leaked, clean.published.found, protected.found),
+        np.where(has[None], np.where(leaked[None], clean.to_published, apart), np.inf),
         leaked,
     )
 
@@ -161,20 +230,20 @@ def galleries(clean: CleanPhotos, enrollment: Enrollment) -> list[tuple[np.ndarr
     return found
 
 
-def score(clean: CleanPhotos, protected: Embeddings, *, leak: float = 0.0) -> list[Row]:
+def score(clean: CleanPhotos, protected: Embeddings, exposure: Exposure = ALL) -> list[Row]:
     """A row of scores for each kind of tracker.
 
     Args:
         clean: what an extractor saw of the clean photos.
         protected: its embeddings of the published photos as they are in a cell.
-        leak: see `enroll`.
+        exposure: see `enroll`.
 
     Returns:
         Dicts, see `row`; all with `enrolled`, `not_found` and `leaked`, numbers of published
         photos, and distances of probes to the nearest of the own photos (`own_distance`, quantiles;
         `own_distance_clean` for clean photos) and of others' (`other_distance`).
     """
-    enrollment = enroll(clean, protected, leak=leak)
+    enrollment = enroll(clean, protected, exposure)
     answers: dict[str, list[np.ndarray]] = {kind: [] for kind in trackers.KINDS[:3]}
     ranks, own, own_clean, nearest = [], [], [], []
     limit = clean.extractor.threshold
@@ -193,7 +262,7 @@ def score(clean: CleanPhotos, protected: Embeddings, *, leak: float = 0.0) -> li
         nearest.append(table[:, labels != person].min(axis=1, initial=np.inf))
     common = {
         "enrolled": int(enrollment.found.sum()),
-        "not_found": int((~enrollment.found).sum()),
+        "not_found": int((enrollment.has & ~enrollment.found).sum()),
         "leaked": int(enrollment.leaked.sum()),
         "own_distance": _quantiles(own),
         "own_distance_clean": _quantiles(own_clean),
@@ -250,7 +319,7 @@ def top_matches(clean: CleanPhotos, protected: Embeddings) -> list[Row]:
     samples = [*clean.split.published, *clean.split.gallery]
     probes = iter(clean.split.probes)
     found = []
-    cases = galleries(clean, enroll(clean, protected, leak=0.0))
+    cases = galleries(clean, enroll(clean, protected))
     for person, (table, labels) in zip(_protected(clean.split), cases, strict=True):
         met = identification.identification(
             table, np.full(len(table), person), np.zeros((0, len(labels))), labels

@@ -57,17 +57,18 @@ class FawkesEvaluationConfig(options.Config):
 
     Published photos go through each of --countermeasures before the tracker sees them. --leaks are
     shares of the published photos that the tracker has clean, spread evenly: of five photos a
-    person 0.1 is one photo of every other person. Scored: the share of probes that are not
-    identified as the person, with 95 % intervals (bootstrap over people), the rank of the person,
-    and distances.
+    person 0.1 is one photo of every other person. --mixes are numbers of a person's photos that the
+    tracker has in place of all: 10 for ten published ones, 10+5 for five clean ones beside them.
+    Scored: the share of probes that are not identified as the person, with 95 % intervals
+    (bootstrap over people), the rank of the person, and distances.
 
     Writes `result.json`, `table.csv`, `budgets.png` and `frontier.png` (protection against DSSIM,
-    and against SSIMULACRA2), `embeddings.png`, `distances.png` and for each cell `cells/<name>/`
-    with its photos, scores and `matches.csv` (the nearest photo of each probe, as `DeepFace.find`
-    lists them). What a killed run has written is not made again; methods,
-    surrogates, budgets (where --num_steps is one number), trackers, countermeasures and leaks may
-    be added later. Exit code 3: some photos have no face or cannot be read. Expected on LFW without
-    any cloak: 0 to 2 % of the probes missed. --toy: two synthetic people, dlib alone.
+    and against SSIMULACRA2), with --mixes `mixes.png`, `embeddings.png`, `distances.png` and for
+    each cell `cells/<name>/` with its photos, scores and `matches.csv` (the nearest photo of each
+    probe, as `DeepFace.find` lists them). What a killed run has written is not made again; methods,
+    surrogates, budgets (where --num_steps is one number), trackers, countermeasures, leaks and
+    mixes may be added later. Exit code 3: some photos have no face or cannot be read. Expected on
+    LFW without any cloak: 0 to 2 % of the probes missed. --toy: two synthetic people, dlib alone.
     """
 
     shares_work = True
@@ -107,6 +108,9 @@ class FawkesEvaluationConfig(options.Config):
         at_most=1,
         resumable=True,
     )
+    mixes: tuple[str, ...] = options.option(
+        (), "cloaked+clean photos of a person that the tracker has: 1,5,10+5", resumable=True
+    )
     num_steps: tuple[int, ...] = options.option(
         (),
         "gradient steps of a cloak: one number, or one for each of --budgets; default: each "
@@ -132,6 +136,9 @@ class FawkesEvaluationConfig(options.Config):
             if not getattr(self, name):
                 raise ValueError(f"{name} is needed")
         _ = self.amounts
+        for mix in self.exposed:
+            if sum(mix) > self.cloaked_photos:
+                raise ValueError(f"mixes={mix}: more than cloaked_photos={self.cloaked_photos}")
         if len(self.num_steps) not in (0, 1, len(self.budgets)):
             found = ",".join(map(str, self.num_steps))
             raise ValueError(
@@ -152,6 +159,11 @@ class FawkesEvaluationConfig(options.Config):
     def amounts(self) -> tuple[cells.Amount, ...]:
         """The budgets, as cells have them."""
         return tuple(map(cells.parse_budget, self.budgets))
+
+    @property
+    def exposed(self) -> tuple[scores.Mix, ...]:
+        """The mixes as numbers, each once, in order."""
+        return tuple(sorted(set(map(scores.parse_mix, self.mixes))))
 
     def steps_of(self, budget: cells.Amount | None) -> int | None:
         """Steps of a cloak of a budget; None for the method's own number.
@@ -263,8 +275,12 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
     }
     work.write_result({**result, "table": rows})
     keys = ("method", "surrogates", "budget", "extractor", "protection")
-    plain = ("nearest", "none", 0)
-    shown = [row for row in rows if (row["tracker"], row["countermeasure"], row["leak"]) == plain]
+    plain = ("nearest", "none")
+    shown = [
+        row
+        for row in rows
+        if (row["tracker"], row["countermeasure"]) == plain and plots.is_whole(row)
+    ]
     result["nearest"] = [{key: row[key] for key in keys} for row in shown]
     return options.Outcome(result, complete=not problems)
 
@@ -295,6 +311,7 @@ def _sorted(config: FawkesEvaluationConfig) -> FawkesEvaluationConfig:
         config,
         budgets=tuple(config.budgets[i] for i in order),
         leaks=tuple(sorted(config.leaks)),
+        mixes=tuple(map(str, config.exposed)),
         num_steps=steps,
     )
 
@@ -320,7 +337,7 @@ def _resolved(
     """What decides the result, as config.json and result.json have it."""
     names = (
         *("data", "people", "cloaked_photos", "probes", "gallery_people", "gallery_photos"),
-        *("methods", "trackers", "countermeasures", "leaks", "num_steps"),
+        *("methods", "trackers", "countermeasures", "leaks", "mixes", "num_steps"),
         *("end_to_end", "epochs", "seed"),
     )
     cloaks = cells.cloak_options()
@@ -396,7 +413,11 @@ def _rows(
 ) -> list[scores.Row]:
     """Rows of the table for a cell, and the file of its matches."""
     rows = table.score_cell(
-        setup, photos_of, countermeasures=config.countermeasures, leaks=config.leaks
+        setup,
+        photos_of,
+        countermeasures=config.countermeasures,
+        leaks=config.leaks,
+        mixes=config.exposed,
     )
     for name in config.trackers if config.end_to_end else ():
         kept = f"end_to_end-{config.end_to_end}-{config.epochs}-{cells.file_name(name)}.json"
@@ -437,6 +458,8 @@ def _draw(
 ) -> None:
     plots.plot_budgets(work.path / "budgets.png", rows)
     plots.plot_budgets(work.path / "frontier.png", rows, axis="ssimulacra2")
+    if any(row["mix"] for row in rows):
+        plots.plot_mixes(work.path / "mixes.png", rows)
     by_cell = {photos_of.cell: photos_of for photos_of in made}
     shown = {
         name: (cell, table.cell_embeddings(setup, by_cell[cell], "none"))

@@ -24,7 +24,7 @@ from afr_jax.recognition import chips, pipeline
 # Medians over the photos of a cell, as their records have them.
 VISIBILITY = ("ssimulacra2", "ciede2000_mean", "ciede2000_p99", "chroma", "iris_chroma", "flip")
 TABLE_COLUMNS = (
-    *("method", "surrogates", "budget", "countermeasure", "leak", "tracker", "extractor"),
+    *("method", "surrogates", "budget", "countermeasure", "leak", "mix", "tracker", "extractor"),
     *("transfer", "protection", "low", "high", "people", "probes", "rank_median"),
     *("rank_1", "rank_5", "rank_50", "enrolled", "not_found", "leaked", "mean_dssim", *VISIBILITY),
     *("own_distance_median", "own_distance_clean_median", "other_distance_median"),
@@ -122,36 +122,40 @@ def score_cell(
     *,
     countermeasures: Sequence[str],
     leaks: Sequence[float],
+    mixes: Sequence[scores.Mix] = (),
 ) -> list[scores.Row]:
-    """Rows of the table for one cell; leaks are scored without a countermeasure.
+    """Rows of the table for one cell; leaks and mixes are scored without a countermeasure.
 
     Args:
         setup: what all cells share.
         photos_of: the cell.
         countermeasures: after which no photo is leaked.
         leaks: shares of clean photos among the published ones, beside 0.
+        mixes: numbers of photos of each person that the tracker has, beside all.
 
     Returns:
-        Dicts as `scores.score` gives them, with the cell, countermeasure, leak and extractor;
+        Dicts as `scores.score` gives them, with the cell, countermeasure, leak, mix and extractor;
         `transfer` says whether the extractor is none of the surrogates.
     """
-    cases = [(change, 0.0) for change in countermeasures]
-    cases += [("none", leak) for leak in leaks if leak > 0]
+    cases = [(change, scores.ALL) for change in countermeasures]
+    cases += [("none", scores.Exposure(leak=leak)) for leak in leaks if leak > 0]
+    cases += [("none", scores.Exposure(mix=mix)) for mix in mixes]
     rows: list[scores.Row] = []
-    for change, leak in cases:
+    for change, exposure in cases:
         for name, clean in setup.clean.items():
 
             def score(
                 change: str = change,
-                leak: float = leak,
+                exposure: scores.Exposure = exposure,
                 name: str = name,
                 clean: scores.CleanPhotos = clean,
             ) -> list[scores.Row]:
                 seen = cell_embeddings(setup, photos_of, change)[name]
-                about = _about(photos_of.cell, name, change, leak)
-                return [about | found for found in scores.score(clean, seen, leak=leak)]
+                about = _about(photos_of.cell, name, change, exposure)
+                return [about | found for found in scores.score(clean, seen, exposure)]
 
-            kept = f"{change}-{leak:g}-{file_name(name)}.json"
+            amount = f"{exposure.leak:g}" if exposure.mix is None else str(exposure.mix)
+            kept = f"{change}-{amount}-{file_name(name)}.json"
             rows += workdir.load_or_compute(photos_of.folder / "scores" / kept, score)
     return rows
 
@@ -214,7 +218,7 @@ def end_to_end(
     answers[seen] = np.argmax(logits, axis=1)
     ranks[seen] = np.sum(logits >= logits[np.arange(len(logits)), clean.people[seen]][:, None], 1)
     return {
-        **_about(photos_of.cell, name, "none", 0.0),
+        **_about(photos_of.cell, name, "none", scores.ALL),
         "enrolled": int(published.found[is_asked].sum()),
         "not_found": int((~published.found[is_asked]).sum()),
         "leaked": 0,
@@ -254,13 +258,14 @@ def write_columns(
     files.write_csv(path, columns, short)
 
 
-def _about(cell: CloakCell, name: str, change: str, leak: float) -> scores.Row:
+def _about(cell: CloakCell, name: str, change: str, exposure: scores.Exposure) -> scores.Row:
     return {
         "method": cell.method,
         "surrogates": cell.surrogate_names,
         "budget": cell.budget,
         "countermeasure": change,
-        "leak": leak,
+        "leak": exposure.leak,
+        "mix": None if exposure.mix is None else str(exposure.mix),
         "extractor": file_name(name),
         "transfer": (
             tracker_names.parse(name).extractor not in cell.surrogates if cell.surrogates else None

@@ -20,6 +20,7 @@ from flax.typing import VariableDict
 from afr_jax.core import parallel
 from afr_jax.core.perception import flicker, ssim, ssimulacra2
 from afr_jax.methods.cloaking import budget
+from afr_jax.models import conv
 from afr_jax.models.extractors import registry
 from afr_jax.perturb import loop, penalties, projections, stepping
 from afr_jax.recognition import align
@@ -220,12 +221,13 @@ def cloak_faces(
     ]
     faces = faces._replace(crops=tuple(crops))
     length, reported = stepping.chunk_length(), 0
+    turned = tuple(map(conv.turn_kernels, variables))
 
     def advance(state: loop.State, steps: range) -> tuple[loop.State, None]:
         count = np.int32(len(steps))
         return _advance(
             keys,
-            variables,
+            turned,
             faces,
             seen.references,
             state,

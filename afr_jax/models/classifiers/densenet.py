@@ -54,7 +54,7 @@ class DenseNet(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 kernel_init=_KERNEL_INIT,
-                conv_general_dilated=conv.conv_fn((side, side)),
+                conv_general_dilated_cls=conv.Convolution,
                 name=name,
             )(x)
 

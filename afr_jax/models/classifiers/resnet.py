@@ -173,7 +173,7 @@ def _layer_functions(
             use_bias=False,
             dtype=dtype,
             kernel_init=_KERNEL_INIT,
-            conv_general_dilated=conv.conv_fn((side, side)),
+            conv_general_dilated_cls=conv.Convolution,
             name=name,
         )
 

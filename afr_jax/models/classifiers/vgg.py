@@ -49,7 +49,7 @@ class Vgg(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 kernel_init=_KERNEL_INIT,
-                conv_general_dilated=conv.conv_fn((3, 3)),
+                conv_general_dilated_cls=conv.Convolution,
                 name=f"conv_{index}",
             )(x)
             x = norm.BatchNorm(

@@ -132,7 +132,7 @@ def _conv(channels: int, side: int, padding: str, name: str, *, stride: int = 1)
         (side, side),
         stride,
         padding=padding,
-        conv_general_dilated=conv.conv_fn((side, side)),
+        conv_general_dilated_cls=conv.Convolution,
         name=name,
     )
 

@@ -186,7 +186,7 @@ class _Block(nn.Module):
             x.shape[-1],
             (1, 1),
             dtype=self.dtype,
-            conv_general_dilated=conv.conv_fn((1, 1)),
+            conv_general_dilated_cls=conv.Convolution,
             name="Conv2d_1x1",
         )(mixed)
         x = x + self.scale * y

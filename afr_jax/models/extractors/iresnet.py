@@ -218,7 +218,7 @@ def _conv(
         padding=padding,
         use_bias=False,
         dtype=dtype,
-        conv_general_dilated=conv.conv_fn(size),
+        conv_general_dilated_cls=conv.Convolution,
         name=name,
     )
 

@@ -80,7 +80,7 @@ class OpenFace(nn.Module):
                 size,
                 stride,
                 padding=kernel // 2,
-                conv_general_dilated=conv.conv_fn(size),
+                conv_general_dilated_cls=conv.Convolution,
                 name=conv_name,
             )(x)
             normalize = norm.BatchNorm(
