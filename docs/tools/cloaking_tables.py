@@ -154,6 +154,64 @@ def _seen(row: Mapping[str, Any]) -> list[str]:
     return [f"{row[key]:{digits}}" for key, (_, digits) in _VISIBILITY.items()]
 
 
+@table("protection_curve", "protection_curve.json")
+def protection_curve() -> str:
+    """Protection by DSSIM, without other limits."""
+    rows = markdown.result("protection_curve")["table"]
+    names = _asked(rows)
+    cloaks = [row for row in rows if row["method"] == "fawkes"]
+    lines = []
+    for budget in sorted({row["budget"] for row in cloaks}):
+        own = [row for row in cloaks if row["budget"] == budget]
+        whole = {row["extractor"]: row for row in own if _is_nearest(row) and row["leak"] == 0}
+        cells = [
+            markdown.bold(
+                markdown.percent_range(row["protection"], row["low"], row["high"]), row["transfer"]
+            )
+            for row in (whole[name] for name in names)
+        ]
+        seen = next(iter(whole.values()))["ssimulacra2"]
+        lines.append([f"{budget:g}", *cells, f"{seen:.0f}"])
+    head = ("DSSIM", *(_MODE_EXTRACTORS[name] for name in names), "SSIMULACRA2")
+    return markdown.render(head, lines, right=len(names) + 1)
+
+
+@table("protection_photos", "protection_photos.json")
+def protection_photos() -> str:
+    """Protection by the number of the person's photos that the tracker has."""
+    rows = markdown.result("protection_photos")["table"]
+    names = _asked(rows)
+    kinds = ("nearest", "linear_head")
+    lines = []
+    for mix in dict.fromkeys(row["mix"] for row in rows if row["mix"]):
+        cloaked, clean = mix.split("+")
+        cells = [
+            markdown.bold(
+                percents(
+                    *(
+                        missed(rows, method="fawkes", mix=mix, extractor=name, tracker=kind)
+                        for kind in kinds
+                    )
+                ),
+                name in UNSEEN_BY_MODES,
+            )
+            for name in names
+        ]
+        lines.append([cloaked, clean, *cells])
+    head = ("cloaked", "clean", *(_MODE_EXTRACTORS[name] for name in names))
+    return markdown.render(head, lines, right=len(names) + 2)
+
+
+def _asked(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The extractors of some rows, in order."""
+    return list(dict.fromkeys(row["extractor"] for row in rows))
+
+
+def _is_nearest(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of the nearest neighbor and of photos as they were published."""
+    return row["tracker"] == "nearest" and row["countermeasure"] == "none"
+
+
 @table("protection_one_extractor", "protection_low.json")
 def protection_one_extractor() -> str:
     """Cloaks made against a single extractor."""

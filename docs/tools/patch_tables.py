@@ -171,6 +171,31 @@ def patch_ablation() -> str:
     return markdown.render(("variant", "missed (95 % interval)", "mean gray"), lines, right=2)
 
 
+@table("patches_erased", "patches_erased_turned.json", "patches_erased_tilted.json")
+def patches_erased() -> str:
+    """Blocks of the patches left blank in training, for heads that turn."""
+    names = {
+        "clean": "no patch",
+        "full": "trained, nothing erased",
+        "blocks erased 0.1": "trained with a tenth of the blocks erased",
+        "blocks erased 0.3": "trained with three tenths erased",
+        "black": "plain black",
+    }
+    found = [markdown.result(f"patches_erased_{head}")["rows"] for head in ("turned", "tilted")]
+    lines = [
+        [
+            text,
+            *(
+                markdown.percent_range(rows[name]["rate"], rows[name]["low"], rows[name]["high"])
+                for rows in found
+            ),
+        ]
+        for name, text in names.items()
+    ]
+    head = ("missed (95 % interval)", "turned head", "turned and tilted head")
+    return markdown.render(head, lines, right=2)
+
+
 @table("patch_speed", "patch_speed.json", "patch_starts_h200.json", "attack_cheeks.json")
 def patch_speed() -> str:
     """Seconds an epoch."""

@@ -458,7 +458,8 @@ def _draw(
 ) -> None:
     plots.plot_budgets(work.path / "budgets.png", rows)
     plots.plot_budgets(work.path / "frontier.png", rows, axis="ssimulacra2")
-    if any(row["mix"] for row in rows):
+    # Scores that were kept before there were mixes have none.
+    if any(row.get("mix") for row in rows):
         plots.plot_mixes(work.path / "mixes.png", rows)
     by_cell = {photos_of.cell: photos_of for photos_of in made}
     shown = {
