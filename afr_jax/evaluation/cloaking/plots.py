@@ -200,8 +200,10 @@ def plot_budgets(
         panel.set_ylabel(f"probes not identified, % ({tracker})")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
-    note = f"solid: {countermeasures[0]}, dotted: {countermeasures[1]}"
-    figure.suptitle(f"{note}; hollow: the extractor is none of the surrogates", fontsize=9)
+    notes = ["hollow: the extractor is none of the surrogates"]
+    if any(row["countermeasure"] == countermeasures[1] for row in rows):
+        notes.insert(0, f"solid: {countermeasures[0]}, dotted: {countermeasures[1]}")
+    figure.suptitle("; ".join(notes), fontsize=9)
     figures.save(figure, path)
 
 
