@@ -183,7 +183,8 @@ def protection_photos() -> str:
     names = _asked(rows)
     kinds = ("nearest", "linear_head")
     lines = []
-    for mix in dict.fromkeys(row["mix"] for row in rows if row["mix"]):
+    mixes = {row["mix"]: tuple(map(int, row["mix"].split("+"))) for row in rows if row["mix"]}
+    for mix in sorted(mixes, key=lambda mix: (mixes[mix][1] > 0, mixes[mix])):
         cloaked, clean = mix.split("+")
         cells = [
             markdown.bold(
