@@ -195,8 +195,8 @@ def headline() -> str:
     ]
     lines = [
         [
-            "the default cloak: clean probes missed by a tracker with five cloaked photos, whose network "
-            "had no part",
+            "the default cloak: clean probes missed by a tracker with five cloaked photos, whose "
+            "network had no part",
             f"{percents(*sorted(missed))} %, by tracker",
             "0 %",
         ],
