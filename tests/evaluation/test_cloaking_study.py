@@ -180,7 +180,7 @@ def _brute_force(clean, cloaked, leaked, hidden=()):
     ],
 )
 def test_scores_by_brute_force(clean, cloaked, exposure, leaked, hidden, not_found):
-    rows = {row["tracker"]: row for row in scores.score(clean, cloaked, exposure)}
+    rows = {row["tracker"]: row for row in scores.score(clean, cloaked, exposure=exposure)}
     assert tuple(rows) == trackers.KINDS
     answers, limited, ranks, own = _brute_force(clean, cloaked, leaked, hidden)
     truth = [probe.identity for probe in clean.split.probes]
@@ -222,7 +222,8 @@ def test_mixes_are_read_and_written():
 def test_the_head_learns_from_the_photos_that_the_tracker_has(clean, cloaked):
     # The last person's published photos have no face, their clean one has.
     rows = [
-        scores.score(clean, cloaked, scores.Exposure(mix=scores.Mix(*m))) for m in ((4, 0), (3, 1))
+        scores.score(clean, cloaked, exposure=scores.Exposure(mix=scores.Mix(*m)))
+        for m in ((4, 0), (3, 1))
     ]
     missed = [
         row["protection"] for found in rows for row in found if row["tracker"] == "linear_head"
@@ -234,7 +235,7 @@ def test_clean_photos_are_told_apart_and_leaks_of_all_are_clean(clean, cloaked):
     plain = scores.score(clean, clean.published)
     # One probe of eight has no face; five dimensions are few for ten people.
     assert all(row["protection"] <= 0.4 for row in plain if row["tracker"] != "nearest_threshold")
-    leaked = scores.score(clean, cloaked, scores.Exposure(leak=1.0))
+    leaked = scores.score(clean, cloaked, exposure=scores.Exposure(leak=1.0))
     for one, other in zip(plain, leaked, strict=True):
         assert {**one, "leaked": 16} == {**other, "leaked": 16}
 

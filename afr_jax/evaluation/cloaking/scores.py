@@ -191,7 +191,7 @@ def mixed_photos(people: np.ndarray, mix: Mix) -> tuple[np.ndarray, np.ndarray]:
     return seen | leaked, leaked
 
 
-def enroll(clean: CleanPhotos, protected: Embeddings, exposure: Exposure = ALL) -> Enrollment:
+def enroll(clean: CleanPhotos, protected: Embeddings, *, exposure: Exposure = ALL) -> Enrollment:
     """The published photos as a tracker has them: protected ones, clean ones, or none.
 
     Args:
@@ -230,7 +230,7 @@ def galleries(clean: CleanPhotos, enrollment: Enrollment) -> list[tuple[np.ndarr
     return found
 
 
-def score(clean: CleanPhotos, protected: Embeddings, exposure: Exposure = ALL) -> list[Row]:
+def score(clean: CleanPhotos, protected: Embeddings, *, exposure: Exposure = ALL) -> list[Row]:
     """A row of scores for each kind of tracker.
 
     Args:
@@ -243,7 +243,7 @@ def score(clean: CleanPhotos, protected: Embeddings, exposure: Exposure = ALL) -
         photos, and distances of probes to the nearest of the own photos (`own_distance`, quantiles;
         `own_distance_clean` for clean photos) and of others' (`other_distance`).
     """
-    enrollment = enroll(clean, protected, exposure)
+    enrollment = enroll(clean, protected, exposure=exposure)
     answers: dict[str, list[np.ndarray]] = {kind: [] for kind in trackers.KINDS[:3]}
     ranks, own, own_clean, nearest = [], [], [], []
     limit = clean.extractor.threshold

@@ -152,7 +152,7 @@ def score_cell(
             ) -> list[scores.Row]:
                 seen = cell_embeddings(setup, photos_of, change)[name]
                 about = _about(photos_of.cell, name, change, exposure)
-                return [about | found for found in scores.score(clean, seen, exposure)]
+                return [about | found for found in scores.score(clean, seen, exposure=exposure)]
 
             amount = f"{exposure.leak:g}" if exposure.mix is None else str(exposure.mix)
             kept = f"{change}-{amount}-{file_name(name)}.json"
