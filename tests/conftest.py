@@ -22,19 +22,15 @@ from afr_jax.core import backend, parallel
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _SHARED = pathlib.Path(os.environ.get("AFR_SHARED") or _ROOT.parent / "shared")
 
-# Subprocesses of tests inherit these two and the options of XLA; what else is set below reaches
-# this process alone.
+# Subprocesses of tests inherit these two; the settings below reach only this process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "xla"))
 
 # Four devices share the cores of the machine. Where other work delays one of them, XLA takes the
-# others' waiting for a deadlock after 40 s and aborts. Programs of tests are compiled for longer
-# than they run, so LLVM may take a third less of the time for somewhat slower code. XLA also aborts
-# at options it does not know.
+# others' waiting for a deadlock after 40 s and aborts. It also aborts at options it does not know.
 if jaxlib.__version__.startswith("0.10."):
     patience = "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
-    haste = "--xla_backend_optimization_level=1"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience} {haste}".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}".strip()
 backend.choose_compiler_options()
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 4)

@@ -59,28 +59,34 @@ class Convolution(nn.Module):
         )
 
 
-def turn_kernels(variables: VariableDict) -> VariableDict:
-    """Variables of a network whose kernels stay as they are, for gradients of images.
+def turn_kernels(variables: Sequence[VariableDict]) -> tuple[VariableDict, ...]:
+    """Variables of networks whose kernels stay as they are, for gradients of images.
 
     Args:
-        variables: of a module whose convolutions are `Convolution`.
+        variables: of some modules whose convolutions are `Convolution`.
 
     Returns:
         On CPU the same with another collection; results are the same, and the gradient with respect
         to kernels is still right. Elsewhere the variables as they are.
     """
     if jax.default_backend() != "cpu":
-        return variables
-    return {**variables, _TURNED: _turn_all(variables["params"])}
+        return tuple(variables)
+    turned = _turn_all([each["params"] for each in variables])
+    return tuple({**each, _TURNED: own} for each, own in zip(variables, turned, strict=True))
 
 
 @jax.jit
-def _turn_all(params: Mapping[str, Any]) -> dict[str, Any]:
+def _turn_all(networks: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The kernels of some networks, by one program."""
+    return [_turned_kernels(params) for params in networks]
+
+
+def _turned_kernels(params: Mapping[str, Any]) -> dict[str, Any]:
     """The kernels of a module and of those in it, but for 1 x 1, by the module that reads them."""
     found = {}
     for name, each in params.items():
         if isinstance(each, Mapping):
-            inner = _turn_all(each)
+            inner = _turned_kernels(each)
             found |= {name: inner} if inner else {}
         elif name == "kernel" and each.ndim == 4 and each.shape[:2] != (1, 1):
             found[f"{Convolution.__name__}_0"] = {"kernel": _turn(each)}

@@ -205,7 +205,7 @@ def test_kernels_that_are_turned_once_give_the_same_gradients(padding, stride, s
     )
     images = jax.random.normal(jax.random.key(0), (2, side, side, 5))
     variables = net.init(jax.random.key(1), images)
-    turned = conv.turn_kernels(variables)
+    (turned,) = conv.turn_kernels([variables])
     shapes = sorted(leaf.shape for leaf in jax.tree.leaves(turned["turned"]))
     assert shapes == [(3, 3, 4, 6), (3, 5, 6, 5)] and turned["params"] is variables["params"]
 
@@ -227,7 +227,7 @@ def test_turned_kernels_are_those_that_the_gradient_reads():
     net = nn.Conv(4, (3, 3), conv_general_dilated_cls=conv.Convolution)
     images = jax.random.normal(jax.random.key(0), (1, 6, 6, 5))
     variables = net.init(jax.random.key(1), images)
-    turned = conv.turn_kernels(variables)
+    (turned,) = conv.turn_kernels([variables])
     turned = {**turned, "turned": jax.tree.map(jnp.zeros_like, turned["turned"])}
     gradient = jax.grad(lambda x: jnp.sum(net.apply(turned, x) ** 2))(images)
     assert not np.any(gradient)

@@ -221,7 +221,7 @@ def cloak_faces(
     ]
     faces = faces._replace(crops=tuple(crops))
     length, reported = stepping.chunk_length(), 0
-    turned = tuple(map(conv.turn_kernels, variables))
+    turned = conv.turn_kernels(variables)
 
     def advance(state: loop.State, steps: range) -> tuple[loop.State, None]:
         count = np.int32(len(steps))
