@@ -192,7 +192,7 @@ def patches_erased() -> str:
         ]
         for name, text in names.items()
     ]
-    head = ("missed (95 % interval)", "turned head", "turned and tilted head")
+    head = ("missed (95 % interval)", "turned head", "tilted head, patches of the upright one")
     return markdown.render(head, lines, right=2)
 
 
