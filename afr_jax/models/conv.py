@@ -53,7 +53,7 @@ class Convolution(nn.Module):
         """See `conv_general_dilated`; takes turned kernels where the variables have them."""
         turned = None
         if self.has_variable(_TURNED, "kernel"):
-            turned = self.get_variable(_TURNED, "kernel")
+            turned = self.get_variable(_TURNED, "kernel").astype(kernel.dtype)
         return conv_general_dilated(
             inputs, kernel, window_strides, padding, turned=turned, **options
         )

@@ -233,6 +233,18 @@ def test_turned_kernels_are_those_that_the_gradient_reads():
     assert not np.any(gradient)
 
 
+def test_turned_kernels_follow_the_type_of_the_computation():
+    net = nn.Conv(4, (3, 3), dtype=jnp.bfloat16, conv_general_dilated_cls=conv.Convolution)
+    images = jax.random.normal(jax.random.key(0), (1, 6, 6, 5))
+    variables = net.init(jax.random.key(1), images)
+    (turned,) = conv.turn_kernels([variables])
+    plain, fast = (
+        jax.grad(lambda x, v=v: jnp.sum(net.apply(v, x).astype(jnp.float32) ** 2))(images)
+        for v in (variables, turned)
+    )
+    np.testing.assert_allclose(plain, fast, rtol=0.02, atol=0.02)
+
+
 def test_what_the_fast_gradient_does_not_cover_goes_to_jax():
     images = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
     for options in ({"kernel_dilation": 2}, {"feature_group_count": 2}):
