@@ -64,7 +64,8 @@ def run(config: FolderOptions, given: setting.Setting) -> setting.Measured:
         options.UsageError: no photo can be read.
     """
     paths = _make_folder(config.folder_photos, given)
-    cloaked = _cloak(paths[: config.folder_cloaks], config.folder_steps, given)
+    chosen = paths[: config.folder_cloaks]
+    cloaked = _cloak(chosen, config.folder_steps, given)
     sizes = [np.prod(photos.read_photo(path).pixels.shape[:2]) / 1e6 for path in paths]
     name = f"folder, {len(paths)} photos of {min(sizes):.2g}-{max(sizes):.2g} MP"
     command = ["detect", f"--images={given.folder / 'photos'}"]
@@ -94,7 +95,7 @@ def run(config: FolderOptions, given: setting.Setting) -> setting.Measured:
         "warm": runs[-1]._asdict(),
     }
     if cloaked:
-        (cold, *warm), name = cloaked, f"cloak, {config.folder_cloaks} of these photos"
+        (cold, *warm), name = cloaked, f"cloak, {len(chosen)} of these photos"
         rows.append(timing.compare(name, "s, cold", [cold.seconds], None))
         rows.append(timing.compare(name, "s, warm", [run.seconds for run in warm], None))
         details |= {"cloak_cold": cold._asdict(), "cloak_warm": warm[-1]._asdict()}
