@@ -441,7 +441,9 @@ def _protect(calls, fail_at=None):
         # The bytes depend on the group, as those of a batch may.
         values = [(face.pixels // 2 + len(faces)).astype(np.uint8) for face in faces]
         region = np.array([0, 0, 64, 64])
-        return [(v, [photo_cloaks.CloakedFace(region, region, {})]) for v in values]
+        return [
+            (v, [photo_cloaks.CloakedFace(region, region, {}, budget.Budget(0.9))]) for v in values
+        ]
 
     return protect
 

@@ -105,6 +105,60 @@ def test_what_an_average_of_changes_leaves_of_the_budget_is_spent(surrogates):
     assert 0.98 < config.budget.spent(photo.pixels, pixels, face.region, face.box) <= 1
 
 
+def test_faces_that_stay_near_to_the_person_have_relief(surrogates, monkeypatch):
+    relief = budget.Budget(0.008)
+    monkeypatch.setitem(budget.MODES, "low", budget.Budget(0.002, relief=relief))
+    config = dataclasses.replace(_CONFIG, mode="low")
+    photos = [_photo(name="a"), _photo(centres=((60, 130),), size=50, name="b")]
+    monkeypatch.setattr(photo_cloaks, "_NEAR", 0.0)
+    plain = [_cloak(surrogates, [photo], config)[0] for photo in photos]
+    assert [faces[0].budget for _, faces in plain] == [config.budget] * 2
+    changed = [
+        photo._replace(pixels=pixels) for photo, (pixels, _) in zip(photos, plain, strict=True)
+    ]
+    moved = _embeddings(surrogates, changed) - _embeddings(surrogates, photos)
+    distances = np.linalg.norm(moved, axis=1)
+    assert max(distances) > 1.05 * min(distances)
+    reach = surrogates.extractors[0].reach
+    monkeypatch.setattr(photo_cloaks, "_NEAR", distances.mean() / reach)
+    relieved = [_cloak(surrogates, [photo], config)[0] for photo in photos]
+    near, far = np.argmin(distances), np.argmax(distances)
+    assert relieved[far][1][0].budget == config.budget
+    np.testing.assert_array_equal(relieved[far][0], plain[far][0])
+    pixels, (face,) = relieved[near]
+    assert face.budget == relief
+    dssim = [
+        budget.face_dssim(photos[near].pixels, each, face.region, face.box)
+        for each in (plain[near][0], pixels)
+    ]
+    assert dssim[0] <= 0.002 < dssim[1] <= 0.008
+
+
+def test_relief_is_of_the_person_not_of_the_photo(surrogates, monkeypatch):
+    """A face that is far from its own clean embedding may be near to the person's others."""
+    limits = budget.Budget(0.002, relief=budget.Budget(0.008))
+    monkeypatch.setitem(budget.MODES, "low", limits)
+    config = dataclasses.replace(_CONFIG, mode="low")
+    photos = [_photo(name="a"), _photo(centres=((100, 103),), name="b")]
+    clean = _embeddings(surrogates, photos)
+    assert np.linalg.norm(clean[0] - clean[1]) < surrogates.extractors[0].threshold
+    monkeypatch.setattr(photo_cloaks, "_NEAR", 0.0)
+    finals = _cloak(surrogates, photos, config)
+    changed = [
+        photo._replace(pixels=pixels) for photo, (pixels, _) in zip(photos, finals, strict=True)
+    ]
+    final = _embeddings(surrogates, changed)
+    from_person = np.linalg.norm(final - clean.mean(axis=0), axis=1)
+    from_own = np.linalg.norm(final - clean, axis=1)
+    # The limit of the one that the two measures do not agree about most.
+    number = int(np.argmax(np.abs(from_person - from_own)))
+    limit = (from_person[number] + from_own[number]) / 2
+    monkeypatch.setattr(photo_cloaks, "_NEAR", limit / surrogates.extractors[0].reach)
+    face = _cloak(surrogates, photos, config)[number][1][0]
+    expected = limits.relief if from_person[number] < limit else limits
+    assert face.budget == expected
+
+
 @pytest.mark.slow
 def test_a_large_face_is_another_person_after_the_default_cloak():
     """The portrait at three times its size: most of the cloak must not be lost to its limits."""
@@ -336,6 +390,6 @@ def test_a_change_that_fits_only_much_smaller_is_not_lost():
     region = np.array([0, 0, 32, 32])
     change = np.full((32, 32, 3), 20 / 255, np.float32), np.full((32, 32, 1), 1.0, np.float32)
     limits = _SlowBudget(0.01)
-    final = budget.fit_together(pixels, [region], [region], [change], budget=limits)
+    final = budget.fit_together(pixels, [region], [region], [change], budgets=[limits])
     assert 0.9 < limits.spent(pixels, final, region, region) <= 1
     assert final.min() > 128

@@ -17,6 +17,7 @@ from afr_jax.recognition.detectors import union
 _SIDE = 16
 _POINTS = np.array([[20, 15], [20, 30], [27, 22], [34, 16], [34, 29]], np.float32)
 _OPTIONS = union.UnionOptions()
+_LIMITS = budget_lib.Budget(0.9)
 
 
 class _Dense(nn.Module):
@@ -87,18 +88,19 @@ def photo(recognizer):
     return photo_cloaks.PhotoFaces("p", pixels, False, None, faces), final
 
 
-def _cloaked():
+def _cloaked(limits):
     boxes = np.array([[10, 10, 40, 40], [10, 60, 40, 90]])
     regions = np.array([[5, 5, 45, 45], [5, 45, 45, 95]])
     return [
-        photo_cloaks.CloakedFace(region, box, {"near": 2.0 + number})
+        photo_cloaks.CloakedFace(region, box, {"near": 2.0 + number}, limits)
         for number, (region, box) in enumerate(zip(regions, boxes, strict=True))
     ]
 
 
-def _check(recognizer, photo, final, **options):
-    defaults = {"surrogates": ["near"], "limits": budget_lib.Budget(0.9), "options": _OPTIONS}
-    return check.check_photo(recognizer, None, photo, final, _cloaked(), **(defaults | options))
+def _check(recognizer, photo, final, *, limits=_LIMITS, **options):
+    defaults = {"surrogates": ["near"], "options": _OPTIONS}
+    cloaked = _cloaked(limits)
+    return check.check_photo(recognizer, None, photo, final, cloaked, **(defaults | options))
 
 
 def test_verdicts_are_those_of_the_written_files(recognizer, photo, tmp_path):
@@ -130,6 +132,16 @@ def test_verdicts_are_those_of_the_written_files(recognizer, photo, tmp_path):
         r["extractors"][n]["distance_before_budget"] for r in records for n in ("near", "far")
     ]
     assert before == [2.0, None, 3.0, None]
+
+
+def test_a_face_is_held_to_its_own_limits(recognizer, photo):
+    original, final = photo
+    for dssim, status in ((0.9, "cloaked"), (1e-6, "failed")):
+        limits = budget_lib.Budget(dssim, relief=budget_lib.Budget(0.95))
+        records = _check(recognizer, original, final, limits=limits)
+        assert [record["status"] for record in records] == [status] * 2
+        assert [record["limits"]["dssim"] for record in records] == [dssim] * 2
+        assert [record["limits"]["relief"] for record in records] == [None] * 2
 
 
 def test_a_face_lost_to_jpeg_is_said_to_be(recognizer, photo, monkeypatch):

@@ -24,13 +24,14 @@ def _flow(**options):
 
 def _photo(quality=None):
     """A photo of 128 px, as a JPEG file where there is a quality, and its two faces."""
+    limits = budget.Budget(_BUDGET)
     buffer = io.BytesIO()
     image = Image.fromarray(skimage.data.astronaut()[:128, 150:278])
     if quality is None:
         image.save(buffer, "PNG")
     else:
         image.save(buffer, "JPEG", quality=quality, subsampling=2)
-    faces = [photo_cloaks.CloakedFace(region, region, {}) for region in _REGIONS]
+    faces = [photo_cloaks.CloakedFace(region, region, {}, limits) for region in _REGIONS]
     return photos.decode_photo(buffer.getvalue()), faces
 
 

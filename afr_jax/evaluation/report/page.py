@@ -249,9 +249,8 @@ def _photos(
     for record, image, head in zip(records, images, heads, strict=True):
         if not head["cloaked"]:
             continue
-        budget, limits = _number(settings.get("dssim_budget")), settings.get("budget") or {}
         faces = [
-            _face(number, face, budget, limits, axis)
+            _face(number, face, settings, axis)
             for number, face in enumerate(image.get("faces") or [], 1)
         ]
         photo = {**head, "faces": faces, "pictures": None, "problem": None}
@@ -342,11 +341,14 @@ def _visible(
 def _face(
     number: int,
     face: Mapping[str, files.Json],
-    budget: float | None,
-    limits: Mapping[str, files.Json],
+    settings: Mapping[str, files.Json],
     axis: float,
 ) -> dict[str, files.Json]:
     """The figures of one face, formatted."""
+    # Reports of earlier versions have the limits of all faces alone.
+    usual = settings.get("budget") or {"dssim": settings.get("dssim_budget")}
+    limits = face.get("limits") or usual
+    budget = _number(limits.get("dssim"))
     dssim, linf = _number(face.get("dssim")), _number(face.get("linf"))
     mean, confidence = _number(face.get("mean_difference")), _number(face.get("confidence"))
     view: dict[str, files.Json] = {
@@ -355,6 +357,7 @@ def _face(
         "status": face.get("status"),
         "reason": face.get("reason"),
         "is_lost": face.get("found_again") is False,
+        "is_relieved": budget is not None and budget > (_number(usual.get("dssim")) or budget),
         "box": _box(face.get("box")),
         "detection": _box(face.get("detection")),
         "confidence": None if confidence is None else f"{confidence:.3f}",

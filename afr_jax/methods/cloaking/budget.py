@@ -49,6 +49,8 @@ class Budget:
         ssimulacra2: Least SSIMULACRA2 of the region, below 100.
         views: How much of a search's random views the budget pays for, in (0, 1]: the less may
             change, the less there is to spend on what a tracker only might do to a photo.
+        relief: Limits in place of these for a face whose change, fitted to these, leaves it near to
+            the person (`photo_cloaks.cloak_photos`); None where there are none.
     """
 
     dssim: float
@@ -57,6 +59,7 @@ class Budget:
     flip: float | None = None
     ssimulacra2: float | None = None
     views: float = 1.0
+    relief: "Budget | None" = None
 
     def __post_init__(self) -> None:
         """Checks ranges.
@@ -134,8 +137,11 @@ class Budget:
 
 # In what people see. By its author, SSIMULACRA2 of 85 is not told apart in a flip test, of 80 not
 # side by side, and of 70 it is hard to notice without the original.
+_RELIEF = Budget(0.016, ciede2000=4.5, chroma=0.4, flip=0.045, ssimulacra2=80.0)
 MODES: dict[str, Budget] = {
-    "low": Budget(0.012, ciede2000=4.0, chroma=0.4, flip=0.042, ssimulacra2=85.0, views=0.2),
+    "low": Budget(
+        0.012, ciede2000=4.0, chroma=0.4, flip=0.042, ssimulacra2=85.0, views=0.2, relief=_RELIEF
+    ),
     "mid": Budget(0.016, ciede2000=4.5, chroma=0.4, flip=0.045, ssimulacra2=78.0),
     "high": Budget(0.026, ciede2000=6.5, chroma=0.6, flip=0.065, ssimulacra2=70.0),
 }
@@ -178,9 +184,9 @@ def fit_together(
     boxes: Sequence[np.ndarray],
     changes: Sequence[tuple[np.ndarray, np.ndarray]],
     *,
-    budget: Budget,
+    budgets: Sequence[Budget],
 ) -> np.ndarray:
-    """Adds the changes of all faces, each scaled until it fits the budget.
+    """Adds the changes of all faces, each scaled until it fits its budget.
 
     At first a change below the budget may grow by up to half (rounding and enlarging lose some of
     it), within its pixel limits; later, changes only shrink: those of a face above the budget and
@@ -191,7 +197,7 @@ def fit_together(
         regions: `[4]` int of each face.
         boxes: `[4]` int of each face.
         changes: `[h, w, 3]` of each region in [0, 1] units, and the limits `[h, w, 1]` of its size.
-        budget: of a face.
+        budgets: of each face.
 
     Returns:
         The final pixels.
@@ -218,7 +224,7 @@ def fit_together(
         spent = np.array(
             [
                 budget.spent(pixels, final, region, box)
-                for region, box in zip(regions, boxes, strict=True)
+                for budget, region, box in zip(budgets, regions, boxes, strict=True)
             ]
         )
         if np.all(spent <= 1) and spent.sum() >= best_spent:

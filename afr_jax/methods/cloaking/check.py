@@ -5,8 +5,9 @@ aligned and embedded again each time, and compared with its clean embedding. The
 measure need not be those that the cloak was made against.
 """
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class CloakVerdict(TypedDict):
 
 
 class CloakRecord(TypedDict):
-    """A face in report.json; the last six only where it was to be cloaked.
+    """A face in report.json; the last seven only where it was to be cloaked.
 
     Attributes:
         box: (y0, x0, y1, x1), all that may have changed for this face.
@@ -82,6 +83,7 @@ class CloakRecord(TypedDict):
         reason: for a status other than "cloaked", else None.
         found_again: whether a detector finds the face in the written file; where not, it was
             measured at the landmarks of the original.
+        limits: what its change was held to (`budget.Budget`): those of the mode, or its relief.
         dssim: on the final pixels, the larger of those of region and box.
         visibility: what people see of the change of the region (`measures.Visibility`).
         linf: largest change of a pixel, in [0, 1] units.
@@ -96,6 +98,7 @@ class CloakRecord(TypedDict):
     reason: str | None
     detectors: NotRequired[dict[str, float | None]]
     found_again: NotRequired[bool]
+    limits: NotRequired[dict[str, Any]]
     dssim: NotRequired[float]
     visibility: NotRequired[dict[str, float | None]]
     linf: NotRequired[float]
@@ -119,7 +122,6 @@ def check_photo(
     cloaked: Sequence[photo_cloaks.CloakedFace],
     *,
     surrogates: Collection[str],
-    limits: budget.Budget,
     options: union.UnionOptions,
     reencoded: np.ndarray | None = None,
 ) -> list[CloakRecord]:
@@ -132,7 +134,6 @@ def check_photo(
         final: `[H, W, 3]` uint8, decoded from the final file.
         cloaked: what was done to each face of `photo.faces`.
         surrogates: names of the extractors that the cloak was made against.
-        limits: of the cloak.
         options: of the detectors.
         reencoded: `[H, W, 3]` uint8, the original through the encoder of the final file; None where
             that loses nothing.
@@ -156,12 +157,13 @@ def check_photo(
         y0, x0, y1, x1 = face.region
         change = final[y0:y1, x0:x1].astype(np.int32) - photo.pixels[y0:y1, x0:x1]
         visible = measures.measure(photo.pixels[y0:y1, x0:x1], final[y0:y1, x0:x1])
-        share = limits.spent(photo.pixels, final, face.region, face.box)
+        share = face.budget.spent(photo.pixels, final, face.region, face.box)
         record: CloakRecord = {
             **place(photo.faces, number, face.region),
             "status": "cloaked",
             "reason": None,
             "found_again": found_again[number],
+            "limits": dataclasses.asdict(dataclasses.replace(face.budget, relief=None)),
             "dssim": budget.face_dssim(photo.pixels, final, face.region, face.box),
             "visibility": visible._asdict(),
             "linf": float(np.abs(change).max() / 255),
@@ -170,7 +172,7 @@ def check_photo(
             ),
             "extractors": entries,
         }
-        problem = _problem(share, limits, leaked)
+        problem = _problem(share, face.budget, leaked)
         if problem:
             record.update(status="failed", reason=problem)
         elif np.array_equal(final[y0:y1, x0:x1], plain[y0:y1, x0:x1]):

@@ -20,7 +20,7 @@ from afr_jax.core import images, parallel
 from afr_jax.core.perception import measures, ssim
 from afr_jax.methods.cloaking import budget, face_cloaks
 from afr_jax.models.extractors import registry
-from afr_jax.recognition import align, detect, match
+from afr_jax.recognition import align, detect, embed, match
 
 # Sides of face canvases. A face region larger than the last one carries its change at a whole
 # fraction of its resolution and is enlarged: what extractors see is coarser still.
@@ -36,6 +36,9 @@ _MARGIN = 0.05
 _SHARPER = 0.5
 
 
+# A face is near to the person below this many times a surrogate's `reach`
+# (`experiments/results/fawkes_attempts.md`).
+_NEAR = 1.1
 # Rounds of enlarging changes so that their averages come out right (Irani and Peleg 1991).
 _BACK_PROJECTIONS = 4
 # The share of the limit of color difference that luma alone may take, and the largest change of
@@ -71,11 +74,13 @@ class CloakedFace(NamedTuple):
         box: `[4]` int, the detector's box within the photo.
         distances: from the clean embedding by surrogate, before the change is rounded to 8 bits and
             fitted to the budget.
+        budget: what it was fitted to.
     """
 
     region: np.ndarray
     box: np.ndarray
     distances: dict[str, float]
+    budget: budget.Budget
 
 
 class _Plan(NamedTuple):
@@ -126,7 +131,8 @@ def cloak_photos(
     """Cloaks the faces of some photos together.
 
     Faces of these photos that show the same person are moved away from what they have in common,
-    so one call should have all photos of a person, and they influence each other.
+    so one call should have all photos of a person, and they influence each other. The budget may
+    have relief for faces that a surrogate still places near to the person in the final pixels.
 
     Args:
         key: of the run.
@@ -157,19 +163,32 @@ def cloak_photos(
         for i, delta, reached in zip(batch.indices, *jax.device_get(found), strict=False):
             deltas[i] = _to_photo_size(plans[i], photos[plans[i].photo], delta, config)
             distances[i] = dict(zip(names, map(float, reached), strict=True))
-    results = []
-    for index, photo in enumerate(photos):
-        own = [i for i, plan in enumerate(plans) if plan.photo == index]
-        pixels = budget.fit_together(
-            photo.pixels,
-            [plans[i].region for i in own],
-            [plans[i].box for i in own],
-            [deltas[i] for i in own],
-            budget=config.budget,
+    budgets = [config.budget] * len(plans)
+    own = [[i for i, plan in enumerate(plans) if plan.photo == at] for at in range(len(photos))]
+
+    def fit(index: int) -> np.ndarray:
+        return budget.fit_together(
+            photos[index].pixels,
+            [plans[i].region for i in own[index]],
+            [plans[i].box for i in own[index]],
+            [deltas[i] for i in own[index]],
+            budgets=[budgets[i] for i in own[index]],
         )
-        faces = [CloakedFace(plans[i].region, plans[i].box, distances[i]) for i in own]
-        results.append((pixels, faces))
-    return results
+
+    finals = [fit(index) for index in range(len(photos))]
+    if config.budget.relief is not None and plans:
+        near = np.flatnonzero(_are_near(surrogates, plans, photos, finals))
+        for i in near:
+            budgets[i] = config.budget.relief
+        for index in {plans[i].photo for i in near}:
+            finals[index] = fit(index)
+    return [
+        (
+            final,
+            [CloakedFace(plans[i].region, plans[i].box, distances[i], budgets[i]) for i in some],
+        )
+        for final, some in zip(finals, own, strict=True)
+    ]
 
 
 def change_faces(
@@ -206,7 +225,7 @@ def change_faces(
             y0, x0, y1, x1 = region
             change = change * photo.visible[y0:y1, x0:x1, None]
         final = budget.fit_alone(final, photo.pixels, region, inner, change, budget=limits)
-        faces.append(CloakedFace(region, inner, {}))
+        faces.append(CloakedFace(region, inner, {}, limits))
     return final, faces
 
 
@@ -384,6 +403,27 @@ def _introduce(
         )
         introduced.append(plan._replace(face=plan.face._replace(crops=crops)))
     return introduced
+
+
+def _are_near(
+    surrogates: Surrogates,
+    plans: Sequence[_Plan],
+    photos: Sequence[PhotoFaces],
+    finals: Sequence[np.ndarray],
+) -> np.ndarray:
+    """Which faces `[len(plans)]` of final photos a surrogate still places near to the person."""
+    landmarks = [photos[plan.photo].faces.landmarks[plan.seed[1]] for plan in plans]
+    clean, final = (
+        [(pixels[plan.photo], points) for plan, points in zip(plans, landmarks, strict=True)]
+        for pixels in ([photo.pixels for photo in photos], finals)
+    )
+    near = np.zeros(len(plans), bool)
+    for number, extractor in enumerate(surrogates.extractors):
+        vectors = embed.embed_faces(extractor, surrogates.variables[number], clean + final)
+        own, changed = vectors[: len(plans)], vectors[len(plans) :]
+        person = own + np.stack([plan.face.crops[number].to_person for plan in plans])
+        near |= np.linalg.norm(changed - person, axis=1) < _NEAR * extractor.reach
+    return near
 
 
 def _limit(photo: PhotoFaces, number: int, region: np.ndarray, factor: int) -> np.ndarray:

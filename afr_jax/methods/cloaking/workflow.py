@@ -300,7 +300,6 @@ class Workflow:
             written,
             cloaked,
             surrogates=self.surrogates,
-            limits=self.method.budget,
             options=found.options,
             reencoded=file.reencoded,
         )
@@ -347,8 +346,9 @@ class Workflow:
             """File, pixels as they come back, and how much of the budget each face takes."""
             data = encode_fn(_scaled(photo.pixels, pixels, faces, scales))
             written = photos.decode_photo(data).pixels
-            limits = self.method.budget
-            shares = [limits.spent(photo.pixels, written, face.region, face.box) for face in faces]
+            shares = [
+                face.budget.spent(photo.pixels, written, face.region, face.box) for face in faces
+            ]
             return data, written, np.array(shares)
 
         data, written = _fitted(encoded, np.array([face.region for face in faces], np.float64))
