@@ -141,3 +141,23 @@ def apart(fn: Callable[..., _Tree], *arrays: jax.Array) -> _Tree:
         return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
     return jax.lax.cond(jax.lax.optimization_barrier(jnp.array(True)), fn, nothing, *arrays)
+
+
+def sums(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Sums of two float32 arrays `[..., C]` or more over all axes but the last, `[C]` each.
+
+    On CPU XLA sums one such array up many times slower than it reads it, and several of one shape
+    in one reduction at that pace.
+    """
+    axes = tuple(range(arrays[0].ndim - 1))
+    if jax.default_backend() != "cpu":
+        return tuple(jnp.sum(array, axes) for array in arrays)
+    # Rows first: each is summed up where it lies, and rows go to all cores.
+    for some in (axes[-1:], axes[:-1]):
+        arrays = jax.lax.reduce(
+            arrays,
+            (jnp.float32(0),) * len(arrays),
+            lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
+            some,
+        )
+    return arrays

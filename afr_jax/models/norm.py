@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from afr_jax.core import backend
+
 
 class BatchNorm(nn.Module):
     """Normalizes each channel (the last axis) by the batch's statistics or by the running ones.
@@ -71,7 +73,7 @@ def _forward(
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
     values = x.astype(jnp.float32)
     count = x.size // x.shape[-1]
-    mean, square = (total / count for total in _sums(values, values * values))
+    mean, square = (total / count for total in backend.sums(values, values * values))
     var = jnp.maximum(square - mean * mean, 0.0)
     rate = jax.lax.rsqrt(var + epsilon)
     y = (values - _along(mean, x)) * _along(rate * scale, x) + _along(bias, x)
@@ -88,7 +90,7 @@ def _backward(
     x, scale, mean, rate = kept
     gradient = gradients[0].astype(jnp.float32)
     normal = (x.astype(jnp.float32) - _along(mean, x)) * _along(rate, x)
-    by_bias, by_scale = _sums(gradient, gradient * normal)
+    by_bias, by_scale = backend.sums(gradient, gradient * normal)
     count = x.size // x.shape[-1]
     mean_part = _along(by_bias / count, x) + normal * _along(by_scale / count, x)
     by_x = _along(scale * rate, x) * (gradient - mean_part)
@@ -101,19 +103,3 @@ _normalize.defvjp(_forward, _backward)
 def _along(values: jax.Array, x: jax.Array) -> jax.Array:
     """Values of the channels `[C]`, to be combined with `[..., C]`."""
     return values.reshape((1,) * (x.ndim - 1) + values.shape)
-
-
-def _sums(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums of two arrays `[..., C]` of one shape over all axes but the last, `[C]` each."""
-    axes = tuple(range(first.ndim - 1))
-    if jax.default_backend() != "cpu":
-        return jnp.sum(first, axes), jnp.sum(second, axes)
-    # Rows first: each is summed up where it lies, and rows go to all cores.
-    for some in (axes[-1:], axes[:-1]):
-        first, second = jax.lax.reduce(
-            (first, second),
-            (jnp.float32(0), jnp.float32(0)),
-            lambda a, b: (a[0] + b[0], a[1] + b[1]),
-            some,
-        )
-    return first, second
