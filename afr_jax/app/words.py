@@ -10,8 +10,8 @@ class ModeWords(NamedTuple):
         title: its name.
         seen: what people see of it.
         least: clean probes missed by the nearest neighbor in percent, written as PNG, of the
-            extractor without a part that missed fewest, from
-            `experiments/results/protection_modes.json`.
+            extractor without a part that missed fewest, of the two draws of people in
+            `experiments/results/protection_modes.json` and `protection_second_draw.json`.
         most: likewise, of the one that missed most.
     """
 
@@ -31,7 +31,7 @@ class ModeWords(NamedTuple):
 
 
 MODES = {
-    "low": ModeWords("Low", "Hardly anything is seen, even when the two photos alternate.", 35, 60),
-    "mid": ModeWords("Mid", "Hardly told apart side by side. The usual choice.", 88, 100),
+    "low": ModeWords("Low", "Hardly anything is seen, even when the two photos alternate.", 28, 73),
+    "mid": ModeWords("Mid", "Hardly told apart side by side. The usual choice.", 83, 100),
     "high": ModeWords("High", "May be seen on smooth skin by who looks closely.", 100, 100),
 }

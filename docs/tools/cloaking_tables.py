@@ -23,15 +23,23 @@ _COUNTERMEASURES = {
     "blur": "blur",
     "half_size": "half size",
     "grayscale": "grayscale",
+    "denoise": "denoised",
 }
+# The surrogates of the default cloak, and the file of the people who were drawn last.
+_DEFAULT, _SECOND_DRAW = "dlib+sface", "protection_second_draw"
 
 
 def missed(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> float:
     """The share of missed probes of the one row that has these values."""
+    return float(found(rows, **wanted)["protection"])
+
+
+def found(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> Mapping[str, Any]:
+    """The one row that has these values."""
     wanted = {"tracker": "nearest", "countermeasure": "none", **wanted}
-    found = [row for row in rows if all(_same(row[key], wanted[key]) for key in wanted)]
-    assert len(found) == 1, (wanted, len(found))
-    return float(found[0]["protection"])
+    those = [row for row in rows if all(_same(row[key], wanted[key]) for key in wanted)]
+    assert len(those) == 1, (wanted, len(those))
+    return those[0]
 
 
 def _same(value: Any, wanted: Any) -> bool:
@@ -233,21 +241,6 @@ def protection_one_extractor() -> str:
     return markdown.render(_TRACKER_HEAD, lines, right=3)
 
 
-@table("protection_second_draw", "protection_second_draw.json")
-def protection_second_draw() -> str:
-    """Another draw of twelve people."""
-    rows = markdown.result("protection_second_draw")["table"]
-    lines = [
-        [
-            markdown.extractors(surrogates),
-            "0.007",
-            *_trackers(rows, surrogates, method="fawkes", budget=0.007),
-        ]
-        for surrogates in _PAIRS
-    ]
-    return markdown.render(_TRACKER_HEAD, lines, right=3)
-
-
 @table("protection_methods", "protection_lfw.json", "protection_peers.json")
 def protection_methods() -> str:
     """Other methods on the same photos."""
@@ -264,129 +257,96 @@ def protection_methods() -> str:
     return markdown.render(head, lines, right=3)
 
 
-@table("protection_countermeasures", "protection_lfw.csv")
-def protection_countermeasures() -> str:
-    """What a tracker does to the published photos first."""
-    columns = {
-        f"{markdown.EXTRACTORS[UNSEEN[pair]]}, unseen": (pair, UNSEEN[pair]) for pair in _PAIRS
-    }
-    return _after_countermeasures(columns, budget=0.007)
-
-
-@table("protection_low_mode", "protection_lfw.csv")
-def protection_low_mode() -> str:
-    """The low mode after blur, half size and grayscale."""
-    columns = {name: (_PAIRS[0], key) for key, name in markdown.EXTRACTORS.items()}
-    return _after_countermeasures(columns, budget=0.004, bold_first=True)
-
-
-def _after_countermeasures(
-    columns: Mapping[str, tuple[str, str]], *, budget: float, bold_first: bool = False
-) -> str:
-    """A line for each countermeasure, a column for each (surrogates, extractor)."""
-    rows = markdown.records("protection_lfw")
+@table("protection_second_draw", "protection_modes.json", "protection_second_draw.json")
+def protection_second_draw() -> str:
+    """The default cloak on two draws of people, with intervals."""
+    draws = [markdown.result(name)["table"] for name in ("protection_modes", _SECOND_DRAW)]
     lines = []
-    for countermeasure, name in _COUNTERMEASURES.items():
-        cells = [
-            percent(
-                missed(
-                    rows,
-                    method="fawkes",
-                    budget=budget,
-                    leak="0",
-                    countermeasure=countermeasure,
-                    surrogates=surrogates,
-                    extractor=extractor,
-                )
-            )
-            for surrogates, extractor in columns.values()
-        ]
-        first = markdown.bold(cells[0]) if bold_first else cells[0]
-        lines.append([name, first, *cells[1:]])
-    return markdown.render(("photos that the tracker enrolls", *columns), lines, right=3)
-
-
-@table("protection_leaks", "protection_lfw.csv")
-def protection_leaks() -> str:
-    """What clean photos in the tracker's database cost."""
-    rows = markdown.records("protection_lfw")
-    shares = {"0": "none", "0.1": "every tenth", "0.25": "every fourth", "0.5": "every second"}
-    lines = []
-    for leak, name in shares.items():
-        for budget in _BUDGETS:
-            cells = [
-                percent(
-                    missed(
+    for mode in _MODES:
+        for extractor, name in _MODE_EXTRACTORS.items():
+            cells = []
+            for tracker in ("nearest", "linear_head"):
+                for rows in draws:
+                    row = found(
                         rows,
                         method="fawkes",
-                        budget=budget,
-                        leak=leak,
-                        surrogates=surrogates,
-                        extractor=UNSEEN[surrogates],
+                        surrogates=_DEFAULT,
+                        budget=mode,
+                        tracker=tracker,
+                        extractor=extractor,
+                        leak=0.0,
                     )
-                )
-                for surrogates in _PAIRS
-            ]
-            lines.append([name, str(budget), *cells])
-    unseen = [f"{markdown.EXTRACTORS[UNSEEN[surrogates]]}, unseen" for surrogates in _PAIRS]
-    return markdown.render(("clean among the published", "DSSIM", *unseen), lines, right=3)
+                    cells.append(markdown.percent_range(row["protection"], row["low"], row["high"]))
+            lines.append([f"`{mode}`", markdown.bold(name, extractor in UNSEEN_BY_MODES), *cells])
+    head = ("mode", "extractor", "nearest, first", "second", "linear head, first", "second")
+    return markdown.render(head, lines, right=4)
 
 
-@table("protection_trackers", "protection_lfw.json", "protection_end_to_end.json")
-def protection_trackers() -> str:
-    """Kinds of trackers, each with an extractor that had no part in the cloak."""
-    rows = markdown.result("protection_lfw")["table"]
-    names = {
-        "nearest": "nearest neighbor",
-        "nearest_threshold": "nearest neighbor below the threshold",
-        "knn_vote": "vote of neighbors",
-        "linear_head": "linear head trained on the published photos",
+@table("protection_countermeasures", "protection_second_draw.json")
+def protection_countermeasures() -> str:
+    """What a tracker does to the published photos first."""
+    rows = markdown.result(_SECOND_DRAW)["table"]
+    lines = [
+        [f"`{mode}`", name, *_nearest_and_linear(rows, budget=mode, countermeasure=key, leak=0.0)]
+        for mode in _MODES
+        for key, name in _COUNTERMEASURES.items()
+    ]
+    head = ("mode", "photos that the tracker enrolls", *_MODE_EXTRACTORS.values())
+    return markdown.render(head, lines, right=5)
+
+
+@table("protection_leaks", "protection_second_draw.json")
+def protection_leaks() -> str:
+    """What clean photos in the tracker's database cost."""
+    rows = markdown.result(_SECOND_DRAW)["table"]
+    shares = {
+        0.0: "none",
+        0.1: "every tenth: one photo of every other person",
+        0.2: "every fifth: one of five",
+        0.4: "two of five",
     }
-    lines = []
-    for tracker, name in names.items():
-        cells = [
-            percent(
-                missed(
-                    rows,
-                    method="fawkes",
-                    budget=0.007,
-                    tracker=tracker,
-                    surrogates=surrogates,
-                    extractor=UNSEEN[surrogates],
+    lines = [
+        [f"`{mode}`", name, *_nearest_and_linear(rows, budget=mode, leak=leak)]
+        for mode in _MODES
+        for leak, name in shares.items()
+    ]
+    head = ("mode", "clean among the published", *_MODE_EXTRACTORS.values())
+    return markdown.render(head, lines, right=5)
+
+
+def _nearest_and_linear(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> list[str]:
+    """The default cloak's cells for all extractors: the nearest neighbor / a linear head."""
+    wanted = {"method": "fawkes", "surrogates": _DEFAULT, **wanted}
+    return [
+        markdown.bold(
+            percents(
+                *(
+                    missed(rows, tracker=tracker, extractor=extractor, **wanted)
+                    for tracker in ("nearest", "linear_head")
                 )
-            )
-            for surrogates in _PAIRS
-        ]
-        lines.append([name, *cells])
-    trained = markdown.result("protection_end_to_end")["table"]
-    found = missed(trained, method="fawkes", tracker="end_to_end", extractor="mobilefacenet")
-    lines.append(["the network trained on the published photos", "", "", percent(found)])
-    unseen = [f"{markdown.EXTRACTORS[UNSEEN[surrogates]]}, unseen" for surrogates in _PAIRS]
-    return markdown.render(("tracker", *unseen), lines, right=3)
+            ),
+            extractor in UNSEEN_BY_MODES,
+        )
+        for extractor in _MODE_EXTRACTORS
+    ]
 
 
-@table("protection_adaptive", "protection_adaptive.json")
+@table("protection_adaptive", "protection_second_draw.json")
 def protection_adaptive() -> str:
     """A tracker that was trained on public cloaks of other people."""
-    rows = markdown.result("protection_adaptive")["table"]
-    lines = [
-        [
-            markdown.extractors(surrogates),
-            *(
-                _png_and_jpeg(
-                    rows, method="fawkes", budget=0.007, surrogates=surrogates, extractor=extractor
-                )
-                for extractor in ("dlib", "adaptive_dlib")
-            ),
+    rows = markdown.result(_SECOND_DRAW)["table"]
+    lines = []
+    for mode in (*_MODES, None):
+        wanted = {"method": "fawkes" if mode else "none", "budget": mode, "leak": 0.0}
+        cells = [
+            _png_and_jpeg(rows, extractor=extractor, tracker=tracker, **wanted)
+            for tracker in ("nearest", "knn_vote", "linear_head")
+            for extractor in ("dlib", "adaptive_dlib")
         ]
-        for surrogates in _SURROGATES
-    ]
-    clean = (
-        _png_and_jpeg(rows, method="none", extractor=extractor)
-        for extractor in ("dlib", "adaptive_dlib")
-    )
-    lines.append(["nobody: clean photos", *clean])
-    return markdown.render(("made against", "dlib", "dlib, adapted"), lines, right=2)
+        lines.append([f"`{mode}`" if mode else "clean photos", *cells])
+    kinds = ("nearest", "vote", "linear head")
+    head = ("mode", *(f"{kind}, {net}" for kind in kinds for net in ("dlib", "adapted")))
+    return markdown.render(head, lines, right=6)
 
 
 @table("protection_hardened", "protection_hardened.json")
