@@ -24,9 +24,9 @@ class ModeWords(NamedTuple):
     def worth(self) -> str:
         """What it was measured to be worth."""
         if self.least == self.most:
-            return f"In a trial, other recognizers missed {self.least} % of the searches."
+            return f"In trials, other recognizers missed {self.least} % of the searches."
         return (
-            f"In a trial, other recognizers missed {self.least} to {self.most} % of the searches."
+            f"In trials, other recognizers missed {self.least} to {self.most} % of the searches."
         )
 
 
