@@ -336,6 +336,17 @@ def test_bars_are_drawn_to_scale():
     assert both[1] <= 100
 
 
+def test_a_face_with_wider_limits_is_shown_within_these():
+    usual = {"dssim": 0.007, "ssimulacra2": 85.0}
+    wider = {"dssim": 0.010, "ssimulacra2": 80.0}
+    for limits, least, is_relieved in ((usual, 85, False), (wider, 80, True)):
+        face = _face(dssim=0.0068, limits=limits, visibility={"ssimulacra2": 90.0})
+        words = _render(_report(_image("a.png", [face]), budget=usual)).words
+        assert f"90 (at least {least})" in words
+        assert f"of a budget of {limits['dssim']:.5f}" in words
+        assert ("it has wider ones" in words) == is_relieved
+
+
 def test_photos_and_faces_without_a_cloak_are_named_with_their_reason():
     skipped = {
         "box": [1, 1, 3, 3],
