@@ -25,9 +25,7 @@ class ModeWords(NamedTuple):
         """What it was measured to be worth."""
         if self.least == self.most:
             return f"In trials, other recognizers missed {self.least} % of the searches."
-        return (
-            f"In trials, other recognizers missed {self.least} to {self.most} % of the searches."
-        )
+        return f"In trials, other recognizers missed {self.least} to {self.most} % of the searches."
 
 
 MODES = {

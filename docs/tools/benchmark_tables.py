@@ -52,6 +52,28 @@ def benchmark_folder() -> str:
     return markdown.render(("seconds", "ours", "PyPI `mtcnn`", "ratio"), lines, right=3)
 
 
+@table("benchmark_folder_cloaks", "benchmark_folder_cloaks.json")
+def benchmark_folder_cloaks() -> str:
+    """Cloaks of a folder of photos of all sizes."""
+    found = markdown.result("benchmark_folder_cloaks")
+    lines = []
+    for row in found["rows"]:
+        if row["row"].startswith("cloak"):
+            name = row["quantity"].removeprefix("s, ")
+            run = found["folder"][f"cloak_{name}"]
+            lines.append(
+                [
+                    name,
+                    spread(row["ours"]),
+                    str(run["programs"]),
+                    markdown.short(run["compile_seconds"]),
+                    f"{run['peak_bytes'] / 1e6:.0f} MB",
+                ]
+            )
+    head = ("cache", "seconds", "programs", "seconds of compilation or loading", "memory")
+    return markdown.render(head, lines, right=4)
+
+
 @table("speed_changes", "speed_changes.json")
 def speed_changes() -> str:
     """What was made faster, and what was tried and left."""
