@@ -5,7 +5,6 @@ that was killed goes on where it was and ends with the same bytes. Several proce
 groups of photos, each on its own devices.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -135,20 +134,19 @@ class FolderRun:
             limit=photos.GROUP_PIXELS // 2,
         )
         loaded = [item for item in stream if item is not None]
-        num_faces = sum(len(item.found.task.faces.boxes) for item in loaded)
-        total = num_faces * self.flow.method.num_steps
+        found = [item.found for item in loaded]
+        total = sum(len(item.task.faces.boxes) for item in found) * self.flow.method.num_steps
         with progress.counter(total, description="face steps") as report_fn:
-            outcomes = self.flow.cloak_group(
-                self.key, [item.found for item in loaded], target=target, report_fn=report_fn
-            )
-        # Nothing but `finish` holds an outcome, which drops its pixels once they are encoded.
-        waiting = collections.deque(outcomes)
+            outcomes = self.flow.cloak_group(self.key, found, target=target, report_fn=report_fn)
+        waiting = {
+            number: outcome
+            for number, outcome in enumerate(outcomes)
+            if not self._is_done(loaded[number].job)
+        }
         del outcomes
-        for item in loaded:
-            if self._is_done(item.job):
-                waiting.popleft()
-            else:
-                self._finish(item, self.flow.finish(item.found, waiting.popleft()), judges)
+        left = [loaded[number] for number in waiting]
+        for item, done in zip(left, self.flow.finish_all(found, waiting), strict=True):
+            self._finish(item, done, judges)
 
     def _is_done(self, job: records.Job) -> bool:
         """Whether nothing is left to do for a job."""

@@ -175,13 +175,14 @@ def cloak_photos(
             budgets=[budgets[i] for i in own[index]],
         )
 
-    finals = [fit(index) for index in range(len(photos))]
+    finals = parallel.thread_map(fit, range(len(photos)))
     if config.budget.relief is not None and plans:
         near = np.flatnonzero(_are_near(surrogates, plans, photos, finals))
         for i in near:
             budgets[i] = config.budget.relief
-        for index in {plans[i].photo for i in near}:
-            finals[index] = fit(index)
+        wider = sorted({plans[i].photo for i in near})
+        for index, final in zip(wider, parallel.thread_map(fit, wider), strict=True):
+            finals[index] = final
     return [
         (
             final,

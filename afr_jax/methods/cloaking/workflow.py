@@ -28,6 +28,8 @@ from afr_jax.recognition.detectors import union, yunet
 # Their faces share batches, so a group is always worked on as a whole: a resumed run gives the same
 # bytes.
 GROUP = 8
+# Photos are finished side by side as long as they have no more pixels than this together.
+_PIXELS_AT_ONCE = 8_000_000
 # The note in files that says what they are: `photos.Photo.note`.
 NOTE = "cloaked by afr_jax"
 FileFormat = Literal["png", "jpeg", "same"]
@@ -269,10 +271,32 @@ class Workflow:
             found = [item for item in loaded if isinstance(item, Found)]
             total = sum(len(item.task.faces.boxes) for item in found) * self.method.num_steps
             with progress.counter(total, description="face steps") as report_fn:
-                outcomes = iter(self.cloak_group(key, found, target=target, report_fn=report_fn))
+                outcomes = self.cloak_group(key, found, target=target, report_fn=report_fn)
+            finished = self.finish_all(found, dict(enumerate(outcomes)))
+            del outcomes
             for item in progress.track(loaded, description="photos"):
-                is_found = isinstance(item, Found)
-                yield self.finish(item, next(outcomes)) if is_found else item
+                yield next(finished) if isinstance(item, Found) else item
+
+    def finish_all(
+        self, found: Sequence[Found], outcomes: dict[int, Outcome]
+    ) -> Iterator[CloakedPhoto]:
+        """`finish` of several photos, some at a time unless they are large.
+
+        Args:
+            found: the photos.
+            outcomes: of `cloak_group`, by the photo's number in `found`, those that are wanted.
+                They are taken out one by one, so that nothing but `finish` holds an outcome, which
+                drops its pixels once they are encoded.
+
+        Returns:
+            A result for each of these photos, in order.
+        """
+        return parallel.thread_stream(
+            lambda number: self.finish(found[number], outcomes.pop(number)),
+            sorted(outcomes),
+            weight_fn=lambda number: found[number].photo.pixels[..., 0].size,
+            limit=_PIXELS_AT_ONCE,
+        )
 
     def finish(self, found: Found, outcome: Outcome) -> CloakedPhoto:
         """Encodes a cloaked photo, reads that back, and measures every face on it.

@@ -1,5 +1,6 @@
 """SSIM against scikit-image in float64 and dm_pix in float32; gradients against both."""
 
+import cv2
 import dm_pix as pix
 import jax
 import jax.numpy as jnp
@@ -200,6 +201,27 @@ def test_changes_of_the_tolerance_lose_equal_similarity():
     inside = tolerance[12:116, 12:116]
     assert inside.max() > 5 * inside.min()
     assert max(losses) < 1.25 * min(losses), losses
+
+
+@pytest.mark.parametrize("amplitude", [0.3, 1.0, 3.0, 60.0])
+@pytest.mark.parametrize("shape", [(11, 11, 3), (64, 40, 1), (301, 230, 3)])
+def test_the_yardstick_of_files_is_that_of_scikit_image(shape, amplitude):
+    """Smooth, noisy and nearly flat photos, changed by less than a gray level and by many."""
+    rng = np.random.default_rng(0)
+    smooth = cv2.GaussianBlur(rng.uniform(0, 255, shape), (0, 0), 3).reshape(shape)
+    for image in (smooth, rng.uniform(0, 255, shape), np.full(shape, 250.0)):
+        pair = [
+            np.clip(np.round(plane), 0, 255).astype(np.uint8)
+            for plane in (image, image + rng.normal(0, amplitude, shape))
+        ]
+        expected = _reference_dssim(pair[0] / 255, pair[1] / 255)
+        np.testing.assert_allclose(ssim.dssim_uint8(*pair), expected, rtol=2e-5, atol=1e-9)
+        box = np.array([0, 0, 11, 11])
+        whole = np.array([[0, 0, *shape[:2]], box])
+        expected = max(expected, _reference_dssim(*[plane[:11, :11] / 255 for plane in pair]))
+        np.testing.assert_allclose(
+            ssim.dssim_uint8(*pair, boxes=whole), expected, rtol=2e-5, atol=1e-9
+        )
 
 
 def test_a_box_smaller_than_the_window_is_an_error():
