@@ -219,7 +219,7 @@ def test_the_dssim_of_a_face_is_the_larger_of_region_and_box(rows, larger):
     }
     assert known[larger] == max(known.values()) > 1.1 * min(known.values())
     found = budget.face_dssim(photo, changed, region, box)
-    assert found == pytest.approx(known[larger], rel=1e-9)
+    assert found == pytest.approx(known[larger], rel=1e-5)
 
 
 def test_people_do_not_influence_each_other(surrogates):
