@@ -12,7 +12,7 @@ import skimage.data
 
 import afr_jax
 from afr_jax.core import parallel
-from afr_jax.core.perception import ssim, ssimulacra2
+from afr_jax.core.perception import measures, ssim, ssimulacra2
 from afr_jax.methods.cloaking import budget, face_cloaks, fawkes, photo_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import align, detect, embed
@@ -220,6 +220,23 @@ def test_the_dssim_of_a_face_is_the_larger_of_region_and_box(rows, larger):
     assert known[larger] == max(known.values()) > 1.1 * min(known.values())
     found = budget.face_dssim(photo, changed, region, box)
     assert found == pytest.approx(known[larger], rel=1e-5)
+
+
+def test_a_change_that_is_measured_once_takes_the_same_share_of_each_budget():
+    photo = np.asarray(skimage.data.astronaut()[:64, 160:224])
+    noise = np.random.default_rng(0).normal(0, 1.5, photo.shape)
+    changed = np.clip(np.round(photo + noise), 0, 255).astype(np.uint8)
+    region, box = np.array([4, 0, 64, 60]), np.array([16, 16, 48, 48])
+    dssim = budget.face_dssim(photo, changed, region, box)
+    seen = measures.measure(photo[4:, :60], changed[4:, :60])
+    shares = []
+    for limits in (*budget.MODES.values(), budget.Budget(0.007)):
+        shares.append(limits.share(dssim, seen))
+        # Above the budget, `spent` may leave out what is slow.
+        assert (limits.spent(photo, changed, region, box) <= 1) == (shares[-1] <= 1)
+        wide = dataclasses.replace(limits, dssim=1.0, ciede2000=50.0, chroma=50.0, flip=1.0)
+        assert wide.share(dssim, seen) == pytest.approx(wide.spent(photo, changed, region, box))
+    assert min(shares) < 1 < max(shares)
 
 
 def test_people_do_not_influence_each_other(surrogates):

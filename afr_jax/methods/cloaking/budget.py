@@ -120,6 +120,23 @@ class Budget:
             shares.append((100 - measures.ssimulacra2(*pair)) / (100 - self.ssimulacra2))
         return max(shares)
 
+    def share(self, dssim: float, seen: measures.Visibility) -> float:
+        """`spent` of a change that is measured already.
+
+        Args:
+            dssim: `face_dssim`.
+            seen: of the region.
+        """
+        pairs = [
+            (dssim, self.dssim),
+            (seen.ciede2000_p99, self.ciede2000),
+            (seen.chroma, self.chroma),
+            (seen.flip, self.flip),
+        ]
+        if self.ssimulacra2 is not None:
+            pairs.append((100 - seen.ssimulacra2, 100 - self.ssimulacra2))
+        return max(value / limit for value, limit in pairs if limit is not None)
+
     def __str__(self) -> str:
         """The limits in words."""
         words = {

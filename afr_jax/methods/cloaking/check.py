@@ -157,14 +157,14 @@ def check_photo(
         y0, x0, y1, x1 = face.region
         change = final[y0:y1, x0:x1].astype(np.int32) - photo.pixels[y0:y1, x0:x1]
         visible = measures.measure(photo.pixels[y0:y1, x0:x1], final[y0:y1, x0:x1])
-        share = face.budget.spent(photo.pixels, final, face.region, face.box)
+        dssim = budget.face_dssim(photo.pixels, final, face.region, face.box)
         record: CloakRecord = {
             **place(photo.faces, number, face.region),
             "status": "cloaked",
             "reason": None,
             "found_again": found_again[number],
             "limits": dataclasses.asdict(dataclasses.replace(face.budget, relief=None)),
-            "dssim": budget.face_dssim(photo.pixels, final, face.region, face.box),
+            "dssim": dssim,
             "visibility": visible._asdict(),
             "linf": float(np.abs(change).max() / 255),
             "mean_difference": float(
@@ -172,7 +172,7 @@ def check_photo(
             ),
             "extractors": entries,
         }
-        problem = _problem(share, face.budget, leaked)
+        problem = _problem(face.budget.share(dssim, visible), face.budget, leaked)
         if problem:
             record.update(status="failed", reason=problem)
         elif np.array_equal(final[y0:y1, x0:x1], plain[y0:y1, x0:x1]):
