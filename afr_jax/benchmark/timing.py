@@ -55,7 +55,12 @@ def now() -> Took:
 
 
 class Load(NamedTuple):
-    """What the machine's processors did until now: for this process, and altogether; seconds."""
+    """What the machine's processors did until now, in seconds.
+
+    Attributes:
+        took: for this process and those that it started and that have ended.
+        busy: altogether; None where unknown.
+    """
 
     took: Took
     busy: float | None
@@ -63,7 +68,7 @@ class Load(NamedTuple):
     def others(self) -> float | None:
         """Share of the processors that others have used since, 0 to 1; None where unknown.
 
-        Others are also the processes that this one started.
+        Others are also processes that this one started and that still run.
         """
         later = load()
         if self.busy is None or later.busy is None:
@@ -75,13 +80,14 @@ class Load(NamedTuple):
 
 def load() -> Load:
     """The load so far; `busy` is None but on Linux."""
+    took = Took(time.perf_counter(), sum(os.times()[:4]))
     try:
         fields = pathlib.Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
     except OSError:
-        return Load(now(), None)
+        return Load(took, None)
     user, nice, system, _, _, interrupt, soft_interrupt = map(int, fields[1:8])
     ticks = user + nice + system + interrupt + soft_interrupt
-    return Load(now(), ticks / os.sysconf("SC_CLK_TCK"))
+    return Load(took, ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def take_turns(sides: Mapping[str, Callable[[], float]], *, repeats: int) -> dict[str, list[float]]:

@@ -1,6 +1,8 @@
 """Hot loops beside the device's limit: XLA's count, both clocks, scaling and its plot."""
 
 import json
+import subprocess
+import sys
 import time
 
 import jax
@@ -39,6 +41,14 @@ def test_the_clocks_differ_by_what_the_process_waits():
     assert len(taken["wait"]) == 2
     for took in taken["wait"]:
         assert took.wall >= 0.2 and took.processor < 0.15
+
+
+def test_a_process_that_was_started_is_not_others():
+    before = timing.load().took
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    spent = timing.load().took - before
+    assert spent.processor >= 0.28  # In ticks of a hundredth of a second.
 
 
 def test_peaks_are_the_best_of_what_was_taken(monkeypatch):
