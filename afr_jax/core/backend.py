@@ -135,6 +135,7 @@ def apart(fn: Callable[..., _Tree], *arrays: jax.Array) -> _Tree:
     """
     if jax.default_backend() != "cpu":
         return fn(*arrays)
+    fn = jax.jit(fn)  # Traced once, for its shapes and as a branch.
     shapes = jax.eval_shape(fn, *arrays)
 
     def nothing(*_: jax.Array) -> _Tree:

@@ -242,6 +242,7 @@ def _forward(
     return _plain(inputs, kernel, strides, padding), (inputs, kernel, turned)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))  # Traced once for all layers of one shape.
 def _backward(
     strides: tuple[int, ...],
     padding: tuple[tuple[int, int], ...],

@@ -64,6 +64,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int
     return _depthwise(x, kernel, stride, padding)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))  # Traced once for all layers of one shape.
 def _sum_of_taps(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
     def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
         taps = kernel.reshape(-1, 1, 1, 1, kernel.shape[-1])
@@ -74,7 +75,9 @@ def _sum_of_taps(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> 
     return backend.apart(shifted, x, kernel)
 
 
-_depthwise = jax.custom_vjp(_sum_of_taps, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    return _sum_of_taps(x, kernel, stride, padding)
 
 
 def _depthwise_forward(
@@ -83,16 +86,26 @@ def _depthwise_forward(
     return _sum_of_taps(x, kernel, stride, padding), (x, kernel)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _depthwise_backward(
     stride: int, padding: int, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
-    _, inputs_fn = jax.vjp(lambda x: _sum_of_taps(x, kernel, stride, padding), x)
     gradients = gradient.astype(jnp.float32)
     pieces = _shifted(x.astype(jnp.float32), kernel.shape[:2], stride, padding)
     by_taps = backend.sums(*(piece * gradients for piece in pieces))
     by_kernel = jnp.stack(by_taps).reshape(kernel.shape).astype(kernel.dtype)
-    return *inputs_fn(gradient), by_kernel
+    # The gradient of the input is such a sum as well, of the gradient with gaps between its pixels.
+    low = [taps - 1 - padding for taps in kernel.shape[:2]]
+    high = [
+        size + taps - 1 - before - (stride * (out - 1) + 1)
+        for size, taps, before, out in zip(
+            x.shape[1:3], kernel.shape[:2], low, gradient.shape[1:3], strict=True
+        )
+    ]
+    gaps = [(before, after, stride - 1) for before, after in zip(low, high, strict=True)]
+    wide = jax.lax.pad(gradient, jnp.zeros((), gradient.dtype), [(0, 0, 0), *gaps, (0, 0, 0)])
+    return _sum_of_taps(wide, kernel[::-1, ::-1], 1, 0), by_kernel
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
