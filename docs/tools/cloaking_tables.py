@@ -282,6 +282,65 @@ def protection_second_draw() -> str:
     return markdown.render(head, lines, right=4)
 
 
+def unseen_at_mid() -> list[float]:
+    """What the networks with no part in the default cloak miss of the people drawn last."""
+    rows = markdown.result(_SECOND_DRAW)["table"]
+    return [
+        missed(rows, method="fawkes", budget="mid", leak=0.0, extractor=name)
+        for name in UNSEEN_BY_MODES
+    ]
+
+
+@table("protection_surrogates", "protection_surrogates.json")
+def protection_surrogates() -> str:
+    """Mode mid made against more networks: the nearest neighbor and a linear head."""
+    rows = markdown.result("protection_surrogates")["table"]
+    lines = [
+        [_named(surrogates), *_nearest_and_linear(rows, surrogates=surrogates)]
+        for surrogates in _surrogates(rows)
+    ]
+    return markdown.render(("made against", *_MODE_EXTRACTORS.values()), lines, right=5)
+
+
+@table("protection_alignment", "protection_surrogates.json")
+def protection_alignment() -> str:
+    """The same, for trackers that cut faces out otherwise."""
+    rows = markdown.result("protection_surrogates")["table"]
+    trackers = list(dict.fromkeys(row["extractor"] for row in rows if "@" in row["extractor"]))
+    lines = []
+    for surrogates in _surrogates(rows):
+        cells = []
+        for extractor in trackers:
+            text = _png_and_jpeg(rows, method="fawkes", surrogates=surrogates, extractor=extractor)
+            name = extractor.split("@")[0]
+            cells.append(markdown.bold(text, name in _unseen(surrogates)))
+        lines.append([_named(surrogates), *cells])
+    names = [f"{_MODE_EXTRACTORS[name]}, {how}" for name, how in map(_alignment, trackers)]
+    return markdown.render(("made against", *names), lines, right=len(trackers))
+
+
+def _surrogates(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The sets of surrogates of the rows, in order."""
+    return list(dict.fromkeys(row["surrogates"] for row in rows if row["method"] == "fawkes"))
+
+
+def _named(surrogates: str) -> str:
+    return " + ".join(_MODE_EXTRACTORS[name] for name in surrogates.split("+"))
+
+
+def _unseen(surrogates: str) -> set[str]:
+    """The networks that neither the cloak nor a relative of theirs was made against."""
+    seen = {name.split("_192")[0] for name in surrogates.split("+")}
+    return {name for name in _MODE_EXTRACTORS if name.split("_192")[0] not in seen}
+
+
+def _alignment(tracker: str) -> tuple[str, str]:
+    """The network of a tracker such as `dlib@yunet@mirror`, and the rest in words."""
+    name, *how = tracker.split("@")
+    words = {"yunet": "aligned by YuNet", "mirror": "averaged with the mirror image"}
+    return name, ", ".join(words[each] for each in how)
+
+
 @table("protection_countermeasures", "protection_second_draw.json")
 def protection_countermeasures() -> str:
     """What a tracker does to the published photos first."""
@@ -325,7 +384,7 @@ def _nearest_and_linear(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> lis
                     for tracker in ("nearest", "linear_head")
                 )
             ),
-            extractor in UNSEEN_BY_MODES,
+            extractor in _unseen(wanted["surrogates"]),
         )
         for extractor in _MODE_EXTRACTORS
     ]
