@@ -241,7 +241,7 @@ _CLAIMS = (
     ),
     _Claim(
         "Fawkes: the tracker trains its network on the cloaks",
-        "DSSIM 0.007, MobileFaceNet trained on from its weights",
+        "the default cloak, mode mid, MobileFaceNet trained on from its weights",
         "protection_end_to_end.json",
         _end_to_end,
     ),
