@@ -89,6 +89,8 @@ _MODE_EXTRACTORS = {
     "mobilefacenet": "MobileFaceNet-y1",
     "mobilefacenet_192": "MobileFaceNet-192",
 }
+# Networks of one architecture, by the name of one of them.
+_RELATIVES = {"mobilefacenet_192": "mobilefacenet"}
 UNSEEN_BY_MODES = tuple(_MODE_EXTRACTORS)[2:]
 _PLAIN_TRACKERS = {
     "nearest": "nearest neighbor",
@@ -330,8 +332,8 @@ def _named(surrogates: str) -> str:
 
 def _unseen(surrogates: str) -> set[str]:
     """The networks that neither the cloak nor a relative of theirs was made against."""
-    seen = {name.split("_192")[0] for name in surrogates.split("+")}
-    return {name for name in _MODE_EXTRACTORS if name.split("_192")[0] not in seen}
+    seen = {_RELATIVES.get(name, name) for name in surrogates.split("+")}
+    return {name for name in _MODE_EXTRACTORS if _RELATIVES.get(name, name) not in seen}
 
 
 def _alignment(tracker: str) -> tuple[str, str]:

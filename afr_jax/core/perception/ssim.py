@@ -115,7 +115,7 @@ def dssim_uint8(image: np.ndarray, other: np.ndarray, *, boxes: np.ndarray | Non
     This is the yardstick of final files, independent of the code above; scikit-image in float64 is
     the tests'. With a change d = y - x the two factors of Wang et al. 2004, equation 13, are one
     less small terms, mean(d)^2 / (mean(x)^2 + mean(y)^2 + C1) and var(d) / (var(x) + var(y) + C2),
-    which float32 has to some six digits where the factors themselves would lose them.
+    which float32 has to some five digits where the factors themselves would lose them.
 
     Args:
         image: `[H, W, C]` uint8, as the other.
