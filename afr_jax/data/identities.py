@@ -20,6 +20,9 @@ from PIL import Image
 from afr_jax.core import files, parallel
 from afr_jax.data import photo_files, photos
 
+# What the programs put behind the name of a cloaked photo.
+CLOAKED = "_cloaked"
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -98,6 +101,26 @@ class Listing:
         return Listing(kept, (*self.problems, *reasons), self.num_skipped)
 
 
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """Photos of a folder that are copies of others, such as cloaked ones.
+
+    Attributes:
+        samples: by person, and the original's name with or without its suffix.
+        problems: files that cannot be read.
+    """
+
+    samples: dict[tuple[str, str], Sample]
+    problems: tuple[Omission, ...]
+
+    def of(self, sample_id: str) -> Sample | None:
+        """The copy of a photo, by the photo's id; None if there is none."""
+        original = pathlib.PurePosixPath(sample_id)
+        identity = unicodedata.normalize("NFC", original.parent.name)
+        found = (self.samples.get((identity, name)) for name in (original.stem, original.name))
+        return next((sample for sample in found if sample is not None), None)
+
+
 def list_people(
     root: str | os.PathLike[str], *, table: str | os.PathLike[str] | None = None
 ) -> Listing:
@@ -152,6 +175,23 @@ def list_tree(root: str | os.PathLike[str]) -> Listing:
         raise ValueError(f"{root} holds no photo in a folder of its identity")
     samples.sort(key=lambda sample: sample.sample_id)
     return Listing(tuple(samples), tuple(problems), found.num_skipped)
+
+
+def list_copies(root: str | os.PathLike[str]) -> Copies:
+    """Lists copies of photos: STEM_cloaked.png is one of the same person's photo STEM.
+
+    STEM.png is one, too, of any photo format, and STEM.jpg.png of STEM.jpg. Of two of one photo
+    STEM_cloaked counts.
+
+    Raises:
+        FileNotFoundError: the root does not exist.
+        ValueError: it is no folder, or holds no photo in a folder.
+    """
+    usable = without_unreadable(list_tree(pathlib.Path(root).expanduser()))
+    found: dict[tuple[str, str], Sample] = {}
+    for sample in sorted(usable.samples, key=lambda one: not one.path.stem.endswith(CLOAKED)):
+        found.setdefault((sample.identity, sample.path.stem.removesuffix(CLOAKED)), sample)
+    return Copies(found, usable.problems)
 
 
 def list_csv(table: str | os.PathLike[str], root: str | os.PathLike[str]) -> Listing:

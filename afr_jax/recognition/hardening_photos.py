@@ -83,7 +83,9 @@ def read_chips(
 
 def _cloaked(root: pathlib.Path, sample: identities.Sample) -> pathlib.Path:
     place = root.joinpath(*sample.sample_id.split("/")[1:])
-    found = [place.with_name(f"{place.stem}_cloaked{suffix}") for suffix in (".png", ".jpg")]
+    found = [
+        place.with_name(f"{place.stem}{identities.CLOAKED}{suffix}") for suffix in (".png", ".jpg")
+    ]
     found += [place, place.with_suffix(".png")]
     for path in found:
         if path.is_file():

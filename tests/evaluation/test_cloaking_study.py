@@ -73,6 +73,18 @@ def test_split_divides_half_and_half_where_photos_are_few():
         _choose({"a": 4, "b": 4, "c": 1, "d": 1})
 
 
+def test_nobody_is_drawn_twice_and_all_may_be_enrolled():
+    counts = dict.fromkeys("abcdefgh", 5)
+    first = _choose(counts)
+    names = {person.identity for person in first.protected}
+    for seed in range(5):
+        second = _choose(counts, seed=seed, num_gallery_people=6, drawn_before=names)
+        assert not {person.identity for person in second.protected} & names
+        assert {sample.identity for sample in second.gallery} >= names
+    with pytest.raises(ValueError, match="2 such people to protect"):
+        _choose(counts, drawn_before=set("abcdefg"))
+
+
 def test_unreadable_photos_are_drawn_again(tmp_path):
     people.write_synthetic(tmp_path, num_people=4, num_photos=3, side=32)
     (tmp_path / "person_01" / "1.png").write_bytes(b"no photo")

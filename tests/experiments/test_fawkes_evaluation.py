@@ -280,6 +280,8 @@ def test_wrong_usage_is_named(people, trained_folder, tmp_path):
     namesake = tmp_path / trained_folder.name
     namesake.symlink_to(trained_folder, target_is_directory=True)
     out = f"--workdir={tmp_path / 'out'}"
+    others = tmp_path / "others.json"
+    others.write_text(json.dumps({"protected": 3}))
     lines = {
         "5 people to protect|needed are 9 such people": small("--people=9", out),
         "no extractor 'vgg'": small("--trackers=toy_a,vgg", f"--workdir={tmp_path / 'b'}"),
@@ -301,6 +303,11 @@ def test_wrong_usage_is_named(people, trained_folder, tmp_path):
         "needs two trackers": small("--trackers=toy_a"),
         "needs --reference_python": small("--methods=fawkes_pypi"),
         "must have one name": small(f"--trackers=toy_a,toy_b,{trained_folder},{namesake}"),
+        "must be NAME=FOLDER": small("--cloaked=nowhere"),
+        "'noise' is a method that is made here": small("--cloaked=noise=there"),
+        "'a@0.004' is there twice": small("--cloaked=a@0.004=x,a@0.004=y"),
+        "No such file": small(f"--drawn_before={tmp_path / 'none.json'}"),
+        "others.json is no result of an evaluation": small(f"--drawn_before={others}"),
         "must be NAME=FILE": small("--weights=x.npz", f"--workdir={tmp_path / 'd'}"),
     }
     with _stand_ins() as ask:
@@ -309,6 +316,67 @@ def test_wrong_usage_is_named(people, trained_folder, tmp_path):
             assert isinstance(message, str) and any(e in message for e in expected.split("|")), (
                 message
             )
+
+
+def test_photos_of_another_program_are_taken_as_they_are(runs, people, tmp_path):
+    made = runs[0] / "straight" / "cells" / "fawkes-toy_a-0.007"
+    given = tmp_path / "given"
+    names = sorted(path.relative_to(made / "photos") for path in made.glob("photos/p*/*.png"))
+    assert len(names) == 6
+    for name in names[1:]:
+        # The last but one keeps the name that the cell gave it.
+        stem = name.name.removesuffix(".png").removesuffix(".png")
+        own = name.name if name == names[4] else f"{stem}_cloaked.png"
+        place = given / name.parent / own
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes((made / "photos" / name).read_bytes())
+    # Of two copies the one that says so counts; photos of nobody asked about do not matter.
+    (given / names[1].parent / names[1].name.replace(".png.png", ".png")).write_bytes(
+        (people / "p6" / "1.png").read_bytes()
+    )
+    Image.new("RGB", (20, 30)).save(given / names[2].parent / "9.png")
+    last = given / names[5].parent / f"{names[5].name.split('.')[0]}_cloaked.png"
+    Image.new("RGB", (20, 30), (9, 9, 9)).save(last)
+    (last.parent / "broken.png").write_bytes(b"no photo")
+    flags = [f"--data={people}", *_SMALL, "--trackers=toy_a,toy_b", "--methods=none"]
+    flags += [f"--workdir={tmp_path / 'out'}", "--budgets=0.007"]
+    with _stand_ins() as ask:
+        (_, complete), calls = ask(*flags, f"--cloaked=others@0.007={given}")
+    assert not complete and not calls
+    cell = tmp_path / "out" / "cells" / "others-0.007"
+    for name in names[1:5]:
+        assert np.array_equal(
+            np.asarray(Image.open(cell / "photos" / name)),
+            np.asarray(Image.open(made / "photos" / name)),
+        )
+        ours, theirs = (
+            json.loads((root / "photos" / name).with_suffix(".json").read_text())
+            for root in (made, cell)
+        )
+        assert theirs["box"] == ours["box"]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    reasons = [problem["reason"] for problem in result["not_handled"]]
+    assert any("is not in" in reason for reason in reasons)
+    assert any("has 20 x 30 pixels" in reason for reason in reasons)
+    named = [problem["image"] for problem in result["not_handled"]]
+    assert any(name.endswith("broken.png") for name in named)
+    rows = [row for row in result["table"] if row["method"] == "others"]
+    assert rows and all(row["budget"] == 0.007 and row["transfer"] is None for row in rows)
+    assert all(row["ssimulacra2"] < 100 for row in rows)
+    assert (tmp_path / "out" / "frontier.png").stat().st_size > 0
+
+
+def test_people_of_earlier_runs_are_not_drawn_again(runs, people, tmp_path):
+    before = runs[0] / "straight" / "result.json"
+    earlier = json.loads(before.read_text())["protected"]
+    with _stand_ins() as ask:
+        ask(
+            *(f"--data={people}", *_SMALL, "--trackers=toy_a", "--methods=none"),
+            *(f"--drawn_before={before}", f"--workdir={tmp_path}"),
+        )
+    later = json.loads((tmp_path / "result.json").read_text())
+    assert later["config"]["drawn_before"] == earlier
+    assert not set(later["protected"]) & set(earlier)
 
 
 def test_toy_runs_on_a_fresh_machine(tmp_path):

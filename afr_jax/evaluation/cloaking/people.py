@@ -6,7 +6,7 @@ Everybody else is enrolled clean.
 """
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -73,6 +73,7 @@ def choose(
     num_gallery_photos: int,
     seed: int = 0,
     first: Mapping[str, str] | None = None,
+    drawn_before: Collection[str] = (),
 ) -> Split:
     """Draws the people and their photos.
 
@@ -90,6 +91,7 @@ def choose(
         seed: of the draw.
         first: ids of photos that are the first published ones of their people, by person; nobody
             else is protected. By default everybody may be, and the draw says which photo is first.
+        drawn_before: names of people who are not protected; they may be enrolled.
 
     Raises:
         ValueError: there are not enough people, or not enough with two photos.
@@ -103,7 +105,11 @@ def choose(
     # A stable sort: the draw decides among those who have enough.
     names.sort(key=lambda name: -min(len(members[name]), wanted))
     there = {sample.sample_id for sample in listing.samples}
-    candidates = [name for name in names if first is None or first.get(name) in there]
+    candidates = [
+        name
+        for name in names
+        if name not in drawn_before and (first is None or first.get(name) in there)
+    ]
     chosen = candidates[:num_people]
     others = [name for name in names if name not in chosen]
     usable = sum(len(members[name]) >= 2 for name in candidates)
@@ -134,6 +140,7 @@ def choose_readable(
     *,
     num_gallery_people: int | None,
     first: Mapping[str, str] | None = None,
+    drawn_before: Collection[str] = (),
     **options: int,
 ) -> tuple[Split, identities.Listing]:
     """Draws the people and photos again until all photos of the draw can be read.
@@ -142,13 +149,20 @@ def choose_readable(
         listing: everybody's photos.
         num_gallery_people: of `choose`.
         first: of `choose`.
+        drawn_before: of `choose`.
         **options: of `choose`.
 
     Returns:
         The split, and the listing without the unreadable photos that were met, as problems.
     """
     while True:
-        split = choose(listing, num_gallery_people=num_gallery_people, first=first, **options)
+        split = choose(
+            listing,
+            num_gallery_people=num_gallery_people,
+            first=first,
+            drawn_before=drawn_before,
+            **options,
+        )
         drawn = (*split.published, *split.probes, *split.gallery)
         problems = identities.without_unreadable(identities.Listing(drawn)).problems
         if not problems:

@@ -25,6 +25,8 @@ _METHOD_COLORS = {
     "lowkey": "tab:orange",
     "fawkes_pypi": "tab:green",
 }
+# Of photos that another program protected.
+_GIVEN_COLOR = "tab:red"
 # Panels of a row.
 _MOST_ACROSS = 4
 _MARKERS = "osDv^<>P"
@@ -339,9 +341,9 @@ def _budget_line(
     axis: str,
     marker: dict[str, Any],
 ) -> None:
-    color = _METHOD_COLORS[line[0]["method"]]
+    color = _METHOD_COLORS.get(line[0]["method"], _GIVEN_COLOR)
     share = 100 * np.array([row["protection"] for row in line])
-    if line[0]["budget"] is None or line[0].get(axis) is None:
+    if line[0].get(axis) is None:
         label = label if style == "-" else None
         panel.axhline(share[0], color=color, linestyle=style, linewidth=1, label=label)
         return

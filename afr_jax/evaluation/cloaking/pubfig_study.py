@@ -27,7 +27,6 @@ from afr_jax.recognition import pipeline
 
 # Photos whose embeddings are kept together: what a killed run has to embed again at most.
 _GROUP = 256
-_SUFFIX = "_cloaked"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,11 +218,9 @@ def _draw(
         originals = {
             (sample.identity, sample.path.stem): sample.sample_id for sample in listing.samples
         }
-        found = identities.list_tree(pathlib.Path(config.cloaked).expanduser())
-        usable = identities.without_unreadable(found)
-        lost, first = list(usable.problems), {}
-        for sample in usable.samples:
-            key = sample.identity, sample.path.stem.removesuffix(_SUFFIX)
+        there = identities.list_copies(config.cloaked)
+        lost, first = list(there.problems), {}
+        for key, sample in sorted(there.samples.items()):
             if key not in originals:
                 lost.append(identities.Omission(sample.sample_id, "its original is not in --data"))
             elif sample.identity not in first:
@@ -255,7 +252,7 @@ def _cloak(
         tuple(recognizer.variables[name] for name in surrogates),
     )
 
-    def protect(faces: Sequence[photo_cloaks.PhotoFaces]) -> published.Protected:
+    def protect(faces: Sequence[photo_cloaks.PhotoFaces]) -> Sequence[published.OneProtected]:
         key = jax.random.key(config.seed)
         return photo_cloaks.cloak_photos(key, against, faces, config=config.method)
 
@@ -289,7 +286,7 @@ def _cases(
     for number, (person, cloak) in enumerate(zip(split.protected, cloaks, strict=True)):
         if cloak is not None:
             name = pathlib.PurePosixPath(photos[at].name)
-            name = name.with_name(f"{name.stem}{_SUFFIX}{cloak.suffix}")
+            name = name.with_name(f"{name.stem}{identities.CLOAKED}{cloak.suffix}")
             folder = [photos[row] for row in rows]
             folder[at] = folder_matching.FolderPhoto(
                 str(name), person.identity, cloak, _digest(cloak)

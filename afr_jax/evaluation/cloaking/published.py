@@ -2,8 +2,8 @@
 
 They lie in a folder as PNG, each with a record of what was done. Photos are worked on in groups
 that share batches, so a run that was cut goes on with the first group that lacks a file, and gives
-the same bytes. All methods change the main face of a photo within the cell's budget, measured on
-the 8-bit photo (`budget.Budget`).
+the same bytes. All methods that work here change the main face of a photo within the cell's budget,
+measured on the 8-bit photo (`budget.Budget`).
 """
 
 import pathlib
@@ -23,8 +23,9 @@ from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect, pipeline
 
-Protected = list[tuple[np.ndarray, list[photo_cloaks.CloakedFace]]]
-ProtectFn = Callable[[Sequence[photo_cloaks.PhotoFaces]], Protected]
+# What became of a photo: its pixels and main face, or why it is published as it was.
+OneProtected = tuple[np.ndarray, list[photo_cloaks.CloakedFace]] | str
+ProtectFn = Callable[[Sequence[photo_cloaks.PhotoFaces]], Sequence[OneProtected]]
 
 # Radius of an iris, of the distance between the eyes (5.9 of 63 mm).
 _IRIS = 5.9 / 63
@@ -49,6 +50,31 @@ class PublishedRecord(TypedDict):
     box: NotRequired[list[int]]
     dssim: NotRequired[float]
     visibility: NotRequired[dict[str, float | None]]
+
+
+def parse_given(values: Sequence[str]) -> dict[cells.CloakCell, pathlib.Path]:
+    """Reads the command line's folders of photos that other programs protected, each a cell.
+
+    Args:
+        values: `NAME=FOLDER`, or `NAME@BUDGET=FOLDER` with the budget that is said of them.
+
+    Raises:
+        ValueError: a value is none of them, a name is a method of ours or no name of a file, two
+            are the same, or a budget does not lie in (0, 1].
+    """
+    found: dict[cells.CloakCell, pathlib.Path] = {}
+    for value in values:
+        title, equals, path = value.partition("=")
+        name, at, amount = title.partition("@")
+        if not (equals and name and path) or not name.replace("-", "_").isidentifier():
+            raise ValueError(f"{value!r} must be NAME=FOLDER or NAME@BUDGET=FOLDER")
+        if name in cells.METHODS:
+            raise ValueError(f"{name!r} is a method that is made here")
+        cell = cells.CloakCell(name, (), cells.parse_budget(amount) if at else None)
+        if cell in found:
+            raise ValueError(f"{title!r} is there twice")
+        found[cell] = pathlib.Path(path).expanduser()
+    return found
 
 
 def protect_fn(
@@ -77,7 +103,7 @@ def protect_fn(
         ValueError: the method is `none`, or there is no driver for `fawkes_pypi`.
 
     Returns:
-        A function of photos with their faces to what `photo_cloaks.cloak_photos` returns.
+        A function of photos with their faces to what became of each.
     """
     if cell.budget is None:
         raise ValueError(f"{cell.name} has no budget to protect photos within")
@@ -88,7 +114,7 @@ def protect_fn(
     extractors = tuple(recognizer.extractors[name] for name in cell.surrogates)
     variables = tuple(recognizer.variables[name] for name in cell.surrogates)
 
-    def protect(faces: Sequence[photo_cloaks.PhotoFaces]) -> Protected:
+    def protect(faces: Sequence[photo_cloaks.PhotoFaces]) -> Sequence[OneProtected]:
         if cell.method == "noise":
             return [noise.add_noise(face, covered, limits=limits, seed=seed) for face in faces]
         if package is not None and cell.method == "fawkes_pypi":
@@ -104,6 +130,35 @@ def protect_fn(
         )
 
     return protect
+
+
+def given_fn(
+    folder: pathlib.Path, given: identities.Copies, covered: Sequence[registry.Extractor]
+) -> ProtectFn:
+    """How photos are protected that another program protected: as they are, measured like ours.
+
+    Args:
+        folder: of them, for messages.
+        given: what is in it.
+        covered: extractors whose chips lie in the region that is measured.
+    """
+
+    def take(photo: photo_cloaks.PhotoFaces) -> OneProtected:
+        sample = given.of(photo.name)
+        if sample is None:
+            return f"is not in {folder}"
+        pixels = photos.read_photo(sample.path).pixels
+        if pixels.shape != photo.pixels.shape:
+            sides = [
+                f"{width} x {height}" for height, width, _ in (pixels.shape, photo.pixels.shape)
+            ]
+            return f"has {sides[0]} pixels in {folder}, the original {sides[1]}"
+        if np.array_equal(pixels, photo.pixels):
+            return f"is unchanged in {folder}"
+        region, box = photo_cloaks.face_region(photo, covered, 0)
+        return pixels, [photo_cloaks.CloakedFace(region, box, {}, budget.Budget(dssim=1.0))]
+
+    return lambda faces: [take(photo) for photo in faces]
 
 
 def write_photos(
@@ -171,8 +226,11 @@ def _write_group(
     results = zip(tasks, protect_fn(tasks) if tasks else [], strict=True)
     for path, photo, record in zip(paths, originals, records, strict=True):
         pixels = photo.pixels
-        if record["problem"] is None:
-            task, (pixels, (face,)) = next(results)
+        task, found = next(results) if record["problem"] is None else (None, None)
+        if isinstance(found, str):
+            record["problem"] = found
+        elif task is not None and found is not None:
+            pixels, (face,) = found
             landmarks = task.faces.landmarks[0]
             y0, x0, y1, x1 = face.region
             seen = measures.measure(photo.pixels[y0:y1, x0:x1], pixels[y0:y1, x0:x1])

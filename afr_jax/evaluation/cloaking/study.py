@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,16 +41,18 @@ class FawkesEvaluationConfig(options.Config):
 
         python -m experiments.fawkes_evaluation --data=people --people=10 --workdir=out/evaluation
 
-    --people of --data are protected, drawn by --seed: --cloaked_photos of each are published and
-    enrolled by the tracker, --probes others, always clean, are what the tracker is asked about.
-    Others are enrolled clean. One person is protected at a time, the other protected people are
-    clean.
+    --people of --data are protected, drawn by --seed (with --drawn_before nobody whom those runs
+    protected): --cloaked_photos of each are published and enrolled by the tracker, --probes others,
+    always clean, are what the tracker is asked about. Others are enrolled clean. One person is
+    protected at a time, the other protected people are clean.
 
     A cell is a method, a set of surrogates and a budget. --methods: `none`, `noise`
     (Gaussian, within the budget), `fawkes` (ours), `lowkey`, `fawkes_pypi` (the optimizer of PyPI
-    `fawkes` with dlib's net); `lowkey@0.007` is made at that budget alone. --surrogates: sets of
-    extractors joined by `+`; `all` is every tracker of the registry but for judges
-    (`mobilefacenet_192`), `leave_one_out` for each of them all others. --trackers: names of
+    `fawkes` with dlib's net); `lowkey@0.007` is made at that budget alone. --cloaked adds others'
+    methods: folders with photos of --data as another program protected them, PERSON/STEM.png or
+    PERSON/STEM_cloaked.png, which are taken as they are; `NAME@0.007` says their budget, for plots.
+    --surrogates: sets of extractors joined by `+`; `all` is every tracker of the registry but for
+    judges (`mobilefacenet_192`), `leave_one_out` for each of them all others. --trackers: names of
     extractors, or folders of trained and hardened ones (adaptive trackers); `sface@yunet` aligns
     faces by the second detector, `sface@mirror` also embeds their mirror images. For each: the
     nearest enrolled photo, with and without the extractor's threshold; a vote of the 5 nearest; a
@@ -75,12 +78,20 @@ class FawkesEvaluationConfig(options.Config):
 
     data: str | None = options.option(None, "folder with a folder of photos for each person")
     people: int = options.option(10, "people to protect", at_least=1)
+    drawn_before: tuple[str, ...] = options.option(
+        (), "result files of earlier runs, whose protected people are not drawn again"
+    )
     cloaked_photos: int = options.option(5, "published photos of each", at_least=1)
     probes: int = options.option(5, "clean photos of each that are asked about", at_least=1)
     gallery_people: int = options.option(190, "other people, enrolled clean", at_least=1)
     gallery_photos: int = options.option(5, "photos of each of them, at most", at_least=1)
     methods: tuple[str, ...] = options.option(
         ("none", "noise", "fawkes"), f"of {', '.join(cells.METHODS)}", resumable=True
+    )
+    cloaked: tuple[str, ...] = options.option(
+        (),
+        "photos that were protected elsewhere: NAME=FOLDER or NAME@BUDGET=FOLDER",
+        resumable=True,
     )
     surrogates: tuple[str, ...] = options.option(
         ("leave_one_out", "all"), "sets of extractors: leave_one_out, all, or A+B", resumable=True
@@ -194,7 +205,9 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
         bases = [tracker_names.parse(name).extractor for name in config.trackers]
         _ = [pipeline.find_extractor(name) for name in bases]
         sets = _surrogate_sets(config)
-        plan = cells.all_cells(config.methods, sets, config.amounts)
+        folders = published.parse_given(config.cloaked)
+        there = {cell: identities.list_copies(path) for cell, path in folders.items()}
+        plan = [*cells.all_cells(config.methods, sets, config.amounts), *folders]
         steps = {cell: config.steps_of(cell.budget) for cell in plan if cell.surrogates}
     except (FileNotFoundError, ValueError) as error:
         raise options.UsageError(str(error)) from error
@@ -206,12 +219,13 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
     every = list(dict.fromkeys([*names, *config.trackers]))
     if len({cells.file_name(name) for name in every}) < len(every):
         raise options.UsageError(f"each of {', '.join(every)} must have one name of its own")
-    resolved = _resolved(config, sets)
+    drawn_before = _drawn_before(config)
+    resolved = _resolved(config, sets, drawn_before)
     growing = [*options.resumable(FawkesEvaluationConfig), "surrogate_sets"]
     if len(config.num_steps) > 1:
         growing.remove("budgets")
     work = workdir.open_workdir(config.workdir, resolved, resumable=growing)
-    split, problems = distributed.primary_first(lambda: _split(config, work))
+    split, problems = distributed.primary_first(lambda: _split(config, work, drawn_before))
     try:
         everything = pipeline.load_recognizer(
             *names, weights=pipeline.parse_weights(config.weights, names)
@@ -225,6 +239,7 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
         setup = distributed.primary_first(prepare)
     except (FileNotFoundError, ValueError) as error:
         raise options.UsageError(str(error)) from error
+    problems += [lost.as_result() for found in there.values() for lost in found.problems]
     unseen = table.without_faces(setup)
     problems += [{"image": name, "reason": pipeline.NO_FACE} for name in unseen]
     rows, made = [], []
@@ -235,11 +250,23 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
     )
     with package_of as package:
 
+        def protect_fn(cell: cells.CloakCell) -> published.ProtectFn:
+            covered = [clean.extractor for clean in setup.clean.values()]
+            if cell in folders:
+                return published.given_fn(folders[cell], there[cell], covered)
+            return published.protect_fn(
+                cell,
+                everything,
+                covered=covered,
+                package=package,
+                folder=work.path / "cells" / cell.name,
+                num_steps=steps.get(cell),
+                seed=config.seed,
+            )
+
         def protect(cell: cells.CloakCell) -> _Protected:
             start = time.perf_counter()
-            photos_of, records = _publish(
-                cell, setup, everything, package, work, num_steps=steps.get(cell), seed=config.seed
-            )
+            photos_of, records = _publish(cell, setup, work, protect_fn)
             middle = time.perf_counter()
             own_rows = _rows(config, setup, photos_of, records)
             seconds = {"photos": middle - start, "scores": time.perf_counter() - middle}
@@ -332,12 +359,14 @@ def _surrogate_sets(config: FawkesEvaluationConfig) -> tuple[tuple[str, ...], ..
 
 
 def _resolved(
-    config: FawkesEvaluationConfig, sets: tuple[tuple[str, ...], ...]
+    config: FawkesEvaluationConfig,
+    sets: tuple[tuple[str, ...], ...],
+    drawn_before: list[str],
 ) -> dict[str, files.Json]:
     """What decides the result, as config.json and result.json have it."""
     names = (
         *("data", "people", "cloaked_photos", "probes", "gallery_people", "gallery_photos"),
-        *("methods", "trackers", "countermeasures", "leaks", "mixes", "num_steps"),
+        *("methods", "cloaked", "trackers", "countermeasures", "leaks", "mixes", "num_steps"),
         *("end_to_end", "epochs", "seed"),
     )
     cloaks = cells.cloak_options()
@@ -345,6 +374,7 @@ def _resolved(
         del each["num_steps"]
     return {
         **{name: getattr(config, name) for name in names},
+        "drawn_before": drawn_before,
         "budgets": config.amounts,
         "surrogate_sets": sets,
         "toy": config.is_toy,
@@ -352,8 +382,30 @@ def _resolved(
     }
 
 
+def _drawn_before(config: FawkesEvaluationConfig) -> list[str]:
+    """Names of the people whom earlier runs protected, sorted.
+
+    Raises:
+        options.UsageError: a file is not there, or no result of an evaluation.
+    """
+    found: set[str] = set()
+    for path in config.drawn_before:
+        try:
+            names = files.parse_json(pathlib.Path(path).read_bytes())["protected"]
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError
+        except OSError as error:
+            raise options.UsageError(f"--drawn_before: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise options.UsageError(
+                f"--drawn_before: {path} is no result of an evaluation of cloaks"
+            ) from error
+        found.update(names)
+    return sorted(found)
+
+
 def _split(
-    config: FawkesEvaluationConfig, work: workdir.Workdir
+    config: FawkesEvaluationConfig, work: workdir.Workdir, drawn_before: list[str]
 ) -> tuple[people.Split, list[dict[str, str]]]:
     """Who is who, without photos that cannot be read."""
     root = config.data
@@ -369,6 +421,7 @@ def _split(
             num_gallery_people=config.gallery_people,
             num_gallery_photos=config.gallery_photos,
             seed=config.seed,
+            drawn_before=drawn_before,
         )
     except (FileNotFoundError, ValueError) as error:
         raise options.UsageError(f"--data: {error}") from error
@@ -378,29 +431,16 @@ def _split(
 def _publish(
     cell: cells.CloakCell,
     setup: table.Setup,
-    everything: pipeline.Recognizer,
-    package: reference.ReferenceProcess | None,
     work: workdir.Workdir,
-    *,
-    num_steps: int | None,
-    seed: int,
+    protect_fn: Callable[[cells.CloakCell], published.ProtectFn],
 ) -> tuple[table.CellPhotos, list[published.PublishedRecord]]:
     """A cell's photos with their records; none for clean ones."""
     folder = work.path / "cells" / cell.name
     if cell.method == "none":
         return table.CellPhotos(cell, [], folder), []
     folder.mkdir(parents=True, exist_ok=True)
-    protect_fn = published.protect_fn(
-        cell,
-        everything,
-        covered=[clean.extractor for clean in setup.clean.values()],
-        package=package,
-        folder=folder,
-        num_steps=num_steps,
-        seed=seed,
-    )
     paths, records = published.write_photos(
-        folder, setup.split.published, everything.detector, protect_fn
+        folder, setup.split.published, setup.recognizer.detector, protect_fn(cell)
     )
     return table.CellPhotos(cell, paths, folder), records
 

@@ -212,13 +212,8 @@ def change_faces(
         As `cloak_photos` for one photo.
     """
     final, faces = photo.pixels, []
-    for box, landmarks in zip(photo.faces.boxes, photo.faces.landmarks, strict=True):
-        bounds = [
-            align.chip_bounds(align.chip_transform(each, landmarks), each.input_px)
-            for each in extractors
-        ]
-        region = _region(box, bounds, photo.pixels.shape, margin=0.0)
-        inner = np.concatenate(align.integer_bounds(box, photo.pixels.shape))
+    for number, landmarks in enumerate(photo.faces.landmarks):
+        region, inner = face_region(photo, extractors, number)
         change = change_fn(region, landmarks)
         if photo.gray:
             change = change.mean(axis=-1, keepdims=True)
@@ -228,6 +223,28 @@ def change_faces(
         final = budget.fit_alone(final, photo.pixels, region, inner, change, budget=limits)
         faces.append(CloakedFace(region, inner, {}, limits))
     return final, faces
+
+
+def face_region(
+    photo: PhotoFaces, extractors: Sequence[registry.Extractor], number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The piece of a photo that extractors see of a face, and the detector's box.
+
+    Args:
+        photo: with its faces.
+        extractors: whose chips the piece holds.
+        number: of the face.
+
+    Returns:
+        Both `[4]` int (y0, x0, y1, x1), within the photo.
+    """
+    box, landmarks = photo.faces.boxes[number], photo.faces.landmarks[number]
+    bounds = [
+        align.chip_bounds(align.chip_transform(each, landmarks), each.input_px)
+        for each in extractors
+    ]
+    region = _region(box, bounds, photo.pixels.shape, margin=0.0)
+    return region, np.concatenate(align.integer_bounds(box, photo.pixels.shape))
 
 
 def _plan(
