@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from afr_jax.core import parallel
 from afr_jax.core.perception import measures, ssim
 from afr_jax.recognition import detect
 
@@ -239,12 +240,7 @@ def fit_together(
             levels = np.round(np.clip(scale * delta, -limit, limit) * 255.0)
             final[y0:y1, x0:x1] += levels.astype(np.int16)
         final = np.clip(final, 0, 255).astype(np.uint8)
-        spent = np.array(
-            [
-                budget.spent(pixels, final, region, box)
-                for budget, region, box in zip(budgets, regions, boxes, strict=True)
-            ]
-        )
+        spent = spent_together(pixels, final, regions, boxes, budgets)
         if np.all(spent <= 1) and spent.sum() >= best_spent:
             best, best_spent = final, spent.sum()
         if np.all((spent >= 0.995) & (spent <= 1)):
@@ -261,6 +257,29 @@ def fit_together(
             scales = scales * np.maximum(least, 0.5)
     whole[top:bottom, left:right] = best
     return whole
+
+
+def spent_together(
+    original: np.ndarray,
+    final: np.ndarray,
+    regions: Sequence[np.ndarray],
+    boxes: Sequence[np.ndarray],
+    budgets: Sequence[Budget],
+) -> np.ndarray:
+    """`Budget.spent` of each of a photo's faces, `[N]`.
+
+    Args:
+        original: `[H, W, 3]` uint8.
+        final: `[H, W, 3]` uint8.
+        regions: `[4]` int of each face.
+        boxes: `[4]` int of each face.
+        budgets: of each face.
+    """
+
+    def spent(number: int) -> float:
+        return budgets[number].spent(original, final, regions[number], boxes[number])
+
+    return np.array(parallel.thread_map(spent, range(len(regions))))
 
 
 def fit_alone(

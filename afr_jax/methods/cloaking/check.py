@@ -11,7 +11,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from afr_jax.core import images
+from afr_jax.core import images, parallel
 from afr_jax.core.perception import measures
 from afr_jax.data import photos
 from afr_jax.methods.cloaking import budget, photo_cloaks
@@ -29,6 +29,8 @@ _JPEG_QUALITY = 75
 _JPEG_BLOCK, _JPEG_BLUR = 16, 2
 # A face of the final photo is the face of the original if their boxes overlap this much.
 _SAME_FACE_IOU = 0.5
+# A photo and its JPEG are looked at side by side if they have no more pixels together.
+_PIXELS_AT_ONCE = 32_000_000
 _NOT_FOUND = "the face was not found again"
 
 
@@ -247,9 +249,11 @@ def _judge(
 ) -> tuple[list[dict[str, CloakVerdict]], list[bool]]:
     """Entries by extractor for each face, and whether it was found again in `final`."""
     compressed = photos.through_jpeg(final, quality=_JPEG_QUALITY)
-    again, after = (
-        _find_again(recognizer.detector, second, faces, version, options)
-        for version in (final, compressed)
+    again, after = parallel.thread_stream(
+        lambda version: _find_again(recognizer.detector, second, faces, version, options),
+        (final, compressed),
+        weight_fn=lambda version: version[..., 0].size,
+        limit=_PIXELS_AT_ONCE,
     )
     written = [
         own if found is None else found for own, found in zip(faces.landmarks, again, strict=True)

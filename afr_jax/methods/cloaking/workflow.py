@@ -19,7 +19,7 @@ from absl import logging
 
 from afr_jax.core import files, parallel, progress
 from afr_jax.data import photos
-from afr_jax.methods.cloaking import check, face_cloaks, fawkes, photo_cloaks, targets
+from afr_jax.methods.cloaking import budget, check, face_cloaks, fawkes, photo_cloaks, targets
 from afr_jax.methods.cloaking import face_filter as face_filters
 from afr_jax.recognition import detect, pipeline
 from afr_jax.recognition.detectors import union, yunet
@@ -366,16 +366,17 @@ class Workflow:
             data = encode_fn(pixels)
             return _File(data, ".png", photos.decode_photo(data).pixels, None)
 
+        regions, boxes = [face.region for face in faces], [face.box for face in faces]
+        limits = [face.budget for face in faces]
+
         def encoded(scales: np.ndarray) -> tuple[bytes, np.ndarray, np.ndarray]:
             """File, pixels as they come back, and how much of the budget each face takes."""
             data = encode_fn(_scaled(photo.pixels, pixels, faces, scales))
             written = photos.decode_photo(data).pixels
-            shares = [
-                face.budget.spent(photo.pixels, written, face.region, face.box) for face in faces
-            ]
-            return data, written, np.array(shares)
+            shares = budget.spent_together(photo.pixels, written, regions, boxes, limits)
+            return data, written, shares
 
-        data, written = _fitted(encoded, np.array([face.region for face in faces], np.float64))
+        data, written = _fitted(encoded, np.array(regions, np.float64))
         reencoded = photos.decode_photo(encode_fn(photo.pixels)).pixels
         return _File(data, ".jpg", written, reencoded)
 
