@@ -42,6 +42,9 @@ class FolderOptions:
     folder_photos: int = options.option(150, "photos of the folder", at_least=1)
     folder_cloaks: int = options.option(0, "of these that are cloaked, as well", at_least=0)
     folder_steps: int = options.option(20, "gradient steps of such a cloak", at_least=1)
+    folder_group: int = options.option(
+        0, "megapixels of a photo of three large faces that is cloaked alone, as well", at_least=0
+    )
 
     def __post_init__(self) -> None:
         """Checks ranges."""
@@ -65,7 +68,8 @@ def run(config: FolderOptions, given: setting.Setting) -> setting.Measured:
     """
     paths = _make_folder(config.folder_photos, given)
     chosen = paths[: config.folder_cloaks]
-    cloaked = _cloak(chosen, config.folder_steps, given)
+    cloaked = _cloak(chosen, [f"--num_steps={config.folder_steps}"], given)
+    alone = _cloak(_make_group(config.folder_group, given), ["--format=same"], given)
     sizes = [np.prod(photos.read_photo(path).pixels.shape[:2]) / 1e6 for path in paths]
     name = f"folder, {len(paths)} photos of {min(sizes):.2g}-{max(sizes):.2g} MP"
     command = ["detect", f"--images={given.folder / 'photos'}"]
@@ -94,11 +98,15 @@ def run(config: FolderOptions, given: setting.Setting) -> setting.Measured:
         "cold": runs[0]._asdict(),
         "warm": runs[-1]._asdict(),
     }
-    if cloaked:
-        (cold, *warm), name = cloaked, f"cloak, {len(chosen)} of these photos"
-        rows.append(timing.compare(name, "s, cold", [cold.seconds], None))
-        rows.append(timing.compare(name, "s, warm", [run.seconds for run in warm], None))
-        details |= {"cloak_cold": cold._asdict(), "cloak_warm": warm[-1]._asdict()}
+    for key, name, found in (
+        ("cloak", f"cloak, {len(chosen)} of these photos", cloaked),
+        ("group", f"cloak, a photo of {config.folder_group} MP with three large faces", alone),
+    ):
+        if found:
+            cold, *warm = found
+            rows.append(timing.compare(name, "s, cold", [cold.seconds], None))
+            rows.append(timing.compare(name, "s, warm", [run.seconds for run in warm], None))
+            details |= {f"{key}_cold": cold._asdict(), f"{key}_warm": warm[-1]._asdict()}
     return setting.Measured(rows, versions, details)
 
 
@@ -122,13 +130,24 @@ def _make_folder(count: int, given: setting.Setting) -> list[pathlib.Path]:
     return paths
 
 
-def _cloak(paths: Sequence[pathlib.Path], num_steps: int, given: setting.Setting) -> list[_Run]:
-    """Cloaks the photos with an empty cache, and then with a full one as often as is asked."""
+def _make_group(megapixels: int, given: setting.Setting) -> list[pathlib.Path]:
+    """Writes the JPEG file of a large photo, if one is asked for."""
+    if not megapixels:
+        return []
+    path = given.folder / "group.jpg"
+    Image.fromarray(given.shrunk(photo_source.group(megapixels))).save(path, quality=90)
+    return [path]
+
+
+def _cloak(
+    paths: Sequence[pathlib.Path], flags: Sequence[str], given: setting.Setting
+) -> list[_Run]:
+    """Cloaks photos with an empty cache, and then with a full one as often as is asked."""
     if not paths:
         return []
-    images = ",".join(map(str, paths))
-    command = ["cloak", f"--images={images}", f"--num_steps={num_steps}"]
-    return [_start(command, given.folder / "cloak_cache") for _ in range(1 + given.repeats)]
+    command = ["cloak", f"--images={','.join(map(str, paths))}", *flags]
+    cache = given.folder / f"{paths[0].stem}_cache"
+    return [_start(command, cache) for _ in range(1 + given.repeats)]
 
 
 def _start(command: Sequence[str], cache: pathlib.Path) -> _Run:

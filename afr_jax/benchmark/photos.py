@@ -43,6 +43,15 @@ def of_any_size(pixels: np.ndarray, seed: Sequence[int]) -> np.ndarray:
     return np.asarray(piece.resize(size, Image.Resampling.LANCZOS))
 
 
+def group(megapixels: float) -> np.ndarray:
+    """A photo of so many megapixels, 4:3, with the face of the sample portrait three times."""
+    width = round((megapixels * 4e6 / 3) ** 0.5)
+    face = resized(skimage.data.astronaut()[:400, 60:360], round(width * 4 / 9))
+    row = np.concatenate([face, face[:, ::-1], face], axis=1)
+    below, beside = round(width * 3 / 4) - row.shape[0], max(width - row.shape[1], 0)
+    return np.pad(row, ((0, below), (0, beside), (0, 0)), mode="edge")
+
+
 def made(number: int, side: int) -> np.ndarray:
     """The sample portrait, in one of 4 sizes as often as it fits, in one of 6 shapes."""
     divisor = (2, 3, 4, 6)[number % 4]

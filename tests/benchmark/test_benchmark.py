@@ -16,6 +16,7 @@ from afr_jax.benchmark import cloaking, detection, folder, program, timing
 from afr_jax.benchmark import photos as photo_source
 from afr_jax.evaluation import reference
 from afr_jax.evaluation.attackers import other_detectors
+from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect
 
@@ -195,14 +196,27 @@ def test_photos_of_a_folder_are_cloaked_cold_and_warm(tmp_path, monkeypatch):
         return folder._Run(100.0 - len(started), 5, 1.0, 1 << 30)
 
     monkeypatch.setattr(folder, "_start", start)
-    flags = ["--rows=folder", "--repeats=2", "--folder_cloaks=1", f"--workdir={tmp_path}"]
-    result, _ = _run(*flags)
+    flags = ["--rows=folder", "--repeats=2", "--folder_cloaks=1", "--folder_group=1"]
+    result, _ = _run(*flags, f"--workdir={tmp_path}")
     cloaks = [each[1:] for each in started if each[0] == "cloak"]
-    assert cloaks == [("cloak_cache", False)] + 2 * [("cloak_cache", True)]
-    rows = {row["quantity"]: row for row in result["rows"] if row["row"].startswith("cloak, 1 ")}
-    assert rows["s, cold"]["ours"]["samples"] == [99.0]
-    assert rows["s, warm"]["ours"]["samples"] == [98.0, 97.0]
-    assert result["folder"]["cloak_warm"]["seconds"] == 97.0
+    caches = ("0000_cache", "group_cache")
+    assert cloaks == [(cache, is_full) for cache in caches for is_full in (False, True, True)]
+    for name, key, first in (
+        ("cloak, 1 of ", "cloak", 99.0),
+        ("cloak, a photo of 1 MP", "group", 96.0),
+    ):
+        rows = {row["quantity"]: row for row in result["rows"] if row["row"].startswith(name)}
+        assert rows["s, cold"]["ours"]["samples"] == [first]
+        assert rows["s, warm"]["ours"]["samples"] == [first - 1, first - 2]
+        assert result["folder"][f"{key}_warm"]["seconds"] == first - 2
+
+
+def test_the_large_photo_has_three_large_faces():
+    pixels = photo_source.group(1.2)
+    assert abs(pixels.size / 3e6 - 1.2) < 0.01
+    found = detect.detect_faces(mtcnn.load_variables(), pixels)
+    sides = found.boxes[:, 2] - found.boxes[:, 0]
+    assert len(sides) == 3 and sides.min() > 0.12 * pixels.shape[1]
 
 
 @pytest.mark.parametrize("side", [(60, 400), (400, 60), (300, 300), (1, 1)])
