@@ -55,15 +55,26 @@ def benchmark_folder() -> str:
 @table("benchmark_folder_cloaks", "benchmark_folder_cloaks.json")
 def benchmark_folder_cloaks() -> str:
     """Cloaks of a folder of photos of all sizes."""
-    found = markdown.result("benchmark_folder_cloaks")
+    return _cold_and_warm("benchmark_folder_cloaks", "cloak")
+
+
+@table("benchmark_group", "benchmark_group.json")
+def benchmark_group() -> str:
+    """The cloak of a large photo with three large faces."""
+    return _cold_and_warm("benchmark_group", "group")
+
+
+def _cold_and_warm(name: str, runs: str) -> str:
+    """What the cloaking program took with an empty cache and with a full one."""
+    found = markdown.result(name)
     lines = []
     for row in found["rows"]:
         if row["row"].startswith("cloak"):
-            name = row["quantity"].removeprefix("s, ")
-            run = found["folder"][f"cloak_{name}"]
+            cache = row["quantity"].removeprefix("s, ")
+            run = found["folder"][f"{runs}_{cache}"]
             lines.append(
                 [
-                    name,
+                    cache,
                     spread(row["ours"]),
                     str(run["programs"]),
                     markdown.short(run["compile_seconds"]),
