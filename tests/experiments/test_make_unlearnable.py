@@ -191,11 +191,12 @@ def test_a_study_ends_with_its_time_and_shows_what_is_there(tmp_path, monkeypatc
     clock = types.SimpleNamespace(monotonic=lambda: 60.0 * next(minutes))
     monkeypatch.setattr(study, "time", clock)
     flags = ["--methods=random", "--granularities=sample", "--countermeasures=purifier"]
-    flags += [f"--workdir={tmp_path}"]
+    flags += [f"--workdir={tmp_path}", "--train_images=300"]
     assert "--max_minutes" in _study("--max_minutes=0", *flags)
     result, complete = _study("--max_minutes=1", *flags)
     assert not complete and (result["cells"], result["cells_missing"]) == (2, 1)
     assert [row["data"] for row in result["rows"]] == ["clean"]
+    assert result["settings"]["train_images"] == 300
     # The purifier leaves what there is to learn.
     assert result["rows"][0]["last_accuracy"] > 0.7
     result, complete = _study("--max_minutes=1", *flags)

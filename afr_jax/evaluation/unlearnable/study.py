@@ -137,10 +137,10 @@ class UnlearnableStudyConfig(options.Config):
     Other axes: --methods and --countermeasures, all with all; --poison_rates of the first method
     (the share of training images that is protected) and further --architectures of victims, on the
     same noise, both without a countermeasure. `purifier`, a countermeasure beside those of
-    train_victim, is a denoiser fitted to clean images that are in no other set. The images are
-    drawn by --seed, all noise and victims by --seeds: a cell of seed s is a victim of seed s on
-    noise of seed s. --at_once: victims trained side by side in one vmapped program, for small nets
-    on accelerators.
+    train_victim, is a denoiser fitted to clean images that are in no other set. The images,
+    --train_images of them, are drawn by --seed, all noise and victims by --seeds: a cell of seed s
+    is a victim of seed s on noise of seed s. --at_once: victims trained side by side in one vmapped
+    program, for small nets on accelerators.
 
     Every cell is a file `cells/<name>.json` in the work directory, every noise one in `noise/`: a
     run that was cut goes on where it stopped, and more seeds or methods can be added to a finished
@@ -157,6 +157,9 @@ class UnlearnableStudyConfig(options.Config):
     cifar10_dir: str | None = options.option(None, "folder of CIFAR-10")
     scale: Literal["reduced", "full", "toy"] = options.option(
         "reduced", "small net and few images, or the published setting"
+    )
+    train_images: int | None = options.option(
+        None, "training images; default: the scale's", at_least=1
     )
     methods: tuple[str, ...] = options.option(
         ("error_min", "error_max", "random"), "besides clean data", choices=tuple(recipes.METHODS)
@@ -223,6 +226,8 @@ def run(config: UnlearnableStudyConfig) -> options.Outcome:
     """
     scale = _SCALES[config.scale]
     network = dataclasses.replace(scale.victim.network, bfloat16=config.bfloat16)
+    if config.train_images is not None:
+        scale = scale._replace(train_images=config.train_images)
     scale = scale._replace(victim=dataclasses.replace(scale.victim, network=network))
     cells = config.cells()
     if _PURIFIER in config.countermeasures and not scale.public_images:
@@ -342,8 +347,12 @@ def _train_missing(
 def _read(config: UnlearnableStudyConfig, scale: _Scale) -> _Data:
     if config.scale == "toy":
         train_set, test_set, public = (
-            image_sets.synthetic(config.seed, _TOY_IMAGES, split=split)
-            for split in ("train", "test", "public")
+            image_sets.synthetic(config.seed, count or _TOY_IMAGES, split=split)
+            for split, count in (
+                ("train", scale.train_images),
+                ("test", scale.test_images),
+                ("public", scale.public_images),
+            )
         )
         fit_fn = functools.partial(purifier.fit, public.images)
         return _Data(train_set, test_set, functools.cache(fit_fn))
@@ -354,6 +363,8 @@ def _read(config: UnlearnableStudyConfig, scale: _Scale) -> _Data:
     parts = []
     for whole, count in ((train_set, scale.train_images), (test_set, scale.test_images)):
         count = len(whole.labels) if count is None else count
+        if count > len(whole.labels):
+            raise options.UsageError(f"there are {len(whole.labels)} images, not {count}")
         parts.append(image_sets.spread_rows(whole.labels, count, seed=config.seed))
     rest = np.setdiff1d(np.arange(len(train_set.labels)), parts[0])
     rest = np.random.default_rng(config.seed).permutation(rest)[: scale.public_images]
