@@ -2,7 +2,7 @@
 # Runs an experiment on all hosts of a Cloud TPU VM, through gcloud:
 #
 #   AFR_TPU=my-tpu launch/tpu_vm.sh --setup
-#   AFR_TPU=my-tpu launch/tpu_vm.sh experiments.train_extractor --data=gs://... --workdir=gs://...
+#   AFR_TPU=my-tpu launch/tpu_vm.sh experiments.train_extractor --data=/shared/people --workdir=/shared/run1
 #
 # --setup copies what git has at HEAD to every host and installs it; once, and after changes.
 # --dry_run, before it, prints gcloud's commands in place of running them. All hosts run the same

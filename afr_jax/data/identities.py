@@ -106,7 +106,7 @@ class Copies:
     """Photos of a folder that are copies of others, such as cloaked ones.
 
     Attributes:
-        samples: by person, and the original's name with or without its suffix.
+        samples: by person, and the original's name: STEM, STEM_jpg or STEM.jpg.
         problems: files that cannot be read.
     """
 
@@ -117,7 +117,9 @@ class Copies:
         """The copy of a photo, by the photo's id; None if there is none."""
         original = pathlib.PurePosixPath(sample_id)
         identity = unicodedata.normalize("NFC", original.parent.name)
-        found = (self.samples.get((identity, name)) for name in (original.stem, original.name))
+        # Of photos that differ in their suffix alone, one has a copy that names its suffix, too.
+        names = (original.name, original.name.replace(".", "_"), original.stem)
+        found = (self.samples.get((identity, name)) for name in names)
         return next((sample for sample in found if sample is not None), None)
 
 

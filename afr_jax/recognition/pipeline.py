@@ -5,6 +5,8 @@ use (`recognize`). On that stand verification of two photos (`verify`), enrollme
 database and matching against it (methods of `Recognizer`).
 """
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -78,7 +80,8 @@ class Recognizer(NamedTuple):
 
         Args:
             gallery: folder with a folder of photos for each person, a listing of photos, or photos
-                in any form by person (`photos.list_sources`).
+                in any form by person (`photos.list_sources`); those without a file and a name are
+                called by their pixels.
             database: one that is open, or its folder or address, where it is made if need be.
             extractor: name of one of the recognizer's; its first by default.
             replace: whether the database forgets what else it has of the gallery's people.
@@ -90,7 +93,8 @@ class Recognizer(NamedTuple):
             DatabaseError: it cannot be used, another process changes it, or it holds another
                 extractor's embeddings.
             FileNotFoundError: the gallery does not exist.
-            ValueError: it holds no photo of a person, or the recognizer has no such extractor.
+            ValueError: it holds no photo of a person, two photos of a person have one name, or the
+                recognizer has no such extractor.
         """
         name, database = self._place_for(database, extractor)
         items, problems = _enrollees(gallery)
@@ -748,8 +752,11 @@ def _enrollees(
         items = [
             _Enrollee(f"{person}/{source.name}", person, source)
             for person, some in gallery.items()
-            for source in photos.list_sources(some)
+            for source in _told_apart(photos.list_sources(some))
         ]
+        counts = collections.Counter(item.name for item in items)
+        if twice := sorted(name for name, count in counts.items() if count > 1):
+            raise ValueError(f"several photos are called {twice[0]}: each needs a name of its own")
     else:
         if not isinstance(gallery, (identities.Listing, str, os.PathLike)):
             kind = type(gallery).__name__
@@ -761,6 +768,22 @@ def _enrollees(
     reasons = {item.name: reason for item in items if (reason := _name_problem(item))}
     problems += [identities.Omission(name, reason) for name, reason in reasons.items()]
     return [item for item in items if item.name not in reasons], problems
+
+
+def _told_apart(sources: Sequence[photos.PhotoSource]) -> list[photos.PhotoSource]:
+    """The photos, those without file and name called by their pixels, and each of these once."""
+    named, unnamed = [], {}
+    for source in sources:
+        photo = source.photo
+        if isinstance(photo, (str, os.PathLike)) or getattr(photo, "name", ""):
+            named.append(source)
+            continue
+        name = source.name
+        with contextlib.suppress(photos.PhotoError):
+            digest = photos.digest_of_pixels(photos.as_photo(photo).pixels)
+            name = f"photo_{digest[:16]}"
+        unnamed[name] = source._replace(name=name)
+    return [*named, *unnamed.values()]
 
 
 def _missing(

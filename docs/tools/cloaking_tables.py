@@ -25,16 +25,8 @@ _COUNTERMEASURES = {
     "grayscale": "grayscale",
     "denoise": "denoised",
 }
-# The surrogates of the default cloak, and the files of the people who were drawn later.
-_DEFAULT = "dlib+sface"
-_SECOND_DRAW, _LAST_DRAW = "protection_second_draw", "protection_third_draw"
-_METHODS = {
-    "noise": "noise",
-    "fawkes": "ours",
-    "lowkey": "LowKey",
-    "fawkes_pypi": "PyPI `fawkes`",
-}
-_ON_FRONTIER = ("ssimulacra2", "ciede2000_p99", "flip", "mean_dssim")
+# The surrogates of the default cloak, and the file of the people who were drawn last.
+_DEFAULT, _SECOND_DRAW = "dlib+sface", "protection_second_draw"
 
 
 def missed(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> float:
@@ -292,52 +284,9 @@ def protection_second_draw() -> str:
     return markdown.render(head, lines, right=4)
 
 
-@table("protection_third_draw", "protection_third_draw.json")
-def protection_third_draw() -> str:
-    """The default cloak in mode mid on the people who were drawn last, with intervals."""
-    rows = markdown.result(_LAST_DRAW)["table"]
-    kinds = [("nearest", "none"), ("nearest", "jpeg75"), ("knn_vote", "none")]
-    kinds += [("linear_head", "none"), ("linear_head", "jpeg75")]
-    lines = []
-    for extractor, name in _MODE_EXTRACTORS.items():
-        cells = []
-        for tracker, change in kinds:
-            row = found(
-                rows,
-                method="fawkes",
-                budget="mid",
-                tracker=tracker,
-                countermeasure=change,
-                extractor=extractor,
-            )
-            cells.append(markdown.percent_range(row["protection"], row["low"], row["high"]))
-        lines.append([markdown.bold(name, extractor in UNSEEN_BY_MODES), *cells])
-    names = ("nearest, PNG", "JPEG 75", "vote, PNG", "linear head, PNG", "JPEG 75")
-    return markdown.render(("extractor", *names), lines, right=5)
-
-
-@table("protection_frontier", "protection_frontier.json")
-def protection_frontier() -> str:
-    """What is seen and what unseen networks miss, by method and limits."""
-    rows = markdown.result("protection_frontier")["table"]
-    cells = dict.fromkeys((row["method"], row["surrogates"], row["budget"]) for row in rows)
-    lines = []
-    for method, surrogates, budget in cells:
-        if budget is None:
-            continue
-        wanted = {"method": method, "surrogates": surrogates, "budget": budget}
-        shares = [missed(rows, extractor=name, **wanted) for name in UNSEEN_BY_MODES]
-        row = found(rows, extractor=UNSEEN_BY_MODES[0], **wanted)
-        seen = [f"{row[key]:{_VISIBILITY[key][1]}}" for key in _ON_FRONTIER]
-        lines.append([_METHODS.get(method, method), f"`{budget}`", *seen, *map(percent, shares)])
-    heads = [_VISIBILITY[key][0] for key in _ON_FRONTIER]
-    names = [_MODE_EXTRACTORS[name] for name in UNSEEN_BY_MODES]
-    return markdown.render(("method", "limits", *heads, *names), lines, right=7)
-
-
 def unseen_at_mid() -> list[float]:
     """What the networks with no part in the default cloak miss of the people drawn last."""
-    rows = markdown.result(_LAST_DRAW)["table"]
+    rows = markdown.result(_SECOND_DRAW)["table"]
     return [
         missed(rows, method="fawkes", budget="mid", leak=0.0, extractor=name)
         for name in UNSEEN_BY_MODES
@@ -446,30 +395,35 @@ def _nearest_and_linear(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> lis
 @table("protection_adaptive", "protection_second_draw.json")
 def protection_adaptive() -> str:
     """A tracker that was trained on public cloaks of other people."""
-    return _beside_dlib(_SECOND_DRAW, "adaptive_dlib", "adapted")
-
-
-@table("protection_hardened", "protection_hardened.json")
-def protection_hardened() -> str:
-    """A tracker that was hardened without cloaks."""
-    return _beside_dlib("protection_hardened", "hardened_dlib", "hardened")
-
-
-def _beside_dlib(name: str, tuned: str, word: str) -> str:
-    """The default cloak against dlib's net, and against one that was trained on from it."""
-    rows = markdown.result(name)["table"]
+    rows = markdown.result(_SECOND_DRAW)["table"]
     lines = []
     for mode in (*_MODES, None):
         wanted = {"method": "fawkes" if mode else "none", "budget": mode, "leak": 0.0}
         cells = [
             _png_and_jpeg(rows, extractor=extractor, tracker=tracker, **wanted)
             for tracker in ("nearest", "knn_vote", "linear_head")
-            for extractor in ("dlib", tuned)
+            for extractor in ("dlib", "adaptive_dlib")
         ]
         lines.append([f"`{mode}`" if mode else "clean photos", *cells])
     kinds = ("nearest", "vote", "linear head")
-    head = ("mode", *(f"{kind}, {net}" for kind in kinds for net in ("dlib", word)))
+    head = ("mode", *(f"{kind}, {net}" for kind in kinds for net in ("dlib", "adapted")))
     return markdown.render(head, lines, right=6)
+
+
+@table("protection_hardened", "protection_hardened.json")
+def protection_hardened() -> str:
+    """A hardened extractor as the tracker."""
+    rows = markdown.result("protection_hardened")["table"]
+    lines = [
+        [
+            markdown.extractors(surrogates),
+            _png_and_jpeg(rows, method="fawkes", surrogates=surrogates, extractor="hardened_dlib"),
+        ]
+        for surrogates in _PAIRS
+    ]
+    clean = _png_and_jpeg(rows, method="none", extractor="hardened_dlib")
+    lines.append(["nobody: clean photos", clean])
+    return markdown.render(("made against", "dlib, hardened"), lines, right=1)
 
 
 @table("hardening", "harden_dlib.json")

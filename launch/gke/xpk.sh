@@ -3,7 +3,7 @@
 # a JobSet of it and sends it to the cluster's queue:
 #
 #   AFR_CLUSTER=tpus AFR_IMAGE=REGISTRY/afr_jax:tpu \
-#     launch/gke/xpk.sh run1 experiments.train_extractor --data=gs://... --workdir=gs://.../run1
+#     launch/gke/xpk.sh run1 experiments.train_extractor --data=/shared/people --workdir=/shared/run1
 #
 # RUN1 is the name of the workload. --dry_run, before it, prints xpk's command in place of running
 # it. A slice that is taken away, or misses another, restarts the job, which resumes from the newest

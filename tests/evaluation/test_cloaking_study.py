@@ -25,7 +25,7 @@ from afr_jax.evaluation.cloaking.cells import CloakCell
 from afr_jax.evaluation.metrics import intervals
 from afr_jax.methods.cloaking import budget, noise, photo_cloaks
 from afr_jax.models.extractors import registry
-from afr_jax.recognition import align, detect
+from afr_jax.recognition import align, detect, pipeline
 
 _DLIB = registry.get("dlib")
 
@@ -274,9 +274,71 @@ def test_pictures_are_drawn_of_transfer_cells(clean, cloaked, tmp_path):
     assert shown["dlib"] == CloakCell("fawkes", ("facenet_casia", "mobilefacenet"), 0.007)
     assert shown["facenet_casia"] == CloakCell("fawkes", ("dlib", "mobilefacenet"), 0.007)
     assert plots.shown_cells(cells[:2], ["dlib"])["dlib"] == cells[1]
+    # A tracker of another alignment is of the same network.
+    assert plots.shown_cells(cells, ["dlib@yunet"])["dlib@yunet"] == shown["dlib"]
     setup = table.Setup(clean.split, None, {"dlib": clean})
     plots.draw(setup, {"dlib": (shown["dlib"], {"dlib": cloaked})}, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"embeddings.png", "distances.png"}
+
+
+def test_cells_of_which_nothing_is_seen_are_not_drawn(tmp_path):
+    row = {
+        **{"tracker": "nearest", "countermeasure": "none", "leak": 0.0, "extractor": "dlib"},
+        **{"method": "others", "surrogates": "", "transfer": None},
+        **{"protection": 0.5, "low": 0.4, "high": 0.6},
+    }
+    rows = [
+        row | {"budget": 0.004, "mean_dssim": None},
+        row | {"budget": 0.007, "mean_dssim": 0.006},
+        row | {"budget": 0.012, "mean_dssim": 0.011},
+        row | {"budget": None, "method": "none", "mean_dssim": None, "protection": 0.0, "low": 0.0},
+    ]
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots.figures, "save", lambda figure, path: drawn.append(figure))
+        plots.plot_budgets(tmp_path / "x.png", rows)
+    (line,) = (box.lines[0] for box in drawn[0].axes[0].containers)
+    np.testing.assert_array_equal(line.get_xdata(), [0.006, 0.011])
+
+
+def test_photos_without_a_face_have_no_embedding(tmp_path, monkeypatch):
+    monkeypatch.setattr(detect, "detect_faces", lambda *args, **kwargs: detect.no_faces())
+    Image.new("RGB", (64, 64)).save(tmp_path / "0.png")
+    recognizer = pipeline.Recognizer({}, detect.DetectorOptions(), {"dlib": _DLIB}, {"dlib": {}})
+    found = embeddings.embed_photos(recognizer, [tmp_path / "0.png"], tmp_path)["dlib"]
+    assert not found.found.any() and found.vectors.shape == (1, 128)
+
+
+def test_gray_photos_that_others_colored_stay_colored(tmp_path, monkeypatch):
+    gray = np.random.default_rng(0).integers(0, 256, (64, 64, 1), np.uint8).repeat(3, axis=2)
+    colored = gray.copy()
+    colored[20:40, 20:40, 0] ^= 16
+    (tmp_path / "given" / "p").mkdir(parents=True)
+    (tmp_path / "p").mkdir()
+    Image.fromarray(gray[..., 0]).save(tmp_path / "p" / "0.png")
+    Image.fromarray(colored).save(tmp_path / "given" / "p" / "0_cloaked.png")
+    points = np.array([[25, 25], [25, 40], [32, 32], [40, 26], [40, 39]], np.float32)
+    box = np.array([[15, 15, 50, 50]], np.float32)
+    faces = detect.Faces(box, np.ones(1, np.float32), points[None])
+    monkeypatch.setattr(detect, "detect_faces", lambda *args, **kwargs: faces)
+    sample = identities.Sample("p/0.png", "p", tmp_path / "p" / "0.png")
+    folder = tmp_path / "given"
+    fn = published.given_fn(folder, identities.list_copies(folder))
+    (path,), (record,) = published.write_photos(tmp_path / "cell", [sample], {}, fn)
+    assert record["problem"] is None
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), colored)
+
+
+def test_copies_are_those_of_the_photo_of_that_suffix(tmp_path):
+    """Names as `experiments.cloak` gives them to photos that differ in their suffix alone."""
+    (tmp_path / "p").mkdir()
+    for number, name in enumerate(("a_cloaked.png", "a_png_cloaked.png", "b.jpg.png", "c.png")):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "p" / name)
+    copies = identities.list_copies(tmp_path)
+    names = {"a.jpg": "a_cloaked", "a.png": "a_png_cloaked", "b.jpg": "b.jpg", "c.webp": "c"}
+    for original, copy in names.items():
+        assert copies.of(f"deep/p/{original}").path.stem == copy
+    assert copies.of("p/d.jpg") is None and copies.of("q/a.jpg") is None
 
 
 def test_principal_components_against_the_covariance():

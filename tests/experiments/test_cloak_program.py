@@ -419,6 +419,21 @@ def test_foreign_output_is_kept_unless_told(tmp_path):
     assert complete and _pixels(output, "RGB").shape == (192, 192, 3)
 
 
+def test_a_photo_may_become_another_and_none(tmp_path):
+    """The run's own output stays its own when the photo has lost its face for a while."""
+    photo, output = tmp_path / "p.png", tmp_path / "out" / "p_cloaked.png"
+    _portrait(192).save(photo)
+    assert _run(tmp_path, f"--images={photo}")[1]
+    before = output.read_bytes()
+    Image.new("RGB", (192, 192), (90, 120, 200)).save(photo)
+    _run(tmp_path, f"--images={photo}")
+    assert _report(tmp_path)[0]["p.png"]["status"] == "no_face"
+    _portrait(200).save(photo)
+    assert _run(tmp_path, f"--images={photo}")[1]
+    assert _report(tmp_path)[0]["p.png"]["status"] == "cloaked"
+    assert output.read_bytes() != before
+
+
 def test_products_inside_the_input_folder_are_not_cloaked_again(tmp_path):
     _portrait(192).save(tmp_path / "p.png")
     for _ in range(2):

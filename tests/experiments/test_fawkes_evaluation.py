@@ -19,6 +19,7 @@ from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect, embed
 from afr_jax.training import trained
 
+_WIDER = ((9.0, 10.0), (9.0, 22.0), (16.0, 16.0), (22.0, 11.0), (22.0, 21.0))
 _TEMPLATE = ((7.0, 7.5), (7.0, 16.5), (12.0, 12.0), (16.5, 8.0), (16.5, 16.0))
 
 
@@ -119,8 +120,7 @@ def people(tmp_path_factory):
 def trained_folder(tmp_path_factory):
     """A trained extractor, untrained."""
     folder = tmp_path_factory.mktemp("robust")
-    template = ((9.0, 10.0), (9.0, 22.0), (16.0, 16.0), (22.0, 11.0), (22.0, 21.0))
-    card = trained.Card("resnet6", 32, 16, width=4, template=template, threshold=0.5)
+    card = trained.Card("resnet6", 32, 16, width=4, template=_WIDER, threshold=0.5)
     network = trained.make_network("resnet6", input_px=32, embedding_size=16, width=4)
     variables = network.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     trained.write_extractor(folder, card, variables)
@@ -304,6 +304,7 @@ def test_wrong_usage_is_named(people, trained_folder, tmp_path):
         "needs --reference_python": small("--methods=fawkes_pypi"),
         "must have one name": small(f"--trackers=toy_a,toy_b,{trained_folder},{namesake}"),
         "must be NAME=FOLDER": small("--cloaked=nowhere"),
+        "there is another method called x-low": small(f"--cloaked=x-low={people},x@low={people}"),
         "'noise' is a method that is made here": small("--cloaked=noise=there"),
         "'a@0.004' is there twice": small("--cloaked=a@0.004=x,a@0.004=y"),
         "No such file": small(f"--drawn_before={tmp_path / 'none.json'}"),
@@ -364,6 +365,12 @@ def test_photos_of_another_program_are_taken_as_they_are(runs, people, tmp_path)
     assert rows and all(row["budget"] == 0.007 and row["transfer"] is None for row in rows)
     assert all(row["ssimulacra2"] < 100 for row in rows)
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 0
+    # What was taken is kept, and other files under its name are refused.
+    late = given / names[0].parent / f"{names[0].name.split('.')[0]}_cloaked.png"
+    late.write_bytes((made / "photos" / names[0]).read_bytes())
+    with _stand_ins() as ask:
+        message, _ = ask(*flags, f"--cloaked=others@0.007={given}")
+    assert "others-0.007 was made of other files (" in message
 
 
 def test_people_of_earlier_runs_are_not_drawn_again(runs, people, tmp_path):
@@ -377,6 +384,21 @@ def test_people_of_earlier_runs_are_not_drawn_again(runs, people, tmp_path):
     later = json.loads((tmp_path / "result.json").read_text())
     assert later["config"]["drawn_before"] == earlier
     assert not set(later["protected"]) & set(earlier)
+    # Runs of before there was this option may go on.
+    assert "drawn_before" not in json.loads((runs[0] / "straight" / "config.json").read_text())
+
+
+def test_a_folder_of_the_same_name_is_not_taken_for_another(people, trained_folder, tmp_path):
+    other = tmp_path / "elsewhere" / trained_folder.name
+    network = trained.make_network("resnet6", input_px=32, embedding_size=16, width=4)
+    variables = network.init(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))
+    card = trained.Card("resnet6", 32, 16, width=4, template=_WIDER, threshold=0.5)
+    trained.write_extractor(other, card, variables)
+    flags = [f"--data={people}", *_SMALL, "--methods=none", f"--workdir={tmp_path / 'out'}"]
+    with _stand_ins() as ask:
+        ask(*flags, f"--trackers={trained_folder}")
+        message, _ = ask(*flags, f"--trackers={other}")
+    assert "was made with other weights of" in message
 
 
 def test_toy_runs_on_a_fresh_machine(tmp_path):

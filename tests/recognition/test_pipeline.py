@@ -168,6 +168,21 @@ def test_what_is_enrolled_is_matched(recognizer, tmp_path, monkeypatch):
         recognizer.enroll(people, tmp_path / "db", extractor="c")
 
 
+def test_photos_of_one_name_do_not_take_each_others_place(recognizer, tmp_path):
+    for folder, color in (("x", (10, 90, 30)), ("y", (30, 90, 10))):
+        (tmp_path / folder).mkdir()
+        _photo(tmp_path / folder / "1.png", 1, color)
+    paths = [tmp_path / folder / "1.png" for folder in ("x", "y")]
+    with pytest.raises(ValueError, match=r"several photos are called Ann/1\.png"):
+        recognizer.enroll({"Ann": paths}, tmp_path / "db")
+    # Arrays have no names, and each is enrolled once, however often and in whatever call it comes.
+    first, second = (np.asarray(Image.open(path)) for path in paths)
+    done = recognizer.enroll({"Ann": [first, first]}, tmp_path / "db")
+    assert (done.added, len(done.database)) == (1, 1)
+    done = recognizer.enroll({"Ann": [second, first]}, tmp_path / "db")
+    assert (done.added, done.changed, done.unchanged, len(done.database)) == (1, 0, 1, 2)
+
+
 def test_faces_spread_over_devices_are_those_of_one(recognizer):
     rng = np.random.default_rng(0)
     points = np.array([[20, 15], [20, 30], [27, 22], [34, 16], [34, 29]], np.float32)

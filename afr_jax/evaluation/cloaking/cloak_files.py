@@ -39,8 +39,9 @@ class CloakConfig(options.Config):
 
     Photos are worked on in groups of 8, or of 100 megapixels, in the order of their names. Faces of
     one group that show the same person are moved away from what they have in common, which carries
-    over better to unknown extractors: give all photos of a person together. --mode is the budget,
-    DSSIM of a face: low 0.004, mid 0.007, high 0.012.
+    over better to unknown extractors: give all photos of a person together. --mode is a budget in
+    what people see: limits of SSIMULACRA2 (low 85, mid 78, high 70), CIEDE2000, tint, FLIP and
+    DSSIM (0.012, 0.016, 0.026), all of which hold for every face.
 
     --target says where faces go: `repel` (away from the person), a folder with photos of another
     person (towards that person as well), or `farthest` (the person of --gallery, a folder of one

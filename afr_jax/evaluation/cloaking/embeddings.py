@@ -106,10 +106,13 @@ def check_weights(path: pathlib.Path, recognizer: pipeline.Recognizer) -> None:
     """
     known = files.parse_json(path.read_text()) if path.exists() else {}
     now = {name: registry.fingerprint(v) for name, v in recognizer.variables.items()}
-    for name in now:
-        if known.get(name, now[name]) != now[name]:
+    # By the name that the files have: a folder may lie elsewhere, another one be called the same.
+    kept = {cells.file_name(name): print_ for name, print_ in now.items()}
+    known = {cells.file_name(name): print_ for name, print_ in known.items()}
+    for name, own in now.items():
+        if known.get(cells.file_name(name), own) != own:
             raise ValueError(f"{path.parent} was made with other weights of {name}")
-    files.write_json(path, known | now)
+    files.write_json(path, known | kept)
 
 
 def _embed(
@@ -146,9 +149,9 @@ def _recognize(
     found = list(pipeline.recognize(recognizer, paths, detect_fn=detect_fn))
     mask = np.array([len(item.faces.boxes) > 0 for item in found], bool)
     landmarks = np.zeros((len(found), 5, 2), np.float32)
-    landmarks[mask] = [item.faces.landmarks[0] for item in found if len(item.faces.boxes)]
     boxes = np.zeros((len(found), 4), np.float32)
-    boxes[mask] = [item.faces.boxes[0] for item in found if len(item.faces.boxes)]
+    for row in np.flatnonzero(mask):
+        landmarks[row], boxes[row] = found[row].faces.landmarks[0], found[row].faces.boxes[0]
     results = {}
     for name, extractor in recognizer.extractors.items():
         vectors = np.zeros((len(found), extractor.embedding_size), np.float32)

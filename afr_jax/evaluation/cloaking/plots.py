@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from afr_jax.evaluation.attackers import tracker_names
 from afr_jax.evaluation.cloaking import scores, table
 from afr_jax.evaluation.cloaking.cells import CloakCell, file_name, limits_of
 from afr_jax.evaluation.cloaking.embeddings import Embeddings
@@ -92,8 +93,9 @@ def shown_cells(
     pool = pool or [cell for cell in cells if cell.method != "none"] or list(cells)
     shown = {}
     for name in names:
-        best = max((name not in cell.surrogates, len(cell.surrogates)) for cell in pool)
-        own = [c for c in pool if (name not in c.surrogates, len(c.surrogates)) == best]
+        extractor = tracker_names.parse(name).extractor
+        best = max((extractor not in cell.surrogates, len(cell.surrogates)) for cell in pool)
+        own = [c for c in pool if (extractor not in c.surrogates, len(c.surrogates)) == best]
         own.sort(key=lambda cell: limits_of(cell.budget).dssim if cell.budget else 0.0)
         shown[name] = own[len(own) // 2]
     return shown
@@ -342,6 +344,8 @@ def _budget_line(
     marker: dict[str, Any],
 ) -> None:
     color = _METHOD_COLORS.get(line[0]["method"], _GIVEN_COLOR)
+    # Of clean photos nothing is seen, nor of a cell none of whose photos could be protected.
+    line = [row for row in line if row.get(axis) is not None] or line
     share = 100 * np.array([row["protection"] for row in line])
     if line[0].get(axis) is None:
         label = label if style == "-" else None

@@ -215,16 +215,17 @@ def _draw(
     given: dict[str, identities.Sample] = {}
     first = None
     if config.cloaked:
-        originals = {
-            (sample.identity, sample.path.stem): sample.sample_id for sample in listing.samples
-        }
         there = identities.list_copies(config.cloaked)
-        lost, first = list(there.problems), {}
-        for key, sample in sorted(there.samples.items()):
-            if key not in originals:
-                lost.append(identities.Omission(sample.sample_id, "its original is not in --data"))
-            elif sample.identity not in first:
-                first[sample.identity], given[sample.identity] = originals[key], sample
+        first, useless = {}, {sample.sample_id for sample in there.samples.values()}
+        for original in listing.samples:
+            copy = there.of(original.sample_id)
+            if copy is not None:
+                useless.discard(copy.sample_id)
+                if original.identity not in first:
+                    first[original.identity], given[original.identity] = original.sample_id, copy
+        reason = "its original is not in --data"
+        lost = [identities.Omission(name, reason) for name in sorted(useless)]
+        lost = [*there.problems, *lost]
         listing = dataclasses.replace(listing, problems=(*listing.problems, *lost))
     split, listing = people.choose_readable(
         listing,

@@ -6,6 +6,8 @@ the same bytes. All methods that work here change the main face of a photo withi
 measured on the 8-bit photo (`budget.Budget`).
 """
 
+import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NotRequired, TypedDict, cast
@@ -13,11 +15,11 @@ from typing import NotRequired, TypedDict, cast
 import jax
 import numpy as np
 
-from afr_jax.core import files, workdir
+from afr_jax.core import files, options, workdir
 from afr_jax.core.perception import measures
 from afr_jax.data import identities, photos
 from afr_jax.evaluation import fawkes_package, reference
-from afr_jax.evaluation.cloaking import cells
+from afr_jax.evaluation.cloaking import cells, cloak_files
 from afr_jax.methods.cloaking import budget, noise, photo_cloaks
 from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
@@ -81,7 +83,6 @@ def protect_fn(
     cell: cells.CloakCell,
     recognizer: pipeline.Recognizer,
     *,
-    covered: Sequence[registry.Extractor],
     package: reference.ReferenceProcess | None,
     folder: pathlib.Path,
     num_steps: int | None,
@@ -92,7 +93,6 @@ def protect_fn(
     Args:
         cell: of any method but `none`.
         recognizer: has the cell's surrogates among its extractors.
-        covered: extractors whose chips noise covers.
         package: the driver of PyPI `fawkes`, for `fawkes_pypi`; it takes as many steps as our
             cloak.
         folder: for what is given to the package.
@@ -116,7 +116,7 @@ def protect_fn(
 
     def protect(faces: Sequence[photo_cloaks.PhotoFaces]) -> Sequence[OneProtected]:
         if cell.method == "noise":
-            return [noise.add_noise(face, covered, limits=limits, seed=seed) for face in faces]
+            return [noise.add_noise(face, _usual(), limits=limits, seed=seed) for face in faces]
         if package is not None and cell.method == "fawkes_pypi":
             steps = cells.cloak_method("fawkes", limit, num_steps=num_steps).num_steps
             return fawkes_package.cloak(
@@ -132,15 +132,49 @@ def protect_fn(
     return protect
 
 
-def given_fn(
-    folder: pathlib.Path, given: identities.Copies, covered: Sequence[registry.Extractor]
-) -> ProtectFn:
+def _usual() -> tuple[registry.Extractor, ...]:
+    """The default surrogates, whatever trackers a run has.
+
+    Noise goes where their chips lie, and there other programs' changes are measured.
+    """
+    return tuple(registry.get(name) for name in cloak_files.DEFAULT_SURROGATES)
+
+
+def check_given(
+    folder: pathlib.Path, given: identities.Copies, samples: Sequence[identities.Sample]
+) -> None:
+    """Notes which protected photos a cell takes, and refuses others than those noted before.
+
+    Args:
+        folder: of the cell.
+        given: the protected photos.
+        samples: the originals.
+
+    Raises:
+        options.UsageError: the cell was made of other files.
+    """
+    now = {}
+    for sample in samples:
+        copy = given.of(sample.sample_id)
+        now[sample.sample_id] = (
+            None if copy is None else hashlib.sha256(copy.path.read_bytes()).hexdigest()
+        )
+    path = folder / "given.json"
+    known = workdir.load_or_compute(path, lambda: now)
+    if known != now:
+        changed = sorted(name for name in now if known.get(name) != now[name])
+        raise options.UsageError(
+            f"--cloaked: {folder.name} was made of other files ({changed[0]} and "
+            f"{len(changed) - 1} more); give them another name or another --workdir"
+        )
+
+
+def given_fn(folder: pathlib.Path, given: identities.Copies) -> ProtectFn:
     """How photos are protected that another program protected: as they are, measured like ours.
 
     Args:
         folder: of them, for messages.
         given: what is in it.
-        covered: extractors whose chips lie in the region that is measured.
     """
 
     def take(photo: photo_cloaks.PhotoFaces) -> OneProtected:
@@ -155,7 +189,7 @@ def given_fn(
             return f"has {sides[0]} pixels in {folder}, the original {sides[1]}"
         if np.array_equal(pixels, photo.pixels):
             return f"is unchanged in {folder}"
-        region, box = photo_cloaks.face_region(photo, covered, 0)
+        region, box = photo_cloaks.face_region(photo, _usual(), 0)
         return pixels, [photo_cloaks.CloakedFace(region, box, {}, budget.Budget(dssim=1.0))]
 
     return lambda faces: [take(photo) for photo in faces]
@@ -246,6 +280,8 @@ def _write_group(
         # The record goes first: a photo that is there has one.
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_sealed(_record_path(path), record)
+        if photo.gray and np.ptp(pixels, axis=-1).any():  # Colored by another program.
+            photo = dataclasses.replace(photo, gray=False)
         files.write_atomically(path, photos.encode_png(photo, pixels), overwrite=True)
 
 

@@ -97,7 +97,7 @@ class FawkesEvaluationConfig(options.Config):
         ("leave_one_out", "all"), "sets of extractors: leave_one_out, all, or A+B", resumable=True
     )
     trackers: tuple[str, ...] = options.option(
-        ("dlib", "facenet_casia", "mobilefacenet"),
+        ("dlib", "sface", "facenet_casia"),
         f"of {', '.join(registry.EXTRACTORS)}, or folders of trained or hardened ones; "
         "NAME@yunet aligns by the second detector, NAME@mirror adds the mirror image",
         resumable=True,
@@ -208,6 +208,9 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
         folders = published.parse_given(config.cloaked)
         there = {cell: identities.list_copies(path) for cell, path in folders.items()}
         plan = [*cells.all_cells(config.methods, sets, config.amounts), *folders]
+        names = [cell.name for cell in plan]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"--cloaked: there is another method called {', '.join(twice)}")
         steps = {cell: config.steps_of(cell.budget) for cell in plan if cell.surrogates}
     except (FileNotFoundError, ValueError) as error:
         raise options.UsageError(str(error)) from error
@@ -251,13 +254,11 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
     with package_of as package:
 
         def protect_fn(cell: cells.CloakCell) -> published.ProtectFn:
-            covered = [clean.extractor for clean in setup.clean.values()]
             if cell in folders:
-                return published.given_fn(folders[cell], there[cell], covered)
+                return published.given_fn(folders[cell], there[cell])
             return published.protect_fn(
                 cell,
                 everything,
-                covered=covered,
                 package=package,
                 folder=work.path / "cells" / cell.name,
                 num_steps=steps.get(cell),
@@ -266,6 +267,8 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
 
         def protect(cell: cells.CloakCell) -> _Protected:
             start = time.perf_counter()
+            if cell in folders:
+                published.check_given(work.path / "cells" / cell.name, there[cell], split.published)
             photos_of, records = _publish(cell, setup, work, protect_fn)
             middle = time.perf_counter()
             own_rows = _rows(config, setup, photos_of, records)
@@ -288,8 +291,6 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
             # A run that goes on notes the others alone.
             if number not in noted:
                 work.append_metrics({"step": number, "cell": cell.name, "seconds": done.seconds})
-    with distributed.alone():
-        _draw(setup, made, rows, work)
     table.write_table(work.path / "table.csv", rows)
     result = {
         **program.provenance("experiments.fawkes_evaluation", config=config),
@@ -301,6 +302,8 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
         "not_handled": problems,
     }
     work.write_result({**result, "table": rows})
+    with distributed.alone():
+        _draw(setup, made, rows, work)
     keys = ("method", "surrogates", "budget", "extractor", "protection")
     plain = ("nearest", "none")
     shown = [
@@ -374,7 +377,8 @@ def _resolved(
         del each["num_steps"]
     return {
         **{name: getattr(config, name) for name in names},
-        "drawn_before": drawn_before,
+        # Runs of before this was an option have none.
+        **({"drawn_before": drawn_before} if drawn_before else {}),
         "budgets": config.amounts,
         "surrogate_sets": sets,
         "toy": config.is_toy,

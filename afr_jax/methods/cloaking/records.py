@@ -168,13 +168,16 @@ def write(
         reason: for a status other than `cloaked`.
         faces: their entries in report.json.
         sha256: of the photo's file; None if it could not be read.
-        output_sha256: of the output.
+        output_sha256: of the output; by default both are those of the record before.
         pixels_sha256: of its pixels.
         pending: the output has yet to get its name.
         found: the cloaked faces as detected in the photo (`detect.Faces`), to judge them again.
         judges: the extractors that measured: fingerprint of the weights by name.
     """
     job.record.parent.mkdir(exist_ok=True)
+    if output_sha256 is None:
+        # An earlier output stays one of this run, so that a later one may take its place.
+        output_sha256, pixels_sha256 = _recorded_output(job)
     record = {
         "source": str(job.source.path),
         "output": job.name,
@@ -250,7 +253,7 @@ def publish(
     """
     output_sha256 = sha256_of(data)
     if job.output.exists() and not overwrite:
-        overwrite = sha256_of(job.output.read_bytes()) in (output_sha256, _recorded_output(job))
+        overwrite = sha256_of(job.output.read_bytes()) in (output_sha256, _recorded_output(job)[0])
         if not overwrite:
             raise FileExistsError(job.output)
     write_fn = functools.partial(
@@ -293,7 +296,9 @@ def _lies_below(name: str, folder: pathlib.Path) -> bool:
     return folder.resolve() in (folder / name).resolve().parents
 
 
-def _recorded_output(job: Job) -> str | None:
+def _recorded_output(job: Job) -> tuple[str | None, str | None]:
+    """SHA-256 of the output that the record speaks of, and of its pixels."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        return read(job)["output_sha256"]
-    return None
+        known = read(job)
+        return known["output_sha256"], known["pixels_sha256"]
+    return None, None
