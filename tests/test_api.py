@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import afr_jax as afr
-from afr_jax.core import parallel, program
+from afr_jax.core import options, parallel, program
 from afr_jax.data import photos
 from afr_jax.evaluation.cloaking import cloak_files
 from afr_jax.methods.patches import scenes
@@ -198,6 +198,15 @@ def test_patches(recognizer, shared, tmp_path):
     with Image.open(tmp_path / "patches" / "left_cheek.png") as picture:
         printed = np.asarray(picture)
     np.testing.assert_array_equal(printed, np.round(255 * patches.patches["left_cheek"]))
+    # A folder goes on with the same frames alone.
+    resumed = afr.train_patches(
+        recognizer.detector, frames.frames[::2], config=config, workdir=tmp_path / "work"
+    )
+    np.testing.assert_array_equal(resumed.patches["left_cheek"], patches.patches["left_cheek"])
+    with pytest.raises(options.UsageError, match="frames"):
+        afr.train_patches(
+            recognizer.detector, frames.frames[1::2], config=config, workdir=tmp_path / "work"
+        )
     # Frames as an array.
     others = np.stack([frame.pixels for frame in frames.frames[1::2]])
     found = afr.misdetection(recognizer.detector, others, patches, scale_factors=(0.709,))

@@ -94,6 +94,9 @@ def _check_directory(archive: pathlib.Path) -> None:
     at = tail.rfind(b"PK\x05\x06")
     if at < 0:
         raise limits.Refused("it is no zip file")
+    # What stands there would count in place of the numbers below; who has fewer entries needs none.
+    if tail[max(at - 20, 0) :].startswith(b"PK\x06\x07"):
+        raise limits.Refused("the zip file is of the kind for many entries or gigabytes (ZIP64)")
     _, _, _, _, count, directory_bytes, _, _ = _END.unpack_from(tail, at)
     if directory_bytes > _MOST_DIRECTORY_BYTES or count > _MOST_ENTRIES:
         raise limits.Refused(f"the zip file has too many entries; at most {_MOST_ENTRIES} go")

@@ -151,7 +151,8 @@ class Store:
             if len(self._sessions) >= limits.MOST_SESSIONS:
                 # Whoever only looked at a page makes room.
                 for old in list(self._sessions.values()):
-                    if not old.uploads and not old.jobs:
+                    if not old.uploads and not old.jobs and not old.reserved:
+                        old.is_closed = True
                         del self._sessions[old.id]
                         break
                 else:
@@ -217,6 +218,8 @@ def _remove_leftovers(base: pathlib.Path) -> None:
             try:
                 hold = files.lock_folder(folder)
             except files.InUseError:
+                continue
+            if hold is None:  # Nobody can say here whether its server lives.
                 continue
             shutil.rmtree(folder, ignore_errors=True)
             del hold

@@ -140,6 +140,8 @@ def _filled(
     timed, took, upkeep = 0, timing.Took(0.0, 0.0), None
     if notes.exists():
         found = files.read_sealed(notes)
+        if found.get("seed", seed) != seed:
+            raise options.UsageError(f"--database_folder has vectors of --seed={found['seed']}")
         timed, took = found["timed"], timing.Took(*found["took"])
         upkeep = found["upkeep"] and timing.Took(*found["upkeep"])
     for start in range(len(opened), count, _APPEND):
@@ -158,12 +160,12 @@ def _filled(
         spent = timing.now() - before
         timed += len(index)
         took = timing.Took(took.wall + spent.wall, took.processor + spent.processor)
-        files.write_sealed(notes, {"timed": timed, "took": took, "upkeep": None})
+        files.write_sealed(notes, {"seed": seed, "timed": timed, "took": took, "upkeep": None})
     if upkeep is None:
         before = timing.now()
         opened.maintain()
         upkeep = timing.now() - before
-        files.write_sealed(notes, {"timed": timed, "took": took, "upkeep": upkeep})
+        files.write_sealed(notes, {"seed": seed, "timed": timed, "took": took, "upkeep": upkeep})
     return opened, timing.Took(took.wall / timed, took.processor / timed), upkeep
 
 

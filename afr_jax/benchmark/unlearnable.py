@@ -115,16 +115,16 @@ def measure(
     if other is not None:
         sides["theirs"] = _theirs(row, folder, other, options, images, labels)
     samples = timing.take_turns(sides, repeats=repeats)
-    rate = work / min(samples["ours"]) / 1e12
+    rates = [work / seconds / 1e12 for seconds in samples["ours"]]
     rows = [
         timing.compare(_NAMES[row], "s", samples["ours"], samples.get("theirs")),
-        timing.state(_NAMES[row], "teraflops/s", rate, None),
+        timing.state(_NAMES[row], "teraflops/s", timing.spread(rates), None),
     ]
     bare = [bare / whole for bare, whole in zip(samples["bare"], samples["ours"], strict=True)]
     rows.append(timing.state(_NAMES[row], "share of the bare network", timing.spread(bare), None))
     if options.peak_teraflops:
-        share = rate / options.peak_teraflops
-        rows.append(timing.state(_NAMES[row], "share of peak", share, None))
+        shares = timing.spread([rate / options.peak_teraflops for rate in rates])
+        rows.append(timing.state(_NAMES[row], "share of peak", shares, None))
     return rows
 
 

@@ -76,6 +76,13 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
         FileExistsError: If `path` exists and `overwrite` is False, even if it came up meanwhile.
         OSError: If the file cannot be written, such as when the disk is full; names `path`.
     """
+    write_parts_atomically(path, [data], overwrite=overwrite)
+
+
+def write_parts_atomically(
+    path: str | os.PathLike[str], parts: Iterable[bytes], *, overwrite: bool = False
+) -> None:
+    """`write_atomically` of data that come part by part; an error of their maker leaves no file."""
     path = pathlib.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +95,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
         with naming(path):
             partial, file = _open_partial(path)
             with file:
-                file.write(data)
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
                 if overwrite:

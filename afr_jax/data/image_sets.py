@@ -42,6 +42,11 @@ class ImageSet(NamedTuple):
     classes: tuple[str, ...]
     problems: tuple[identities.Omission, ...] = ()
 
+    def digest(self) -> str:
+        """SHA-256 of ids, images, labels and classes, hexadecimal."""
+        names = np.array([*self.sample_ids, "", *self.classes]) if self.sample_ids else np.zeros(0)
+        return files.digest_of({"images": self.images, "labels": self.labels, "names": names})
+
     def not_handled(self) -> list[dict[str, str]]:
         """The problems as results of programs name them."""
         return [problem.as_result() for problem in self.problems]

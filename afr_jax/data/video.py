@@ -81,7 +81,21 @@ def read_frames(
         count = min(max_frames or len(found), len(found))
         frames.extend(found[index] for index in spread(len(found), count))
         skipped.extend(bad)
-    return Frames(frames, skipped)
+    return Frames(_told_apart(frames), skipped)
+
+
+def _told_apart(frames: Sequence[Frame]) -> list[Frame]:
+    """The frames, later ones of a name that is taken with a number behind it."""
+    taken: set[str] = set()
+    found = []
+    for frame in frames:
+        name, number = frame.name, 1
+        while name in taken:
+            number += 1
+            name = f"{frame.name}_{number}"
+        taken.add(name)
+        found.append(frame._replace(name=name))
+    return found
 
 
 def spread(total: int, count: int) -> list[int]:

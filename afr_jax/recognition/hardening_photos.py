@@ -3,6 +3,7 @@
 What can go wrong with the user's data raises ValueError with a message for people.
 """
 
+import collections
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -69,9 +70,12 @@ def read_chips(
     Raises:
         ValueError: no photo is left.
     """
+    stems = collections.Counter(_stem(sample) for sample in listing.samples)
 
     def cut(sample: identities.Sample, pixels: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
         versions = [pixels]
+        if cloaks and stems[_stem(sample)] > 1:
+            raise ValueError("differs in its suffix alone from another one: whose cloak is it?")
         for root in cloaks:
             versions.append(photos.read_photo(_cloaked(pathlib.Path(root), sample)).pixels)
             if versions[-1].shape != pixels.shape:
@@ -79,6 +83,10 @@ def read_chips(
         return np.stack([chips.extractor_chip(extractor, one, landmarks) for one in versions])
 
     return chips.cut_faces(detector, listing, cut, report_fn=report_fn)
+
+
+def _stem(sample: identities.Sample) -> str:
+    return sample.sample_id.rpartition(".")[0]
 
 
 def _cloaked(root: pathlib.Path, sample: identities.Sample) -> pathlib.Path:

@@ -250,7 +250,9 @@ class Recognizer(NamedTuple):
                 database.append(_entries(new, name, made))
             if again:
                 database.replace_images(_entries(again, name, made))
-            database.delete_images(item.name for item, _ in useless if item.name in enrolled)
+            # A file that cannot be read just now may be what it was.
+            gone = [item for item, seen in group if seen.problem is not None and seen.digest]
+            database.delete_images(item.name for item in gone if item.name in enrolled)
         database.maintain()
         unchanged = len(items) - len(todo) - repeats
         return EnrollmentReport(database, added, changed, unchanged, tuple(problems), repeats)

@@ -219,6 +219,7 @@ def unlearnable_speed() -> str:
                 lines.append([name, row["row"], text, "", ""])
     for row in h200["without the peer"]["rows"]:
         if row["quantity"] == "share of peak":
-            text = f"{percent(row['ours'])} of the peak"
+            share = row["ours"]["median"] if isinstance(row["ours"], dict) else row["ours"]
+            text = f"{percent(share)} of the peak"
             lines.append(["ResNet-18, H200, alone", row["row"], text, "", ""])
     return markdown.render(("setting", "what", "ours, s", "PyTorch, s", "ratio"), lines, right=3)

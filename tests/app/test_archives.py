@@ -143,3 +143,13 @@ def test_long_and_repeated_names():
     assert len(limits.clean_name("x" * 500 + ".jpeg")) == 120
     assert limits.clean_name("x" * 500 + ".jpeg").endswith(".jpeg")
     assert limits.unique_name("a.png", ["A.png", "a (2).png"]) == "a (3).png"
+
+
+def test_numbers_for_gigabytes_do_not_go_round_the_check(tmp_path):
+    """A ZIP64 locator before the end makes readers take other numbers than those at the end."""
+    path = _archive(tmp_path / "a.zip", [("a.png", _photo())])
+    data = path.read_bytes()
+    at = data.rfind(b"PK\x05\x06")
+    path.write_bytes(data[:at] + b"PK\x06\x07" + bytes(16) + data[at:])
+    with pytest.raises(limits.Refused, match="ZIP64"):
+        archives.unpack_photos(path, tmp_path / "out")

@@ -312,6 +312,17 @@ def test_too_many_sessions_make_room_only_where_nothing_lies(parts):
     assert len(keeper.state()["uploads"]) == 1
 
 
+def test_an_upload_on_its_way_keeps_its_session(parts):
+    _, _, store = parts
+    busy = store.create()
+    busy.reserved = 1
+    idle = store.create()
+    for _ in range(2 * limits.MOST_SESSIONS):
+        store.create()
+    assert store.get(busy.id) is busy
+    assert store.get(idle.id) is None and idle.is_closed
+
+
 def test_time_left_is_that_of_the_last_stage(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -146,3 +146,12 @@ def test_films_that_are_lists_of_others_or_too_large_are_refused(tmp_path, monke
     for name in ("real.mp4", "film.gif"):
         with pytest.raises(video.VideoError, match="megapixels"):
             video.sample_film(tmp_path / name, 2)
+
+
+def test_frames_of_one_name_are_told_apart(tmp_path):
+    for folder in ("monday", "tuesday"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(_pictures(1)[0]).save(tmp_path / folder / "a.png")
+        Image.fromarray(_pictures(1)[0]).save(tmp_path / folder / "a.jpg")
+    found = video.read_frames([tmp_path / "monday", tmp_path / "tuesday"])
+    assert [frame.name for frame in found.frames] == ["a", "a_2", "a_3", "a_4"]

@@ -180,3 +180,21 @@ def test_adversarial_images_raise_the_loss_within_the_ball():
     # A linear loss: ten steps of 2 reach the corner of the ball from anywhere in it.
     best = np.clip(np.asarray(images) + np.sign(np.asarray(weights)) * 8 / 255, 0, 1)
     np.testing.assert_allclose(made, best, atol=1e-6)
+
+
+def test_denoised_is_what_opencv_makes_of_the_file(tmp_path):
+    """OpenCV reads files with blue first, and its denoiser takes them so."""
+    generator = np.random.default_rng(0)
+    pixels = np.zeros((48, 48, 3), np.uint8) + np.array([200, 90, 40], np.uint8)
+    noisy = np.clip(pixels + generator.normal(0, 20, pixels.shape), 0, 255).astype(np.uint8)
+    Image.fromarray(noisy).save(tmp_path / "noisy.png")
+    read = cv2.imread(str(tmp_path / "noisy.png"))
+    expected = cv2.cvtColor(
+        cv2.fastNlMeansDenoisingColored(
+            read, None, countermeasures._DENOISED, countermeasures._DENOISED
+        ),
+        cv2.COLOR_BGR2RGB,
+    )
+    found = countermeasures.convert("denoise", noisy[None])[0]
+    np.testing.assert_array_equal(found, expected)
+    assert np.abs(found - pixels.astype(int)).mean() < np.abs(noisy - pixels.astype(int)).mean()

@@ -31,6 +31,11 @@ def test_rates_by_factor_stage_and_size():
     sizes = misdetection.by_size({"0.709": found}, np.array([10.0, 20.0, 30.0, 40.0]))
     assert sum(row["total"] for row in sizes) == 4
     assert [row["missed"] for row in sizes] == [0, 1, 2]
+    # The same frames at two factors are no more frames.
+    sides = np.array([10.0, 20.0, 30.0, 40.0])
+    twice = misdetection.by_size({"0.709": found, "0.9": found}, sides)
+    for one, two in zip(sizes, twice, strict=True):
+        assert two["rate"] == one["rate"] and (two["low"], two["high"]) == (one["low"], one["high"])
 
 
 def test_what_a_first_network_still_proposes():

@@ -463,6 +463,19 @@ def test_written_page_is_the_returned_page_and_always_the_same(tmp_path):
     assert path.read_bytes() == report_lib.cloak_report_html(report, lambda _: _pair()).encode()
 
 
+def test_a_page_that_breaks_off_leaves_the_earlier_one(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("earlier")
+
+    def broken(record):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        report_lib.write_cloak_report(path, _report(_image("a.png", [_face()])), broken)
+    assert [item.name for item in tmp_path.iterdir()] == ["report.html"]
+    assert path.read_text() == "earlier"
+
+
 def test_honest_words_are_there_and_soothing_ones_are_not():
     extractors = {"dlib": _extractor(1.0), "facenet": _extractor(0.4)}
     report = _report(_image("a.png", [_face(extractors=extractors)]), surrogates="dlib")

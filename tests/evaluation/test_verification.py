@@ -86,6 +86,11 @@ def test_perfect_and_missing_pairs():
     # A pair without a face is never accepted, at any threshold.
     curve = verification.roc(np.array([0.1, np.inf, 0.8, 0.9]), same)
     assert curve.tar.max() == 0.5
+    # Where no threshold makes both errors equal, pairs without a face are told apart by chance: of
+    # the last step from (FAR 1/4, TAR 1/2) to (1, 1) the part of 1/5.
+    distances = np.array([0.1, 0.2, np.inf, np.inf, 0.05, np.inf, np.inf, np.inf])
+    curve = verification.roc(distances, np.arange(8) < 4)
+    assert verification.equal_error_rate(curve) == pytest.approx(0.4)
     with pytest.raises(ValueError, match="both needed"):
         verification.roc(np.ones(3), np.ones(3, bool))
     with pytest.raises(ValueError, match="NaN"):

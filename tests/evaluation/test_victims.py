@@ -152,3 +152,23 @@ def test_sets_must_fit_together(sets):
     ):
         with pytest.raises(ValueError, match="same classes and size"):
             victims.train_victim(train_set, other, options=_OPTIONS)
+
+
+def test_a_victim_without_a_loss_is_none(sets):
+    """It would answer one class, and pass for one that the noise kept from learning."""
+    broken = dataclasses.replace(_OPTIONS, learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match=r"loss is nan after epoch 1"):
+        _train(sets, broken)
+    train_set, test_set = sets
+    with pytest.raises(FloatingPointError, match="after epoch 1"):
+        many_victims.train_many(
+            train_set.images[None],
+            train_set.labels,
+            test_set.images,
+            test_set.labels,
+            set_of_run=[0],
+            seed_of_run=[0],
+            num_classes=len(train_set.classes),
+            options=broken,
+            mesh=_mesh(),
+        )

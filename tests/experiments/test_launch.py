@@ -199,6 +199,22 @@ def test_slurm_goes_back_to_the_queue_if_the_program_was_stopped(
     assert calls == stopped + ["requeue 77"] * is_requeued
 
 
+def test_a_cell_of_an_array_stops_and_goes_back_alone(cluster):
+    """The last cell bears the array's own number, which stands for all of its cells."""
+    for name in ("up", "go_on"):
+        os.mkfifo(cluster / name)
+    step = "echo >up; read -r _ <go_on; exit 143"
+    cell = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "5"}
+    job = _sbatch(cluster, "experiments.verify", "--workdir=w", srun_does=step, **cell)
+    (cluster / "up").read_text()
+    job.send_signal(signal.SIGUSR1)
+    assert "told to stop" in job.stderr.readline()
+    (cluster / "go_on").write_text("\n")
+    job.communicate(timeout=60)
+    calls = (cluster / "calls").read_text().splitlines()[1:]
+    assert calls == ["scancel --signal=TERM 77_5", "requeue 77_5"]
+
+
 # Two ranks, as srun starts them; `ranks` then holds their numbers.
 _TWO_RANKS = """
 while [[ $1 == --* ]]; do shift; done
@@ -366,6 +382,7 @@ def test_an_array_job_runs_the_cells_of_a_sweep_which_are_collected(cluster):
     assert whole[3]["flags"] == {"seed": "1", "test_data": "b,c d"}
     # Another sweep is refused the folder, and the array has no cell beyond its last.
     assert "another config" in _sweep(*flags, "--axis=epochs=1,2")
+    assert "a sweep is written to a folder" in _sweep(*flags[:-1], "--workdir=s3://b/sweep")
     job = _sbatch(cluster, words[-1], srun_does=_CELL, SLURM_ARRAY_TASK_ID="6")
     assert "has no cell 6" in job.communicate(timeout=20)[1] and job.returncode == 2
 

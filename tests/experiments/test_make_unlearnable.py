@@ -69,6 +69,17 @@ def test_originals_stay_and_a_second_run_writes_the_same(made, tree):
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
+def test_noise_of_other_images_is_not_taken_up(tmp_path):
+    """As many images of as many classes, but not the same ones: rows would not fit."""
+    programs.save_synthetic(tmp_path / "tree", 24, num_classes=3)
+    flags = [f"--data={tmp_path / 'tree'}", f"--output_dir={tmp_path / 'out'}", "--toy"]
+    assert _make(*flags)[1]
+    first = min((tmp_path / "tree" / "class_00").iterdir())
+    first.rename(first.with_name("zz.png"))
+    message = _make(*flags)
+    assert "images_sha256" in str(message)
+
+
 def test_a_tfds_set_is_protected_like_its_tree(tmp_path):
     programs.save_synthetic(tmp_path / "tree", 24, num_classes=3)
     listing = identities.list_tree(tmp_path / "tree")

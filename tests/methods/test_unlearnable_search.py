@@ -232,3 +232,14 @@ def test_rem_sees_views_and_an_adversary(data, straight):
 def test_options_out_of_range_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         dataclasses.replace(_OPTIONS, **change)
+
+
+def test_batches_of_a_pass_have_randomness_of_their_own():
+    """Equal images in two batches see other views, however many batches a call takes."""
+    single = image_sets.synthetic(0, 8, num_classes=4, side=8)
+    images, labels = np.tile(single.images, (2, 1, 1, 1)), np.tile(single.labels, 2)
+    options = dataclasses.replace(
+        _OPTIONS, batch_size=8, num_steps=2, train_steps=0, max_rounds=1, views=1
+    )
+    found = _search(single._replace(images=images, labels=labels), options).noise
+    assert not np.array_equal(found[:8], found[8:])

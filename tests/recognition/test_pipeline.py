@@ -183,6 +183,18 @@ def test_photos_of_one_name_do_not_take_each_others_place(recognizer, tmp_path):
     assert (done.added, done.changed, done.unchanged, len(done.database)) == (1, 0, 1, 2)
 
 
+def test_a_file_that_cannot_be_read_just_now_stays_enrolled(recognizer, tmp_path):
+    path = _photo(tmp_path / "1.png", 1, (10, 90, 30))
+    gallery = {"Ann": [photos.PhotoSource("1.png", path)]}
+    assert len(recognizer.enroll(gallery, tmp_path / "db").database) == 1
+    path.rename(tmp_path / "away.png")
+    done = recognizer.enroll(gallery, tmp_path / "db")
+    assert [item.name for item in done.problems] == ["Ann/1.png"] and len(done.database) == 1
+    # One that can be read and shows nobody any more is dropped.
+    _photo(path, 0, (1, 1, 1))
+    assert len(recognizer.enroll(gallery, tmp_path / "db").database) == 0
+
+
 def test_faces_spread_over_devices_are_those_of_one(recognizer):
     rng = np.random.default_rng(0)
     points = np.array([[20, 15], [20, 30], [27, 22], [34, 16], [34, 29]], np.float32)

@@ -377,6 +377,11 @@ def test_cloaks_are_cut_like_their_photos(tmp_path, monkeypatch):
     reasons = {problem.name: problem.reason for problem in left.problems}
     assert "no cloaked version" in reasons["0/a/3.png"]
     assert "another size" in reasons["0/b/1.png"] and "0/b/2.png" in reasons
+    # Two photos that differ in their suffix: the cloak may be of either.
+    programs.save_photo(tmp_path / "clean" / "a/1.jpg", (40, 80, 120))
+    again = hardening_photos.list_photos([str(tmp_path / "clean")])
+    left, _ = hardening_photos.read_chips({}, _LINEAR, again, cloaks=[str(cloaks)])
+    assert left.sample_ids == ["0/a/2.png"]
     assert (
         len(hardening_photos.list_photos([str(tmp_path / "clean")] * 2, max_photos=1).samples) == 4
     )

@@ -104,6 +104,8 @@ def plot(rows: list[timing.Row]) -> "Figure":
                 for row in rows
                 if row["row"].startswith(f"{what}, ") and row["quantity"].startswith(start)
             ]
+            if not points:  # More devices than there are.
+                continue
             counts = [count for count, _ in points]
             low, middle, high = zip(
                 *((each["low"], each["median"], each["high"]) for _, each in points), strict=True

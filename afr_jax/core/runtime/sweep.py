@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from afr_jax import cli
 from afr_jax.core import files, options, program, progress, workdir
+from afr_jax.core.runtime import object_store
 
 # What a result says of its run; the cells of a sweep have it in common.
 _CIRCUMSTANCES = ("config", "machine", "settings", "seed", "workdir", "output_dir")
@@ -76,9 +77,7 @@ def run(config: SweepConfig) -> options.Outcome:
     """
     if config.cell is None and not config.collect:
         return write(config, *plan(config))
-    if config.workdir is None:
-        raise options.UsageError("--workdir is needed")
-    folder = pathlib.Path(config.workdir).expanduser().absolute()
+    folder = _folder(config)
     with options.usage("--workdir"):
         cells = [Cell(**fields) for fields in files.read_sealed(folder / "sweep.json")["cells"]]
     if config.cell is None:
@@ -91,17 +90,23 @@ def run(config: SweepConfig) -> options.Outcome:
     os.execv(command[0], command)
 
 
+def _folder(config: SweepConfig) -> pathlib.Path:
+    if config.workdir is None:
+        raise options.UsageError("--workdir is needed")
+    if object_store.is_address(config.workdir):
+        raise options.UsageError(f"--workdir={config.workdir}: a sweep is written to a folder")
+    return pathlib.Path(config.workdir).expanduser().absolute()
+
+
 def plan(config: SweepConfig) -> tuple[pathlib.Path, list[Cell]]:
     """The folder of a sweep and its cells; writes nothing.
 
     Raises:
         options.UsageError: options are missing, or the program refuses the flags of a cell.
     """
-    if config.workdir is None:
-        raise options.UsageError("--workdir is needed")
+    folder = _folder(config)
     if config.program is None or not config.axes:
         raise options.UsageError("a sweep needs --program and at least one --axis")
-    folder = pathlib.Path(config.workdir).expanduser().absolute()
     with options.usage("--arguments"):
         arguments = shlex.split(config.arguments)
     with options.usage("--axis"):

@@ -314,7 +314,10 @@ def _convert_one(name: str, pixels: np.ndarray) -> np.ndarray:
     if name.startswith("jpeg"):
         return photos.through_jpeg(pixels, quality=int(name.removeprefix("jpeg")))
     if name == "denoise":
-        return cv2.fastNlMeansDenoisingColored(pixels, None, _DENOISED, _DENOISED)
+        # OpenCV's has blue first.
+        turned = np.ascontiguousarray(pixels[..., ::-1])
+        turned = cv2.fastNlMeansDenoisingColored(turned, None, _DENOISED, _DENOISED)
+        return np.ascontiguousarray(turned[..., ::-1])
     image = Image.fromarray(pixels)
     if name == "grayscale":
         image = image.convert("L")

@@ -99,6 +99,7 @@ def train_many(
         )
         trained = accuracies.mean(axis=1)
         scores = correct_fn(states, test_images, test_labels).mean(axis=0)
+        victims.check_loss(scores.sum(), epoch)
         curves[0, epoch], curves[1, epoch] = trained, scores
         if report_fn is not None:
             report_fn(epoch + 1, scores)
@@ -138,10 +139,11 @@ def _steps(
 def _correct(
     states: trainer.TrainState, images: jax.Array, labels: jax.Array, *, recipe: trainer.Recipe
 ) -> jax.Array:
-    """Whether each of R runs is right about each image, `[B, R]`."""
+    """Whether each of R runs is right about each image, `[B, R]` float; NaN without a loss."""
 
     def one(state: trainer.TrainState) -> jax.Array:
         outputs, _ = trainer.forward(state.params, state.batch_stats, images, recipe=recipe)
-        return heads.judge(recipe.head, state.params["head"], outputs, labels).correct
+        found = heads.judge(recipe.head, state.params["head"], outputs, labels)
+        return jnp.where(jnp.isfinite(found.losses), found.correct, jnp.nan)
 
     return jax.vmap(one, out_axes=1)(states)

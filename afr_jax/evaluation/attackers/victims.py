@@ -311,13 +311,28 @@ def train_victim(
         state, accuracy = run_epoch(
             key, state, data, batches, epoch, recipe=recipe, options=options, mesh=mesh
         )
-        score = scores.evaluate(state, test, recipe=recipe, mesh=mesh)["accuracy"]
+        found = scores.evaluate(state, test, recipe=recipe, mesh=mesh)
+        check_loss(found["loss"], epoch)
+        score = found["accuracy"]
         curve.train_accuracy[epoch], curve.test_accuracy[epoch] = accuracy, score
         if checkpoints is not None:
             checkpoints.save(epoch + 1, (state, curve))
         if report_fn is not None:
             report_fn(epoch + 1, accuracy, score)
     return Victim(curve, learnability.summary(curve), len(test_set.labels), state)
+
+
+def check_loss(loss: float, epoch: int) -> None:
+    """Refuses a victim whose accuracy says nothing, for it learned no numbers.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    if not np.isfinite(loss):
+        raise FloatingPointError(
+            f"the victim's loss is {loss} after epoch {epoch + 1}, its accuracy says nothing: does "
+            "its architecture suit images of this size, and the learning rate the data?"
+        )
 
 
 def init_run(

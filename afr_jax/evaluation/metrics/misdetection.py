@@ -279,13 +279,19 @@ def summarize(judged: Mapping[str, np.ndarray]) -> RateTable:
 
 
 def by_size(judged: Mapping[str, np.ndarray], sides: np.ndarray) -> list[SizeRate]:
-    """Rates of one variant by thirds of the faces' sides `[N]` px, over all factors."""
+    """Rates of one variant by thirds of the faces' sides `[N]` px, over all factors.
+
+    A frame's factors hang together: the interval has the means of the ends of theirs.
+    """
     edges = np.quantile(sides, [0, 1 / 3, 2 / 3, 1])
     rows: list[SizeRate] = []
     for number, (low, high) in enumerate(itertools.pairwise(edges)):
         inside = (sides >= low) & ((sides < high) if number < 2 else (sides <= high))
-        misses = np.concatenate([~found[inside, -1] for found in judged.values()])
-        rows.append({"from_px": float(low), "to_px": float(high), **rate(misses)})
+        misses = np.stack([~found[inside, -1] for found in judged.values()])
+        ends = [intervals.wilson_interval(int(one.sum()), one.size) for one in misses]
+        row: SizeRate = {"from_px": float(low), "to_px": float(high), **rate(misses)}
+        row["low"], row["high"] = np.mean(ends, axis=0).tolist()
+        rows.append(row)
     return rows
 
 

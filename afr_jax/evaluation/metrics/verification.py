@@ -55,12 +55,14 @@ def auc(curve: Roc) -> float:
 
 def equal_error_rate(curve: Roc) -> float:
     """Error where false acceptances and false rejections are equally frequent (interpolated)."""
-    gap = curve.far - (1 - curve.tar)
-    after = int(np.argmax(gap >= 0)) if (gap >= 0).any() else len(gap) - 1
+    # Pairs without a distance are accepted last of all, as in `auc`.
+    far, tar = np.append(curve.far, 1.0), np.append(curve.tar, 1.0)
+    gap = far - (1 - tar)
+    after = int(np.argmax(gap >= 0))
     before = max(after - 1, 0)
     span = gap[after] - gap[before]
     part = -gap[before] / span if span > 0 else 0.0
-    return float(curve.far[before] + part * (curve.far[after] - curve.far[before]))
+    return float(far[before] + part * (far[after] - far[before]))
 
 
 def tar_at_far(curve: Roc, far: float) -> float:

@@ -138,6 +138,12 @@ def run(config: AttackConfig) -> options.Outcome:
     work = workdir.open_workdir(config.workdir, config)
     train, train_skipped = _people(config, variables, "train", config.train)
     test, test_skipped = _people(config, variables, "test", config.test)
+    if corners is not None and corners.grids:
+        names = [{person.name for person in some} for some in (train, test)]
+        if twice := sorted(set.intersection(*names)):
+            raise options.UsageError(
+                f"--corners: {twice[0]} is the name of a frame of --train and of one of --test"
+            )
     # Other copies than those of the test. Copies have no corners of their own.
     has_copies = config.altered_copies and corners is None
     chosen = people.choose(train, config.train_frames, seed=config.seed + 1 if has_copies else None)
@@ -154,7 +160,7 @@ def run(config: AttackConfig) -> options.Outcome:
             people.choose(
                 test,
                 config.test_frames or len(test),
-                seed=config.seed if config.altered_copies else None,
+                seed=config.seed if has_copies else None,
             ),
             corners,
         )

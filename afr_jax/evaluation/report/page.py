@@ -168,8 +168,8 @@ def write_cloak_report(
       preview_px: as in `cloak_report_html`.
     """
     page = _page(report, load_pair, preview_px)
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(load_template("cloak_report.html").generate(page))
+    parts = load_template("cloak_report.html").generate(page)
+    files.write_parts_atomically(path, (part.encode() for part in parts), overwrite=True)
 
 
 def load_template(name: str) -> jinja2.Template:

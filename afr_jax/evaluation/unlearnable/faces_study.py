@@ -183,6 +183,8 @@ def run(config: UnlearnableFacesConfig) -> options.Outcome:
         "people": len(data.classes),
         "max_people": config.max_people,
         "photos": len(data.labels),
+        "photos_sha256": files.digest_of({"images": data.images, "labels": data.labels}),
+        "max_pairs": config.max_pairs,
         "num_auxiliary": config.num_auxiliary,
         "num_protected": config.num_protected,
         "held_out": config.held_out,

@@ -149,6 +149,7 @@ def run(config: MakeUnlearnableConfig) -> options.Outcome:
     settings = {
         "data": config.data.data,
         "num_images": len(data.sample_ids),
+        "images_sha256": data.digest(),
         "image_px": data.images.shape[1],
         "classes": len(data.classes),
         **method.describe(),

@@ -74,6 +74,8 @@ def run(config: TrainVictimConfig) -> options.Outcome:
         "data": config.data.data,
         "test_data": config.test_data,
         "images": len(train_set.labels),
+        "train_sha256": train_set.digest(),
+        "test_sha256": test_set.digest(),
         "noise": config.noise,
         "poison_rate": config.poison_rate,
         "poison_classes": config.poison_classes,

@@ -389,6 +389,14 @@ def train_patches(
     key = jax.random.key(key) if isinstance(key, int) else key
     with contextlib.ExitStack() as stack:
         folder = workdir or stack.enter_context(tempfile.TemporaryDirectory())
-        work = workdirs.open_workdir(folder, config)
+        # Patches of one person's frames are no start for another's.
+        data = {str(i): frame.pixels for i, frame in enumerate(shown)}
+        settings = {
+            "patches": config,
+            "frames": files.digest_of(data),
+            "is_film": is_film,
+            "key": np.asarray(jax.random.key_data(key)).tolist(),
+        }
+        work = workdirs.open_workdir(folder, settings)
         trained = train(key, detector, placed, config, work=work)
     return dataclasses.replace(trained, skipped=(*lost, *left_out))

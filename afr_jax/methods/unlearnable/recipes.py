@@ -304,7 +304,8 @@ def contrastive_view(strength: float) -> augmentation.Augmentation:
 
     Wang et al. 2024: SimCLR's views (Chen et al. 2020, appendix A) are scaled by one number. Here
     crops of a random area from 1 - 0.9 strength on, flips, brightness, contrast and saturation by
-    0.4 strength, no color with probability 0.2 strength; a change of hue is left out.
+    0.4 strength, no color with probability 0.2 strength. The authors change color in a share of 0.8
+    strength of the views, here in all, and hue as well, which is left out.
     """
     return augmentation.Augmentation(
         min_scale=1 - 0.9 * strength,

@@ -35,6 +35,9 @@ from afr_jax.methods.unlearnable import source
 from afr_jax.perturb import loop, sign_descent, stepping
 from afr_jax.training import trainer
 
+# Tells the randomness of passes over the noise from that of training steps.
+_PASS = 0x7FFFFFFF
+
 
 @dataclasses.dataclass(frozen=True)
 class SearchOptions(source.NoiseOptions):
@@ -252,17 +255,18 @@ def refine(
     rows = np.full(-(-len(order) // size) * size, count, np.int32)
     rows[: len(order)] = order
     rows = rows.reshape(-1, size)
-    key = jax.random.fold_in(state.key, state.round)
+    key = jax.random.fold_in(jax.random.fold_in(state.key, _PASS), state.round)
     theta = state.train.params, state.train.batch_stats
     static = {"recipe": recipe, "options": options.noise}
     length = chunk or stepping.chunk_length()
 
     def refine_one(noise: jax.Array, numbers: range) -> tuple[jax.Array, None]:
         part = parallel.shard_batch(sampling.local_rows(rows[numbers.start]), mesh)
+        own = jax.random.fold_in(key, numbers.start)
         work = start_batch(data, noise, part, target_of, options=options.noise)
         work, _ = stepping.drive(
             lambda work, steps: (
-                advance_batch(key, theta, work, np.int32(steps.start), **static),
+                advance_batch(own, theta, work, np.int32(steps.start), **static),
                 None,
             ),
             work,
@@ -273,9 +277,12 @@ def refine(
 
     def refine_some(noise: jax.Array, numbers: range) -> tuple[jax.Array, None]:
         part, count = rows[numbers.start : numbers.stop].T, np.int32(len(numbers))
+        first = np.int32(numbers.start)
         part = np.pad(part, ((0, 0), (0, length - len(numbers))), mode="edge")
         part = parallel.shard_batch(sampling.local_rows(part), mesh)
-        noise = refine_batches(key, theta, data, noise, part, count, target_of, mesh=mesh, **static)
+        noise = refine_batches(
+            key, theta, data, noise, part, first, count, target_of, mesh=mesh, **static
+        )
         return noise, None
 
     noise, _ = stepping.drive(
@@ -312,6 +319,7 @@ def refine_batches(
     data: trainer.Data,
     noise: jax.Array,
     rows: jax.Array,
+    first: jax.Array | int,
     count: jax.Array | int,
     target_of: jax.Array,
     *,
@@ -327,6 +335,7 @@ def refine_batches(
         data: on the devices.
         noise: donated.
         rows: `[B, S]` int32 of S batches, split over the devices by B; N and above for no image.
+        first: number of the first batch within the pass: each has its own randomness.
         count: how many of the batches are taken, as of `stepping.take`.
         target_of: `[K]` int32, target of each class.
         recipe: source network.
@@ -337,10 +346,11 @@ def refine_batches(
         The noise after them.
     """
 
-    def one(noise: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
+    def one(noise: jax.Array, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        row, number = batch
         work = start_batch(data, noise, row, target_of, options=options)
         work = advance_batch(
-            key,
+            jax.random.fold_in(key, number),
             theta,
             work,
             jnp.zeros((), jnp.int32),
@@ -350,7 +360,9 @@ def refine_batches(
         )
         return store_batch(noise, work, row, options=options, mesh=mesh), None
 
-    return stepping.take(one, noise, rows.T, length=rows.shape[1], count=count)[0]
+    length = rows.shape[1]
+    batches = rows.T, first + jnp.arange(length)
+    return stepping.take(one, noise, batches, length=length, count=count)[0]
 
 
 @functools.partial(jax.jit, static_argnames="options")

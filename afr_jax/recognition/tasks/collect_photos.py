@@ -69,6 +69,10 @@ def run(config: CollectConfig) -> options.Outcome:
         raise options.UsageError(f"--output_dir={output} is not a folder")
     with options.usage(""):
         listing = identities.list_people(config.data, table=config.csv)
+    for name in ("photos.csv", "repeats.csv"):
+        place = output / name
+        if config.csv is not None and place.exists() and place.samefile(config.csv):
+            raise options.UsageError(f"--csv={config.csv} is where the result goes: --output_dir")
     if config.max_photos:
         listing = dataclasses.replace(listing, samples=listing.samples[: config.max_photos])
     work = workdir.open_workdir(config.workdir, config) if config.workdir else None
