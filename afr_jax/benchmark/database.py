@@ -142,8 +142,8 @@ def _filled(
         found = files.read_sealed(notes)
         if found.get("seed", seed) != seed:
             raise options.UsageError(f"--database_folder has vectors of --seed={found['seed']}")
-        timed, took = found["timed"], timing.Took(*found["took"])
-        upkeep = found["upkeep"] and timing.Took(*found["upkeep"])
+        timed, took = found["timed"], timing.Took(**found["took"])
+        upkeep = found["upkeep"] and timing.Took(**found["upkeep"])
     for start in range(len(opened), count, _APPEND):
         index = np.arange(start, min(start + _APPEND, count))
         entries = database.Entries(
@@ -161,6 +161,8 @@ def _filled(
         timed += len(index)
         took = timing.Took(took.wall + spent.wall, took.processor + spent.processor)
         files.write_sealed(notes, {"seed": seed, "timed": timed, "took": took, "upkeep": None})
+    if not timed:  # The run that filled it was killed before it could say how long that took.
+        raise options.UsageError(f"--database_folder: nobody timed {place}; delete it")
     if upkeep is None:
         before = timing.now()
         opened.maintain()

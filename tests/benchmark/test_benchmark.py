@@ -12,8 +12,9 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from afr_jax.benchmark import cloaking, detection, folder, program, timing
+from afr_jax.benchmark import cloaking, database, detection, folder, program, timing
 from afr_jax.benchmark import photos as photo_source
+from afr_jax.core import options
 from afr_jax.evaluation import reference
 from afr_jax.evaluation.attackers import other_detectors
 from afr_jax.models import mtcnn
@@ -217,6 +218,14 @@ def test_the_large_photo_has_three_large_faces():
     found = detect.detect_faces(mtcnn.load_variables(), pixels)
     sides = found.boxes[:, 2] - found.boxes[:, 0]
     assert len(sides) == 3 and sides.min() > 0.12 * pixels.shape[1]
+
+
+def test_a_database_that_is_kept_has_vectors_of_one_seed(tmp_path):
+    small = {"dimension": 8, "num_probes": 8, "repeats": 1, "keep": True}
+    rows = database.measure(tmp_path, [60], **small)
+    assert database.measure(tmp_path, [60], **small)[0]["row"] == rows[0]["row"]
+    with pytest.raises(options.UsageError, match="vectors of --seed=0"):
+        database.measure(tmp_path, [60], seed=1, **small)
 
 
 @pytest.mark.parametrize("side", [(60, 400), (400, 60), (300, 300), (1, 1)])

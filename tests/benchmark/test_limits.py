@@ -108,3 +108,12 @@ def test_scaling_over_batches_and_the_devices_that_there_are(tmp_path, monkeypat
     assert rows[devices[0], "ms per image"]["low"] >= 1 / 256
     picture = np.asarray(Image.open(tmp_path / "scaling.png").convert("L"))
     assert picture.shape[0] > 300 and picture.std() > 10
+    # Where there are no such devices the rest is measured all the same.
+    flags = [
+        "--rows=scaling",
+        "--repeats=1",
+        "--scaling_devices=999",
+        f"--workdir={tmp_path / 'x'}",
+    ]
+    result, _ = programs.call(benchmark.BenchmarkConfig, benchmark.run, *flags)
+    assert len(result["rows"]) == 2 * len(batches + lengths + images)

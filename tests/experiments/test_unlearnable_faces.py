@@ -53,6 +53,8 @@ def test_protected_people_are_lost_and_others_kept(world, tmp_path):
     assert floor + share * (best - floor) == pytest.approx(full["auc"]["mean"])
     assert (tmp_path / "work/roc.png").stat().st_size > 5000
     assert _run(*flags)[0] == result
+    # Of fewer pairs the crops that are kept would be other photos'.
+    assert "max_pairs" in str(_run(*flags, "--max_pairs=30"))
 
 
 def test_wrong_usage_is_said(world, tmp_path):

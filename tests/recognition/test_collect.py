@@ -281,6 +281,9 @@ def test_the_program(tmp_path):
     assert sum(map(len, splits)) == 6
     assert {path: path.read_bytes() for path in data.rglob("*.*")} == before
     assert "another name" in _run_program(*flags)
+    listed = (out / "photos.csv").read_bytes()
+    message = _run_program(f"--data={data}", f"--csv={out / 'photos.csv'}", f"--output_dir={out}")
+    assert "is where the result goes" in message and (out / "photos.csv").read_bytes() == listed
     assert "--data is needed" in _run_program(f"--output_dir={out}")
     toy, _ = _run_program(f"--data={data}", f"--output_dir={tmp_path / 'toy'}", "--max_photos=2")
     assert toy["photos"] == 2
