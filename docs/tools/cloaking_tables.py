@@ -28,6 +28,13 @@ _COUNTERMEASURES = {
 # The surrogates of the default cloak, and the files of the people who were drawn later.
 _DEFAULT = "dlib+sface"
 _SECOND_DRAW, _LAST_DRAW = "protection_second_draw", "protection_third_draw"
+_METHODS = {
+    "noise": "noise",
+    "fawkes": "ours",
+    "lowkey": "LowKey",
+    "fawkes_pypi": "PyPI `fawkes`",
+}
+_ON_FRONTIER = ("ssimulacra2", "ciede2000_p99", "flip", "mean_dssim")
 
 
 def missed(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> float:
@@ -307,6 +314,25 @@ def protection_third_draw() -> str:
         lines.append([markdown.bold(name, extractor in UNSEEN_BY_MODES), *cells])
     names = ("nearest, PNG", "JPEG 75", "vote, PNG", "linear head, PNG", "JPEG 75")
     return markdown.render(("extractor", *names), lines, right=5)
+
+
+@table("protection_frontier", "protection_frontier.json")
+def protection_frontier() -> str:
+    """What is seen and what unseen networks miss, by method and limits."""
+    rows = markdown.result("protection_frontier")["table"]
+    cells = dict.fromkeys((row["method"], row["surrogates"], row["budget"]) for row in rows)
+    lines = []
+    for method, surrogates, budget in cells:
+        if budget is None:
+            continue
+        wanted = {"method": method, "surrogates": surrogates, "budget": budget}
+        shares = [missed(rows, extractor=name, **wanted) for name in UNSEEN_BY_MODES]
+        row = found(rows, extractor=UNSEEN_BY_MODES[0], **wanted)
+        seen = [f"{row[key]:{_VISIBILITY[key][1]}}" for key in _ON_FRONTIER]
+        lines.append([_METHODS.get(method, method), f"`{budget}`", *seen, *map(percent, shares)])
+    heads = [_VISIBILITY[key][0] for key in _ON_FRONTIER]
+    names = [_MODE_EXTRACTORS[name] for name in UNSEEN_BY_MODES]
+    return markdown.render(("method", "limits", *heads, *names), lines, right=7)
 
 
 def unseen_at_mid() -> list[float]:
