@@ -34,7 +34,7 @@ _METHODS = {
     "lowkey": "LowKey",
     "fawkes_pypi": "PyPI `fawkes`",
 }
-_ON_FRONTIER = ("ssimulacra2", "ciede2000_p99", "flip", "mean_dssim")
+_ON_FRONTIER = ("ssimulacra2", "mean_dssim")
 
 
 def missed(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> float:
@@ -332,7 +332,7 @@ def protection_frontier() -> str:
         lines.append([_METHODS.get(method, method), f"`{budget}`", *seen, *map(percent, shares)])
     heads = [_VISIBILITY[key][0] for key in _ON_FRONTIER]
     names = [_MODE_EXTRACTORS[name] for name in UNSEEN_BY_MODES]
-    return markdown.render(("method", "limits", *heads, *names), lines, right=7)
+    return markdown.render(("method", "limits", *heads, *names), lines, right=5)
 
 
 def unseen_at_mid() -> list[float]:

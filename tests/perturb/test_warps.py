@@ -27,8 +27,7 @@ def test_quad_map_equals_opencv(variant):
     np.testing.assert_allclose(ours / ours[2, 2], theirs, atol=1e-5)
 
 
-def test_a_texture_in_its_own_size_is_copied(variant):
-    paste = variant(warps.paste, static_argnames="window")
+def test_a_texture_in_its_own_size_is_copied(paste):
     texture = np.random.default_rng(0).random((6, 7, 3)).astype(np.float32)
     image = np.full((20, 24, 3), 0.5, np.float32)
     # The texture's edges lie half a pixel outside the centres of its outer pixels.
