@@ -209,7 +209,7 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
         there = {cell: identities.list_copies(path) for cell, path in folders.items()}
         plan = [*cells.all_cells(config.methods, sets, config.amounts), *folders]
         names = [cell.name for cell in plan]
-        if twice := {name for name in names if names.count(name) > 1}:
+        if twice := sorted({cell.name for cell in folders if names.count(cell.name) > 1}):
             raise ValueError(f"--cloaked: there is another method called {', '.join(twice)}")
         steps = {cell: config.steps_of(cell.budget) for cell in plan if cell.surrogates}
     except (FileNotFoundError, ValueError) as error:
