@@ -7,7 +7,6 @@ measured on the 8-bit photo (`budget.Budget`).
 """
 
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NotRequired, TypedDict, cast
@@ -156,9 +155,7 @@ def check_given(
     now = {}
     for sample in samples:
         copy = given.of(sample.sample_id)
-        now[sample.sample_id] = (
-            None if copy is None else hashlib.sha256(copy.path.read_bytes()).hexdigest()
-        )
+        now[sample.sample_id] = None if copy is None else photos.digest_of(copy.path)
     path = folder / "given.json"
     known = workdir.load_or_compute(path, lambda: now)
     if known != now:
