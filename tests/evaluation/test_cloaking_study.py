@@ -547,6 +547,7 @@ def test_a_killed_run_goes_on_group_by_group_with_the_same_bytes(folder):
     assert problems[4] == "no face was found" and "too small" in problems[2]
     assert [p is None for p in problems] == [True, True, False, True, False, True, True]
     assert records == written[1] and records[0]["visibility"]["linf"] > 0
+    assert records[0]["visibility"]["lpips"] > 0
     for number in (2, 4):  # Written as they are.
         np.testing.assert_array_equal(
             np.asarray(Image.open(paths[number])), np.asarray(Image.open(samples[number].path))

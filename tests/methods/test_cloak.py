@@ -171,6 +171,7 @@ def test_a_large_face_is_another_person_after_the_default_cloak():
         threshold = recognizer.extractors[name].threshold
         assert verdict["distance"] > 0.95 * threshold, name
     assert face["visibility"]["ssimulacra2"] >= 78
+    assert 0.005 < face["visibility"]["lpips"] < 0.1
 
 
 @pytest.mark.parametrize("factor", [2, 3, 7])

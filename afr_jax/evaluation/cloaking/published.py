@@ -20,7 +20,7 @@ from afr_jax.data import identities, photos
 from afr_jax.evaluation import fawkes_package, reference
 from afr_jax.evaluation.cloaking import cells, cloak_files
 from afr_jax.methods.cloaking import budget, noise, photo_cloaks
-from afr_jax.models import mtcnn
+from afr_jax.models import lpips, mtcnn
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import detect, pipeline
 
@@ -43,7 +43,8 @@ class PublishedRecord(TypedDict):
         region: (y0, x0, y1, x1), all that changed; only without a problem, as the others.
         box: the detector's.
         dssim: of the face.
-        visibility: `measures.Visibility` of the region, and `iris_chroma`, the tint of the irises.
+        visibility: `measures.Visibility` of the region, `iris_chroma`, the tint of the irises, and
+            `lpips`, None where its weights are not installed.
     """
 
     problem: str | None
@@ -264,14 +265,15 @@ def _write_group(
             pixels, (face,) = found
             landmarks = task.faces.landmarks[0]
             y0, x0, y1, x1 = face.region
-            seen = measures.measure(photo.pixels[y0:y1, x0:x1], pixels[y0:y1, x0:x1])
+            pair = photo.pixels[y0:y1, x0:x1], pixels[y0:y1, x0:x1]
             record.update(
                 region=face.region,
                 box=face.box,
                 dssim=budget.face_dssim(photo.pixels, pixels, face.region, face.box),
                 visibility={
-                    **seen._asdict(),
+                    **measures.measure(*pair)._asdict(),
                     "iris_chroma": _iris_tint(photo.pixels, pixels, landmarks, face.region),
+                    "lpips": lpips.measure(*pair),
                 },
             )
         # The record goes first: a photo that is there has one.

@@ -22,7 +22,15 @@ from afr_jax.models.extractors import registry
 from afr_jax.recognition import chips, pipeline
 
 # Medians over the photos of a cell, as their records have them.
-VISIBILITY = ("ssimulacra2", "ciede2000_mean", "ciede2000_p99", "chroma", "iris_chroma", "flip")
+VISIBILITY = (
+    "ssimulacra2",
+    "ciede2000_mean",
+    "ciede2000_p99",
+    "chroma",
+    "iris_chroma",
+    "flip",
+    "lpips",
+)
 TABLE_COLUMNS = (
     *("method", "surrogates", "budget", "countermeasure", "leak", "mix", "tracker", "extractor"),
     *("transfer", "protection", "low", "high", "people", "probes", "rank_median"),

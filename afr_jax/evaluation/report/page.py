@@ -317,6 +317,7 @@ _VISIBLE = (
     ("ciede2000_p99", "The same, at 99 % of the pixels", ".2f", "at most"),
     ("chroma", "Tint (low-passed chroma), levels", ".2f", "at most"),
     ("flip", "Seen when the photos alternate (FLIP)", ".3f", "at most"),
+    ("lpips", "Distance of a network's features (LPIPS)", ".3f", None),
     ("psnr", "Signal to noise, dB", ".1f", None),
 )
 

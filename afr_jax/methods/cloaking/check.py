@@ -15,7 +15,7 @@ from afr_jax.core import images, parallel
 from afr_jax.core.perception import measures
 from afr_jax.data import photos
 from afr_jax.methods.cloaking import budget, photo_cloaks
-from afr_jax.models import mtcnn
+from afr_jax.models import lpips, mtcnn
 from afr_jax.recognition import detect, embed, match, pipeline
 from afr_jax.recognition.detectors import union, yunet
 
@@ -87,7 +87,8 @@ class CloakRecord(TypedDict):
             measured at the landmarks of the original.
         limits: what its change was held to (`budget.Budget`): those of the mode, or its relief.
         dssim: on the final pixels, the larger of those of region and box.
-        visibility: what people see of the change of the region (`measures.Visibility`).
+        visibility: what people see of the change of the region (`measures.Visibility`, and `lpips`,
+            None where its weights are not installed).
         linf: largest change of a pixel, in [0, 1] units.
         mean_difference: of the channel where it is largest, in gray levels.
         extractors: verdicts by the extractor's name.
@@ -167,7 +168,10 @@ def check_photo(
             "found_again": found_again[number],
             "limits": dataclasses.asdict(dataclasses.replace(face.budget, relief=None)),
             "dssim": dssim,
-            "visibility": visible._asdict(),
+            "visibility": {
+                **visible._asdict(),
+                "lpips": lpips.measure(photo.pixels[y0:y1, x0:x1], final[y0:y1, x0:x1]),
+            },
             "linf": float(np.abs(change).max() / 255),
             "mean_difference": float(
                 change.mean(axis=(0, 1))[np.abs(change.mean((0, 1))).argmax()]

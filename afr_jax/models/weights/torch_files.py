@@ -175,7 +175,7 @@ class _Foreign:
         """Takes an item of a set and forgets it."""
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(checks.Unpickler):
     """Knows the names that a state dict needs: nothing foreign can run."""
 
     _NAMES: ClassVar = {

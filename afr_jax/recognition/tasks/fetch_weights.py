@@ -124,9 +124,18 @@ def _names(config: FetchWeightsConfig) -> tuple[str, ...]:
             raise options.UsageError(f"--url={config.url} is no address of the web")
         if not _SHA256.fullmatch(config.sha256 or ""):
             raise options.UsageError("--sha256 is needed with --url: 64 hexadecimal digits")
-    addressed = (name for name in known if name in installed.PACKAGES or download.SOURCES[name].url)
-    names = (*config.names, *addressed) if _ALL in config.names else config.names
+    names = config.names
+    if _ALL in names:
+        names += tuple(name for name in known if _is_of_all(name))
     return tuple(dict.fromkeys(name for name in names if name != _ALL))
+
+
+def _is_of_all(name: str) -> bool:
+    """Whether a network is fetched or checked where all are asked for."""
+    package = installed.PACKAGES.get(name)
+    if package is None:
+        return bool(download.SOURCES[name].url)
+    return not package.is_optional or _packaged(name).status != "missing"
 
 
 def _source(config: FetchWeightsConfig, name: str) -> download.Source:
