@@ -446,35 +446,30 @@ def _nearest_and_linear(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> lis
 @table("protection_adaptive", "protection_second_draw.json")
 def protection_adaptive() -> str:
     """A tracker that was trained on public cloaks of other people."""
-    rows = markdown.result(_SECOND_DRAW)["table"]
+    return _beside_dlib(_SECOND_DRAW, "adaptive_dlib", "adapted")
+
+
+@table("protection_hardened", "protection_hardened.json")
+def protection_hardened() -> str:
+    """A tracker that was hardened without cloaks."""
+    return _beside_dlib("protection_hardened", "hardened_dlib", "hardened")
+
+
+def _beside_dlib(name: str, tuned: str, word: str) -> str:
+    """The default cloak against dlib's net, and against one that was trained on from it."""
+    rows = markdown.result(name)["table"]
     lines = []
     for mode in (*_MODES, None):
         wanted = {"method": "fawkes" if mode else "none", "budget": mode, "leak": 0.0}
         cells = [
             _png_and_jpeg(rows, extractor=extractor, tracker=tracker, **wanted)
             for tracker in ("nearest", "knn_vote", "linear_head")
-            for extractor in ("dlib", "adaptive_dlib")
+            for extractor in ("dlib", tuned)
         ]
         lines.append([f"`{mode}`" if mode else "clean photos", *cells])
     kinds = ("nearest", "vote", "linear head")
-    head = ("mode", *(f"{kind}, {net}" for kind in kinds for net in ("dlib", "adapted")))
+    head = ("mode", *(f"{kind}, {net}" for kind in kinds for net in ("dlib", word)))
     return markdown.render(head, lines, right=6)
-
-
-@table("protection_hardened", "protection_hardened.json")
-def protection_hardened() -> str:
-    """A hardened extractor as the tracker."""
-    rows = markdown.result("protection_hardened")["table"]
-    lines = [
-        [
-            markdown.extractors(surrogates),
-            _png_and_jpeg(rows, method="fawkes", surrogates=surrogates, extractor="hardened_dlib"),
-        ]
-        for surrogates in _PAIRS
-    ]
-    clean = _png_and_jpeg(rows, method="none", extractor="hardened_dlib")
-    lines.append(["nobody: clean photos", clean])
-    return markdown.render(("made against", "dlib, hardened"), lines, right=1)
 
 
 @table("hardening", "harden_dlib.json")
