@@ -246,6 +246,8 @@ class Recognizer(NamedTuple):
             changed += len(again)
             if replace and new:
                 database.replace_identity(new[0][0].identity, _entries(new, name, made))
+            elif replace:
+                problems += _forget(database, group)
             elif new:
                 database.append(_entries(new, name, made))
             if again:
@@ -838,6 +840,19 @@ def _transactions(
     pairs = iter(pairs)
     while group := list(itertools.islice(pairs, _GROUP)):
         yield group
+
+
+def _forget(
+    database: databases.Database, group: Sequence[tuple[_Enrollee, Recognized]]
+) -> list[identities.Omission]:
+    """Deletes a person none of whose photos shows a face; what is left out because it is not."""
+    person = group[0][0].identity
+    if not all(seen.digest for _, seen in group):
+        reason = "is not replaced: some photos could not be read, the others show no face"
+        return [identities.Omission(person, reason)]
+    rows = database.images().items()
+    database.delete_images(image for image, (_, identity, _) in rows if identity == person)
+    return []
 
 
 def _made(recognizer: Recognizer, name: str, min_confidence: float) -> str:

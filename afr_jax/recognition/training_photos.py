@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 
 from afr_jax.core import distributed, files, options, workdir
-from afr_jax.data import identities, pairs, sampling
+from afr_jax.data import identities, pairs, photo_files, sampling
 from afr_jax.models import mtcnn
 from afr_jax.recognition import chips
 
@@ -235,7 +235,7 @@ def pairs_through(
 
     Args:
         table: the CSV.
-        root: folder that its paths are below.
+        root: folder that its paths are below; a photo that lies elsewhere is not read.
         read_fn: takes the listing of all photos to the listing of the usable ones and their images
             `[N, S, S, 3]` uint8.
         known_people: names of folders; pairs with a photo of one are left out, as they were
@@ -250,16 +250,21 @@ def pairs_through(
         all(pathlib.PurePath(n).parent.name not in known_people for n in pair) for pair in names
     ]
     names, same = [pair for pair, keep in zip(names, kept, strict=True) if keep], same[kept]
-    root = pathlib.Path(root)
-    photo_names = sorted({name for pair in names for name in pair})
-    samples = [identities.Sample(name, "", root / name) for name in photo_names]
+    samples, lost = [], []
+    for name in sorted({name for pair in names for name in pair}):
+        item = photo_files.find_below(root, name)
+        if item.problem is None:
+            samples.append(identities.Sample(name, "", item.path))
+        else:
+            lost.append(identities.Omission(name, item.problem))
     found, images = read_fn(identities.Listing(tuple(samples)))
     row_of = {name: row for row, name in enumerate(found.sample_ids)}
     usable = np.array([a in row_of and b in row_of for a, b in names], bool)
     rows = [(row_of[a], row_of[b]) for a, b in names if a in row_of and b in row_of]
     if len(rows) < MIN_PAIRS or same[usable].all() or not same[usable].any():
         raise ValueError(f"{table} needs {MIN_PAIRS} usable pairs or more, of both kinds")
-    return Pairs(images, np.array(rows, np.int32), same[usable], found.problems)
+    problems = (*lost, *found.problems)
+    return Pairs(images, np.array(rows, np.int32), same[usable], problems)
 
 
 def generated_faces(side: int, seed: int) -> tuple[identities.Listing, np.ndarray]:

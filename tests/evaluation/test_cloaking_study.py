@@ -23,7 +23,7 @@ from afr_jax.evaluation.cloaking import (
 )
 from afr_jax.evaluation.cloaking.cells import CloakCell
 from afr_jax.evaluation.metrics import intervals
-from afr_jax.methods.cloaking import budget, noise, photo_cloaks
+from afr_jax.methods.cloaking import budget, fawkes, noise, photo_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import align, detect, pipeline
 
@@ -428,6 +428,8 @@ def test_noise_is_as_much_as_the_budget_allows(limit):
     pixels, (face,) = noise.add_noise(photo, [_DLIB], limits=budget.Budget(limit))
     measured = budget.face_dssim(photo.pixels, pixels, face.region, face.box)
     assert 0.99 * limit <= measured <= limit
+    plan = photo_cloaks._plan([_DLIB], photo, 0, 0, None, fawkes.FawkesConfig())
+    np.testing.assert_array_equal(face.region, plan.region)  # Where a cloak is measured.
     y0, x0, y1, x1 = face.region
     changed = np.any(pixels != photo.pixels, axis=-1)
     assert changed[y0:y1, x0:x1].mean() > 0.8

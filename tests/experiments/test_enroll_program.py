@@ -118,10 +118,20 @@ def test_new_changed_gone_and_replaced_photos(gallery, tmp_path, stand_in):
     _, result = _enroll(*flags, "--replace")
     del rows["p1/3.png"]
     assert _rows(tmp_path / "db") == rows
+    # A person whose photos show no face any more, and one of whom a photo cannot be read.
+    for person in ("p3", "p4"):
+        for number in range(4):
+            programs.save_photo(gallery / person / f"{number}.png", (0, 0, 0))
+    (gallery / "p4" / "3.png").write_bytes(b"nonsense")
+    _, result = _enroll(*flags, "--replace")
+    rows = {image: row for image, row in rows.items() if row[0] != "p3"}
+    assert _rows(tmp_path / "db") == rows
+    reasons = {item["image"]: item["reason"] for item in result["not_handled"]}
+    assert "is not replaced" in reasons["p4"] and "p3" not in reasons
     complete, result = _enroll(
         f"--database={tmp_path / 'db'}", "--delete=p0", "--delete=p9", "--purge"
     )
-    assert (complete, result["deleted"], result["identities"]) == (True, 4, 4)
+    assert (complete, result["deleted"], result["identities"]) == (True, 4, 3)
 
 
 def test_equal_files_renamed_photos_and_other_options(gallery, tmp_path, stand_in):

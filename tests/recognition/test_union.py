@@ -93,6 +93,12 @@ def test_without_a_second_detector_the_first_decides(monkeypatch):
     assert seen.yunet is None and seen.counts.tolist() == [True, False]
 
 
+def test_a_strip_that_the_second_detector_cannot_look_at_is_not_said_to_be_seen(monkeypatch):
+    strip = np.zeros((40, 4000, 3), np.uint8)
+    seen = _see(monkeypatch, _faces((*_BOX, 0.95)), _faces((*_BOX, 0.95)), pixels=strip)
+    assert seen.yunet is None and seen.counts.tolist() == [True]
+
+
 def test_faces_of_smaller_pictures_lie_in_pixels_of_the_photo(monkeypatch):
     """A detector that finds a gray square wherever it is at least 60 px wide and at most 120."""
 

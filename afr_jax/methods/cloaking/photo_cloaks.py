@@ -228,7 +228,10 @@ def change_faces(
 def face_region(
     photo: PhotoFaces, extractors: Sequence[registry.Extractor], number: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The piece of a photo that extractors see of a face, and the detector's box.
+    """The piece of a photo that may change for a face, and the detector's box.
+
+    All methods are limited and measured on it: it is what extractors see of the face and, as a
+    cloak fades, a margin as wide as the fade, which so lies outside what is seen.
 
     Args:
         photo: with its faces.
@@ -243,7 +246,7 @@ def face_region(
         align.chip_bounds(align.chip_transform(each, landmarks), each.input_px)
         for each in extractors
     ]
-    region = _region(box, bounds, photo.pixels.shape, margin=0.0)
+    region = _region(box, bounds, photo.pixels.shape)
     return region, np.concatenate(align.integer_bounds(box, photo.pixels.shape))
 
 
@@ -256,18 +259,10 @@ def _plan(
     config: face_cloaks.CloakMethod,
 ) -> _Plan:
     """Region, canvas and arrays of one face."""
-    shape = photo.pixels.shape[:2]
+    region, box = face_region(photo, extractors, number)
     transforms = [
         align.chip_transform(extractor, photo.faces.landmarks[number]) for extractor in extractors
     ]
-    bounds = [
-        align.chip_bounds(transform, extractor.input_px)
-        for extractor, transform in zip(extractors, transforms, strict=True)
-    ]
-    # As wide as the fade, which so lies outside what is seen.
-    margin = _FADE / (1 - 2 * _FADE)
-    region = _region(photo.faces.boxes[number], bounds, shape, margin=margin)
-    box = np.concatenate(align.integer_bounds(photo.faces.boxes[number], shape))
     factor = -(-int((region[2:] - region[:2]).max()) // _CANVAS_SIZES[-1])
     # Large faces have the largest canvas, on which SSIMULACRA2 is held.
     sizes = _CANVAS_SIZES if factor == 1 else _CANVAS_SIZES[-1:]
@@ -524,13 +519,11 @@ def _enlarged(delta: np.ndarray, factor: int) -> np.ndarray:
     return large
 
 
-def _region(
-    box: np.ndarray, chip_bounds: Sequence[np.ndarray], shape: Sequence[int], *, margin: float
-) -> np.ndarray:
-    """The piece `[4]` int of a photo that holds a face's box and chips, with a margin."""
+def _region(box: np.ndarray, chip_bounds: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
+    """The piece `[4]` int of a photo that holds a face's box and chips, and the fade."""
     bounds = np.array([_grown(box, _MARGIN), *chip_bounds])
     seen = np.concatenate([bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)])
-    return np.concatenate(align.integer_bounds(_grown(seen, margin), shape))
+    return np.concatenate(align.integer_bounds(_grown(seen, _FADE / (1 - 2 * _FADE)), shape))
 
 
 def _grown(box: np.ndarray, margin: float) -> np.ndarray:

@@ -136,8 +136,9 @@ def detect_union(
         if second is not None and max(picture.shape) <= _YUNET_PX:
             theirs.append(detect.enlarged(second(picture), factor))
     first = _joined(ours, sure=options.mtcnn.sure)
-    other = _joined(theirs, sure=options.yunet.sure)
-    return _matched(first, None if second is None else other, options)
+    # A long strip is too large for YuNet as it is, and too narrow to be reduced.
+    other = _joined(theirs, sure=options.yunet.sure) if theirs else None
+    return _matched(first, other, options)
 
 
 def _of_pyramid(options: UnionOptions) -> float:
@@ -166,8 +167,6 @@ def _joined(levels: Sequence[detect.Faces], *, sure: float) -> detect.Faces:
     Its place is that of the largest picture on which the detector is sure of it, else of the one on
     which it is surest.
     """
-    if not levels:
-        return detect.no_faces()
     boxes, confidences, landmarks = (np.concatenate(leaves) for leaves in zip(*levels, strict=True))
     level = np.repeat(np.arange(len(levels)), [len(faces.boxes) for faces in levels])
     order = np.lexsort((-confidences, np.where(confidences >= sure, level, len(levels))))
