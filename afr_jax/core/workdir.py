@@ -167,6 +167,22 @@ def load_or_compute(path: str | os.PathLike[str], compute_fn: Callable[[], objec
     return json.loads(json.dumps(value))
 
 
+def note(path: str | os.PathLike[str], digests: Mapping[str, str | None]) -> list[str]:
+    """Notes in a file what a run is made of; what has changed since an earlier run noted it.
+
+    Args:
+      path: of the file.
+      digests: by name, None of what is not there.
+
+    Returns:
+      The names that differ, sorted; none where nothing was noted before.
+    """
+    known = load_or_compute(path, lambda: digests)
+    return sorted(
+        name for name in {*known, *digests} if known.get(name, "") != digests.get(name, "")
+    )
+
+
 def read_or_none(
     path: str | os.PathLike[str], read_fn: Callable[[str | os.PathLike[str]], _Value]
 ) -> _Value | None:

@@ -176,6 +176,14 @@ def test_a_cell_is_computed_once(tmp_path):
     assert calls == [1]
 
 
+def test_what_a_run_is_made_of_is_noted(tmp_path):
+    path = tmp_path / "drawn.json"
+    assert workdir.note(path, {"a": "1", "b": None}) == []
+    assert workdir.note(path, {"b": None, "a": "1"}) == []
+    assert workdir.note(path, {"a": "2", "c": None}) == ["a", "b", "c"]
+    assert workdir.note(path, {"a": "1", "b": None}) == []  # What was noted first stays.
+
+
 def test_a_damaged_cell_is_computed_again(tmp_path, caplog):
     path = tmp_path / "a.json"
     workdir.load_or_compute(path, lambda: 0.5)

@@ -9,6 +9,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from afr_jax.core import options, workdir
 from afr_jax.data import identities
 from afr_jax.evaluation import fawkes_package
 from afr_jax.evaluation.attackers import trackers
@@ -19,6 +20,7 @@ from afr_jax.evaluation.cloaking import (
     plots,
     published,
     scores,
+    study,
     table,
 )
 from afr_jax.evaluation.cloaking.cells import CloakCell
@@ -83,6 +85,26 @@ def test_nobody_is_drawn_twice_and_all_may_be_enrolled():
         assert {sample.identity for sample in second.gallery} >= names
     with pytest.raises(ValueError, match="2 such people to protect"):
         _choose(counts, drawn_before=set("abcdefg"))
+
+
+def test_a_run_does_not_go_on_with_other_photos(tmp_path):
+    samples = []
+    for name in "abcd":
+        path = tmp_path / f"{name}.png"
+        Image.fromarray(np.full((8, 8, 3), ord(name), np.uint8)).save(path)
+        samples.append(identities.Sample(path.name, name, path))
+    work = workdir.open_workdir(tmp_path / "work", study.FawkesEvaluationConfig())
+    split = people.Split(
+        (people.ProtectedPerson("a", (samples[0],), (samples[1],)),), (samples[2],)
+    )
+    for _ in range(2):
+        study._check_drawn(work, split)
+    others = split._replace(gallery=(samples[3],))
+    with pytest.raises(options.UsageError, match=r"c.png and 1 more"):
+        study._check_drawn(work, others)
+    samples[1].path.write_bytes(samples[3].path.read_bytes())
+    with pytest.raises(options.UsageError, match=r"b.png and 0 more"):
+        study._check_drawn(work, split)
 
 
 def test_unreadable_photos_are_drawn_again(tmp_path):

@@ -61,6 +61,29 @@ def test_by_brute_force():
     assert dir_rate == identification.identification_rate(found, 0.05) and false_rate <= 0.05
 
 
+def test_the_interval_knows_that_few_strangers_set_the_threshold():
+    """At a FPIR of 0 the nearest of 20 strangers decides: far more spread than of the probes."""
+    rng = np.random.default_rng(0)
+    count, strangers = 2000, np.sort(rng.uniform(0.2, 1.0, 20))
+    mates = rng.uniform(0, 1, count)
+    found = identification.Identification(np.ones(count, int), mates, mates, strangers)
+    people, others = [str(i) for i in range(count)], [str(i) for i in range(20)]
+    low, high = identification.identification_interval(found, people, others, 0.0)
+    rate = identification.identification_rate(found, 0.0)
+    # The nearest stranger is drawn 64 % of the time, one of the three nearest 95 %.
+    assert low == pytest.approx(rate, abs=0.03) and low <= rate
+    assert high == pytest.approx(np.mean(mates < strangers[2]), abs=0.06)
+    # With many strangers of one threshold only the probes are left.
+    found = found._replace(strangers=np.full(500, 0.5))
+    low, high = identification.identification_interval(found, people, list(map(str, range(500))), 0)
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / count), rel=0.15)
+    # Probes of one person hang together.
+    found = found._replace(mates=np.repeat(rng.uniform(size=20), 100))
+    groups = [str(i // 100) for i in range(count)]
+    low, high = identification.identification_interval(found, groups, list(map(str, range(500))), 0)
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 20), rel=0.2)
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="not enrolled"):
         identification.identification(np.ones((1, 4)), [7], np.ones((1, 4)), _GALLERY)

@@ -313,8 +313,8 @@ def _check_photos(work: workdir.Workdir, cases: Sequence[folder_matching.Case]) 
         options.UsageError: a photo has changed, or another one was drawn.
     """
     now = {p.name: p.digest for case in cases for p in (*case.photos, case.query, case.original)}
-    if workdir.load_or_compute(work.path / "drawn.json", lambda: now) != now:
-        raise options.UsageError(f"photos have changed since {work.path} was made")
+    if changed := workdir.note(work.path / "drawn.json", now):
+        raise options.UsageError(f"{changed[0]} has changed since {work.path} was made")
 
 
 def _embed(

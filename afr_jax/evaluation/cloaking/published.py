@@ -157,10 +157,8 @@ def check_given(
     for sample in samples:
         copy = given.of(sample.sample_id)
         now[sample.sample_id] = None if copy is None else photos.digest_of(copy.path)
-    path = folder / "given.json"
-    known = workdir.load_or_compute(path, lambda: now)
-    if known != now:
-        changed = sorted(name for name in now if known.get(name) != now[name])
+    changed = workdir.note(folder / "given.json", now)
+    if changed:
         raise options.UsageError(
             f"--cloaked: {folder.name} was made of other files ({changed[0]} and "
             f"{len(changed) - 1} more); give them another name or another --workdir"

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from afr_jax.core import distributed, files, options, program, progress, workdir
-from afr_jax.data import identities
+from afr_jax.core import distributed, files, options, parallel, program, progress, workdir
+from afr_jax.data import identities, photos
 from afr_jax.evaluation import fawkes_package, reference
 from afr_jax.evaluation.attackers import tracker_names, tracker_training
 from afr_jax.evaluation.cloaking import (
@@ -229,6 +229,7 @@ def run(config: FawkesEvaluationConfig) -> options.Outcome:
         growing.remove("budgets")
     work = workdir.open_workdir(config.workdir, resolved, resumable=growing)
     split, problems = distributed.primary_first(lambda: _split(config, work, drawn_before))
+    _check_drawn(work, split)
     try:
         everything = pipeline.load_recognizer(
             *names, weights=pipeline.parse_weights(config.weights, names)
@@ -511,3 +512,19 @@ def _draw(
         for name, cell in plots.shown_cells(list(by_cell), list(setup.clean)).items()
     }
     plots.draw(setup, shown, work.path)
+
+
+def _check_drawn(work: workdir.Workdir, split: people.Split) -> None:
+    """Refuses other photos than those that the run's embeddings and scores are of, row by row.
+
+    Raises:
+        options.UsageError: a photo has changed, or others were drawn.
+    """
+    drawn = (*split.published, *split.probes, *split.gallery)
+    digests = parallel.thread_map(lambda sample: photos.digest_of(sample.path), drawn)
+    names = [sample.sample_id for sample in drawn]
+    if changed := workdir.note(work.path / "drawn.json", dict(zip(names, digests, strict=True))):
+        raise options.UsageError(
+            f"--data: since {work.path} was made photos have changed, or others are drawn "
+            f"({changed[0]} and {len(changed) - 1} more); give another --workdir"
+        )

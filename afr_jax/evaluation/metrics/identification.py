@@ -7,6 +7,7 @@ also called the detection and identification rate, DIR). Float64 NumPy on the ho
 distances, smaller is more alike.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -87,6 +88,53 @@ def identification_rate(found: Identification, fpir: float) -> float:
     most the share `fpir` of the strangers comes nearer to anybody.
     """
     return rate_at_threshold(found, threshold_at_fpir(found, fpir))[0]
+
+
+def identification_interval(
+    found: Identification,
+    people: Sequence[str],
+    strangers: Sequence[str],
+    fpir: float,
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of `identification_rate`.
+
+    The enrolled people and the strangers are drawn anew, each with all their probes; the threshold
+    is that of the strangers that were drawn, so that the few who decide it count.
+
+    Args:
+        found: P and U probes.
+        people: `[P]` who is on the probes of the enrolled.
+        strangers: `[U]` who is on the others.
+        fpir: of the threshold.
+        confidence: the coverage, in (0, 1).
+        num_resamples: how often people are drawn.
+        seed: of the draws; the same seed gives the same interval.
+
+    Returns:
+        (low, high).
+    """
+    generator = np.random.default_rng(seed)
+    order = np.argsort(found.strangers, kind="stable")
+    distances = found.strangers[order]
+    members = [np.unique(names, return_inverse=True)[1] for names in (people, strangers)]
+
+    def weights(member: np.ndarray) -> np.ndarray:
+        count = member.max() + 1
+        return np.bincount(generator.integers(count, size=count), minlength=count)[member]
+
+    rates = np.empty(num_resamples)
+    for number in range(num_resamples):
+        own, others = weights(members[0]), np.cumsum(weights(members[1])[order])
+        at = np.searchsorted(others, np.floor(fpir * others[-1] + 1e-9), side="right")
+        threshold = distances[at] if at < len(distances) else np.inf
+        hits = (found.ranks == 1) & (found.mates < threshold)
+        rates[number] = (own @ hits) / own.sum()
+    low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def rate_at_threshold(found: Identification, threshold: float) -> tuple[float, float]:

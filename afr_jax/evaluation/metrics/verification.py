@@ -71,10 +71,11 @@ def tar_at_far(curve: Roc, far: float) -> float:
 
 
 def fold_accuracies(distances: np.ndarray, same: np.ndarray, *, num_folds: int = 10) -> np.ndarray:
-    """Accuracy on each fold with the threshold that is best on the others (LFW's protocol).
+    """Accuracy on each fold with the threshold that is best on the others.
 
-    Huang et al. 2007, "Labeled Faces in the Wild", view 2. A fold is every `num_folds`-th pair of
-    each kind, so that all folds hold both kinds in equal shares, in whatever order the pairs come.
+    After Huang et al. 2007, "Labeled Faces in the Wild", view 2, whose folds share no people. Here
+    a fold is every `num_folds`-th pair of each kind, so that all folds hold both kinds in equal
+    shares, in whatever order the pairs come; people are in several.
 
     Args:
         distances: `[N]`.

@@ -267,7 +267,7 @@ def _scores(
 
 
 def _row(scores: identification.Identification, split: IdentificationSplit) -> Row:
-    people = [person for _, person in split.probes]
+    people, strangers = ([name for _, name in part] for part in (split.probes, split.strangers))
     hits = (scores.ranks == 1).astype(np.float64)
     row: dict[str, str | float | tuple[float, float]] = {
         "rank_1": identification.rank_rate(scores, 1),
@@ -275,9 +275,9 @@ def _row(scores: identification.Identification, split: IdentificationSplit) -> R
         "rank_5": identification.rank_rate(scores, 5),
     }
     for fpir in _FPIRS:
-        threshold = identification.threshold_at_fpir(scores, fpir)
-        found = (hits > 0) & (scores.mates < threshold)
         row[f"dir_at_fpir_{fpir:g}"] = identification.identification_rate(scores, fpir)
-        row[f"dir_at_fpir_{fpir:g}_interval"] = intervals.grouped_interval(found, people)
-        row[f"threshold_at_fpir_{fpir:g}"] = threshold
+        row[f"dir_at_fpir_{fpir:g}_interval"] = identification.identification_interval(
+            scores, people, strangers, fpir
+        )
+        row[f"threshold_at_fpir_{fpir:g}"] = identification.threshold_at_fpir(scores, fpir)
     return row
