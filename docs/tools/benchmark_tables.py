@@ -1,6 +1,6 @@
 """Tables of speed, and the README's table of headline results."""
 
-from docs.tools import cloaking_tables, markdown
+from docs.tools import cloaking_tables, markdown, patch_tables
 from docs.tools.markdown import number, percent, percents, spread, table
 
 
@@ -198,7 +198,7 @@ def scaling() -> str:
 @table(
     "headline",
     "protection_third_draw.json",
-    "attack_cheeks.json",
+    "attack_persons.json",
     "unlearnable_cifar10.json",
     "lfw_pairs.json",
     "benchmark_detection.json",
@@ -208,7 +208,7 @@ def scaling() -> str:
 def headline() -> str:
     """A line for each part of the project."""
     missed = cloaking_tables.unseen_at_mid()
-    variants = markdown.result("attack_cheeks")["test"]["variants"]
+    patches = [run["test"]["variants"] for run in patch_tables.runs_of_others()]
     noise = {row["data"]: row for row in markdown.result("unlearnable_cifar10")["rows"]}
     pairs = markdown.result("lfw_pairs")
     accuracies = [pairs[name]["accuracy"] for name in markdown.EXTRACTORS]
@@ -224,9 +224,10 @@ def headline() -> str:
             "0 %",
         ],
         [
-            "cheek patches: frames in which MTCNN misses the face",
-            percent(variants["trained"]["mean"]),
-            f"0 %; plain black {percent(variants['black']['mean'])}",
+            "cheek patches: frames in which MTCNN misses the face, of two people on whom nothing "
+            "was chosen",
+            f"{percents(*(each['trained']['mean'] for each in patches))} %",
+            f"0 %; plain black {percents(*(each['black']['mean'] for each in patches))} %",
         ],
         [
             "unlearnable noise of 8/255, CIFAR-10, ResNet-18: accuracy on clean test images",

@@ -239,6 +239,15 @@ def patches_persons() -> str:
     return markdown.render(head, lines, right=len(head) - 2)
 
 
+def runs_of_others() -> list[Mapping[str, Any]]:
+    """Runs of the people on whom no setting was chosen, trained on all three networks."""
+    return [
+        run
+        for run in markdown.result("attack_persons")["runs"]
+        if run["loss"] == "all three networks" and run["person"] != "man"
+    ]
+
+
 def _trained(run: Mapping[str, Any]) -> str:
     return f"trained on {run['loss']}"
 

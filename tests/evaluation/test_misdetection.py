@@ -8,7 +8,11 @@ from PIL import Image
 from afr_jax.evaluation.attackers import other_detectors
 from afr_jax.evaluation.metrics import misdetection
 from afr_jax.evaluation.patches import pictures
+from afr_jax.methods.patches import people
 from afr_jax.models import mtcnn
+
+_BOX = np.array([10, 10, 30, 30], np.float32)
+_EYES = np.array([[15, 15], [15, 25], [20, 20], [25, 15], [25, 25]], np.float32)
 
 
 def test_somebody_elses_face_is_no_detection_of_the_person():
@@ -36,6 +40,28 @@ def test_rates_by_factor_stage_and_size():
     twice = misdetection.by_size({"0.709": found, "0.9": found}, sides)
     for one, two in zip(sizes, twice, strict=True):
         assert two["rate"] == one["rate"] and (two["low"], two["high"]) == (one["low"], one["high"])
+
+
+def test_altered_copies_of_a_frame_are_no_more_frames():
+    misses = np.array([True, True, True, False])
+    frames = [people.Person(name, np.zeros((40, 40, 3), np.uint8), _BOX, _EYES) for name in "abcd"]
+    filled = people.fill_up(frames, 40)
+    names = misdetection.sources(filled)
+    assert names == [*"abcd"] * 10
+    once = misdetection.rate(misses)
+    often = misdetection.rate(np.tile(misses, 10), sources=names)
+    assert often["total"] == 40 and often["rate"] == once["rate"]
+    assert (often["low"], often["high"]) == (once["low"], once["high"])
+    assert misdetection.rate(np.tile(misses, 10))["low"] > once["low"] + 0.2
+    judged = {"0.709": np.tile(np.stack([~misses] * 3, axis=1), (10, 1))}
+    table = misdetection.summarize(judged, sources=names)
+    assert (table["0.709"]["low"], table["0.709"]["high"]) == (once["low"], once["high"])
+    sides = np.array([10.0, 20.0, 30.0, 40.0])
+    alone = misdetection.by_size({"0.709": judged["0.709"][:4]}, sides)
+    for row, one in zip(
+        misdetection.by_size(judged, np.tile(sides, 10), sources=names), alone, strict=True
+    ):
+        assert (row["rate"], row["low"], row["high"]) == (one["rate"], one["low"], one["high"])
 
 
 def test_what_a_first_network_still_proposes():

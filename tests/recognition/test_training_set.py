@@ -133,14 +133,15 @@ def test_listed_pairs(tmp_path):
         return identities.Listing(listing.samples), made
 
     # As many pairs as do not touch the person.
-    others = training_photos.pairs_through(table, tmp_path / "faces", read, known_people={"person_1"})
+    faces = tmp_path / "faces"
+    others = training_photos.pairs_through(table, faces, read, known_people={"person_1"})
     assert len(others.rows) == sum("person_1" not in a + b for a, b, _ in rows) < len(rows)
     # A table may be somebody else's: it names files below the folder, or is told so.
     (tmp_path / "person_9").mkdir()
     (tmp_path / "person_9" / "secret.png").write_bytes(b"")
     strange = ["../person_9/secret.png", str(tmp_path / "person_9" / "secret.png")]
     table.write_text("\n".join([*lines, *(f"{names[0]},{name},0" for name in strange)]))
-    inside = training_photos.pairs_through(table, tmp_path / "faces", read)
+    inside = training_photos.pairs_through(table, faces, read)
     assert len(inside.rows) == len(rows)
     assert [problem.name for problem in inside.problems] == sorted(strange)
     assert all("outside" in problem.reason for problem in inside.problems)

@@ -11,7 +11,9 @@ import numpy as np
 import scipy.stats
 
 
-def wilson_interval(successes: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(
+    successes: int, total: int, *, num_groups: int | None = None, confidence: float = 0.95
+) -> tuple[float, float]:
     """Returns the Wilson score interval of a rate.
 
     It stays within [0, 1] and is sensible at 0 and at `total` successes. E. B. Wilson, "Probable
@@ -20,6 +22,8 @@ def wilson_interval(successes: int, total: int, *, confidence: float = 0.95) -> 
     Args:
       successes: how many of the trials succeeded.
       total: how many trials there were; none gives (0, 1).
+      num_groups: how many trials there were of which the others are variants: the interval is that
+        of the share in so many trials. By default all count.
       confidence: the coverage, in (0, 1).
 
     Returns:
@@ -30,8 +34,12 @@ def wilson_interval(successes: int, total: int, *, confidence: float = 0.95) -> 
     _check_confidence(confidence)
     if total == 0:
         return 0.0, 1.0
-    found = scipy.stats.binomtest(successes, total).proportion_ci(confidence, method="wilson")
-    return float(found.low), float(found.high)
+    share, count = successes / total, total if num_groups is None else num_groups
+    square = float(scipy.stats.norm.ppf((1 + confidence) / 2)) ** 2 / count
+    middle = share + square / 2
+    spread = np.sqrt(square * (share * (1 - share) + square / 4))
+    low, high = (float((middle + sign * spread) / (1 + square)) for sign in (-1, 1))
+    return low if successes else 0.0, high if successes < total else 1.0
 
 
 def bootstrap_interval(

@@ -248,19 +248,35 @@ def is_found(found: np.ndarray, box: np.ndarray) -> bool:
     return bool(detect.overlap(np.asarray(found), box[None]).max(initial=0.0) >= MIN_OVERLAP)
 
 
-def rate(misses: np.ndarray) -> Rate:
-    """Share of missed frames `[N]` bool, with its Wilson interval of 95 %."""
+def sources(frames: Sequence[people.Person | placement.Placed]) -> list[str]:
+    """Names of the frames that these are, or are altered copies of."""
+    return [people.source_of(frame.name) if frame.is_altered else frame.name for frame in frames]
+
+
+def rate(misses: np.ndarray, *, sources: Sequence[str] | None = None) -> Rate:
+    """Share of missed frames, with its Wilson interval of 95 %.
+
+    Args:
+        misses: `[N]` bool.
+        sources: `[N]` names of the frames that these are, or are altered copies of: copies hang
+            together, and the interval is that of as many frames as there are names. By default
+            every frame counts.
+    """
     missed, total = int(np.sum(misses)), np.size(misses)
-    low, high = intervals.wilson_interval(missed, total)
+    groups = None if sources is None else len(set(sources))
+    low, high = intervals.wilson_interval(missed, total, num_groups=groups)
     share = missed / total if total else None
     return {"missed": missed, "total": total, "rate": share, "low": low, "high": high}
 
 
-def summarize(judged: Mapping[str, np.ndarray]) -> RateTable:
+def summarize(
+    judged: Mapping[str, np.ndarray], *, sources: Sequence[str] | None = None
+) -> RateTable:
     """Rates of one variant.
 
     Args:
         judged: `[N, 3]` bool of `judge`, by scale factor.
+        sources: As of `rate`.
 
     Returns:
         For each factor the rate of missed frames and the share of frames that survive each network;
@@ -269,7 +285,7 @@ def summarize(judged: Mapping[str, np.ndarray]) -> RateTable:
     table: RateTable = {}
     rates: list[float] = []
     for factor, found in judged.items():
-        missed = rate(~found[:, -1])
+        missed = rate(~found[:, -1], sources=sources)
         if missed["rate"] is not None:
             rates.append(missed["rate"])
         survival = {name: float(np.mean(found[:, k])) for k, name in enumerate(STAGES)}
@@ -278,17 +294,24 @@ def summarize(judged: Mapping[str, np.ndarray]) -> RateTable:
     return table
 
 
-def by_size(judged: Mapping[str, np.ndarray], sides: np.ndarray) -> list[SizeRate]:
+def by_size(
+    judged: Mapping[str, np.ndarray], sides: np.ndarray, *, sources: Sequence[str] | None = None
+) -> list[SizeRate]:
     """Rates of one variant by thirds of the faces' sides `[N]` px, over all factors.
 
-    A frame's factors hang together: the interval has the means of the ends of theirs.
+    A frame's factors hang together: the interval has the means of the ends of theirs. `sources` are
+    as of `rate`.
     """
+    names = np.arange(len(sides)).astype(str) if sources is None else np.array(sources)
     edges = np.quantile(sides, [0, 1 / 3, 2 / 3, 1])
     rows: list[SizeRate] = []
     for number, (low, high) in enumerate(itertools.pairwise(edges)):
         inside = (sides >= low) & ((sides < high) if number < 2 else (sides <= high))
         misses = np.stack([~found[inside, -1] for found in judged.values()])
-        ends = [intervals.wilson_interval(int(one.sum()), one.size) for one in misses]
+        ends = []
+        for one in misses:
+            found = rate(one, sources=names[inside].tolist())
+            ends.append((found["low"], found["high"]))
         row: SizeRate = {"from_px": float(low), "to_px": float(high), **rate(misses)}
         row["low"], row["high"] = np.mean(ends, axis=0).tolist()
         rows.append(row)

@@ -58,8 +58,10 @@ class PatchStudy:
             "num_frames": len(self.frames),
             "num_altered": sum(frame.is_altered for frame in self.frames),
             "num_control_frames": len(self._some(self.num_controls)),
-            "variants": {name: misdetection.summarize(found) for name, found in judged.items()},
-            "by_face_size": misdetection.by_size(judged["trained"], sides),
+            "variants": {name: self._summary(name, found) for name, found in judged.items()},
+            "by_face_size": misdetection.by_size(
+                judged["trained"], sides, sources=misdetection.sources(self.frames)
+            ),
         }
 
     def robustness(self) -> dict[str, object]:
@@ -125,7 +127,9 @@ class PatchStudy:
                     not misdetection.is_found(detect_fn(placement.wear(frame, patches)), frame.box)
                     for frame in frames
                 ]
-                rows[name][variant] = misdetection.rate(np.array(misses))
+                rows[name][variant] = misdetection.rate(
+                    np.array(misses), sources=misdetection.sources(frames)
+                )
         return rows
 
     def transfer(self, frames: Sequence[placement.Placed]) -> dict[str, object]:
@@ -133,7 +137,9 @@ class PatchStudy:
         some = _spread(frames, _TRANSFER_FRAMES)
         rows: dict[str, object] = {"num_frames": len(some)}
         for variant, patches in self._pair().items():
-            rows[variant] = misdetection.summarize(self._judge(some, patches))
+            rows[variant] = misdetection.summarize(
+                self._judge(some, patches), sources=misdetection.sources(some)
+            )
         return rows
 
     def ask_reference(self, other: reference.ReferenceProcess) -> dict[str, object]:
@@ -210,10 +216,16 @@ class PatchStudy:
 
     def _judged(self, name: str, patches: Patches) -> dict[str, np.ndarray]:
         """What `_judge` says of a variant, from the work folder if it was measured before."""
-        frames = self.frames if name in self._pair() else self._some(self.num_controls)
+        frames = self._frames_of(name)
         path = self.work.path / "judged" / f"{name}.json"
         stored = workdir.load_or_compute(path, lambda: self._judge(frames, patches))
         return {factor: np.array(rows, bool) for factor, rows in stored.items()}
+
+    def _summary(self, name: str, found: Mapping[str, np.ndarray]) -> misdetection.RateTable:
+        return misdetection.summarize(found, sources=misdetection.sources(self._frames_of(name)))
+
+    def _frames_of(self, variant: str) -> Sequence[placement.Placed]:
+        return self.frames if variant in self._pair() else self._some(self.num_controls)
 
     def _judge(self, frames: Sequence[placement.Placed], patches: Patches) -> dict[str, np.ndarray]:
         levels = self.config.levels
@@ -239,7 +251,7 @@ class PatchStudy:
             [frame.box * scale for frame in frames],
             scale_factor=self.config.levels.scale_factors[0],
         )
-        return misdetection.rate(~found[:, -1])
+        return misdetection.rate(~found[:, -1], sources=misdetection.sources(frames))
 
     def _annotated(
         self, frame: placement.Placed, pair: tuple[np.ndarray, np.ndarray]
@@ -255,7 +267,7 @@ class PatchStudy:
 
     def _chart(self) -> bytes:
         table = {
-            name: misdetection.summarize(self._judged(name, patches))
+            name: self._summary(name, self._judged(name, patches))
             for name, patches in self._variants().items()
         }
         controls = len(self._some(self.num_controls))
@@ -285,7 +297,8 @@ def _reference_rate(
         not misdetection.is_found(faces.boxes, frame.box)
         for faces, frame in zip(found, frames, strict=True)
     ]
-    return {**misdetection.rate(np.array(misses)), "min_face_px": smallest}
+    found_rate = misdetection.rate(np.array(misses), sources=misdetection.sources(frames))
+    return {**found_rate, "min_face_px": smallest}
 
 
 def _reference_min_face(frames: Sequence[placement.Placed], factor: float) -> float:

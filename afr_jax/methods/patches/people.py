@@ -19,6 +19,8 @@ from afr_jax.recognition import detect
 SEARCH = detect.DetectorOptions(scale_factor=0.82, thresholds=(0.6, 0.7, 0.7))
 NO_FACE = "no face of the person"
 _MIN_TRACK_OVERLAP = 0.2
+# Between the name of a frame and the number of an altered copy of it.
+_COPY = "_copy"
 _SWAPPED = [1, 0, 2, 4, 3]  # Landmarks in a mirrored photo.
 
 
@@ -142,7 +144,12 @@ def alter(generator: np.random.Generator, person: Person, *, number: int) -> Per
     shift = zoom * (0.5 - low) - 0.5
     box = (box.reshape(2, 2) * zoom + shift).ravel().astype(np.float32)
     landmarks = (landmarks * zoom + shift).astype(np.float32)
-    return Person(f"{person.name}_copy{number}", pixels, box, landmarks, True)
+    return Person(f"{person.name}{_COPY}{number}", pixels, box, landmarks, True)
+
+
+def source_of(name: str) -> str:
+    """Name of the frame that an altered copy was made of."""
+    return name.rpartition(_COPY)[0]
 
 
 def fill_up(people: Sequence[Person], total: int, *, seed: int = 0) -> list[Person]:
