@@ -14,7 +14,7 @@ _SOURCES = (
     *("protection_lfw.json", "protection_lfw.csv", "protection_low.json"),
     *("protection_end_to_end.json", "protection_second_draw.json", "fawkes_attempts.json"),
     "protection_third_draw.json",
-    *("attack_cheeks.json", "attack_mask.json", "patch_ablation.json"),
+    *("attack_persons.json", "attack_mask.json", "patch_ablation.json"),
     *("unlearnable_cifar10.json", "unlearnable_faces.json"),
 )
 
