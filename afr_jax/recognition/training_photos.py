@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from afr_jax.core import distributed, files, options, workdir
-from afr_jax.data import identities, pairs, photo_files, sampling
+from afr_jax.core import distributed, files, options, parallel, workdir
+from afr_jax.data import identities, pairs, photo_files, photos, sampling
 from afr_jax.models import mtcnn
 from afr_jax.recognition import chips
 
@@ -174,6 +174,8 @@ def _kept_chips(
         problems = [identities.Omission(str(n), str(r)) for n, r in kept["problems"]]
         found, images = listing.without(problems), kept["images"]
         same_photos = found.sample_ids == kept["sample_ids"].tolist()
+        # Files of before have no digests.
+        same_photos &= "digests" not in kept or kept["digests"].tolist() == _digests(found)
         if not same_photos or images.shape[-2] != side:
             raise ValueError(f"{cache} is of other photos or another size: remove it")
         return found, images
@@ -182,10 +184,15 @@ def _kept_chips(
     arrays = {
         "images": images,
         "sample_ids": np.array(found.sample_ids),
+        "digests": np.array(_digests(found), str),
         "problems": np.array(problems, str).reshape(-1, 2),
     }
     files.write_arrays(cache, arrays)
     return found, images
+
+
+def _digests(listing: identities.Listing) -> list[str]:
+    return parallel.thread_map(lambda sample: photos.digest_of(sample.path), listing.samples)
 
 
 def held_out_pairs(faces: FaceSet, *, max_pairs: int = 1000, seed: int = 0) -> Pairs | None:

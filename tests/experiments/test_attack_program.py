@@ -7,6 +7,7 @@ import programs
 import pytest
 from PIL import Image
 
+from afr_jax.core import files
 from afr_jax.evaluation.patches import ablation, study
 from afr_jax.methods.patches import people, placement
 
@@ -57,6 +58,18 @@ def test_a_second_run_goes_on_where_the_first_ended(runs, work):
     assert complete and first["test"] == second["test"]
     steps = [json.loads(line)["step"] for line in (work / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 9))
+
+
+def test_other_frames_are_not_taken_up(runs, work):
+    for kind in ("train", "test"):
+        path = work / f"{kind}_frames.json"
+        whole = path.read_text()
+        known = files.read_sealed(path)["value"]
+        name = sorted(known)[-1]
+        files.write_sealed(path, {"value": known | {name: "of another frame"}})
+        message = _attack("--toy", f"--workdir={work}")
+        assert f"--{kind}: frames are others" in str(message) and name in str(message)
+        path.write_text(whole)
 
 
 def test_old_names_of_flags_hold():

@@ -89,6 +89,9 @@ def test_aligned_faces_are_kept(tmp_path, fake_detector):
         training_photos.aligned_faces({}, listing, 16, cache)
     with pytest.raises(ValueError, match="other photos"):
         training_photos.aligned_faces({}, listing.with_photos(5), _SIDE, cache)
+    Image.fromarray(_photo(99, _SIDE)).save(found.samples[3].path)
+    with pytest.raises(ValueError, match="other photos"):
+        training_photos.aligned_faces({}, listing, _SIDE, cache)
 
 
 def test_the_alignment_of_crops_is_measured(fake_detector):

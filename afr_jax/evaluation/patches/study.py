@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from afr_jax.core import distributed, options, program, workdir
+from afr_jax.data import photos
 from afr_jax.evaluation import reference
 from afr_jax.evaluation.attackers import other_detectors
 from afr_jax.evaluation.patches import inputs, measurements
@@ -149,6 +150,7 @@ def run(config: AttackConfig) -> options.Outcome:
     chosen = people.choose(train, config.train_frames, seed=config.seed + 1 if has_copies else None)
     placed, left_out = _place(config, chosen, corners)
     train_skipped += left_out
+    _check_frames(work, "train", placed)
     trained = training.train(
         jax.random.key(config.seed), variables, placed, patch_config, work=work
     )
@@ -165,6 +167,7 @@ def run(config: AttackConfig) -> options.Outcome:
             corners,
         )
         test_skipped += left_out
+        _check_frames(work, "test", frames)
         study = measurements.PatchStudy(
             variables=variables,
             config=patch_config,
@@ -204,6 +207,23 @@ def run(config: AttackConfig) -> options.Outcome:
         work.write_result(result)
         return options.Outcome(
             result, complete=all(item["reason"] == people.NO_FACE for item in skipped)
+        )
+
+
+def _check_frames(work: workdir.Workdir, flag: str, frames: Sequence[placement.Placed]) -> None:
+    """Refuses other frames than those that the run's patches and rates are of.
+
+    Raises:
+        options.UsageError: a frame has changed, or another one is there.
+    """
+    digests = {
+        f"{number:04d} {frame.name}": photos.digest_of_pixels(frame.pixels)
+        for number, frame in enumerate(frames)
+    }
+    if changed := workdir.note(work.path / f"{flag}_frames.json", digests):
+        raise options.UsageError(
+            f"--{flag}: frames are others than when {work.path} was made ({changed[0]} and "
+            f"{len(changed) - 1} more); give another --workdir"
         )
 
 
