@@ -63,20 +63,33 @@ _MATRIX_COLUMNS = {
 
 @table("unlearnable_matrix", "unlearnable_matrix.json")
 def unlearnable_matrix() -> str:
+    """Noises by what victims of 1,000 images do about them."""
+    return _matrix("unlearnable_matrix")
+
+
+@table("unlearnable_matrix_5000", "unlearnable_matrix_5000.json")
+def unlearnable_matrix_5000() -> str:
+    """The paper's three noises by what victims of 5,000 images do about them."""
+    return _matrix("unlearnable_matrix_5000")
+
+
+def _matrix(name: str) -> str:
     """Noises by what victims do about them, in percent; "-" where nothing was measured."""
     rows = {
         (row["data"], row["architecture"], row["countermeasure"]): row
-        for row in markdown.result("unlearnable_matrix")["rows"]
+        for row in markdown.result(name)["rows"]
     }
+    asked = {key[1:] for key in rows}
+    columns = {column: title for column, title in _MATRIX_COLUMNS.items() if column in asked}
     lines = []
     for data in _MATRIX_ROWS:
         plain = rows.get((data, "small_resnet", "none"))
-        if plain is None and "%" in data:
-            continue  # Shares of protected images are asked last.
-        best = "-" if plain is None else markdown.number(100 * plain["peak_accuracy"])
-        cells = [_cell(rows.get((data, *column))) for column in _MATRIX_COLUMNS]
+        if plain is None:
+            continue
+        cells = [_cell(rows.get((data, *column))) for column in columns]
+        best = markdown.number(100 * plain["peak_accuracy"])
         lines.append([f"`{data}`", cells[0], best, *cells[1:]])
-    first, *others = _MATRIX_COLUMNS.values()
+    first, *others = columns.values()
     head = ("noise", first, "best epoch", *others)
     return markdown.render(head, lines, right=len(head) - 1)
 
