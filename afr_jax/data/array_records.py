@@ -24,7 +24,7 @@ from tensorflow_datasets.core import writer
 from tensorflow_datasets.proto import tf_example_pb2
 
 from afr_jax.core import files
-from afr_jax.data import cifar10, identities, photos
+from afr_jax.data import identities, photos
 
 # Names of a field in each way that a message of TFDS can be written as JSON.
 _CLASS_KEYS = frozenset({"pythonClassName", "python_class_name", "type"})
@@ -219,22 +219,6 @@ def write_listing(
     return write_examples(splits, listing.identities, data_dir, name=name), problems
 
 
-def write_cifar10(
-    source: str | os.PathLike[str], data_dir: str | os.PathLike[str], *, name: str = "cifar10"
-) -> pathlib.Path:
-    """Writes both splits of CIFAR-10 from whatever `cifar10.load` reads."""
-
-    def examples(images: cifar10.Cifar10Images) -> Iterator[Example]:
-        for image, label, sample_id in zip(
-            images.images, images.labels, images.sample_ids, strict=True
-        ):
-            yield Example(sample_id, image, images.classes[label])
-
-    sets = {split: cifar10.load(source, split) for split in ("train", "test")}
-    splits = {split: examples(images) for split, images in sets.items()}
-    return write_examples(splits, sets["train"].classes, data_dir, name=name)
-
-
 def open_source(
     data_dir: str | os.PathLike[str], name: str, split: str, *, decode: bool = True
 ) -> Sequence[dict[str, Any]]:
@@ -271,13 +255,17 @@ def classes_of(data_dir: str | os.PathLike[str], name: str) -> tuple[str, ...]:
         FileNotFoundError: there is no such data set.
         ValueError: it has no 8-bit images, or no labels of classes.
     """
-    builder = _builder(data_dir, name)
-    features = dict(builder.info.features.items())
+    features = features_of(data_dir, name)
     image, label = features.get("image"), features.get("label")
     is_usual = isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
     if not is_usual or not isinstance(label, tfds.features.ClassLabel):
         raise ValueError(f"{name} has {sorted(features)}; needed: image of uint8, label of classes")
     return tuple(label.names)
+
+
+def features_of(data_dir: str | os.PathLike[str], name: str) -> dict[str, Any]:
+    """What an example consists of; raises as `open_source` does."""
+    return dict(_builder(data_dir, name).info.features.items())
 
 
 def metadata_of(data_dir: str | os.PathLike[str], name: str) -> dict[str, files.Json]:

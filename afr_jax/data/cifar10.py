@@ -6,14 +6,20 @@ one would have to be executed to be read. Sample ids are "train/00000" and so on
 the source.
 """
 
+import gzip
+import io
 import os
 import pathlib
 import tarfile
+import zipfile
+import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from afr_jax.core import files
 from afr_jax.data import identities
 
 CLASSES = (
@@ -32,6 +38,9 @@ CLASSES = (
 _URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 _RECORD = 1 + 3 * 32 * 32
+_FILE_BYTES = 10_000 * _RECORD
+# Of the six files and some text beside them.
+_ARCHIVE_BYTES = 7 * _FILE_BYTES
 _FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 _MOSAIC = (25, 40)  # rows and columns of images
 
@@ -103,11 +112,13 @@ def read_binary(source: str | os.PathLike[str], split: str) -> Cifar10Images:
     """Reads the binary version: the archive, or a folder with its files at any depth.
 
     Raises:
-        ValueError: a file is missing or has no whole number of records, or a label is above 9.
+        ValueError: a file is missing, damaged, too large or has no whole number of records, or a
+            label is above 9.
     """
     source = pathlib.Path(source)
     read = _read_archive if source.is_file() else _read_folder
-    data = b"".join(_whole(name, read(source, name)) for name in _FILES[split])
+    found = read(source, _FILES[split])
+    data = b"".join(_whole(name, found[name]) for name in _FILES[split])
     records = np.frombuffer(data, np.uint8).reshape(-1, _RECORD)
     labels = records[:, 0].astype(np.int32)
     if labels.max() >= len(CLASSES):
@@ -130,13 +141,20 @@ def read_mosaics(
         lossless_only: leaves those out.
 
     Raises:
-        ValueError: files are missing or have another size than the labels say.
+        ValueError: files are missing or have another size than the labels say, or a label is of no
+            class.
     """
     source = pathlib.Path(source)
-    with np.load(source / f"{split}_labels.npz", allow_pickle=False) as table:
-        labels = table["label"].astype(np.int32)
+    labels_path = source / f"{split}_labels.npz"
+    with zipfile.ZipFile(labels_path) as archive:
+        files.check_npz(archive, labels_path.stat().st_size)
+    with np.load(labels_path, allow_pickle=False) as table:
+        labels = table["label"]
         classes = tuple(str(name) for name in table["classes"]) if "classes" in table else CLASSES
         exact = table["lossless"] if "lossless" in table else np.ones(len(labels), bool)
+    if not np.isin(labels, np.arange(len(classes))).all():
+        raise ValueError(f"{labels_path}: a label is none of 0 to {len(classes) - 1}")
+    labels = labels.astype(np.int32)
     rows, columns = _MOSAIC
     parts = []
     for path in sorted(source.glob(f"{split}_[0-9]*.*")):
@@ -171,27 +189,42 @@ def read_folders(
     return Cifar10Images(images, readable.labels, ids, readable.identities)
 
 
-def _read_archive(source: pathlib.Path, name: str) -> bytes:
+def _read_archive(source: pathlib.Path, names: Sequence[str]) -> dict[str, bytes]:
+    found = {}
     try:
-        with tarfile.open(source) as archive:
+        with gzip.open(source) as packed:  # Its last bytes are the checksum of all.
+            unpacked = packed.read(_ARCHIVE_BYTES + 1)
+        if len(unpacked) > _ARCHIVE_BYTES:
+            raise ValueError(f"{source} unpacks to more than CIFAR-10, {_ARCHIVE_BYTES} bytes")
+        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
             for member in archive:
-                if member.isfile() and pathlib.PurePosixPath(member.name).name == name:
+                name = pathlib.PurePosixPath(member.name).name
+                if member.isfile() and name in names and name not in found:
                     content = archive.extractfile(member)
                     assert content is not None  # It is a file.
-                    return content.read()
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{source} is no tar archive: {error}") from error
-    raise ValueError(f"{source} has no {name}; is it the binary version of CIFAR-10?")
+                    found[name] = content.read(_FILE_BYTES + 1)
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{source} is no tar.gz archive, or damaged: {error}") from error
+    for name in names:
+        if name not in found:
+            raise ValueError(f"{source} has no {name}; is it the binary version of CIFAR-10?")
+    return found
 
 
-def _read_folder(source: pathlib.Path, name: str) -> bytes:
-    found = sorted(source.rglob(name))
-    if not found:
-        raise ValueError(f"{source} has no {name}")
-    return found[0].read_bytes()
+def _read_folder(source: pathlib.Path, names: Sequence[str]) -> dict[str, bytes]:
+    found = {}
+    for name in names:
+        paths = sorted(source.rglob(name))
+        if not paths:
+            raise ValueError(f"{source} has no {name}")
+        with paths[0].open("rb") as file:
+            found[name] = file.read(_FILE_BYTES + 1)
+    return found
 
 
 def _whole(name: str, data: bytes) -> bytes:
+    if len(data) > _FILE_BYTES:
+        raise ValueError(f"{name} has more than {_FILE_BYTES} bytes, as no file of CIFAR-10 has")
     if not data or len(data) % _RECORD:
         raise ValueError(f"{name} has {len(data)} bytes, which is no multiple of {_RECORD}")
     return data

@@ -118,7 +118,7 @@ class Copies:
         original = pathlib.PurePosixPath(sample_id)
         identity = unicodedata.normalize("NFC", original.parent.name)
         # Of photos that differ in their suffix alone, one has a copy that names its suffix, too.
-        names = (original.name, original.name.replace(".", "_"), original.stem)
+        names = (original.name, photo_files.stem_with_extension(original), original.stem)
         found = (self.samples.get((identity, name)) for name in names)
         return next((sample for sample in found if sample is not None), None)
 

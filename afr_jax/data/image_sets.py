@@ -301,7 +301,8 @@ def load_image_folder(
     listing = identities.list_tree(root)
 
     paths = [sample.path for sample in listing.samples]
-    found = parallel.thread_map(_or_reason(photos.read_photo), paths, width=num_threads)
+    read_fn = _pixels_or_reason(photos.read_photo, side=image_px if resize else None)
+    found = parallel.thread_map(read_fn, paths, width=num_threads)
     items = [
         _Item(sample.sample_id, sample.identity, pixels)
         for sample, pixels in zip(listing.samples, found, strict=True)
@@ -327,8 +328,8 @@ def read_records(
     Ids come from the feature "sample_id" or "id", and do not depend on the order of the examples or
     on the number of files: its path, without the extension, if the last folder of that is the
     class, else "<class>/" and the path with "_" for "/". So what `array_records` wrote from a tree
-    or from CIFAR-10 has the ids of `load_image_folder` and `read_cifar10`. A set without such a
-    feature is numbered in its own order: "<class>/<split>_<number>".
+    has the ids of `load_image_folder`. A set without such a feature is numbered in its own order:
+    "<class>/<split>_<number>".
 
     Args:
         data_dir: folder of data sets.
@@ -349,6 +350,7 @@ def read_records(
     folders = [
         found.replace("/", "_") if found not in (".", "..") else "_" for found in found_classes
     ]
+    decode_fn = _pixels_or_reason(photos.decode_photo, side=image_px if resize else None)
 
     def read_one(row: int) -> _Item:
         with array_records.damage_named(data_dir, name):
@@ -359,8 +361,7 @@ def read_records(
         if label >= len(folders):
             raise ValueError(f"{name} in {data_dir} is damaged: example {row} has label {label}")
         class_name = folders[label] if label >= 0 else "unlabelled"
-        pixels = _or_reason(photos.decode_photo)(example["image"])
-        return _Item(_path_in_class(own, class_name), class_name, pixels)
+        return _Item(_path_in_class(own, class_name), class_name, decode_fn(example["image"]))
 
     items = parallel.thread_map(read_one, range(len(examples)), width=num_threads)
     return _squares(items, classes or folders, f"{name}:{split}", image_px=image_px, resize=resize)
@@ -390,14 +391,17 @@ class _Item(NamedTuple):
     pixels: np.ndarray | str
 
 
-def _or_reason(decode_fn: Callable[..., photos.Photo]) -> Callable[..., np.ndarray | str]:
-    """Pixels of what is decoded, or the reason why it cannot be."""
+def _pixels_or_reason(
+    decode_fn: Callable[..., photos.Photo], *, side: int | None
+) -> Callable[..., np.ndarray | str]:
+    """Pixels of what is decoded, a square of a side if one is given, or why there are none."""
 
     def decode(source: str) -> np.ndarray | str:
         try:
-            return decode_fn(source).pixels
+            pixels = decode_fn(source).pixels
         except photos.PhotoError as error:
             return str(error)
+        return pixels if side is None else identities.fit_square(pixels, side)
 
     return decode
 

@@ -4,16 +4,15 @@ A loader yields the batches of `afr_jax.data.sampling`, each by its step. So the
 depend on the number of threads, a loader starts anywhere (`first_step`, or `get_state` and
 `set_state` of its iterator), every process decodes its own share, and a run from files takes the
 same steps as a run with the data set on the device. Grain does the threads, the order and the
-position. Small data sets are better loaded whole (`load_all`).
+position. Small data sets are better loaded whole (`identities.read_samples`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
 
-from afr_jax.core import parallel
 from afr_jax.data import identities, sampling
 
 
@@ -45,26 +44,6 @@ class FileSource(ExampleSource):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         path = self._samples[index].path
         return identities.read_square(path, self._side), int(self._labels[index])
-
-
-class RecordSource(ExampleSource):
-    """The examples of a TFDS data source (`array_records.open_source`), as squares."""
-
-    def __init__(self, examples: Sequence[Mapping[str, Any]], side: int) -> None:
-        """Takes the data source.
-
-        Args:
-            examples: {"image", "label", ...} by index.
-            side: of the images, pixels.
-        """
-        self._examples, self._side = examples, side
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        example = self._examples[index]
-        return identities.fit_square(example["image"], self._side), int(example["label"])
 
 
 class HostBatch(NamedTuple):
@@ -107,15 +86,6 @@ def batch_iterator(
     steps = grain.MapDataset.range(first_step, num_steps).map(_loader(source, batches))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads)
     return iter(steps.to_iter_dataset(options))
-
-
-def load_all(source: ExampleSource, *, num_threads: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """A whole data set, `[N, S, S, 3]` uint8 and labels `[N]` int32, in the order of the source."""
-    if not len(source):
-        raise ValueError("the data set is empty")
-    pairs = parallel.thread_map(source.__getitem__, range(len(source)), width=num_threads)
-    images, labels = zip(*pairs, strict=True)
-    return np.stack(images), np.array(labels, np.int32)
 
 
 def _loader(source: ExampleSource, batches: sampling.Batches) -> Callable[[int], HostBatch]:

@@ -8,8 +8,10 @@ Host code.
 
 import io
 import json
+import math
 import os
 import pathlib
+import re
 import shutil
 import types
 import zipfile
@@ -19,12 +21,16 @@ from typing import Literal, NamedTuple, cast
 import numpy as np
 import tensorflow_datasets as tfds
 
-from afr_jax.core import files
+from afr_jax.core import files, interrupts
 from afr_jax.data import array_records, image_sets
 
 # What a file may unpack to, however small it is: patterns that samples share shrink to nothing.
 _SMALL_BYTES = 1 << 29
 _RECORDS = "noise"  # Name of the data set, and of its only split.
+# What `write_noise_records` leaves in its folder.
+_WRITTEN = re.compile(
+    r"1\.0\.0(/((dataset_info|features|metadata)\.json|noise-noise\.array_record-\d+-of-\d+))?"
+)
 
 Granularity = Literal["sample", "class"]
 
@@ -72,7 +78,11 @@ class Noise(NamedTuple):
         return data._replace(images=images)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes an `.npz`, or under another name a folder of records; `read_noise` reads both."""
+        """Writes an `.npz`, or under another name a folder of records; `read_noise` reads both.
+
+        Raises:
+            FileExistsError: there is a folder of something else.
+        """
         write = write_noise if pathlib.Path(path).suffix == ".npz" else write_noise_records
         write(path, self)
 
@@ -129,9 +139,12 @@ def write_noise_records(
     bytes. Loaders may shuffle and cut it up: an example carries its name.
 
     Args:
-        folder: replaced once the new one is complete.
+        folder: one of noise is replaced once the new one is complete.
         noise: what to write.
         num_shards: files; by default as many as TFDS finds right.
+
+    Raises:
+        FileExistsError: the folder holds something else.
     """
     folder = pathlib.Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -152,8 +165,9 @@ def write_noise_records(
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = files.lock_folder(folder.parent)
-    shutil.rmtree(partial, ignore_errors=True)  # Of a killed run.
+    _end_partial(partial, folder)  # Of a killed run.
     try:
+        _check_replaceable(folder)
         array_records.write_records(
             {_RECORDS: examples},
             features,
@@ -162,11 +176,12 @@ def write_noise_records(
             metadata=files.seal(metadata),
             num_shards=num_shards,
         )
-        if folder.exists():
-            folder.rename(partial / "old")
-        (partial / _RECORDS).rename(folder)
+        with interrupts.deferred():
+            if folder.exists():
+                folder.rename(partial / "old")
+            (partial / _RECORDS).rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _end_partial(partial, folder)
         del lock
 
 
@@ -194,6 +209,23 @@ def read_noise(path: str | os.PathLike[str]) -> Noise:
     return noise
 
 
+def _check_replaceable(folder: pathlib.Path) -> None:
+    """Raises a FileExistsError unless there is nothing but what `write_noise_records` wrote."""
+    if not folder.is_dir() and folder.exists():
+        raise FileExistsError(f"{folder} is a file; choose another name for the folder of noise")
+    for path in folder.rglob("*"):
+        name = files.printable(path.relative_to(folder).as_posix())
+        if not _WRITTEN.fullmatch(name):
+            raise FileExistsError(f"{folder} holds {name}, which is no noise; choose another name")
+
+
+def _end_partial(partial: pathlib.Path, folder: pathlib.Path) -> None:
+    """Removes what an attempt to write has left; a set that it did not replace returns."""
+    if (partial / "old").exists() and not folder.exists():
+        (partial / "old").rename(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
 def _read_archive(path: pathlib.Path) -> Noise:
     with zipfile.ZipFile(path) as archive:
         files.check_npz(archive, path.stat().st_size, small=_SMALL_BYTES)
@@ -212,6 +244,7 @@ def _read_records(folder: pathlib.Path) -> Noise:
     if "checksum" in metadata:  # Earlier versions wrote none.
         metadata = files.unseal(metadata)
     source = array_records.open_source(folder.parent, folder.name, _RECORDS)
+    _check_records(folder, len(source))
     found = {}
     for row in range(len(source)):
         example = source[row]
@@ -222,6 +255,15 @@ def _read_records(folder: pathlib.Path) -> Noise:
     if "rows" in metadata and metadata["rows"] != _digest(noise):
         raise ValueError("damaged: the checksum of its rows is another one")
     return noise
+
+
+def _check_records(folder: pathlib.Path, count: int) -> None:
+    """Raises a ValueError if records say that they unpack to absurdly much."""
+    levels = array_records.features_of(folder.parent, folder.name)["levels"]
+    num_bytes = count * math.prod(levels.shape) * np.dtype(levels.np_dtype).itemsize
+    paths = pathlib.Path(array_records.find_folder(folder.parent, folder.name)).iterdir()
+    file_bytes = sum(path.stat().st_size for path in paths)
+    files.check_expansion(num_bytes, file_bytes, small=_SMALL_BYTES)
 
 
 def _digest(noise: Noise) -> str:

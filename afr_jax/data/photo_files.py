@@ -149,6 +149,12 @@ def output_paths(
     return outputs
 
 
+def stem_with_extension(relative: pathlib.PurePosixPath) -> str:
+    """`<stem>_<extension>`, which names an output where another one has the stem alone."""
+    extension = relative.suffix[1:]
+    return f"{relative.stem}_{extension}" if extension else relative.stem
+
+
 def _files_below(
     root: pathlib.Path, excluded: set[pathlib.Path]
 ) -> Iterator[tuple[pathlib.Path, PhotoInput]]:
@@ -194,7 +200,7 @@ def _relative(path: pathlib.Path, root: pathlib.Path) -> pathlib.PurePosixPath:
 
 def _stems(relative: pathlib.PurePosixPath) -> Iterator[str]:
     yield relative.stem
-    stem = f"{relative.stem}_{relative.suffix[1:]}" if relative.suffix[1:] else relative.stem
+    stem = stem_with_extension(relative)
     if stem != relative.stem:
         yield stem
     number = 2

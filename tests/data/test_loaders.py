@@ -82,7 +82,7 @@ def tree(tmp_path_factory):
 def test_loaders_give_the_batches_of_the_steps_and_resume(tree):
     listing = identities.list_tree(tree)
     source = loaders.FileSource(listing, 8)
-    images, labels = loaders.load_all(source)
+    _, images = identities.read_samples(listing, 8)
     batches = sampling.ShuffledBatches(12, 5, seed=2)
 
     def iterate(**options):
@@ -93,7 +93,7 @@ def test_loaders_give_the_batches_of_the_steps_and_resume(tree):
     for batch in straight:
         rows = batches.rows(batch.step)
         np.testing.assert_array_equal(batch.images, images[rows])
-        np.testing.assert_array_equal(batch.labels, labels[rows])
+        np.testing.assert_array_equal(batch.labels, listing.labels[rows])
     many = iterate(num_threads=6)
     for _ in range(3):
         next(many)
@@ -130,8 +130,6 @@ def test_a_listing_as_array_records(tree, tmp_path):
         expected = np.asarray(Image.open(tree / name).convert("RGB"))
         np.testing.assert_array_equal(example["image"], expected)
         assert f"person {example['label']}" == name.split("/")[0]
-    images, labels = loaders.load_all(loaders.RecordSource(examples, 8))
-    assert images.shape == (11, 8, 8, 3) and sorted(labels) == [0] * 4 + [1] * 3 + [2] * 4
     (held_example,) = [array_records.open_source(tmp_path, "few", "test")[0]]
     assert held_example["sample_id"] == b"person 1/2.webp"
     with pytest.raises(FileExistsError, match="another name"):
@@ -156,20 +154,27 @@ def _records(images, labels):
     )
 
 
-def test_the_binary_archive_of_cifar10(tmp_path):
-    images, labels = _cifar(12, 0)
-    parts = {f"data_batch_{i + 1}.bin": slice(2 * i, 2 * i + 2) for i in range(5)}
-    parts["test_batch.bin"] = slice(10, 12)
-    archive = tmp_path / "cifar-10-binary.tar.gz"
-    unpacked = tmp_path / "unpacked" / "cifar-10-batches-bin"
-    unpacked.mkdir(parents=True)
-    with tarfile.open(archive, "w:gz") as file:
-        for name, rows in parts.items():
-            data = _records(images[rows], labels[rows])
-            (unpacked / name).write_bytes(data)
+def _write_archive(path, parts):
+    with tarfile.open(path, "w:gz") as file:
+        for name, data in parts.items():
             member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             member.size = len(data)
             file.addfile(member, io.BytesIO(data))
+
+
+def test_the_binary_archive_of_cifar10(tmp_path):
+    images, labels = _cifar(12, 0)
+    names = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
+    parts = {
+        name: _records(images[2 * i : 2 * i + 2], labels[2 * i : 2 * i + 2])
+        for i, name in enumerate(names)
+    }
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    unpacked = tmp_path / "unpacked" / "cifar-10-batches-bin"
+    unpacked.mkdir(parents=True)
+    _write_archive(archive, parts)
+    for name, data in parts.items():
+        (unpacked / name).write_bytes(data)
     for source in (archive, tmp_path / "unpacked"):
         train, test = (cifar10.load(source, split) for split in ("train", "test"))
         np.testing.assert_array_equal(train.images, images[:10])
@@ -184,7 +189,7 @@ def test_the_binary_archive_of_cifar10(tmp_path):
         cifar10.load(archive, "test")
 
 
-def test_mosaics_folders_and_records_of_cifar10(tmp_path):
+def test_mosaics_and_folders_of_cifar10(tmp_path):
     images, labels = _cifar(1000, 1)
     mosaics = tmp_path / "mosaics"
     mosaics.mkdir()
@@ -212,28 +217,43 @@ def test_mosaics_folders_and_records_of_cifar10(tmp_path):
     assert set(found.sample_ids) == set(by_id)
     for name, image in zip(found.sample_ids, found.images, strict=True):
         np.testing.assert_array_equal(image, by_id[name])
-    np.savez(mosaics / "train_labels.npz", label=np.zeros(2000, np.int64))
-    with pytest.raises(ValueError, match="2000 labels"):
-        cifar10.load(mosaics, "train")
+    for wrong, match in (
+        (np.zeros(2000, np.int64), "2000 labels"),
+        (np.full(1000, 10), "none of 0 to 9"),
+        (np.full(1000, -1), "none of 0 to 9"),
+        (np.full(1000, 1 << 32), "none of 0 to 9"),
+        (np.zeros(1 << 27, np.int8), "unpack to"),
+    ):
+        np.savez_compressed(mosaics / "train_labels.npz", label=wrong)
+        with pytest.raises(ValueError, match=match):
+            cifar10.load(mosaics, "train")
 
 
-def test_cifar10_as_array_records(tmp_path):
-    images, labels = _cifar(30, 2)
-    labels[:20], labels[20:] = np.arange(20) % 10, np.arange(10)
-    folder = tmp_path / "bin"
+def test_damaged_and_oversized_cifar10(tmp_path, monkeypatch):
+    images, labels = _cifar(2, 3)
+    names = ("test_batch.bin", *(f"data_batch_{i}.bin" for i in range(1, 6)))
+    parts = dict.fromkeys(names, _records(images, labels))
+    archive, folder = tmp_path / "cifar-10-binary.tar.gz", tmp_path / "folder"
+    _write_archive(archive, parts)
+    whole = archive.read_bytes()
+    np.testing.assert_array_equal(cifar10.load(archive, "test").images, images)
+    # The file of the split comes first; the checksum comes last.
+    for damaged in (whole[:-8], whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:]):
+        archive.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            cifar10.load(archive, "test")
+    parts["test_batch.bin"] = bytes(10_001 * 3073)
+    _write_archive(archive, parts)
     folder.mkdir()
-    for i in range(5):
-        rows = slice(4 * i, 4 * i + 4)
-        (folder / f"data_batch_{i + 1}.bin").write_bytes(_records(images[rows], labels[rows]))
-    (folder / "test_batch.bin").write_bytes(_records(images[20:], labels[20:]))
-    array_records.write_cifar10(folder, tmp_path / "records")
-    assert array_records.classes_of(tmp_path / "records", "cifar10") == cifar10.CLASSES
-    examples = array_records.open_source(tmp_path / "records", "cifar10", "test")
-    for index in range(10):
-        example = examples[index]
-        row = 20 + int(example["sample_id"].decode().split("/")[1])
-        np.testing.assert_array_equal(example["image"], images[row])
-        assert example["label"] == labels[row]
+    for name, data in parts.items():
+        (folder / name).write_bytes(data)
+    for source in (archive, folder):
+        assert len(cifar10.load(source, "train").labels) == 10
+        with pytest.raises(ValueError, match="more than 30730000 bytes"):
+            cifar10.load(source, "test")
+    monkeypatch.setattr(cifar10, "_ARCHIVE_BYTES", 1 << 20)
+    with pytest.raises(ValueError, match="unpacks to more"):
+        cifar10.load(archive, "train")
 
 
 def test_what_is_no_cifar10(tmp_path):

@@ -1,8 +1,14 @@
 """Labeled sets and noise by id: stable ids, exact budgets, same bytes, odd files."""
 
+import errno
 import io
+import os
+import pathlib
 import resource
+import signal
+import sys
 import tempfile
+import weakref
 import zipfile
 
 import numpy as np
@@ -10,7 +16,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from afr_jax.data import array_records, identities, image_sets, noise_files
+from afr_jax.core import interrupts
+from afr_jax.data import array_records, identities, image_sets, noise_files, photos
 
 
 def _save(path, pixels, mode="RGB"):
@@ -125,12 +132,29 @@ def test_a_tfds_set_is_the_tree_it_was_made_from(tree, tmp_path_factory):
             image_sets.read(f"tfds:{source}", tfds_dir=str(folder))
 
 
-def test_cifar10_as_records_keeps_its_ids(cifar_file, tmp_path):
-    folder, _ = cifar_file
-    array_records.write_cifar10(folder, tmp_path / "sets")
-    for split in ("train", "test"):
-        data = image_sets.read_records(tmp_path / "sets", "cifar10", split=split)
-        _same(data, image_sets.read_cifar10(folder, split=split))
+def test_photos_are_reduced_before_all_are_read(tmp_path, monkeypatch):
+    for number in range(30):
+        _save(tmp_path / f"tree/cat/{number:02d}.png", np.full((40, 50, 3), number, np.uint8))
+    listing = identities.list_tree(tmp_path / "tree")
+    array_records.write_listing(listing, tmp_path / "sets", name="cats")
+    whole, num_held = [], []
+
+    decode_photo = photos.decode_photo
+
+    def watched(data, **options):
+        photo = decode_photo(data, **options)
+        whole.append(weakref.ref(photo.pixels))
+        num_held.append(sum(pixels() is not None for pixels in whole))
+        return photo
+
+    monkeypatch.setattr(photos, "decode_photo", watched)
+    for source in (str(tmp_path / "tree"), "tfds:cats"):
+        data = image_sets.read(source, tfds_dir=str(tmp_path / "sets"), image_px=16, resize=True)
+        assert data.images.shape == (30, 16, 16, 3)
+        np.testing.assert_array_equal(data.images[:, 5, 5, 0], np.arange(30))
+        assert len(num_held) == 30 and max(num_held) < 20
+        whole.clear()
+        num_held.clear()
 
 
 def _write_set(folder, name, features, examples):
@@ -142,7 +166,7 @@ def test_foreign_tfds_sets(tmp_path):
     """Ids of their own or none, gray images, names that are no folders, features that are wrong."""
     label = tfds.features.ClassLabel(names=["b/c", "a"])
     gray = tfds.features.Image(shape=(12, 12, 1))
-    names = ("x_1", "/../y", "z.png")
+    names = ("x/1", "/../y", "z.png")
 
     def example(number):
         buffer = io.BytesIO()
@@ -297,6 +321,82 @@ def test_killed_runs_leave_no_records(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "sets" / "noise").iterdir()] == ["1.0.0"]
 
 
+def _noise(level):
+    return noise_files.Noise(("a",), np.full((1, 2, 2, 3), level, np.int16), "sample")
+
+
+def _level(folder):
+    return noise_files.read_noise(folder).levels.max()
+
+
+@pytest.mark.parametrize("name", ["photos/mine.jpg", "1.0.0/mine.jpg", ".mine", "1.0.0/old/"])
+def test_folders_of_anything_but_noise_are_not_replaced(tmp_path, name):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    _noise(1).save(folder)
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.mkdir() if name.endswith("/") else path.write_text("mine")
+    with pytest.raises(FileExistsError, match=str(folder)):
+        _noise(2).save(folder)
+    assert path.exists() and _level(folder) == 1
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="file"):
+        _noise(2).save(tmp_path / "file")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "file"}
+
+
+def test_noise_that_is_not_replaced_returns(tmp_path, monkeypatch):
+    folder, partial = tmp_path / "noise", tmp_path / ".noise.partial"
+    _noise(1).save(folder)
+    rename = pathlib.Path.rename
+
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, "full")
+
+    def rename_others(path, target):
+        return fail() if path == partial / "noise" else rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "rename", rename_others)
+        with pytest.raises(OSError, match="full"):
+            _noise(2).save(folder)
+    assert _level(folder) == 1 and list(tmp_path.iterdir()) == [folder]
+    # As a run leaves it that is killed between the two.
+    partial.mkdir()
+    folder.rename(partial / "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(array_records, "write_records", fail)
+        with pytest.raises(OSError, match="full"):
+            _noise(2).save(folder)
+    assert _level(folder) == 1 and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_signal_while_noise_is_replaced_raises_behind_it(tmp_path, monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
+    folder = tmp_path / "noise"
+    _noise(1).save(folder)
+    rename = pathlib.Path.rename
+
+    def interrupted_rename(path, target):
+        if path == folder:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rename(path, target)
+
+    try:
+        interrupts.raise_and_remember()
+        with monkeypatch.context() as patch:
+            patch.setattr(pathlib.Path, "rename", interrupted_rename)
+            with pytest.raises(interrupts.Interrupted):
+                _noise(2).save(folder)
+    finally:
+        interrupts.raise_and_remember()  # Forgets the signal.
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert _level(folder) == 2 and list(tmp_path.iterdir()) == [folder]
+
+
 def test_records_of_noise_keep_their_names_through_shuffling_and_resharding(tmp_path):
     levels = np.arange(40, dtype=np.int16)[:, None, None, None] - np.zeros((2, 2, 3), np.int16)
     noise = noise_files.Noise(tuple(f"c/{number:02d}" for number in range(40)), levels, "sample")
@@ -368,3 +468,11 @@ def test_noise_files_that_are_not_what_they_say_are_refused_by_their_headers(
     with pytest.raises(ValueError, match=match):
         noise_files.read_noise(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+
+
+def test_records_of_noise_that_unpack_to_too_much_are_refused(tmp_path):
+    _noise(1).save(tmp_path / "noise")
+    path = tmp_path / "noise/1.0.0/features.json"
+    path.write_text(path.read_text().replace('"2"', '"16384"'))
+    with pytest.raises(ValueError, match="unpack to"):
+        noise_files.read_noise(tmp_path / "noise")

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, PngImagePlugin
 
 from afr_jax.core import files
-from afr_jax.data import photo_files, photos
+from afr_jax.data import identities, photo_files, photos
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 LOSSLESS = {
@@ -993,6 +993,16 @@ def _inputs(*names: str) -> list[photo_files.PhotoInput]:
 def test_output_paths(names, expected):
     outputs = photo_files.output_paths(_inputs(*names), "/out")
     assert outputs == [pathlib.Path(f"/out/{name}_cloaked.png") for name in expected]
+
+
+def test_outputs_are_found_as_copies_of_their_inputs(tmp_path):
+    names = ("ann/a.b.jpg", "ann/a.b.png", "ann/c.jpg", "ann/c.webp", "ann/d")
+    outputs = photo_files.output_paths(_inputs(*names), tmp_path)
+    outputs[0].parent.mkdir()
+    for path in outputs:
+        path.write_bytes(_bytes(_blocks()))
+    copies = identities.list_copies(tmp_path)
+    assert [copies.of(name).path for name in names] == outputs
 
 
 def test_output_paths_of_an_earlier_run_stay():
