@@ -146,7 +146,7 @@ def _average_leading(
     if all(isinstance(n, int) and n == x.shape[0] for n in (num_out, in_size, out_size)):
         return x
     num_taps = math.ceil(1.1 * x.shape[0] / num_out) + 1
-    # float32 holds i * in / out to about 1e-4 pixel for sides up to 2^14.
+    # float32 holds i * in / out to 2^-9 pixel for sides up to 2^14.
     ratio = jnp.asarray(in_size, jnp.float32) / jnp.maximum(jnp.asarray(out_size, jnp.float32), 1)
     start = jnp.arange(num_out, dtype=jnp.float32) * ratio
     first = jnp.floor(start).astype(jnp.int32)

@@ -25,6 +25,8 @@ WEIGHTS_NAME = "extractor.safetensors"
 # All networks here see 2 x - 1 for x in [0, 1].
 INPUT_SCALE, INPUT_OFFSET = 2.0, -1.0
 _CARD_VERSION = 1
+# In a card: that of its weights.
+_CHECKSUM = "weights_sha256"
 # Blocks of each stage and whether they are bottlenecks; 6 and 10 layers are for CPUs.
 _RESNETS = {
     "resnet6": ((1, 1), False),
@@ -147,13 +149,14 @@ def write_extractor(
     """
     folder = pathlib.Path(folder)
     host = jax.device_get(variables)
-    conversion.write_safetensors(folder / WEIGHTS_NAME, host, dtype=dtype)
+    checksum = conversion.write_safetensors(folder / WEIGHTS_NAME, host, dtype=dtype)
     scale, offset = INPUT_SCALE, INPUT_OFFSET
     if card.base is not None:
         entry = registry.get(card.base)
         scale, offset = entry.input_scale, entry.input_offset
     fields = {"version": _CARD_VERSION, "weights": WEIGHTS_NAME, "input_scale": scale}
-    fields |= {"input_offset": offset, **dataclasses.asdict(card)}
+    # A run may end between the two writes.
+    fields |= {"input_offset": offset, _CHECKSUM: checksum, **dataclasses.asdict(card)}
     files.write_sealed(folder / CARD_NAME, fields)
     return folder / CARD_NAME
 
@@ -165,7 +168,11 @@ def read_card(path: str | os.PathLike[str]) -> Card:
         FileNotFoundError: there is none.
         ValueError: the file is no such card.
     """
-    path = _card_path(path)
+    return _read_card(_card_path(path))[0]
+
+
+def _read_card(path: pathlib.Path) -> tuple[Card, str | None]:
+    """A card, and the checksum of its weights; earlier versions wrote none."""
     try:
         fields = files.parse_json(path.read_text(encoding="utf-8"))
         if "checksum" in fields:  # Earlier versions wrote none.
@@ -174,10 +181,11 @@ def read_card(path: str | os.PathLike[str]) -> Card:
             raise ValueError("another version")
         for name in ("weights", "input_scale", "input_offset"):
             del fields[name]
+        checksum = fields.pop(_CHECKSUM, None)
         if fields["template"] is not None:
             fields["template"] = tuple((float(y), float(x)) for y, x in fields["template"])
         fields["identities"] = tuple(fields["identities"])
-        return Card(**fields)
+        return Card(**fields), checksum
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no trained extractor {path}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -195,10 +203,10 @@ def read_extractor(path: str | os.PathLike[str]) -> registry.Extractor:
         ValueError: the file is no such card, or does not say how photos are aligned for it.
     """
     path = _card_path(path)
-    card = read_card(path)
+    card, checksum = _read_card(path)
     if card.template is None:
         raise ValueError(f"{path} does not say how photos are aligned for the extractor")
-    load = functools.partial(_read_variables, path.with_name(WEIGHTS_NAME), card)
+    load = functools.partial(_read_variables, path.with_name(WEIGHTS_NAME), card, checksum)
     if card.base is not None:
         entry = registry.get(card.base)
         own = {entry.metric: card.threshold}
@@ -239,9 +247,9 @@ def _network(card: Card) -> nn.Module:
     )
 
 
-def _read_variables(path: pathlib.Path, card: Card) -> conversion.Variables:
+def _read_variables(path: pathlib.Path, card: Card, checksum: str | None) -> conversion.Variables:
     shapes = conversion.shapes(_network(card), card.input_px)
-    return conversion.read_safetensors(path, shapes)
+    return conversion.read_safetensors(path, shapes, checksum=checksum)
 
 
 def _card_path(path: str | os.PathLike[str]) -> pathlib.Path:

@@ -95,6 +95,26 @@ def test_a_store_that_goes_away_is_an_error_and_costs_nothing(bucket, monkeypatc
     assert (work.path / "result.json").exists()
 
 
+def test_after_a_push_that_failed_the_next_one_brings_what_is_there_then(bucket, monkeypatch):
+    work = workdir.open_workdir(f"{bucket}/run", {})
+    mirror, path = object_store._open[0], work.path / "checkpoints" / "7" / "a"
+
+    def fail(*_):
+        raise ConnectionError("no route")
+
+    with mirror._pushing:  # Of the thread.
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"old")
+    with monkeypatch.context() as patched:
+        patched.setattr(mirror, "_put", fail)
+        with pytest.raises(ConnectionError):
+            mirror.push()
+        path.unlink()
+        path.write_bytes(b"newer")
+    object_store.close_all()
+    assert (epath.Path(f"{bucket}/run") / "checkpoints/7/a").read_bytes() == b"newer"
+
+
 def test_several_processes_need_a_folder(bucket, monkeypatch):
     monkeypatch.setattr(distributed, "process_count", lambda: 2)
     with pytest.raises(options.UsageError, match="several processes"):

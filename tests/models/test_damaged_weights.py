@@ -181,6 +181,12 @@ def _elsewhere_keras(path: pathlib.Path) -> None:
     _keras(path, link=h5py.ExternalLink("other.h5", "values"))
 
 
+def _model_elsewhere_keras(path: pathlib.Path) -> None:
+    _keras(path.with_name("other.h5"), shape=(4,), dtype="f4")
+    with h5py.File(path, "w") as file:
+        file["model_weights"] = h5py.ExternalLink("other.h5", "/")
+
+
 def _raw_keras(path: pathlib.Path) -> None:
     raw = path.with_name("raw")
     raw.write_bytes(bytes(64))
@@ -195,6 +201,7 @@ def _raw_keras(path: pathlib.Path) -> None:
         (_bomb_index, "unpack to"),
         (lambda path: _keras(path, shape=(1 << 33,), dtype="f4", chunks=(1024,)), "unpack to"),
         (_elsewhere_keras, "another file"),
+        (_model_elsewhere_keras, "another file"),
         (_raw_keras, "another file"),
         (lambda path: _keras(path, link=h5py.SoftLink("/b")), "another file"),
         (lambda path: _keras(path, data=["words"]), "no array of numbers"),

@@ -59,7 +59,7 @@ class _Call:
         (np.zeros(3, np.float32), None),
         ([np.zeros(3, np.float32)], "neither"),
         ({"a": 1.0}, "neither"),
-        ({1: np.zeros(3, np.float32)}, "no name"),
+        ({1: np.zeros(3, np.float32)}, "type int is no name"),
         ({"a": np.zeros(3, object)}, "without a type or values"),
         ({"a": np.zeros(3, ">f4")}, "no little-endian"),
         ({"a": np.zeros(3, np.int32)}, "no little-endian"),
@@ -121,13 +121,43 @@ def _numpy(path, data):
 
 
 @pytest.mark.parametrize("read", [_mtcnn, _torch, _numpy])
-def test_a_few_bytes_do_not_fill_the_memory(tmp_path, read):
-    """A pickle may say that it refers to the object of a large number: room for all before it."""
-    data = b"\x80\x02}r" + (50_000_000).to_bytes(4, "little") + b"."
+@pytest.mark.parametrize(
+    "code, num_digits",
+    [
+        # The object of a large number: room for all before it.
+        (b"}" + pickle.LONG_BINPUT, 4),
+        # What has a length that the file has not.
+        *((code, 8) for code in (pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8)),
+        *((code, 4) for code in (pickle.BINBYTES, pickle.BINUNICODE, pickle.BINSTRING)),
+        (pickle.LONG4, 4),
+        (pickle.FRAME, 8),
+    ],
+)
+def test_a_few_bytes_do_not_fill_the_memory(tmp_path, read, code, num_digits):
+    data = b"\x80\x05" + code + (600_000_000).to_bytes(num_digits, "little") + b"."
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match=str(tmp_path)):
             read(tmp_path / "net", data)
         assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_tuples_within_tuples_are_not_written_out(tmp_path):
+    """As text they are many thousand times longer than the file."""
+    endless = b")" + 20 * (pickle.DUP + pickle.TUPLE2)
+    storage = b"(" + torch.text("storage") + torch.name("torch", "FloatStorage")
+    storage += endless + torch.text("cpu") + torch.integer(1) + b"tQ"
+    tracemalloc.start()
+    try:
+        for read, data, match in (
+            (_torch, storage, "neither text nor a number"),
+            (_torch, torch.dictionary({endless: b"N"}), "type tuple"),
+            (_numpy, torch.dictionary({endless: b"N"}), "type tuple"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                read(tmp_path / "net", b"\x80\x02" + data + b".")
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()

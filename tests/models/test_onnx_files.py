@@ -123,6 +123,14 @@ def test_quantized_weights_become_real(tmp_path, name, shape, scale_shape, setti
     np.testing.assert_array_equal(arrays["w"], expected)
 
 
+def test_integers_that_many_nodes_convert_are_refused(tmp_path):
+    values, scale = np.zeros(1 << 20, np.int8), np.ones((), np.float32)
+    tensors = [onnx.tensor("q", values), onnx.tensor("s", scale)]
+    nodes = [onnx.node("DequantizeLinear", ["q", "s"], [f"w{i}"]) for i in range(150)]
+    path = onnx.write(tmp_path / "net.onnx", tensors, nodes)
+    _assert_refused(path, "unpack to")
+
+
 def test_real_weights_are_reshaped_and_used_by_name(tmp_path):
     values, scales = np.arange(6, dtype=np.int8).reshape(2, 3), np.float32([[2], [3]])
     tensors, nodes = _quantized(values, scales, None, axis=1, block_size=3)

@@ -295,7 +295,47 @@ def test_an_archive_without_the_file_is_refused(cache, monkeypatch):
     _serve(monkeypatch, cache, b"<html>gone</html>")
     with pytest.raises(ValueError, match="not an archive"):
         download.fetch("deepface")
-    assert not (cache / download.SOURCES["deepface"].file_name).exists()
+    # Another try fetches it anew.
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+def test_a_damaged_archive_is_dropped(cache, monkeypatch, tmp_path, method):
+    member, packed = download.SOURCES["deepface"].member, tmp_path / "archive.zip"
+    with zipfile.ZipFile(packed, "w", method) as file:
+        file.writestr(member, bytes(1000))
+    data = bytearray(packed.read_bytes())
+    if method == zipfile.ZIP_DEFLATED:
+        # A block of a type that there is not.
+        data[30 + len(member)] = 0b111
+    else:
+        # More bytes than the file has.
+        sizes = data.rindex(b"PK\1\2") + 20
+        data[sizes : sizes + 8] = 2 * (1 << 20).to_bytes(4, "little")
+    _serve(monkeypatch, cache, bytes(data))
+    with pytest.raises(ValueError, match="not an archive"):
+        download.fetch("deepface")
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_another_process_may_unpack_an_archive_meanwhile(cache, monkeypatch, tmp_path, is_open):
+    source, packed = download.SOURCES["deepface"], tmp_path / "archive.zip"
+    with zipfile.ZipFile(packed, "w") as file:
+        file.writestr(source.member, b"weights")
+    _serve(monkeypatch, cache, packed.read_bytes())
+    archive, path = cache / f"{source.file_name}.zip", cache / source.file_name
+    open_archive = zipfile.ZipFile
+
+    def meanwhile(name):
+        found = open_archive(name) if is_open else None
+        archive.unlink()
+        path.write_bytes(b"weights")
+        return found or open_archive(name)
+
+    monkeypatch.setattr(download.zipfile, "ZipFile", meanwhile)
+    assert download.fetch("deepface").read_bytes() == b"weights"
+    assert list(cache.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("name", sorted(download.SOURCES))

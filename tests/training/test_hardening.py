@@ -355,6 +355,30 @@ def test_a_hardened_folder_is_an_extractor(tmp_path, dtype):
         pipeline.find_extractor(str(tmp_path))
 
 
+def test_weights_of_another_card_are_refused(tmp_path):
+    """A run that was killed between the two writes leaves the card of earlier weights."""
+    card = trained.Card("resnet6", 16, 8, width=4, template=((0.0, 0.0),) * 5, threshold=1.0)
+    module = trained.make_network("resnet6", input_px=16, embedding_size=8, width=4)
+    shapes = conversion.shapes(module, 16)
+    old, new = (
+        jax.tree.map(lambda leaf, value=value: np.full(leaf.shape, value, np.float32), shapes)
+        for value in (1, 2)
+    )
+    path = trained.write_extractor(tmp_path, card, old)
+    text = path.read_text()
+    trained.write_extractor(tmp_path, card, new)
+    jax.tree.map(np.testing.assert_array_equal, trained.read_extractor(tmp_path).load(), new)
+    path.write_text(text)
+    assert trained.read_card(tmp_path) == card
+    with pytest.raises(ValueError, match="not those of the card"):
+        trained.read_extractor(tmp_path).load()
+    # Earlier versions did not write whose card it is.
+    fields = files.unseal(json.loads(text))
+    del fields["weights_sha256"]
+    files.write_sealed(path, fields)
+    jax.tree.map(np.testing.assert_array_equal, trained.read_extractor(tmp_path).load(), new)
+
+
 def test_cloaks_are_cut_like_their_photos(tmp_path, monkeypatch):
     for name in ("a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png"):
         programs.save_photo(tmp_path / "clean" / name, (40, 80, 120))

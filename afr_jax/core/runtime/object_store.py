@@ -112,6 +112,8 @@ class Mirror:
         with self._pushing:
             now = dict(sorted(self._local(), key=lambda item: _order(item[0])))
             changed = [name for name, state in now.items() if self._known.get(name) != state]
+            # What a push that failed has left there may be older.
+            shutil.rmtree(self._stage, ignore_errors=True)
             self._link_checkpoints(changed)
             for name in changed:
                 if self._put(name):

@@ -7,18 +7,29 @@ the bytes that the file has for them, or than a compressed file can honestly hol
 import os
 import pickle
 import zipfile
+from typing import ClassVar
 
 from afr_jax.core import files
 
 _MOST_TEXT = 500
 
 
+def _refuse_bytearray(_: object) -> None:
+    raise ValueError("the file holds a bytearray, which a weight file does not need")
+
+
 class Unpickler(pickle._Unpickler):
     """Unpickles nothing that must be looked up, to be extended by what a kind of file needs.
 
     It is the one in Python: the one in C makes room for as many objects as a file says that it
-    will refer to, which in a few bytes can be more than there is memory.
+    will refer to, which in a few bytes can be more than there is memory. Either one makes room for
+    all of a bytearray before it reads it, so there may be none.
     """
+
+    dispatch: ClassVar = {
+        **pickle._Unpickler.dispatch,
+        pickle.BYTEARRAY8[0]: _refuse_bytearray,
+    }
 
     def find_class(self, module: str, name: str) -> object:
         """Called for every class and function that the file names.

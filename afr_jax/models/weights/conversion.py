@@ -205,7 +205,7 @@ def write_safetensors(
     *,
     dtype: str | None = None,
     metadata: Mapping[str, str] | None = None,
-) -> None:
+) -> str:
     """Writes variables atomically, with a checksum; the name of an array is its path with slashes.
 
     Args:
@@ -213,6 +213,9 @@ def write_safetensors(
         variables: nested mapping of arrays.
         dtype: "float16" halves the file; None keeps what the arrays have.
         metadata: text that the file carries.
+
+    Returns:
+        The checksum.
 
     Raises:
         ValueError: a value does not fit into `dtype`.
@@ -226,24 +229,29 @@ def write_safetensors(
             if not np.array_equal(np.isfinite(stored), np.isfinite(array)):
                 raise ValueError(f"{name} holds values that do not fit into {dtype}")
         flat[name] = stored
-    known = {**(metadata or {}), formats.CHECKSUM: files.digest_of(flat)}
+    checksum = files.digest_of(flat)
+    known = {**(metadata or {}), formats.CHECKSUM: checksum}
     files.write_atomically(path, safetensors.numpy.save(flat, metadata=known), overwrite=True)
+    return checksum
 
 
-def read_safetensors(path: str | os.PathLike[str], variable_shapes: Variables) -> Variables:
+def read_safetensors(
+    path: str | os.PathLike[str], variable_shapes: Variables, *, checksum: str | None = None
+) -> Variables:
     """Reads what `write_safetensors` wrote.
 
     Args:
         path: the file.
         variable_shapes: what the module needs, see `shapes`.
+        checksum: that it must have; None for any.
 
     Returns:
         The variables, float32 whatever the file holds.
 
     Raises:
-        ValueError: the file is damaged, or names or shapes differ.
+        ValueError: the file is damaged or another one, or names or shapes differ.
     """
-    arrays = formats.read_safetensors(path)
+    arrays = formats.read_safetensors(path, checksum=checksum)
     return fill(
         path, variable_shapes, arrays, lambda leaf, shape: plain_entry("/".join(leaf), shape)
     )

@@ -11,12 +11,14 @@ import contextlib
 import functools
 import logging
 import pathlib
-import shutil
 import zipfile
+import zlib
 from typing import NamedTuple
 
 import pooch
 import requests
+
+from afr_jax.core import files
 
 
 class Source(NamedTuple):
@@ -234,13 +236,17 @@ def _reason(error: Exception) -> str:
 
 def _unpack(archive: pathlib.Path, member: str, path: pathlib.Path) -> None:
     """Writes one file of an archive to a path, whole or not at all, and drops the archive."""
-    temporary = path.with_name(f".{path.name}.part")
     try:
         with zipfile.ZipFile(archive) as file:
             (inside,) = (n for n in file.namelist() if pathlib.PurePosixPath(n).name == member)
-            with file.open(inside) as source, open(temporary, "wb") as target:
-                shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"{archive} is not an archive with {member}") from error
-    temporary.replace(path)
-    archive.unlink()
+            with file.open(inside) as source:
+                parts = iter(lambda: source.read(_CHUNK), b"")
+                files.write_parts_atomically(path, parts, overwrite=True)
+    except FileNotFoundError:
+        # Another process may have unpacked and dropped it meanwhile.
+        if not path.is_file():
+            raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
+        archive.unlink(missing_ok=True)
+        raise ValueError(f"{archive} is not an archive with {member}: it was dropped") from error
+    archive.unlink(missing_ok=True)

@@ -95,19 +95,27 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[str, dict[str, np.ndarray
     return kind, readers[kind](path)
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_safetensors(
+    path: str | os.PathLike[str], *, checksum: str | None = None
+) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file; checked where its metadata have a `CHECKSUM`.
 
+    Args:
+        path: the file.
+        checksum: what a card beside the file has noted of its arrays; None where it has not.
+
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or not the one of the card.
     """
     try:
         data = pathlib.Path(path).read_bytes()
         arrays = safetensors.numpy.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        checksum = header.get("__metadata__", {}).get(CHECKSUM)
-        if checksum not in (None, files.digest_of(arrays)):
+        found = files.digest_of(arrays)
+        if header.get("__metadata__", {}).get(CHECKSUM) not in (None, found):
             raise ValueError("its checksum is another one")
+        if checksum not in (None, found):
+            raise ValueError("its arrays are not those of the card beside it")
         return arrays
     except Exception as error:
         raise checks.unreadable(path, "safetensors file", error) from error
@@ -128,7 +136,7 @@ def _read_keras(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Keras's own layout: the groups name their layers, the layers their arrays, in order."""
     try:
         with h5py.File(path, "r") as file:
-            root = file.get("model_weights", file)
+            root = _child(file, "model_weights") if "model_weights" in file else file
             if "layer_names" not in root.attrs:
                 raise ValueError("it holds no Keras weights")
             found = {}

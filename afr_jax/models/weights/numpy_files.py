@@ -53,7 +53,7 @@ def _flatten(value: object, keys: tuple[str, ...], found: dict[str, np.ndarray])
         raise ValueError(f"{'/'.join(keys)[:80]!r} is neither an array nor a dictionary of such")
     for key, item in value.items():
         if not isinstance(key, str):
-            raise ValueError(f"{repr(key)[:80]} is no name")
+            raise ValueError(f"a key of type {type(key).__name__} is no name")
         _flatten(item, (*keys, key), found)
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from afr_jax.core import files
 from afr_jax.models.weights import checks
 
 # Wire types of protobuf: integer, 8 bytes, length and bytes, 4 bytes.
@@ -119,12 +120,13 @@ def _graph(data: memoryview) -> Graph:
         if not name or name in arrays:
             raise ValueError(f"there are two arrays {name!r}, or one has no name")
         arrays[name] = array
-    return _dequantized(nodes, arrays)
+    return _dequantized(nodes, arrays, len(data))
 
 
-def _dequantized(nodes: list[Node], arrays: dict[str, np.ndarray]) -> Graph:
+def _dequantized(nodes: list[Node], arrays: dict[str, np.ndarray], file_bytes: int) -> Graph:
     """The graph with real weights in the place of integers and of the nodes that convert them."""
     left, used, names = [], set(), {}
+    real_bytes = 0
     for node in nodes:
         inputs = tuple(names.get(name, name) for name in node.inputs)
         node = node._replace(inputs=inputs)
@@ -137,6 +139,9 @@ def _dequantized(nodes: list[Node], arrays: dict[str, np.ndarray]) -> Graph:
                 name = inputs[0].removesuffix(_QUANTIZED)
             if name in arrays:
                 raise ValueError(f"there are two arrays {name!r}")
+            # Any number of nodes may convert the same integers.
+            real_bytes += operands[0].size * np.dtype(np.float32).itemsize
+            files.check_expansion(real_bytes, file_bytes)
             arrays[name] = _dequantize(*operands, settings=node.settings)
             names[node.outputs[0]] = name
             used.update(inputs)

@@ -203,6 +203,9 @@ class _Unpickler(checks.Unpickler):
         kind, kept, key, _, size, *_ = pid
         if kind != "storage" or not isinstance(kept, _StorageType) or type(size) is not int:
             raise ValueError("it refers to something that is no array")
+        # Tuples that hold one tuple twice, and so on, are short in the file and endless as text.
+        if not isinstance(key, (str, int)):
+            raise ValueError("an array's values are named by neither text nor a number")
         return self._find_storage(kept.dtype, str(key), size)
 
 
@@ -260,7 +263,7 @@ def _read_legacy(data: bytes, foreign: list[str]) -> Any:
     value, keys = load(), load()
     for key in keys:
         size = int.from_bytes(stream.read(8), "little")
-        if key not in storages or size != storages[key].size:
+        if not isinstance(key, str) or key not in storages or size != storages[key].size:
             raise ValueError("an array has not the size that the index says")
         offsets[key] = stream.tell()
         stream.seek(size * storages[key].dtype.itemsize, io.SEEK_CUR)
@@ -276,8 +279,10 @@ def _state_dict(value: Any) -> dict[str, np.ndarray]:
     if not isinstance(value, dict) or not value:
         raise ValueError("it holds no state dict")
     for name, item in value.items():
-        if not isinstance(name, str) or not isinstance(item, _Tensor):
-            raise ValueError(f"{repr(name)[:80]} is no array")
+        if not isinstance(name, str):
+            raise ValueError(f"a key of type {type(name).__name__} is no name of an array")
+        if not isinstance(item, _Tensor):
+            raise ValueError(f"{name[:80]!r} is no array")
     return without_prefix({name: item.array() for name, item in value.items()}, "module.")
 
 
