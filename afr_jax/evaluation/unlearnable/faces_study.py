@@ -92,7 +92,7 @@ class UnlearnableFacesConfig(options.Config):
         "all", "who carries noise", resumable=True
     )
     seeds: tuple[int, ...] = options.option(
-        (0,), "of the division of people, noise and victim", resumable=True
+        (0,), "of the division of people, noise and victim", at_least=0, resumable=True
     )
     num_auxiliary: int = options.option(8, "people for the noise alone", at_least=1)
     num_protected: int = options.option(4, "people protected in `partial`", at_least=1)

@@ -176,7 +176,7 @@ class UnlearnableStudyConfig(options.Config):
     poison_rates: tuple[float, ...] = options.option(
         (1.0,), "shares of the training images with noise, above 0", at_least=0, at_most=1
     )
-    seeds: tuple[int, ...] = options.option((0,), "of noise and victims")
+    seeds: tuple[int, ...] = options.option((0,), "of noise and victims", at_least=0)
     epsilon: float = options.option(
         8.0, "budget of the noise, gray levels of 255", at_least=1, at_most=255
     )
