@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afr_jax.core import parallel
 from afr_jax.models import layers
 from afr_jax.models.weights import conversion, installed, numpy_files
 
@@ -111,7 +112,7 @@ def measure(original: np.ndarray, final: np.ndarray) -> float | None:
         cv2.resize(image, (INPUT_SIZE, INPUT_SIZE), interpolation=how)[None].astype(np.float32)
         for image in (original, final)
     ]
-    return float(_distance(variables, pair[0] / 255, pair[1] / 255)[0])
+    return float(np.asarray(_distance(variables, pair[0] / 255, pair[1] / 255))[0])
 
 
 @functools.cache
@@ -121,7 +122,7 @@ def _variables() -> conversion.Variables | None:
         path = find_weights()
     except FileNotFoundError:
         return None
-    return jax.tree.map(jnp.asarray, read_weights(path))
+    return parallel.place(read_weights(path))
 
 
 @jax.jit

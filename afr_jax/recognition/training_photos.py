@@ -264,6 +264,9 @@ def pairs_through(
             samples.append(identities.Sample(name, "", item.path))
         else:
             lost.append(identities.Omission(name, item.problem))
+    if not samples:
+        reason = f"; {lost[0].name} {lost[0].reason}" if lost else ""
+        raise ValueError(f"{table} has no pairs of photos below {root}{reason}")
     found, images = read_fn(identities.Listing(tuple(samples)))
     row_of = {name: row for row, name in enumerate(found.sample_ids)}
     usable = np.array([a in row_of and b in row_of for a, b in names], bool)

@@ -127,7 +127,7 @@ def test_a_second_run_embeds_nothing_and_a_changed_photo_is_refused(
     again = json.loads((tmp_path / "out" / "result.json").read_text())
     assert again["answers"] == answers["answers"]
     Image.new("RGB", (24, 24), (9, 9, 9)).save(cloaked / "p0" / "1_cloaked.png")
-    assert "photos have changed" in _call(*flags)
+    assert "p0/1_cloaked.png has changed" in _call(*flags)
 
 
 def test_what_cannot_be_used_is_named(data, cloaked, tmp_path):

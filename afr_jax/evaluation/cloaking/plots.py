@@ -197,6 +197,7 @@ def plot_budgets(
                     label = f"{method}: {surrogates}" if surrogates else method
                     _budget_line(panel, line, style, label, axis, {"marker": marker, **fill})
         panel.set(xlabel=_SEEN[axis], ylim=(-3, 103), title=name)
+        panel.locator_params(axis="x", nbins=5)
         if axis == "ssimulacra2":
             panel.invert_xaxis()
         panel.grid(alpha=0.3)

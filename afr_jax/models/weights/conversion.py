@@ -72,7 +72,8 @@ def shapes(module: nn.Module, input_px: int) -> Variables:
 @functools.cache
 def _shapes(module: nn.Module, input_px: int) -> Variables:
     chips = jax.ShapeDtypeStruct((1, input_px, input_px, 3), jnp.float32)
-    return jax.eval_shape(module.init, jax.random.key(0), chips)
+    key = jax.eval_shape(lambda: jax.random.key(0))  # A real one takes programs of its own.
+    return jax.eval_shape(module.init, key, chips)
 
 
 def plain_entry(name: str, shape: tuple[int, ...]) -> Entry:
