@@ -33,7 +33,7 @@ _METHODS = {
     "fawkes": "ours",
     "lowkey": "LowKey",
     "fawkes_pypi": "PyPI `fawkes`",
-    "first_search": "our search of before, dlib alone",
+    "first_search": "our first search",
 }
 _ON_FRONTIER = ("ssimulacra2", "lpips", "mean_dssim")
 
@@ -332,7 +332,8 @@ def protection_frontier() -> str:
         shares = [missed(rows, extractor=name, **wanted) for name in UNSEEN_BY_MODES]
         row = found(rows, extractor=UNSEEN_BY_MODES[0], **wanted)
         seen = [f"{row[key]:{_SEEN[key][1]}}" for key in _ON_FRONTIER]
-        lines.append([_METHODS.get(method, method), f"`{budget}`", *seen, *map(percent, shares)])
+        limits = f"`{budget}`" if budget in _MODES else f"DSSIM {budget}"
+        lines.append([_METHODS.get(method, method), limits, *seen, *map(percent, shares)])
     heads = [_SEEN[key][0] for key in _ON_FRONTIER]
     names = [_MODE_EXTRACTORS[name] for name in UNSEEN_BY_MODES]
     return markdown.render(("method", "limits", *heads, *names), lines, right=6)
