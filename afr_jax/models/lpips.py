@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.core import parallel
+from afr_jax.core import parallel, progress
 from afr_jax.models import layers
 from afr_jax.models.weights import conversion, installed, numpy_files
 
@@ -100,10 +100,8 @@ def measure(original: np.ndarray, final: np.ndarray) -> float | None:
 
     Returns:
         The distance, 0 or next to it for equal images, of both brought to 224 x 224 pixels: reduced
-        by area, enlarged with cubic weights. None where the package is not installed.
-
-    Raises:
-        ValueError: the installed file is damaged.
+        by area, enlarged with cubic weights. None where the package is not installed, or, with a
+        warning, where its file is damaged.
     """
     with _ALONE:
         variables = _variables()
@@ -122,12 +120,16 @@ def measure(original: np.ndarray, final: np.ndarray) -> float | None:
 
 @functools.cache
 def _variables() -> conversion.Variables | None:
-    """Of the installed package, read once."""
+    """Of the installed package, read once; None where they are not to be had."""
     try:
         path = find_weights()
     except FileNotFoundError:
         return None
-    return parallel.place(read_weights(path))
+    try:
+        return parallel.place(read_weights(path))
+    except ValueError as error:
+        progress.warn(str(path), f"LPIPS is not measured: {error}")
+        return None
 
 
 @jax.jit

@@ -46,7 +46,7 @@ def test_altered_copies_of_a_frame_are_no_more_frames():
     misses = np.array([True, True, True, False])
     frames = [people.Person(name, np.zeros((40, 40, 3), np.uint8), _BOX, _EYES) for name in "abcd"]
     filled = people.fill_up(frames, 40)
-    names = misdetection.sources(filled)
+    names = misdetection.sources_of(filled)
     assert names == [*"abcd"] * 10
     once = misdetection.rate(misses)
     often = misdetection.rate(np.tile(misses, 10), sources=names)

@@ -86,6 +86,18 @@ def test_more_change_is_farther(photo, side):
     assert 0 < lpips.measure(original, little) < lpips.measure(original, much) < 1
 
 
+def test_a_damaged_file_costs_the_measure_alone(photo, tmp_path, monkeypatch, caplog):
+    path = tmp_path / "alexnet.ckpt"
+    path.write_bytes(lpips.find_weights().read_bytes()[:5_000])
+    monkeypatch.setattr(lpips, "find_weights", lambda: path)
+    lpips._variables.cache_clear()
+    try:
+        assert lpips.measure(photo, photo) is lpips.measure(photo, photo) is None
+    finally:
+        lpips._variables.cache_clear()
+    assert caplog.text.count("LPIPS is not measured") == 1
+
+
 def test_without_the_package_there_is_no_distance(photo, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     lpips._variables.cache_clear()

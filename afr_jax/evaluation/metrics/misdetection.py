@@ -248,7 +248,7 @@ def is_found(found: np.ndarray, box: np.ndarray) -> bool:
     return bool(detect.overlap(np.asarray(found), box[None]).max(initial=0.0) >= MIN_OVERLAP)
 
 
-def sources(frames: Sequence[people.Person | placement.Placed]) -> list[str]:
+def sources_of(frames: Sequence[people.Person | placement.Placed]) -> list[str]:
     """Names of the frames that these are, or are altered copies of."""
     return [people.source_of(frame.name) if frame.is_altered else frame.name for frame in frames]
 

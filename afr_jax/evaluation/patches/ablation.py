@@ -136,7 +136,7 @@ def run(config: AblationConfig) -> options.Outcome:
             scale_factor=config.scale_factor,
             min_face_px=config.patches.levels.min_face_px,
         )
-        return misdetection.rate(~found[:, -1], sources=misdetection.sources(test))
+        return misdetection.rate(~found[:, -1], sources=misdetection.sources_of(test))
 
     def measure(name: str, folder: pathlib.Path) -> dict[str, object]:
         if name == _BLACK:

@@ -113,7 +113,7 @@ def measure(
             [frame.box for frame in shown],
             scale_factor=scale_factor,
         )
-        return misdetection.rate(~found[:, -1], sources=misdetection.sources(shown))
+        return misdetection.rate(~found[:, -1], sources=misdetection.sources_of(shown))
 
     def points(how: str, amounts: Sequence[float]) -> list[dict[str, Any]]:
         return [

@@ -60,7 +60,7 @@ class PatchStudy:
             "num_control_frames": len(self._some(self.num_controls)),
             "variants": {name: self._summary(name, found) for name, found in judged.items()},
             "by_face_size": misdetection.by_size(
-                judged["trained"], sides, sources=misdetection.sources(self.frames)
+                judged["trained"], sides, sources=misdetection.sources_of(self.frames)
             ),
         }
 
@@ -128,7 +128,7 @@ class PatchStudy:
                     for frame in frames
                 ]
                 rows[name][variant] = misdetection.rate(
-                    np.array(misses), sources=misdetection.sources(frames)
+                    np.array(misses), sources=misdetection.sources_of(frames)
                 )
         return rows
 
@@ -138,7 +138,7 @@ class PatchStudy:
         rows: dict[str, object] = {"num_frames": len(some)}
         for variant, patches in self._pair().items():
             rows[variant] = misdetection.summarize(
-                self._judge(some, patches), sources=misdetection.sources(some)
+                self._judge(some, patches), sources=misdetection.sources_of(some)
             )
         return rows
 
@@ -222,7 +222,7 @@ class PatchStudy:
         return {factor: np.array(rows, bool) for factor, rows in stored.items()}
 
     def _summary(self, name: str, found: Mapping[str, np.ndarray]) -> misdetection.RateTable:
-        return misdetection.summarize(found, sources=misdetection.sources(self._frames_of(name)))
+        return misdetection.summarize(found, sources=misdetection.sources_of(self._frames_of(name)))
 
     def _frames_of(self, variant: str) -> Sequence[placement.Placed]:
         return self.frames if variant in self._pair() else self._some(self.num_controls)
@@ -251,7 +251,7 @@ class PatchStudy:
             [frame.box * scale for frame in frames],
             scale_factor=self.config.levels.scale_factors[0],
         )
-        return misdetection.rate(~found[:, -1], sources=misdetection.sources(frames))
+        return misdetection.rate(~found[:, -1], sources=misdetection.sources_of(frames))
 
     def _annotated(
         self, frame: placement.Placed, pair: tuple[np.ndarray, np.ndarray]
@@ -297,7 +297,7 @@ def _reference_rate(
         not misdetection.is_found(faces.boxes, frame.box)
         for faces, frame in zip(found, frames, strict=True)
     ]
-    found_rate = misdetection.rate(np.array(misses), sources=misdetection.sources(frames))
+    found_rate = misdetection.rate(np.array(misses), sources=misdetection.sources_of(frames))
     return {**found_rate, "min_face_px": smallest}
 
 
