@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -97,11 +98,20 @@ def test_a_changed_original_is_counted(tmp_path):
 
 
 def test_processes_tell_their_memory_their_signal_and_that_they_hang(tmp_path):
-    def run(code, **options):
+    def started(code):
         command = [sys.executable, "-c", f"import signal; {code}"]
-        return processes.Running(command, tmp_path / "log").end(**options)
+        return processes.Running(command, tmp_path / "log")
 
-    used = run("x = bytearray(300 << 20); print(len(x)); raise SystemExit(3)", limit_seconds=60)
+    def run(code, **options):
+        return started(code).end(**options)
+
+    # It holds its memory until it is told to go on, which is once it has said that it has it.
+    held = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); x = bytearray(300 << 20)"
+    told = "print(len(x), flush=True); signal.sigwait([signal.SIGTERM]); raise SystemExit(3)"
+    running = started(f"{held}; {told}")
+    while processes.peak_mb(running.pid) and not (tmp_path / "log.out").read_text():
+        time.sleep(0.01)
+    used = running.end(limit_seconds=60, signal_after=(signal.SIGTERM, 0.0))
     assert (used.code, used.out, used.hung) == (3, f"{300 << 20}\n", False)
     assert used.peak_mb > 300
     ended = run("signal.pause()", limit_seconds=60, signal_after=(signal.SIGTERM, 0.2))
