@@ -188,11 +188,14 @@ def jpeg(image: jax.Array, quality: jax.Array | float) -> jax.Array:
     chroma = jnp.repeat(jnp.repeat(chroma, 2, axis=1), 2, axis=2)
     back = jnp.asarray(np.linalg.inv(_TO_YCC))
     pixels = jnp.einsum("khw,ck->hwc", jnp.concatenate([luma, chroma]), back)
-    return jnp.clip(_rounded(pixels) / 255.0, 0.0, 1.0)[:height, :width]
+    return jnp.clip(_straight_through(pixels, jnp.round(pixels)) / 255.0, 0.0, 1.0)[:height, :width]
 
 
 def _quantised(planes: jax.Array, table: np.ndarray, percent: jax.Array) -> jax.Array:
-    """Planes `[K, H, W]` after quantisation of their 8 x 8 DCT."""
+    """Planes `[K, H, W]` after quantisation of their 8 x 8 DCT.
+
+    The DCT is orthonormal: where rounding passes the gradient, all of it together does.
+    """
     count, height, width = planes.shape
     steps = jnp.clip(jnp.floor((table * percent + 50.0) / 100.0), 1.0, 255.0)
     # One product for a block: 64 pixels to 64 coefficients.
@@ -200,9 +203,9 @@ def _quantised(planes: jax.Array, table: np.ndarray, percent: jax.Array) -> jax.
     blocks = planes.reshape(count, height // 8, 8, width // 8, 8).transpose(0, 1, 3, 2, 4)
     coefficients = blocks.reshape(-1, 64) @ matrix.T
     steps = steps.reshape(1, 64)
-    blocks = (_rounded(coefficients / steps) * steps) @ matrix
+    blocks = (jnp.round(coefficients / steps) * steps) @ matrix
     blocks = blocks.reshape(count, height // 8, width // 8, 8, 8).transpose(0, 1, 3, 2, 4)
-    return blocks.reshape(count, height, width)
+    return _straight_through(planes, blocks.reshape(count, height, width))
 
 
 def _dct() -> np.ndarray:
@@ -212,5 +215,6 @@ def _dct() -> np.ndarray:
     return (scale * np.cos(np.pi * (2 * n + 1) * k / 16)).astype(np.float32)
 
 
-def _rounded(values: jax.Array) -> jax.Array:
-    return values + jax.lax.stop_gradient(jnp.round(values) - values)
+def _straight_through(values: jax.Array, rounded: jax.Array) -> jax.Array:
+    """The rounded values with the gradient of the values."""
+    return rounded + (values - jax.lax.stop_gradient(values))

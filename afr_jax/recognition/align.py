@@ -244,18 +244,23 @@ def _pooled(image: parallel.AnyArray, pool: int, *, padded: bool = False) -> par
 
 
 def _bilinear(image: parallel.AnyArray, y: jax.Array, x: jax.Array) -> jax.Array:
-    """Samples `[H, W, C]` at points `[R, S]`; beyond the outermost centers it fades to zero."""
+    """Samples `[H, W, C]` at points `[R, S]`; beyond the outermost centers it fades to zero.
+
+    It reads, and its gradient writes, a plane of each channel: on CPU that takes two thirds of the
+    time of pixels of three numbers, whose sums the gradient would wait for.
+    """
     height, width, channels = image.shape
     low_y, low_x = jnp.floor(y), jnp.floor(x)
-    flat = image.reshape(height * width, channels)
+    is_near = (low_y >= -1) & (low_y < height) & (low_x >= -1) & (low_x < width)
+    # What lies outside are the zeros of a border.
+    row = jnp.clip(low_y + 1, 0, height).astype(jnp.int32)
+    column = jnp.clip(low_x + 1, 0, width).astype(jnp.int32)
+    first = row * (width + 2) + column
+    planes = jnp.pad(image, ((1, 1), (1, 1), (0, 0))).transpose(2, 0, 1).reshape(channels, -1)
     corners = []
-    for step_y in (0, 1):
-        for step_x in (0, 1):
-            at_y, at_x = low_y + step_y, low_x + step_x
-            weight = (1 - jnp.abs(y - at_y)) * (1 - jnp.abs(x - at_x))
-            inside = (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width)
-            at_y = jnp.clip(at_y, 0, height - 1).astype(jnp.int32)
-            at_x = jnp.clip(at_x, 0, width - 1).astype(jnp.int32)
-            taken = jnp.take(flat, at_y * width + at_x, axis=0, mode="clip")
-            corners.append(taken * jnp.where(inside, weight, 0.0)[..., None])
-    return functools.reduce(operator.add, corners)
+    for step_y, by_row in enumerate((1 - (y - low_y), y - low_y)):
+        for step_x, by_column in enumerate((1 - (x - low_x), x - low_x)):
+            weight = jnp.where(is_near, by_row * by_column, 0.0)
+            place = first + step_y * (width + 2) + step_x
+            corners.append(jnp.take(planes, place, axis=1, mode="clip") * weight[None])
+    return functools.reduce(operator.add, corners).transpose(1, 2, 0)

@@ -79,14 +79,14 @@ class Budget:
             raise ValueError(f"views is {self.views}, must lie in (0, 1]")
 
     @property
-    def flicker(self) -> float:
+    def flicker(self) -> float | None:
         """What a search may spend of `flicker.flicker`, so that FLIP is about its limit."""
-        return np.inf if self.flip is None else _FLICKER_SHARE * self.flip
+        return None if self.flip is None else _FLICKER_SHARE * self.flip
 
     @property
-    def lost(self) -> float:
+    def lost(self) -> float | None:
         """What a search may spend of `ssimulacra2.lost` on a face that is large."""
-        return np.inf if self.ssimulacra2 is None else _CLOSER * (100 - self.ssimulacra2)
+        return None if self.ssimulacra2 is None else _CLOSER * (100 - self.ssimulacra2)
 
     @property
     def ease(self) -> float:

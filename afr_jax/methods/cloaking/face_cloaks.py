@@ -69,9 +69,9 @@ class Face(NamedTuple):
         gray: float, 1 where the change must be equal in all channels, else 0.
         is_coarse: bool, whether a pixel is about two wide of what people are shown.
         budget: float, largest DSSIM; `cloak_faces` fills it in.
-        flicker: float, largest `flicker.flicker` of the region; likewise.
-        lost: float, largest `ssimulacra2.lost` of the region, or None, with which it is not
+        flicker: float, largest `flicker.flicker` of the region, or None, with which it is not
             computed; likewise.
+        lost: float, largest `ssimulacra2.lost` of the region, or None; likewise.
         ease: float, `Budget.ease`; likewise.
     """
 
@@ -85,7 +85,7 @@ class Face(NamedTuple):
     gray: parallel.AnyArray
     is_coarse: parallel.AnyArray
     budget: parallel.AnyArray | float = 0.0
-    flicker: parallel.AnyArray | float = np.inf
+    flicker: parallel.AnyArray | float | None = None
     lost: parallel.AnyArray | float | None = None
     ease: parallel.AnyArray | float = 1.0
 
@@ -282,13 +282,15 @@ def reference(face: Face) -> Reference:
 def spent(cloaked: jax.Array, face: Face, reference: Reference) -> jax.Array:
     """The share of the budget that a changed canvas `[S, S, 3]` takes, at most 1 within it.
 
-    That is the largest of the shares of DSSIM, the larger of those of the face's boxes; of flicker;
-    and of SSIMULACRA2, where it is held.
+    That is the largest of the shares of DSSIM, the larger of those of the face's boxes; and of
+    flicker and of SSIMULACRA2, where they are held.
     """
     similarity, size = ssim.ssim_map(cloaked, reference.structure), face.boxes[0, 2:]
     dssim = jnp.maximum(*(ssim.box_dssim(similarity, box) for box in face.boxes))
-    seen = flicker.flicker(cloaked, face.image, size=size, is_coarse=face.is_coarse)
-    share = jnp.maximum(dssim / face.budget, seen / face.flicker)
+    share = dssim / face.budget
+    if face.flicker is not None:
+        seen = flicker.flicker(cloaked, face.image, size=size, is_coarse=face.is_coarse)
+        share = jnp.maximum(share, seen / face.flicker)
     if reference.shown and face.lost is not None:
         lost = ssimulacra2.lost(cloaked, reference.shown, size=size, is_coarse=face.is_coarse)
         share = jnp.maximum(share, lost / face.lost)
@@ -353,12 +355,17 @@ def chip(surrogate: Surrogate, image: parallel.AnyArray, transform: parallel.Any
 
 def _limited(faces: Face, limits: budget.Budget) -> Face:
     """A batch of faces with what their changes may cost."""
-    most, flickers, lost, ease = (
-        np.full(len(faces.image), limit, np.float32)
-        for limit in (limits.dssim, limits.flicker, limits.lost, limits.ease)
+    count = len(faces.image)
+
+    def each(limit: float | None) -> np.ndarray | None:
+        return None if limit is None else np.full(count, limit, np.float32)
+
+    return faces._replace(
+        budget=each(limits.dssim),
+        flicker=each(limits.flicker),
+        lost=each(limits.lost),
+        ease=each(limits.ease),
     )
-    held = None if limits.ssimulacra2 is None else lost
-    return faces._replace(budget=most, flicker=flickers, lost=held, ease=ease)
 
 
 class _Look(NamedTuple):
