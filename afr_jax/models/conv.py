@@ -7,7 +7,8 @@ longer than the convolution. Here both are transposed apart. The kernel gradient
 convolution is a product for each image, then their sum: the one product over all pixels, which XLA
 would run, takes up to 1.8 times as long. The gradient with respect to few channels (images),
 or through a stride, is one product and a sum of its shifted parts, one for each tap: that takes a
-quarter to nine tenths of XLA's time. Accelerators keep the gradients of `jax.lax`.
+quarter to nine tenths of XLA's time. Where the taps are many, it is a convolution to the channels
+of all pixels of a block. Accelerators keep the gradients of `jax.lax`.
 
 The gradient with respect to images is a convolution with the kernel turned, which XLA turns anew
 each time, slowly: where kernels stay as they are (`turn_kernels`) that is done once.
@@ -23,6 +24,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import VariableDict
 
 from afr_jax.core import backend
@@ -30,6 +32,8 @@ from afr_jax.core import backend
 _NHWC = ("NHWC", "HWIO", "NHWC")
 # So few channels are those of images; with more taps a sum of them is no faster.
 _FEW_CHANNELS, _FEW_TAPS = 4, 9
+# Pixels along a side of the blocks that take their place.
+_BLOCK = 4
 # Of images of fewer pixels the products of a 1 x 1 convolution's gradient are one.
 _FEW_PIXELS = 256
 
@@ -250,9 +254,11 @@ def _backward(
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     inputs, kernel, turned = kept
-    is_slow = max(strides) > 1 or inputs.shape[-1] <= _FEW_CHANNELS
-    if is_slow and kernel.shape[0] * kernel.shape[1] <= _FEW_TAPS:
+    is_few = inputs.shape[-1] <= _FEW_CHANNELS
+    if (is_few or max(strides) > 1) and kernel.shape[0] * kernel.shape[1] <= _FEW_TAPS:
         by_inputs = _sum_of_taps(gradient, kernel, inputs.shape[1:3], strides, padding)
+    elif is_few and not any(_BLOCK % stride for stride in strides):
+        by_inputs = _by_blocks(gradient, kernel, inputs.shape[1:3], strides, padding)
     elif turned is not None and max(strides) == 1:
         pads = [
             (taps - 1 - before, taps - 1 - after)
@@ -294,6 +300,44 @@ def _sum_of_taps(
 
     parts = [placed(i, j) for i in range(rows) for j in range(columns)]
     return functools.reduce(operator.add, parts)
+
+
+def _by_blocks(
+    gradient: jax.Array,
+    kernel: jax.Array,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+) -> jax.Array:
+    """Gradient `[B, H, W, C]` with respect to inputs of (H, W) pixels, block by block.
+
+    All pixels of a block see the same outputs, each through taps of its own, so one convolution
+    from the outputs has the blocks' pixels for channels.
+    """
+    channels, features = kernel.shape[2:]
+    taps, steps, pads, counts, offsets = [], [], [], [], []
+    for number, stride, (before, _), size, outputs in zip(
+        kernel.shape[:2], strides, padding, sizes, gradient.shape[1:3], strict=True
+    ):
+        step, reach = _BLOCK // stride, -(-number // stride) - 1
+        # The tap through which pixel j of a block sees output i of those that the block sees.
+        places = np.arange(_BLOCK) - stride * (np.arange(reach + step)[:, None] - reach)
+        taps.append(np.where((places >= 0) & (places < number), places, number))
+        first, offset = divmod(before, _BLOCK)
+        count = -(-(size + offset) // _BLOCK)
+        pads.append((reach - step * first, step * (first + count) - outputs))
+        steps.append(step)
+        counts.append(count)
+        offsets.append(offset)
+    # Zeros for the taps that there are not.
+    kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
+    blocks = kernel[taps[0]][:, :, taps[1]].transpose(0, 2, 5, 1, 3, 4)
+    blocks = blocks.reshape(*blocks.shape[:2], features, _BLOCK * _BLOCK * channels)
+    found = _plain(gradient, blocks, tuple(steps), tuple(pads))
+    found = found.reshape(-1, *counts, _BLOCK, _BLOCK, channels).transpose(0, 1, 3, 2, 4, 5)
+    found = found.reshape(-1, counts[0] * _BLOCK, counts[1] * _BLOCK, channels)
+    rows, columns = (slice(o, o + size) for o, size in zip(offsets, sizes, strict=True))
+    return found[:, rows, columns]
 
 
 def _kernel_gradient(
