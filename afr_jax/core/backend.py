@@ -144,6 +144,23 @@ def apart(fn: Callable[..., _Tree], *arrays: jax.Array) -> _Tree:
     return jax.lax.cond(jax.lax.optimization_barrier(jnp.array(True)), fn, nothing, *arrays)
 
 
+def settle(values: _Tree) -> _Tree:
+    """Values that on CPU are worked out once, however many operations read them.
+
+    XLA:CPU would work out anew for each reader whatever it can fuse into it.
+    """
+    return jax.lax.optimization_barrier(values) if jax.default_backend() == "cpu" else values
+
+
+def plane_sums(planes: jax.Array) -> jax.Array:
+    """Sums of planes `[..., H, W]`, `[...]`.
+
+    On CPU XLA adds the numbers of a row one after the other, each waiting for the sum so far. Here
+    rows are added up first, next to one another, which takes a third to a half of the time.
+    """
+    return jnp.sum(settle(jnp.sum(planes, -2)), -1)
+
+
 def sums(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Sums of two float32 arrays `[..., C]` or more over all axes but the last, `[C]` each.
 

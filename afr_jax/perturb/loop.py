@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from afr_jax.core import backend
 from afr_jax.core.parallel import PyTree
 from afr_jax.perturb import stepping
 
@@ -163,6 +164,7 @@ def advance(
             return evaluation.loss, evaluation
 
         gradient, evaluation = jax.grad(loss_fn, has_aux=True)(state.delta)
+        gradient = backend.settle(gradient)  # Each moment of Adam would add it up anew.
         kept, score = _keep(rules, state, evaluation)
         updates, opt_state = rules.tx.update(gradient, state.opt_state, state.delta)
         delta = rules.project_fn(optax.apply_updates(state.delta, updates))

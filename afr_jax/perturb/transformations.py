@@ -156,7 +156,7 @@ def blur(image: jax.Array, sigma: jax.Array | float) -> jax.Array:
     weights = jnp.exp(-((reach / jnp.maximum(sigma, 1e-3)) ** 2) / 2)
     weights = weights / jnp.sum(weights)
     margin = (_BLUR_RADIUS, _BLUR_RADIUS)
-    planes = jnp.pad(image.transpose(2, 0, 1), [(0, 0), margin, margin], mode="edge")
+    planes = windows.extend(image.transpose(2, 0, 1), {1: margin, 2: margin})
     return windows.window_sums(planes, weights).transpose(1, 2, 0)
 
 
@@ -179,8 +179,8 @@ def jpeg(image: jax.Array, quality: jax.Array | float) -> jax.Array:
     height, width, _ = image.shape
     quality = jnp.asarray(quality, jnp.float32)
     percent = jnp.where(quality < 50, 5000.0 / quality, 200.0 - 2.0 * quality)
-    padded = jnp.pad(image, [(0, -height % 16), (0, -width % 16), (0, 0)], mode="edge")
-    planes = jnp.einsum("hwc,kc->khw", 255.0 * padded, jnp.asarray(_TO_YCC))
+    planes = jnp.einsum("hwc,kc->khw", 255.0 * image, jnp.asarray(_TO_YCC))
+    planes = windows.extend(planes, {1: (0, -height % 16), 2: (0, -width % 16)})
     rows, columns = planes.shape[1:]
     luma = _quantised(planes[:1] - 128.0, _LUMA_TABLE, percent) + 128.0
     halved = planes[1:].reshape(2, rows // 2, 2, columns // 2, 2).mean(axis=(2, 4))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from afr_jax.core import backend, images, parallel
+from afr_jax.core.perception import windows
 from afr_jax.models.extractors import registry
 
 # Pixels of an averaged photo from one pixel of a chip to the next, at most.
@@ -235,9 +236,10 @@ def _pooled(image: parallel.AnyArray, pool: int, *, padded: bool = False) -> par
         return image
     height, width, channels = image.shape
     rows, columns = -(-height // pool), -(-width // pool)
-    extra = ((0, rows * pool - height), (0, columns * pool - width), (0, 0))
-    blocks = jnp.pad(image, extra, mode="edge").reshape(rows, pool, columns, pool, channels)
-    image = blocks.mean(axis=(1, 3))
+    image = windows.extend(
+        jnp.asarray(image), {0: (0, rows * pool - height), 1: (0, columns * pool - width)}
+    )
+    image = image.reshape(rows, pool, columns, pool, channels).mean(axis=(1, 3))
     if padded:
         image = jnp.pad(image, ((0, height - rows), (0, width - columns), (0, 0)))
     return image

@@ -143,3 +143,12 @@ def test_on_cpu_it_stays_a_branch_in_a_batch_too():
     jax.tree.map(np.testing.assert_array_equal, batched(x, y), jax.jit(jax.vmap(_fn))(x, y))
     text = batched.lower(x, y).compile().as_text()
     assert ("conditional(" in text) == (jax.default_backend() == "cpu")
+
+
+def test_sums_of_planes_and_their_gradient():
+    planes = np.random.default_rng(0).normal(size=(3, 2, 7, 9)).astype(np.float32)
+    sums = jax.jit(jax.vmap(backend.plane_sums))(planes)
+    np.testing.assert_allclose(sums, planes.astype(np.float64).sum((2, 3)), rtol=1e-5)
+    gradient = jax.grad(lambda x: jnp.sum(backend.plane_sums(x) ** 2))(planes)
+    expected = np.broadcast_to(2 * sums[..., None, None], planes.shape)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)

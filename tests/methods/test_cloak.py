@@ -205,7 +205,8 @@ def _seen_of_a_large_face(image, cloaked, is_coarse):
     size = image.shape[:2]
     lost = ssimulacra2.lost(cloaked, reference.shown, size=size, is_coarse=is_coarse)
     # Smaller ones are not held.
-    assert face_cloaks.reference(face._replace(image=image[:224, :224])).shown == ()
+    smaller = face._replace(image=image[:224, :224], limit=ones[:224, :224])
+    assert face_cloaks.reference(smaller).shown == ()
     unlimited = face._replace(lost=None)
     without = face_cloaks.reference(unlimited)
     assert without.shown == ()

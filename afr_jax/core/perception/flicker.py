@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afr_jax.core import images
+from afr_jax.core import backend, images
 from afr_jax.core.parallel import AnyArray
 from afr_jax.core.perception import windows
 
@@ -52,7 +52,7 @@ def flicker(
     # Nothing changes outside.
     seen = windows.window_sums(jnp.pad(lightness, _RADIUS), weights)
     error = images.power(seen**2 + _FLOOR**2, _POWER / 2) - _FLOOR**_POWER
-    return _FACTOR * jnp.sum(error) / (size[0] * size[1])
+    return _FACTOR * backend.plane_sums(error) / (size[0] * size[1])
 
 
 def _weights(sigma: float) -> np.ndarray:

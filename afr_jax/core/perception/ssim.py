@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afr_jax.core import backend
 from afr_jax.core.parallel import AnyArray
 from afr_jax.core.perception import windows
 
@@ -97,9 +98,8 @@ def box_dssim(similarity: jax.Array, box: jax.Array) -> jax.Array:
         (jnp.arange(size) >= box[axis]) & (jnp.arange(size) <= box[axis + 2] - WINDOW)
         for axis, size in enumerate(similarity.shape)
     )
-    mask = rows[:, None] & columns[None, :]
-    mean = jnp.sum(jnp.where(mask, similarity, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
-    return (1.0 - mean) / 2.0
+    total = backend.plane_sums(jnp.where(rows[:, None] & columns[None, :], similarity, 0.0))
+    return (1.0 - total / jnp.maximum(jnp.sum(rows) * jnp.sum(columns), 1)) / 2.0
 
 
 def window() -> np.ndarray:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import ssimulacra2 as package
 
-from afr_jax.core import images
+from afr_jax.core import backend, images
 from afr_jax.core.parallel import AnyArray
-from afr_jax.core.perception import ssim
+from afr_jax.core.perception import ssim, windows
 
 _C2 = package.ssimulacra2.kC2
 _MIXING = package.ssimulacra2.kOpsinAbsorbanceMatrix.reshape(3, 3).astype(np.float32)
@@ -26,8 +26,9 @@ _WEIGHTS = package.ssimulacra2.weights.reshape(3, 6, 2, 3).transpose(1, 0, 2, 3)
 _WEIGHTS = np.where(_WEIGHTS > 0.01, _WEIGHTS, 0.0).astype(np.float32)[:5]
 # The same for an image whose pixels are two wide: its first scale is the second one.
 _COARSE_WEIGHTS = np.concatenate([_WEIGHTS[1:], np.zeros_like(_WEIGHTS[:1])])
+# How many channels count at each scale, the first ones.
 _CHANNELS = [
-    np.flatnonzero((fine + coarse).any(axis=(1, 2)))
+    1 + int(np.flatnonzero((fine + coarse).any(axis=(1, 2)))[-1])
     for fine, coarse in zip(_WEIGHTS, _COARSE_WEIGHTS, strict=True)
 ]
 # The weighted sum is scaled, bent by a polynomial, and raised to a power.
@@ -89,7 +90,7 @@ def lost(
     for number, (planes, known) in enumerate(zip(_planes(image), original, strict=True)):
         area = jnp.prod(-(-jnp.asarray(size) // 2**number))
         norms = _norms(_maps(planes, known), area)
-        total += jnp.sum(weights[number, _CHANNELS[number]] * norms)
+        total += jnp.sum(weights[number, : _CHANNELS[number]] * norms)
     total = _SCALE * total
     first, second, third = _POLYNOMIAL
     bent = total * (first + total * (second + total * third))
@@ -109,8 +110,8 @@ def _maps(planes: jax.Array, known: Scale) -> jax.Array:
 
 def _norms(maps: jax.Array, area: jax.Array) -> jax.Array:
     """Means and fourth norms `[C, 2, 3]` of maps."""
-    mean = jnp.sum(maps, axis=(2, 3)) / area
-    fourth = jnp.sum(maps**4, axis=(2, 3)) / area
+    mean = backend.plane_sums(maps) / area
+    fourth = backend.plane_sums(maps**4) / area
     return jnp.stack([mean, jnp.maximum(fourth, 1e-30) ** 0.25], axis=1)
 
 
@@ -125,7 +126,7 @@ def _planes(image: AnyArray) -> list[jax.Array]:
     for number, channels in enumerate(_CHANNELS):
         if min(linear.shape[1:]) < _SMALLEST_SIDE:
             break
-        scales.append(_xyb(linear)[channels])
+        scales.append(_xyb(linear)[:channels])
         if number + 1 < len(_CHANNELS):
             linear = _halved(linear)
     return scales
@@ -142,7 +143,7 @@ def _xyb(linear: jax.Array) -> jax.Array:
 def _halved(planes: jax.Array) -> jax.Array:
     """Means of two by two pixels; of fewer where a side is odd."""
     *_, height, width = planes.shape
-    padded = jnp.pad(planes, [(0, 0), (0, height % 2), (0, width % 2)], mode="edge")
+    padded = windows.extend(planes, {1: (0, height % 2), 2: (0, width % 2)})
     blocks = padded.reshape(len(planes), padded.shape[1] // 2, 2, padded.shape[2] // 2, 2)
     return blocks.mean(axis=(2, 4))
 
@@ -151,5 +152,5 @@ def _blurred(planes: jax.Array) -> jax.Array:
     """Gaussian means of `[..., H, W]`, at the borders as the package has them."""
     lead = [(0, 0)] * (planes.ndim - 2)
     planes = jnp.pad(planes, [*lead, (0, 0), (_MARGIN, _MARGIN)])
-    planes = jnp.pad(planes, [*lead, (_MARGIN, _MARGIN), (0, 0)], mode="symmetric")
+    planes = windows.extend(planes, {planes.ndim - 2: (_MARGIN, _MARGIN)}, mirror=True)
     return ssim.window_means(planes)

@@ -7,6 +7,7 @@ cores, planes of 320 x 320, 11 weights). The gradient is the same two passes ove
 
 import functools
 import operator
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,37 @@ def window_sums(planes: jax.Array, weights: AnyArray) -> jax.Array:
 
 def spread(sums: jax.Array, weights: AnyArray) -> jax.Array:
     """The transpose of `window_sums`, `[..., H - K + 1, W - K + 1]` to `[..., H, W]`."""
-    margin = len(weights) - 1
-    pads = [(0, 0)] * (sums.ndim - 2) + [(margin, margin)] * 2
-    return window_sums(jnp.pad(sums, pads), weights)
+    return window_sums(_padded(sums, len(weights) - 1), weights)
+
+
+def extend(
+    values: jax.Array, margins: Mapping[int, tuple[int, int]], *, mirror: bool = False
+) -> jax.Array:
+    """Repeats or mirrors what lies at the edges of an array outwards.
+
+    `jnp.pad` does the same in its modes "edge" and "symmetric", but for each axis to which it adds
+    nothing, its gradient adds up an array of zeros.
+
+    Args:
+        values: Any array.
+        margins: How much comes before and behind, by axis.
+        mirror: Whether what lies near an edge is mirrored; else the outermost is repeated.
+    """
+    for axis, (before, behind) in margins.items():
+        parts = [values]
+        if before:
+            parts.insert(0, _edge(values, axis, before, mirror=mirror, last=False))
+        if behind:
+            parts.append(_edge(values, axis, behind, mirror=mirror, last=True))
+        values = jnp.concatenate(parts, axis) if len(parts) > 1 else values
+    return values
+
+
+def _edge(values: jax.Array, axis: int, count: int, *, mirror: bool, last: bool) -> jax.Array:
+    taken = count if mirror else 1
+    start = values.shape[axis] - taken if last else 0
+    edge = jax.lax.slice_in_dim(values, start, start + taken, axis=axis)
+    return jnp.flip(edge, axis) if mirror else jnp.repeat(edge, count, axis=axis)
 
 
 def _forward(planes: jax.Array, weights: AnyArray) -> tuple[jax.Array, AnyArray]:
@@ -48,6 +77,12 @@ def _backward(weights: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]
 
 
 window_sums.defvjp(_forward, _backward)
+
+
+def _padded(sums: jax.Array, margin: int) -> jax.Array:
+    """Zeros around planes; whatever makes these is not worked out in the padding, which is slow."""
+    pads = [(0, 0)] * (sums.ndim - 2) + [(margin, margin)] * 2
+    return backend.apart(lambda values: jnp.pad(values, pads), sums)
 
 
 def _along(values: jax.Array, weights: jax.Array, *, axis: int) -> jax.Array:

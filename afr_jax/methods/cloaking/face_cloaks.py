@@ -95,7 +95,8 @@ class Reference(NamedTuple):
 
     Attributes:
         structure: for DSSIM.
-        tolerance: `ssim.tolerance`, `[S, S, 3]`.
+        tolerance: `ssim.tolerance`, `[S, S, 3]`, whose square is one in the mean over the canvas,
+            weighted by the face's limits.
         shown: for SSIMULACRA2; empty where it has no limit, and on canvases that are too small for
             all of its scales.
     """
@@ -276,7 +277,10 @@ def reference(face: Face) -> Reference:
     is_held = face.lost is not None and image.shape[0] >= ssimulacra2.LEAST_SIDE
     shown = ssimulacra2.reference(image) if is_held else ()
     structure = ssim.ssim_reference(image)
-    return Reference(structure, ssim.tolerance(structure), shown)
+    tolerance = ssim.tolerance(structure)
+    free = face.limit[..., None] * jnp.ones_like(tolerance)
+    square = jnp.sum(free * tolerance**2) / jnp.maximum(jnp.sum(free), 1e-12)
+    return Reference(structure, tolerance / jnp.sqrt(square + 1e-12), shown)
 
 
 def spent(cloaked: jax.Array, face: Face, reference: Reference) -> jax.Array:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import optax
 from flax.typing import VariableDict
 
-from afr_jax.core import options, parallel
+from afr_jax.core import options
 from afr_jax.methods.cloaking import budget, face_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.perturb import loop, transformations
@@ -251,14 +251,9 @@ def step(
         config.learning_rate, max(config.num_steps, 1), alpha=0.1
     )
     size = jnp.sqrt(face.budget / budget.PUBLISHED_DSSIM)
-
-    def stretch(updates: parallel.PyTree, _: object) -> parallel.PyTree:
-        tolerance = reference.tolerance
-        free = face.limit[..., None] * jnp.ones_like(tolerance)
-        square = jnp.sum(free * tolerance**2) / jnp.maximum(jnp.sum(free), 1e-12)
-        return updates * tolerance / jnp.sqrt(square + 1e-12)
-
     return optax.chain(
         optax.adam(lambda count: size * schedule(count), b1=0.9, b2=0.99),
-        optax.stateless(stretch),
+        optax.stateless(
+            lambda updates, _: jax.tree.map(lambda one: one * reference.tolerance, updates)
+        ),
     )

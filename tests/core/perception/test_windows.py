@@ -39,3 +39,19 @@ def test_each_of_a_batch_may_have_weights_of_its_own():
     together = jax.jit(jax.vmap(windows.window_sums))(planes, weights)
     for one, plane, weight in zip(together, planes, weights, strict=True):
         np.testing.assert_allclose(one, windows.window_sums(plane, weight), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mirror, mode", [(False, "edge"), (True, "symmetric")])
+@pytest.mark.parametrize("margins", [((0, 0), (2, 0), (0, 0)), ((0, 0), (0, 3), (1, 2))])
+def test_edges_are_repeated_and_mirrored_as_numpy_does(mirror, mode, margins):
+    generator = np.random.default_rng(3)
+    values = generator.normal(size=(2, 5, 4)).astype(np.float32)
+    expected = np.pad(values, margins, mode=mode)
+    given = {axis: each for axis, each in enumerate(margins) if axis}
+    extended, transpose = jax.vjp(lambda x: windows.extend(x, given, mirror=mirror), values)
+    np.testing.assert_array_equal(extended, expected)
+    # The transpose: where each number went, its weights are summed up.
+    weights = generator.normal(size=expected.shape).astype(np.float32)
+    places = np.pad(np.arange(values.size).reshape(values.shape), margins, mode=mode)
+    sums = np.bincount(places.ravel(), weights.ravel().astype(np.float64), values.size)
+    np.testing.assert_allclose(transpose(weights)[0], sums.reshape(values.shape), atol=1e-5)
