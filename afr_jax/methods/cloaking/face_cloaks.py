@@ -359,16 +359,12 @@ def chip(surrogate: Surrogate, image: parallel.AnyArray, transform: parallel.Any
 
 def _limited(faces: Face, limits: budget.Budget) -> Face:
     """A batch of faces with what their changes may cost."""
-    count = len(faces.image)
-
-    def each(limit: float | None) -> np.ndarray | None:
-        return None if limit is None else np.full(count, limit, np.float32)
-
+    ones = np.ones(len(faces.image), np.float32)
     return faces._replace(
-        budget=each(limits.dssim),
-        flicker=each(limits.flicker),
-        lost=each(limits.lost),
-        ease=each(limits.ease),
+        budget=ones * limits.dssim,
+        flicker=None if limits.flicker is None else ones * limits.flicker,
+        lost=None if limits.lost is None else ones * limits.lost,
+        ease=ones * limits.ease,
     )
 
 
