@@ -1,10 +1,28 @@
 """Tables of speed, and the README's table of headline results."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from docs.tools import cloaking_tables, markdown, patch_tables
 from docs.tools.markdown import number, percent, percents, spread, table
 
 
-@table("benchmark_photos", "benchmark_detection.json", "benchmark_cloaking.json")
+# What was measured on two machines, and on which: the files' endings.
+_MACHINES = {"Intel Xeon": "", "AMD EPYC": "_epyc"}
+
+
+def _on_machines(*names: str) -> tuple[str, ...]:
+    """The files of results on both machines."""
+    return tuple(f"{name}{ending}.json" for name in names for ending in _MACHINES.values())
+
+
+def _by_machine(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each machine and its result."""
+    for machine, ending in _MACHINES.items():
+        yield machine, markdown.result(name + ending)
+
+
+@table("benchmark_photos", *_on_machines("benchmark_detection", "benchmark_cloaking"))
 def benchmark_photos() -> str:
     """Detection and cloaking beside public implementations."""
     names = {
@@ -13,15 +31,12 @@ def benchmark_photos() -> str:
     }
     lines = []
     for file, (unit, peer) in names.items():
-        row = markdown.result(file)["rows"][0]
-        lines.append(
-            [
-                f"{row['row']}, {unit}",
-                peer,
-                *(spread(row[key]) for key in ("ours", "peer", "ratio")),
-            ]
-        )
-    return markdown.render(("", "beside", "ours", "theirs", "ratio"), lines, right=3)
+        for machine, found in _by_machine(file):
+            row = found["rows"][0]
+            cells = (spread(row[key]) for key in ("ours", "peer", "ratio"))
+            lines.append([f"{row['row']}, {unit}", peer, machine, *cells])
+    head = ("", "beside", "processor", "ours", "theirs", "ratio")
+    return markdown.render(head, lines, right=3)
 
 
 @table("benchmark_folder", "benchmark_folder.json")
@@ -52,13 +67,13 @@ def benchmark_folder() -> str:
     return markdown.render(("seconds", "ours", "PyPI `mtcnn`", "ratio"), lines, right=3)
 
 
-@table("benchmark_folder_cloaks", "benchmark_folder_cloaks.json")
+@table("benchmark_folder_cloaks", *_on_machines("benchmark_folder_cloaks"))
 def benchmark_folder_cloaks() -> str:
     """Cloaks of a folder of photos of all sizes."""
     return _cold_and_warm("benchmark_folder_cloaks", "cloak")
 
 
-@table("benchmark_group", "benchmark_group.json")
+@table("benchmark_group", *_on_machines("benchmark_group"))
 def benchmark_group() -> str:
     """The cloak of a large photo with three large faces."""
     return _cold_and_warm("benchmark_group", "group")
@@ -66,14 +81,16 @@ def benchmark_group() -> str:
 
 def _cold_and_warm(name: str, runs: str) -> str:
     """What the cloaking program took with an empty cache and with a full one."""
-    found = markdown.result(name)
     lines = []
-    for row in found["rows"]:
-        if row["row"].startswith("cloak"):
+    for machine, found in _by_machine(name):
+        for row in found["rows"]:
+            if not row["row"].startswith("cloak"):
+                continue
             cache = row["quantity"].removeprefix("s, ")
             run = found["folder"][f"{runs}_{cache}"]
             lines.append(
                 [
+                    machine,
                     cache,
                     spread(row["ours"]),
                     str(run["programs"]),
@@ -81,8 +98,8 @@ def _cold_and_warm(name: str, runs: str) -> str:
                     f"{run['peak_bytes'] / 1e6:.0f} MB",
                 ]
             )
-    head = ("cache", "seconds", "programs", "seconds of compilation or loading", "memory")
-    return markdown.render(head, lines, right=4)
+    head = ("processor", "cache", "seconds", "programs", "seconds of compilation or loading")
+    return markdown.render((*head, "memory"), lines, right=4)
 
 
 @table("speed_changes", "speed_changes.json")
@@ -95,7 +112,7 @@ def speed_changes() -> str:
     return markdown.render(("ms", "before", "after", "kept"), lines)
 
 
-@table("benchmark_embedding", "benchmark_embedding.json")
+@table("benchmark_embedding", *_on_machines("benchmark_embedding"))
 def benchmark_embedding() -> str:
     """Embedding aligned faces."""
     peers = {
@@ -104,11 +121,13 @@ def benchmark_embedding() -> str:
         "mobilefacenet": ("MobileFaceNet", "our torch version"),
     }
     lines = []
-    for row in markdown.result("benchmark_embedding")["rows"]:
-        name, peer = peers[row["row"].split(", ")[1]]
-        peer = row["quantity"].partition(", ")[2] or peer
-        lines.append([name, peer, *(spread(row[key]) for key in ("ours", "peer", "ratio"))])
-    head = ("ms a face, batches of 16", "beside", "ours", "theirs", "ratio")
+    for machine, found in _by_machine("benchmark_embedding"):
+        for row in found["rows"]:
+            name, peer = peers[row["row"].split(", ")[1]]
+            peer = row["quantity"].partition(", ")[2] or peer
+            cells = (spread(row[key]) for key in ("ours", "peer", "ratio"))
+            lines.append([name, peer, machine, *cells])
+    head = ("ms a face, batches of 16", "beside", "processor", "ours", "theirs", "ratio")
     return markdown.render(head, lines, right=3)
 
 
@@ -201,8 +220,7 @@ def scaling() -> str:
     "attack_persons.json",
     "unlearnable_cifar10.json",
     "lfw_pairs.json",
-    "benchmark_detection.json",
-    "benchmark_cloaking.json",
+    *_on_machines("benchmark_detection", "benchmark_cloaking"),
     has_source_line=False,
 )
 def headline() -> str:
@@ -213,7 +231,9 @@ def headline() -> str:
     pairs = markdown.result("lfw_pairs")
     accuracies = [pairs[name]["accuracy"] for name in markdown.EXTRACTORS]
     ratios = [
-        markdown.result(name)["rows"][0]["ratio"]
+        " / ".join(
+            number(found["rows"][0]["ratio"]["median"], digits=1) for _, found in _by_machine(name)
+        )
         for name in ("benchmark_detection", "benchmark_cloaking")
     ]
     lines = [
@@ -241,8 +261,8 @@ def headline() -> str:
             f"dlib itself {percent(pairs['dlib_itself']['accuracy'], digits=1)}",
         ],
         [
-            "speed on two CPU cores: detection; a step of a cloak",
-            "; ".join(number(ratio["median"], digits=1) for ratio in ratios) + " times",
+            "speed on two CPU cores, Intel / AMD: detection; a step of a cloak",
+            f"{'; '.join(ratios)} times",
             "PyPI `mtcnn`; PyPI `fawkes`",
         ],
     ]
