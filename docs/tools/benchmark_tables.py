@@ -6,7 +6,6 @@ from typing import Any
 from docs.tools import cloaking_tables, markdown, patch_tables
 from docs.tools.markdown import number, percent, percents, spread, table
 
-
 # What was measured on two machines, and on which: the files' endings.
 _MACHINES = {"Intel Xeon": "", "AMD EPYC": "_epyc"}
 
