@@ -135,7 +135,7 @@ class Config:
     shares_work: ClassVar[bool] = False
 
     workdir: str | None = option(None, WORKDIR_HELP)
-    seed: int = option(0, "seed of all randomness of the run", at_least=0)
+    seed: int = option(0, "seed of all randomness of the run", at_least=0, at_most=2**63 - 1)
     max_megapixels: float | None = option(
         None,
         "larger photos are refused; default: by the machine's memory, at most 100",

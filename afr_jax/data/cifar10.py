@@ -34,9 +34,8 @@ CLASSES = (
     "ship",
     "truck",
 )
-# The address and MD5 sum that the data set's own page gives for the binary version.
+# The address that the data set's own page gives for the binary version.
 _URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 _RECORD = 1 + 3 * 32 * 32
 _FILE_BYTES = 10_000 * _RECORD
 # Of the six files and some text beside them.
@@ -91,23 +90,6 @@ def load(source: str | os.PathLike[str], split: str) -> Cifar10Images:
     )
 
 
-def download(folder: str | os.PathLike[str]) -> pathlib.Path:
-    """The binary archive, fetched into a folder if it is not there (163 MB) and checked.
-
-    Raises:
-        OSError: the network or the server failed, or the file is another one.
-    """
-    import pooch  # Only this function needs it.
-
-    try:
-        name = pooch.retrieve(
-            _URL, known_hash=f"md5:{_MD5}", fname="cifar-10-binary.tar.gz", path=folder
-        )
-    except ValueError as error:  # The hash differs.
-        raise OSError(str(error)) from error
-    return pathlib.Path(name)
-
-
 def read_binary(source: str | os.PathLike[str], split: str) -> Cifar10Images:
     """Reads the binary version: the archive, or a folder with its files at any depth.
 
@@ -127,39 +109,42 @@ def read_binary(source: str | os.PathLike[str], split: str) -> Cifar10Images:
     return Cifar10Images(np.ascontiguousarray(images), labels, _ids(split, len(labels)), CLASSES)
 
 
-def read_mosaics(
-    source: str | os.PathLike[str], split: str, *, lossless_only: bool = False
-) -> Cifar10Images:
+def read_mosaics(source: str | os.PathLike[str], split: str) -> Cifar10Images:
     """Reads images that were joined to mosaics of 25 rows of 40, a thousand in each file.
 
     The files are `<split>_00.webp` and so on (any lossless format); `<split>_labels.npz` has the
-    arrays `label` and `classes`, and may have `lossless`, False for images known from a JPEG alone.
+    array `label` and may have `classes`.
 
     Args:
         source: the folder.
         split: "train" or "test".
-        lossless_only: leaves those out.
 
     Raises:
-        ValueError: files are missing or have another size than the labels say, or a label is of no
-            class.
+        ValueError: files are missing, damaged or have another size than the labels say, or a label
+            is of no class.
     """
     source = pathlib.Path(source)
     labels_path = source / f"{split}_labels.npz"
-    with zipfile.ZipFile(labels_path) as archive:
-        files.check_npz(archive, labels_path.stat().st_size)
-    with np.load(labels_path, allow_pickle=False) as table:
-        labels = table["label"]
-        classes = tuple(str(name) for name in table["classes"]) if "classes" in table else CLASSES
-        exact = table["lossless"] if "lossless" in table else np.ones(len(labels), bool)
+    try:
+        with zipfile.ZipFile(labels_path) as archive:
+            files.check_npz(archive, labels_path.stat().st_size)
+        with np.load(labels_path, allow_pickle=False) as table:
+            labels = table["label"]
+            names = table.get("classes", CLASSES)
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        raise ValueError(f"{labels_path} is damaged, or not a table of labels: {error}") from error
+    classes = tuple(map(str, names))
     if not np.isin(labels, np.arange(len(classes))).all():
         raise ValueError(f"{labels_path}: a label is none of 0 to {len(classes) - 1}")
     labels = labels.astype(np.int32)
     rows, columns = _MOSAIC
     parts = []
     for path in sorted(source.glob(f"{split}_[0-9]*.*")):
-        with Image.open(path, formats=("WEBP", "PNG")) as image:
-            pixels = np.asarray(image.convert("RGB"))
+        try:
+            with Image.open(path, formats=("WEBP", "PNG")) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError) as error:  # Pillow's of damaged files.
+            raise ValueError(f"{path} is damaged, or no WebP or PNG: {error}") from error
         if pixels.shape != (rows * 32, columns * 32, 3):
             raise ValueError(f"{path} has shape {pixels.shape}, but must be {rows * 32} x 1280 x 3")
         parts.append(pixels.reshape(rows, 32, columns, 32, 3).transpose(0, 2, 1, 3, 4))
@@ -167,9 +152,7 @@ def read_mosaics(
     if count < len(labels) or not len(labels):
         raise ValueError(f"{source} has {count} {split} images, but {len(labels)} labels")
     images = np.concatenate(parts).reshape(-1, 32, 32, 3)[: len(labels)]
-    ids = _ids(split, len(labels))
-    kept = np.flatnonzero(exact) if lossless_only else np.arange(len(labels))
-    return Cifar10Images(images[kept], labels[kept], tuple(ids[i] for i in kept), classes)
+    return Cifar10Images(images, labels, _ids(split, len(labels)), classes)
 
 
 def read_folders(

@@ -41,6 +41,7 @@ def test_built_values_replace_defaults_and_nothing_else():
     "values, message",
     [
         ({("seed",): -1}, "seed is -1, must be at least 0"),
+        ({("seed",): 2**63}, "must be at most 9223372036854775807"),
         ({("mode",): "c"}, "mode is 'c', must be one of a, b"),
         ({("inner", "rate"): -1.0}, "rate is -1.0, must be at least 0"),
         ({("inner", "rate"): float("nan")}, "rate is nan"),
