@@ -32,7 +32,7 @@ from afr_jax.core import backend
 _NHWC = ("NHWC", "HWIO", "NHWC")
 # So few channels are those of images; with more taps a sum of them is no faster.
 _FEW_CHANNELS, _FEW_TAPS = 4, 9
-# Pixels along a side of the blocks that take their place.
+# Side of the blocks in pixels, where there are more taps.
 _BLOCK = 4
 # Of images of fewer pixels the products of a 1 x 1 convolution's gradient are one.
 _FEW_PIXELS = 256
@@ -255,16 +255,17 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     inputs, kernel, turned = kept
     is_few = inputs.shape[-1] <= _FEW_CHANNELS
+    pads = [
+        (taps - 1 - before, taps - 1 - after)
+        for taps, (before, after) in zip(kernel.shape[:2], padding, strict=True)
+    ]
     if (is_few or max(strides) > 1) and kernel.shape[0] * kernel.shape[1] <= _FEW_TAPS:
         by_inputs = _sum_of_taps(gradient, kernel, inputs.shape[1:3], strides, padding)
     elif is_few and not any(_BLOCK % stride for stride in strides):
         by_inputs = _by_blocks(gradient, kernel, inputs.shape[1:3], strides, padding)
-    elif turned is not None and max(strides) == 1:
-        pads = [
-            (taps - 1 - before, taps - 1 - after)
-            for taps, (before, after) in zip(kernel.shape[:2], padding, strict=True)
-        ]
-        by_inputs = _plain(gradient, turned, strides, tuple(pads))
+    elif max(strides) == 1 and (turned is not None or min(map(min, pads)) < 0):
+        cut, pads = _cut(gradient, pads)
+        by_inputs = _plain(cut, _turn(kernel) if turned is None else turned, strides, pads)
     else:
         _, inputs_fn = jax.vjp(lambda x: _plain(x, kernel, strides, padding), inputs)
         (by_inputs,) = inputs_fn(gradient)
@@ -272,6 +273,21 @@ def _backward(
     # Kernels that were turned once do not move.
     by_turned = None if turned is None else jnp.zeros_like(turned)
     return by_inputs.astype(inputs.dtype), by_kernel.astype(kernel.dtype), by_turned
+
+
+def _cut(
+    images: jax.Array, pads: Sequence[tuple[int, int]]
+) -> tuple[jax.Array, tuple[tuple[int, int], ...]]:
+    """Images without what negative pads take off their sides, and the pads that are left.
+
+    XLA:CPU reads beyond an array whose convolution has a negative pad before and a positive one
+    behind.
+    """
+    off = [(0, 0, 0), *((min(low, 0), min(high, 0), 0) for low, high in pads), (0, 0, 0)]
+    left = tuple((max(low, 0), max(high, 0)) for low, high in pads)
+    if any(map(any, off)):
+        images = jax.lax.pad(images, jnp.zeros((), images.dtype), off)
+    return images, left
 
 
 def _sum_of_taps(
@@ -311,8 +327,8 @@ def _by_blocks(
 ) -> jax.Array:
     """Gradient `[B, H, W, C]` with respect to inputs of (H, W) pixels, block by block.
 
-    All pixels of a block see the same outputs, each through taps of its own, so one convolution
-    from the outputs has the blocks' pixels for channels.
+    One convolution of the outputs' gradient has all pixels of a block for channels; taps that a
+    pixel lacks are zero.
     """
     channels, features = kernel.shape[2:]
     taps, steps, pads, counts, offsets = [], [], [], [], []
@@ -333,7 +349,8 @@ def _by_blocks(
     kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
     blocks = kernel[taps[0]][:, :, taps[1]].transpose(0, 2, 5, 1, 3, 4)
     blocks = blocks.reshape(*blocks.shape[:2], features, _BLOCK * _BLOCK * channels)
-    found = _plain(gradient, blocks, tuple(steps), tuple(pads))
+    cut, pads = _cut(gradient, pads)
+    found = _plain(cut, blocks, tuple(steps), pads)
     found = found.reshape(-1, *counts, _BLOCK, _BLOCK, channels).transpose(0, 1, 3, 2, 4, 5)
     found = found.reshape(-1, counts[0] * _BLOCK, counts[1] * _BLOCK, channels)
     rows, columns = (slice(o, o + size) for o, size in zip(offsets, sizes, strict=True))
@@ -356,6 +373,7 @@ def _kernel_gradient(
         before, size = padding[axis][0], inputs.shape[1 + axis]
         reach = (gradient.shape[1 + axis] - 1) * strides[axis] + taps[axis]
         pads.append((before, reach - size - before))  # Negative: what no window has reached.
+    channels_first, pads = _cut(channels_first, pads)
     found = jax.lax.conv_general_dilated(
         channels_first, images_last, (1, 1), pads, rhs_dilation=strides, dimension_numbers=_NHWC
     )

@@ -161,6 +161,8 @@ def test_unknown_stem():
         ((2, 16, 17, 1), (4, 7, 1, 2), (4, 1), ((6, 2), (0, 5)), 1),
         ((1, 19, 14, 4), (5, 3, 4, 2), (1, 4), "SAME", 1),
         ((1, 14, 15, 3), (5, 5, 3, 2), (3, 3), "SAME", 1),
+        # More padding than taps.
+        ((1, 20, 23, 3), (4, 4, 3, 2), (2, 1), ((9, 0), (13, 15)), 1),
         # Taps that see padding alone.
         ((2, 1, 1, 5), (3, 3, 5, 4), (1, 1), "SAME", 1),
         ((2, 1, 3, 5), (5, 3, 5, 4), (1, 1), "SAME", 1),
@@ -227,6 +229,25 @@ def test_kernels_that_are_turned_once_give_the_same_gradients(padding, stride, s
     plain, fast = grads(variables), grads(turned)
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(fast), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_more_padding_than_taps():
+    """Where the gradient of `jax.lax` reads beyond its array on CPU."""
+    padding, images = [(5, 0), (4, 6)], jax.random.normal(jax.random.key(0), (2, 9, 7, 5))
+    net = nn.Conv(4, (3, 3), padding=padding, conv_general_dilated_cls=conv.Convolution)
+    variables = net.init(jax.random.key(1), images)
+    plain = nn.Conv(4, (3, 3), padding="VALID")
+
+    def padded(x):
+        return plain.apply(variables, jnp.pad(x, ((0, 0), *padding, (0, 0))))
+
+    def gradient(apply_fn):
+        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(apply_fn(x)))))(images)
+
+    expected = gradient(padded)
+    for each in (variables, *conv.turn_kernels([variables])):
+        found = gradient(lambda x, each=each: net.apply(each, x))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_turned_kernels_are_those_that_the_gradient_reads():
