@@ -194,7 +194,8 @@ def jpeg(image: jax.Array, quality: jax.Array | float) -> jax.Array:
 def _quantised(planes: jax.Array, table: np.ndarray, percent: jax.Array) -> jax.Array:
     """Planes `[K, H, W]` after quantisation of their 8 x 8 DCT.
 
-    The DCT is orthonormal: where rounding passes the gradient, all of it together does.
+    The DCT is orthonormal: with rounding passed straight through, the gradient of all of it is the
+    identity.
     """
     count, height, width = planes.shape
     steps = jnp.clip(jnp.floor((table * percent + 50.0) / 100.0), 1.0, 255.0)

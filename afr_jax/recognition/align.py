@@ -249,7 +249,7 @@ def _bilinear(image: parallel.AnyArray, y: jax.Array, x: jax.Array) -> jax.Array
     """Samples `[H, W, C]` at points `[R, S]`; beyond the outermost centers it fades to zero.
 
     It reads, and its gradient writes, a plane of each channel: on CPU that takes two thirds of the
-    time of pixels of three numbers, whose sums the gradient would wait for.
+    time of pixels of three numbers.
     """
     height, width, channels = image.shape
     low_y, low_x = jnp.floor(y), jnp.floor(x)

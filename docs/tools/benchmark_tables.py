@@ -260,7 +260,8 @@ def headline() -> str:
             f"dlib itself {percent(pairs['dlib_itself']['accuracy'], digits=1)}",
         ],
         [
-            "speed on two CPU cores, Intel / AMD: detection; a step of a cloak",
+            "speed on two CPU cores, Intel / AMD: detection; a step of a cloak (Intel: before the "
+            "last changes)",
             f"{'; '.join(ratios)} times",
             "PyPI `mtcnn`; PyPI `fawkes`",
         ],

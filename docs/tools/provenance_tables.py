@@ -18,7 +18,7 @@ def provenance() -> str:
 
 def _row(measured: Mapping[str, Any]) -> tuple[str, str, str]:
     runs = (
-        [measured]
+        [measured, *measured.get("added", [])]  # What came later to a file.
         if "date" in measured
         else [
             value

@@ -41,7 +41,8 @@ def extend(
     """Repeats or mirrors what lies at the edges of an array outwards.
 
     `jnp.pad` does the same in its modes "edge" and "symmetric", but for each axis to which it adds
-    nothing, its gradient adds up an array of zeros.
+    nothing, its gradient adds up an array of zeros. Mirrored margins are at most as wide as the
+    axis here.
 
     Args:
         values: Any array.
@@ -80,7 +81,10 @@ window_sums.defvjp(_forward, _backward)
 
 
 def _padded(sums: jax.Array, margin: int) -> jax.Array:
-    """Zeros around planes; whatever makes these is not worked out in the padding, which is slow."""
+    """Planes with zeros around them.
+
+    Apart: XLA:CPU would work out whatever makes the planes inside of the padding, slowly.
+    """
     pads = [(0, 0)] * (sums.ndim - 2) + [(margin, margin)] * 2
     return backend.apart(lambda values: jnp.pad(values, pads), sums)
 

@@ -80,12 +80,12 @@ class Budget:
 
     @property
     def flicker(self) -> float | None:
-        """What a search may spend of `flicker.flicker`, so that FLIP is about its limit."""
+        """What a search may spend of `flicker.flicker`: FLIP is about its limit then. Or None."""
         return None if self.flip is None else _FLICKER_SHARE * self.flip
 
     @property
     def lost(self) -> float | None:
-        """What a search may spend of `ssimulacra2.lost` on a face that is large."""
+        """What a search may spend of `ssimulacra2.lost` on a face that is large; or None."""
         return None if self.ssimulacra2 is None else _CLOSER * (100 - self.ssimulacra2)
 
     @property
