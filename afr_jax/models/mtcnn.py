@@ -8,7 +8,9 @@ license), which go back to the authors' Caffe models. The cascade around the net
 All networks take RGB scaled by (x - 127.5) / 128 from 0..255 (`normalize`).
 """
 
+import functools
 import io
+import itertools
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, cast
@@ -19,8 +21,8 @@ import jax.numpy as jnp
 import lz4.frame
 import numpy as np
 
-from afr_jax.core import parallel
-from afr_jax.models import layers
+from afr_jax.core import backend, parallel
+from afr_jax.models import conv, layers
 from afr_jax.models.weights import checks, conversion, installed
 
 # Stands in for minus infinity below every activation: finite, so that masked places cannot turn
@@ -55,24 +57,31 @@ class PNet(nn.Module):
             Probabilities `[B, h, w]` and regressions `[B, h, w, 4]` (x0, y0, x1, y1 in cells of 11
             px), with h = ceil((H - 2) / 2) - 4; cells past `map_size` of an image are meaningless.
         """
-        x = _first_pool(images, extent, _Weights(10, name="conv_1")(), _Slope(name="prelu_1")(10))
+        x = _first_pool(
+            images, extent, _Weights((3, 3, 3, 10), name="conv_1")(), _Slope(name="prelu_1")(10)
+        )
         x = layers.PReLU(name="prelu_2")(_conv(16, 3, "conv_2")(x))
         x = layers.PReLU(name="prelu_3")(_conv(32, 3, "conv_3")(x))
-        boxes = _conv(4, 1, "boxes")(x)
-        logits = _conv(2, 1, "face")(x)
-        return nn.sigmoid(logits[..., 1] - logits[..., 0]), boxes
+        # One product: as a rule each takes as long.
+        (kernel, bias), (face_kernel, face_bias) = (
+            _Weights((1, 1, 32, channels), name=name)()
+            for channels, name in ((4, "boxes"), (2, "face"))
+        )
+        heads = jnp.concatenate([kernel, face_kernel], -1)[0, 0]
+        x = x @ heads + jnp.concatenate([bias, face_bias]).reshape(1, 1, 1, -1)
+        x = x[:, :, : map_size(images.shape[2])]
+        return nn.sigmoid(x[..., 5] - x[..., 4]), x[..., :4]
 
 
 class _Weights(nn.Module):
-    """Parameters of a 3 x 3 convolution of RGB, for `_first_pool`."""
+    """Kernel of a shape and bias of a convolution that is not run by itself."""
 
-    channels: int
+    shape: tuple[int, int, int, int]
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array]:
-        shape = (3, 3, 3, self.channels)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        return kernel, self.param("bias", nn.initializers.zeros, (self.channels,))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), self.shape)
+        return kernel, self.param("bias", nn.initializers.zeros, self.shape[-1:])
 
 
 class _Slope(nn.Module):
@@ -96,7 +105,7 @@ class RNet(nn.Module):
     @nn.compact
     def __call__(self, crops: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Face probability `[B]` and box regression `[B, 4]` of crops `[B, 24, 24, 3]`."""
-        x = layers.PReLU(name="prelu_1")(_conv(28, 3, "conv_1")(crops))
+        x = backend.settle(layers.PReLU(name="prelu_1")(_conv(28, 3, "conv_1")(crops)))
         x = layers.max_pool(layers.pad_for_pool(x, 3, 2, _LOW), 3, 2)
         x = layers.PReLU(name="prelu_2")(_conv(48, 3, "conv_2")(x))
         x = layers.max_pool(x, 3, 2)
@@ -116,7 +125,7 @@ class ONet(nn.Module):
         The crops are `[B, 48, 48, 3]`; the landmarks are five x then five y, as shares of the
         crop's side.
         """
-        x = layers.PReLU(name="prelu_1")(_conv(32, 3, "conv_1")(crops))
+        x = backend.settle(layers.PReLU(name="prelu_1")(_conv(32, 3, "conv_1")(crops)))
         x = layers.max_pool(layers.pad_for_pool(x, 3, 2, _LOW), 3, 2)
         x = layers.PReLU(name="prelu_2")(_conv(64, 3, "conv_2")(x))
         x = layers.max_pool(x, 3, 2)
@@ -221,42 +230,27 @@ def read_weights(folder: pathlib.Path | str) -> Variables:
 
 def _first_pool(
     images: jax.Array, extent: jax.Array, weights: tuple[jax.Array, jax.Array], slope: jax.Array
-) -> jax.Array | None:
+) -> jax.Array:
     """Convolution 3 x 3, PReLU and 2 x 2 max pooling of `[B, H, W, 3]`, in one pass.
 
-    A convolution of few channels is slow on every machine. Here blocks of 2 x 2 pixels become
-    channels, so one 2 x 2 convolution from 12 to 40 channels gives the four values that a pooling
-    window compares; the values are those of the three layers.
+    A convolution in blocks gives the four values that a pooling window compares; the values are
+    those of the three layers.
     """
     kernel, bias = weights
     batch, height, width, _ = images.shape
-    channels = bias.size
-    rows, columns = -(-(height - 2) // 2), -(-(width - 2) // 2)
-    extra = [(0, 0), (0, 2 * rows + 2 - height), (0, 2 * columns + 2 - width), (0, 0)]
-    blocks = jnp.pad(images, extra).reshape(batch, rows + 1, 2, columns + 1, 2, 3)
-    blocks = blocks.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows + 1, columns + 1, 12)
-    # [4, 4, 3, 2, 2, C]: the kernel at the four places of a pooling window.
-    shifted = jnp.zeros((4, 4, 3, 2, 2, channels), kernel.dtype)
-    for i in range(2):
-        for j in range(2):
-            shifted = shifted.at[i : i + 3, j : j + 3, :, i, j].set(kernel)
-    shifted = shifted.reshape(2, 2, 2, 2, 3, 4 * channels).transpose(0, 2, 1, 3, 4, 5)
-    values = jax.lax.conv_general_dilated(
-        blocks,
-        shifted.reshape(2, 2, 12, 4 * channels),
-        (1, 1),
-        "VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    values = values.reshape(batch, rows, columns, 2, 2, channels)
+    # The next convolution takes columns in pairs.
+    images = jnp.pad(images, [(0, 0), (0, 0), (0, (2 - width) % 4), (0, 0)])
+    values = conv.in_blocks(images, kernel, (2, 2))
+    rows, columns = values.shape[1:3]
     if extent.ndim == 3:
         extent = jnp.pad(extent, [(0, 0), (0, 2 * rows + 2 - height), (0, 2 * columns + 2 - width)])
         extent = extent.reshape(batch, rows, 2, columns, 2)
-    pooled = None
-    for i in range(2):
-        for j in range(2):
-            value = values[:, :, :, i, j] + bias.reshape(1, 1, 1, -1)
-            value = jnp.maximum(value, 0) + slope.reshape(1, 1, 1, -1) * jnp.minimum(value, 0)
+
+    def pool(values: jax.Array, extent: jax.Array, bias: jax.Array, slope: jax.Array) -> jax.Array:
+        pooled = []
+        for i, j in itertools.product(range(2), range(2)):
+            value = values[:, :, :, i, j] + bias
+            value = jnp.maximum(value, 0) + slope * jnp.minimum(value, 0)
             # Padding must not win the last pooling window of an image of odd size.
             if extent.ndim == 5:
                 inside = extent[:, :, i, :, j]
@@ -264,13 +258,21 @@ def _first_pool(
                 inside_rows = (2 * jnp.arange(rows) + i)[None] < extent[:, :1] - 2
                 inside_columns = (2 * jnp.arange(columns) + j)[None] < extent[:, 1:] - 2
                 inside = inside_rows[:, :, None] & inside_columns[:, None, :]
-            value = jnp.where(inside[..., None], value, _LOW)
-            pooled = value if pooled is None else jnp.maximum(pooled, value)
-    return pooled
+            pooled.append(jnp.where(inside[..., None], value, _LOW))
+        return functools.reduce(jnp.maximum, pooled)
+
+    per_channel = (leaf.reshape(1, 1, 1, -1) for leaf in (bias, slope))
+    return backend.apart(pool, values, extent, *per_channel)
 
 
 def _conv(channels: int, kernel: int, name: str) -> nn.Conv:
-    return nn.Conv(channels, (kernel, kernel), padding="VALID", name=name)
+    return nn.Conv(
+        channels,
+        (kernel, kernel),
+        padding="VALID",
+        conv_general_dilated=conv.fast_forward,
+        name=name,
+    )
 
 
 def _flatten(x: jax.Array) -> jax.Array:

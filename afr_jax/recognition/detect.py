@@ -21,6 +21,7 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import sparse
 
 from afr_jax.core import backend, parallel
 from afr_jax.core import options as options_lib
@@ -34,8 +35,16 @@ MIN_FACE_HELP = "side of the smallest face looked for, pixels"
 _CELL, _STRIDE = 12, 2
 # Pyramid levels are cut into pieces that P-Net sees in square tiles of this side, small ones
 # several to a tile.
-_TILE_PX = 256
+_TILE_PX = 128
 _TILE_CELLS = (_TILE_PX - 2 + 1) // 2 - 4
+# Levels of fewer than this share of a photo's pixels are averaged by sparse products: OpenCV goes
+# through the photo as slowly for a small level as for a large one.
+_SMALL_LEVEL = 1 / 8
+# OpenCV leaves out what a mean takes of a pixel up to this share.
+_LEAST_SHARE = 1e-3
+# Photos that are looked at side by side, as one leaves processors idle between its programs, and
+# their pixels.
+PHOTOS_AT_ONCE, PIXELS_AT_ONCE = 4, 40_000_000
 # Overlaps of boxes that are in memory at once.
 _OVERLAPS_AT_ONCE = 1 << 16
 # A photo of more pixels is looked at reduced by the whole factor that brings it below.
@@ -47,13 +56,13 @@ _GIVEN_BACK_BYTES = 1 << 25
 class _Batches(NamedTuple):
     """How many inputs one call of each network takes, few and many; the last call is filled up."""
 
-    tiles: int
+    tiles: tuple[int, int]
     rnet: tuple[int, int]
     onet: tuple[int, int]
 
 
-_CPU_BATCHES = _Batches(tiles=1, rnet=(16, 64), onet=(4, 16))
-_ACCELERATOR_BATCHES = _Batches(tiles=32, rnet=(64, 512), onet=(16, 128))
+_CPU_BATCHES = _Batches(tiles=(1, 4), rnet=(16, 64), onet=(4, 16))
+_ACCELERATOR_BATCHES = _Batches(tiles=(16, 128), rnet=(64, 512), onet=(16, 128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +132,21 @@ class _Piece(NamedTuple):
     size: tuple[int, int]
     tile: int
     place: tuple[int, int]
+
+
+class _Corners(NamedTuple):
+    """What crops of a photo are interpolated from; K crops of S x S pixels.
+
+    Attributes:
+        pixels: `[4, K, S, S]` uint32, the four that surround each place, packed (`_packed`): upper
+            left, upper right, lower left, lower right.
+        parts: `[K, 2, S]` float32, how far below the upper row, right of the left column.
+        inside: `[K, 2, S]` bool, which rows and columns lie within the photo.
+    """
+
+    pixels: np.ndarray | jax.Array
+    parts: np.ndarray | jax.Array
+    inside: np.ndarray | jax.Array
 
 
 class _Candidates(NamedTuple):
@@ -236,7 +260,7 @@ def detect_photos(
     *,
     options: DetectorOptions = DetectorOptions(),
 ) -> list[Faces]:
-    """Finds the faces of some photos, two photos at a time: one alone does not fill the machine.
+    """Finds the faces of some photos, a few at a time: one alone does not fill the machine.
 
     Args:
         variables: of the three networks.
@@ -246,8 +270,14 @@ def detect_photos(
     Returns:
         The faces of each photo, equal to those of `detect_faces`.
     """
-    return parallel.thread_map(
-        lambda photo: detect_faces(variables, photo, options=options), photos
+    return list(
+        parallel.thread_stream(
+            lambda photo: detect_faces(variables, photo, options=options),
+            photos,
+            width=PHOTOS_AT_ONCE,
+            weight_fn=data_photos.num_pixels,
+            limit=PIXELS_AT_ONCE,
+        )
     )
 
 
@@ -329,7 +359,10 @@ def overlap(
 
 
 def _propose(
-    variables: conversion.Variables, pixels: np.ndarray, batch: int, options: DetectorOptions
+    variables: conversion.Variables,
+    pixels: np.ndarray,
+    batches: tuple[int, int],
+    options: DetectorOptions,
 ) -> tuple[_Candidates, np.ndarray]:
     """P-Net's proposals on all levels of a photo, best first, and the level of each."""
     height, width, _ = pixels.shape
@@ -339,10 +372,16 @@ def _propose(
     image = pixels.astype(np.float32)
     levels = [_resize(image, size) for size in sizes]
     del image
-    by_call: list[list[_Piece]] = [[] for _ in range(-(-num_tiles // batch))]
+    calls = _calls(num_tiles, batches)
+    # The call that has a tile, and its number there.
+    at = [(call, row) for call, (_, size) in enumerate(calls) for row in range(size)]
+    by_call: list[list[_Piece]] = [[] for _ in calls]
     for piece in pieces:
-        by_call[piece.tile // batch].append(piece)
-    called = [_pnet(variables, *_tiles(levels, some, batch)) for some in by_call]
+        by_call[at[piece.tile][0]].append(piece)
+    called = [
+        _pnet(variables, *_tiles(levels, some, *call))
+        for some, call in zip(by_call, calls, strict=True)
+    ]
     del levels
     # Fetched at the end, so that no call waits for the one before.
     outputs = [tuple(map(np.asarray, leaves)) for leaves in called]
@@ -352,7 +391,7 @@ def _propose(
     ]
     for piece in pieces:
         rows, columns = (mtcnn.map_size(side) for side in piece.size)
-        call, row = divmod(piece.tile, batch)
+        call, row = at[piece.tile]
         from_cells = row, *_cells(piece.place, rows, columns)
         to_cells = _cells(piece.start, rows, columns)
         for whole, part in zip(maps[piece.level], outputs[call], strict=True):
@@ -364,26 +403,63 @@ def _propose(
     return ranked, numbers[order]
 
 
+def _calls(count: int, sizes: tuple[int, int]) -> list[tuple[int, int]]:
+    """The calls of a network that take `count` inputs: the first of each, and how many it takes.
+
+    As many as it can take, and what is left few at a time, so that little is filled up.
+    """
+    few, many = sizes
+    calls, start = [], 0
+    while start < count:
+        calls.append((start, few if count - start <= min(3 * few, many - 1) else many))
+        start += calls[-1][1]
+    return calls
+
+
 def _tiles(
-    levels: Sequence[np.ndarray], pieces: Sequence[_Piece], batch: int
+    levels: Sequence[np.ndarray], pieces: Sequence[_Piece], first: int, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The tiles of one call with their pieces, and which cells have all their pixels."""
-    tiles = np.zeros((batch, _TILE_PX, _TILE_PX, 3), np.float32)
-    own = np.zeros((batch, _TILE_PX - 2, _TILE_PX - 2), bool)
+    """`count` tiles from `first` on with their pieces, and which cells have all their pixels."""
+    tiles = np.zeros((count, _TILE_PX, _TILE_PX, 3), np.float32)
+    own = np.zeros((count, _TILE_PX - 2, _TILE_PX - 2), bool)
     for piece in pieces:
         (row, column), (rows, columns), (y, x) = piece.start, piece.size, piece.place
         part = levels[piece.level][row : row + rows, column : column + columns]
-        tiles[piece.tile % batch, y : y + rows, x : x + columns] = part
-        own[piece.tile % batch, y : y + rows - 2, x : x + columns - 2] = True
+        tiles[piece.tile - first, y : y + rows, x : x + columns] = part
+        own[piece.tile - first, y : y + rows - 2, x : x + columns - 2] = True
     return tiles, own
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A level of the pyramid `[h, w, 3]`, normalized, by averaging areas of a float image."""
-    level = np.asarray(cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA))
+    height, width, channels = image.shape
+    if math.prod(size) < _SMALL_LEVEL * height * width:
+        level = _averages(size[0], height) @ image.reshape(height, -1)
+        level = level.reshape(size[0], width, channels).transpose(1, 0, 2).reshape(width, -1)
+        level = (_averages(size[1], width) @ level).reshape(*size[::-1], channels)
+        level = np.ascontiguousarray(level.transpose(1, 0, 2))
+    else:
+        level = np.asarray(cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA))
     level -= 127.5
     level /= 128.0
     return level
+
+
+@functools.lru_cache(maxsize=512)
+def _averages(size: int, count: int) -> sparse.csr_array:
+    """The means over `size` equal parts of `count` pixels, a matrix `[size, count]`.
+
+    As OpenCV's INTER_AREA has them: a pixel counts by its share in a part.
+    """
+    width = count / size
+    edges = np.arange(size + 1)[:, None] * width
+    taps = math.ceil(width) + 1
+    columns = np.floor(edges[:-1]).astype(np.int32) + np.arange(taps, dtype=np.int32)
+    shares = np.minimum(columns + 1, edges[1:]) - np.maximum(columns, edges[:-1])
+    means = np.where(shares > _LEAST_SHARE, shares / width, 0).astype(np.float32)
+    columns = np.minimum(columns, count - 1)  # Beyond the last one shares are zero.
+    starts = np.arange(0, size * taps + 1, taps, dtype=np.int32)
+    return sparse.csr_array((means.ravel(), columns.ravel(), starts), shape=(size, count))
 
 
 def _of_level(
@@ -450,13 +526,13 @@ _pnet = jax.jit(mtcnn.propose)
 
 
 @jax.jit
-def _rnet(variables: conversion.Variables, crops: jax.Array) -> parallel.PyTree:
-    return mtcnn.RNet().apply(variables, crops)
+def _rnet(variables: conversion.Variables, corners: _Corners) -> parallel.PyTree:
+    return mtcnn.RNet().apply(variables, _interpolated(corners))
 
 
 @jax.jit
-def _onet(variables: conversion.Variables, crops: jax.Array) -> parallel.PyTree:
-    return mtcnn.ONet().apply(variables, crops)
+def _onet(variables: conversion.Variables, corners: _Corners) -> parallel.PyTree:
+    return mtcnn.ONet().apply(variables, _interpolated(corners))
 
 
 def _in_batches(
@@ -469,13 +545,11 @@ def _in_batches(
     batches: tuple[int, int],
 ) -> tuple[np.ndarray, ...]:
     """What a network makes of the crops of any number of boxes, so many at a time."""
-    few, many = batches
     outputs = []
-    for start in range(0, max(len(boxes), 1), many):
-        crops = _crops(packed, boxes[start : start + many], side)
-        filled = np.zeros((few if len(crops) <= few else many, *crops.shape[1:]), np.float32)
-        filled[: len(crops)] = crops
-        outputs.append(net_fn(variables, filled))
+    for start, size in _calls(max(len(boxes), 1), batches):
+        some = boxes[start : start + size]
+        some = np.concatenate([some, np.zeros((size - len(some), 4), boxes.dtype)])
+        outputs.append(net_fn(variables, _corners(packed, some, side)))
     return tuple(
         np.concatenate([np.asarray(leaf) for leaf in leaves])[: len(boxes)]
         for leaves in zip(*outputs, strict=True)
@@ -535,42 +609,45 @@ def _packed(pixels: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA).view(np.uint32)[..., 0]
 
 
-def _crops(packed: np.ndarray, boxes: np.ndarray, side: int) -> np.ndarray:
-    """Crops `[K, side, side, 3]`, normalized, as TensorFlow's `crop_and_resize` makes them.
-
-    Bilinear, with the corners of a box in the middles of the outer pixels; gray (0) outside of the
-    photo.
-    """
+def _corners(packed: np.ndarray, boxes: np.ndarray, side: int) -> _Corners:
+    """What crops `[K, side, side, 3]` of boxes `[K, 4]` are made of, by `_interpolated`."""
     size = np.array(packed.shape, np.float32)
     steps = np.arange(side, dtype=np.float32) / (side - 1)
     low, high = (corner * ((size - 1) / size) for corner in (boxes[:, :2], boxes[:, 2:]))
     at = low[:, :, None] + (high - low)[:, :, None] * steps  # [K, 2, side]
     limit = size.astype(int)[:, None] - 1
     first = np.clip(np.floor(at).astype(int), 0, limit)
-    second = np.minimum(first + 1, limit)
-    part = (at - first).astype(np.float32)
-    inside = (at >= 0) & (at <= limit)
-    # The fourth channel is carried along: rows of numbers without gaps are fast.
-    flat, across = packed.ravel(), np.repeat(part[:, 1], 4, axis=1)[:, None]
+    index = (first[:, 0] * packed.shape[1])[:, :, None] + first[:, 1, None]
+    flat, pixels = packed.ravel(), np.empty((4, *index.shape), np.uint32)
+    # On the last row or column the part of the next is 0, whatever is there. Of mode "raise", NumPy
+    # would fill another array first.
+    for place, ahead in enumerate((0, 1, packed.shape[1], packed.shape[1] + 1)):
+        flat[min(ahead, flat.size - 1) :].take(index, out=pixels[place], mode="clip")
+    return _Corners(pixels, (at - first).astype(np.float32), (at >= 0) & (at <= limit))
 
-    def fetched(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        at = (rows * packed.shape[1])[:, :, None] + columns[:, None]
-        return flat.take(at).view(np.uint8)  # [K, side, 4 * side]
 
-    def mixed_by_column(rows: np.ndarray) -> np.ndarray:
-        left = fetched(rows, first[:, 1]).astype(np.float32)
-        mixed = fetched(rows, second[:, 1]) - left
-        mixed *= across
-        mixed += left
-        return mixed
+def _interpolated(corners: _Corners) -> jax.Array:
+    """Crops `[K, S, S, 3]`, normalized, as TensorFlow's `crop_and_resize` makes them.
 
-    top, crops = mixed_by_column(first[:, 0]), mixed_by_column(second[:, 0])
-    crops -= top
-    crops *= part[:, 0, :, None]
-    crops += top
-    crops = mtcnn.normalize(crops).reshape(*crops.shape[:2], side, 4)[..., :3]
-    is_own = (inside[:, 0, :, None] & inside[:, 1, None])[..., None]
-    return crops if is_own.all() else np.where(is_own, crops, np.float32(0))
+    Bilinear, with the corners of a box in the middles of the outer pixels; gray (0) outside of the
+    photo.
+    """
+
+    def planes(pixels: jax.Array, parts: jax.Array, inside: jax.Array) -> jax.Array:
+        down, right = parts[:, 0, :, None], parts[:, 1, None]
+        is_own = inside[:, 0, :, None] & inside[:, 1, None]
+        found = []
+        for shift in range(0, 24, 8):  # The lowest byte is red.
+            upper, upper_right, lower, lower_right = (pixels >> shift & 255).astype(jnp.float32)
+            upper, lower = (
+                upper + (upper_right - upper) * right,
+                lower + (lower_right - lower) * right,
+            )
+            color = mtcnn.normalize(upper + (lower - upper) * down)
+            found.append(jnp.where(is_own, color, 0.0))
+        return jnp.stack(found)
+
+    return backend.apart(planes, *map(jnp.asarray, corners)).transpose(1, 2, 3, 0)
 
 
 def _nothing() -> Stages:

@@ -30,8 +30,6 @@ from afr_jax.training import trained
 
 # Photos whose faces are embedded together, and that one transaction of a database enrolls.
 _GROUP = 64
-# Pixels of photos that are decoded or waiting for the others of their group to be: 120 MB.
-_PIXELS_AT_ONCE = 40_000_000
 NO_FACE = "no face was found"
 # Stands for every extractor of the registry whose weights are there, but for judges.
 ALL = "all"
@@ -685,7 +683,13 @@ def _recognize_group(
 ) -> list[dict[str, object]]:
     """What `_find` and the extractors find in photos, as `Recognized` without the path."""
     found = list(
-        parallel.thread_stream(find_fn, group, weight_fn=photos.num_pixels, limit=_PIXELS_AT_ONCE)
+        parallel.thread_stream(
+            find_fn,
+            group,
+            width=detect.PHOTOS_AT_ONCE,
+            weight_fn=photos.num_pixels,
+            limit=detect.PIXELS_AT_ONCE,
+        )
     )
     pairs = [(pixels, landmarks) for pixels, faces, _, _ in found for landmarks in faces.landmarks]
     embeddings = {

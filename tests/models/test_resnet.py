@@ -155,6 +155,10 @@ def test_unknown_stem():
         ((2, 8, 8, 5), (3, 3, 5, 4), (1, 1), "SAME", 1),
         ((2, 17, 18, 5), (3, 3, 5, 4), (2, 3), ((0, 2), (1, 0)), 1),
         ((2, 8, 8, 4), (3, 3, 1, 4), (2, 2), ((1, 1), (1, 1)), 4),
+        # In blocks: of 2 x 2 pixels, and pairs of columns.
+        ((2, 12, 15, 3), (3, 3, 3, 5), (1, 1), "SAME", 1),
+        ((2, 11, 10, 1), (3, 3, 1, 40), (1, 1), "VALID", 1),
+        ((2, 11, 14, 7), (3, 3, 7, 6), (1, 1), ((0, 2), (1, 4)), 1),
         # Many taps on few channels.
         ((2, 23, 30, 3), (7, 7, 3, 4), (2, 2), "VALID", 1),
         ((2, 23, 30, 3), (7, 7, 3, 4), (2, 2), ((3, 3), (3, 3)), 1),
@@ -193,6 +197,38 @@ def test_gradients_of_the_convolution_are_those_of_jax(
     ours = jax.jit(lambda: grads(conv.conv_general_dilated))()
     theirs = jax.jit(lambda: grads(jax.lax.conv_general_dilated))()
     for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (2, 2), (1, 3), (4, 2)])
+@pytest.mark.parametrize(
+    "shape, taps, padding",
+    [((2, 9, 8, 3), (3, 3), ((0, 0), (0, 0))), ((1, 6, 11, 2), (2, 5), ((3, 0), (1, 4)))],
+)
+def test_convolution_in_blocks_is_that_of_jax(block, shape, taps, padding):
+    keys = jax.random.split(jax.random.key(3))
+    images = jax.random.normal(keys[0], shape)
+    kernel = jax.random.normal(keys[1], (*taps, shape[-1], 5))
+    found = np.asarray(conv.in_blocks(images, kernel, block, padding=padding))
+    expected = jax.lax.conv_general_dilated(
+        images, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    for row, column in np.ndindex(*expected.shape[1:3]):
+        (y, i), (x, j) = divmod(row, block[0]), divmod(column, block[1])
+        np.testing.assert_allclose(
+            found[:, y, x, i, j], expected[:, row, column], rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("padding", ["VALID", "SAME"])
+@pytest.mark.parametrize("channels, features", [(3, 10), (10, 16), (16, 32)])
+def test_fast_forward_is_the_convolution_of_jax(padding, channels, features):
+    images = jax.random.normal(jax.random.key(0), (2, 13, 12, channels))
+    plain = nn.Conv(features, (3, 3), padding=padding)
+    variables = plain.init(jax.random.key(1), images)
+    fast = nn.Conv(features, (3, 3), padding=padding, conv_general_dilated=conv.fast_forward)
+    run = lambda net: jax.value_and_grad(lambda x: jnp.sum(jnp.tanh(net.apply(variables, x))))  # noqa: E731
+    for one, other in zip(run(fast)(images), run(plain)(images), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 

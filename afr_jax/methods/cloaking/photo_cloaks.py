@@ -18,6 +18,7 @@ from flax.typing import VariableDict
 
 from afr_jax.core import images, parallel
 from afr_jax.core.perception import measures, ssim
+from afr_jax.data import photos as data_photos
 from afr_jax.methods.cloaking import budget, face_cloaks
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import align, detect, embed, match
@@ -37,8 +38,8 @@ _SHARPER = 0.5
 
 
 # A face is near to the person below this many times a surrogate's `reach`
-# (`experiments/results/fawkes_attempts.md`).
-_NEAR = 1.1
+# (`experiments/results/fawkes_attempts.md`), as it is and after JPEG of this quality.
+_NEAR, _JPEG_QUALITY = 1.1, 75
 # Rounds of enlarging changes so that their averages come out right (Irani and Peleg 1991).
 _BACK_PROJECTIONS = 4
 # The share of the limit of color difference that luma alone may take, and the largest change of
@@ -132,7 +133,8 @@ def cloak_photos(
 
     Faces of these photos that show the same person are moved away from what they have in common,
     so one call should have all photos of a person, and they influence each other. The budget may
-    have relief for faces that a surrogate still places near to the person in the final pixels.
+    have relief for faces that a surrogate still places near to the person in the final pixels, or
+    in these after JPEG.
 
     Args:
         key: of the run.
@@ -424,18 +426,26 @@ def _are_near(
     photos: Sequence[PhotoFaces],
     finals: Sequence[np.ndarray],
 ) -> np.ndarray:
-    """Which faces `[len(plans)]` of final photos a surrogate still places near to the person."""
-    landmarks = [photos[plan.photo].faces.landmarks[plan.seed[1]] for plan in plans]
-    clean, final = (
-        [(pixels[plan.photo], points) for plan, points in zip(plans, landmarks, strict=True)]
-        for pixels in ([photo.pixels for photo in photos], finals)
+    """Which faces `[len(plans)]` a surrogate still places near to the person.
+
+    In the final photos, or in these after JPEG as services recompress what is uploaded.
+    """
+    compressed = parallel.thread_map(
+        lambda final: data_photos.through_jpeg(final, quality=_JPEG_QUALITY), finals
     )
+    landmarks = [photos[plan.photo].faces.landmarks[plan.seed[1]] for plan in plans]
+    faces = [
+        (pixels[plan.photo], points)
+        for pixels in ([photo.pixels for photo in photos], finals, compressed)
+        for plan, points in zip(plans, landmarks, strict=True)
+    ]
     near = np.zeros(len(plans), bool)
     for number, extractor in enumerate(surrogates.extractors):
-        vectors = embed.embed_faces(extractor, surrogates.variables[number], clean + final)
-        own, changed = vectors[: len(plans)], vectors[len(plans) :]
+        vectors = embed.embed_faces(extractor, surrogates.variables[number], faces)
+        own, *changed = vectors.reshape(3, len(plans), -1)
         person = own + np.stack([plan.face.crops[number].to_person for plan in plans])
-        near |= np.linalg.norm(changed - person, axis=1) < _NEAR * extractor.reach
+        apart = np.linalg.norm(np.stack(changed) - person[None], axis=-1).min(axis=0)
+        near |= apart < _NEAR * extractor.reach
     return near
 
 

@@ -22,8 +22,6 @@ from afr_jax.models import mtcnn
 from afr_jax.recognition import detect, shared_options
 
 _TOY_FACE_PX = 80
-# Pixels of photos that are decoded at once, unless it is one photo.
-_PIXELS_AT_ONCE = 40_000_000
 # Photos that a run with --join claims at once.
 _GROUP = 8
 # The longest side that Pillow writes as JPEG.
@@ -315,8 +313,9 @@ def _look_at_all(
     stream = parallel.thread_stream(
         record_of,
         pairs,
+        width=detect.PHOTOS_AT_ONCE,
         weight_fn=lambda pair: photos.num_pixels(photos.PhotoSource.of(pair[0])),
-        limit=_PIXELS_AT_ONCE,
+        limit=detect.PIXELS_AT_ONCE,
     )
     found = list(progress.track(stream, description="photos", total=len(pairs)))
     return _tell_namesakes_apart(found, [source for source, _ in pairs])
