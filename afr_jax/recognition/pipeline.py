@@ -571,7 +571,7 @@ def recognize(
 ) -> Iterator[Recognized]:
     """Reads photos, finds and embeds their faces.
 
-    Photos are taken in groups of 64, or fewer large ones (`photos.in_groups`), two at a time
+    Photos are taken in groups of 64, or fewer large ones (`photos.in_groups`), some at a time
     through the detector, and dropped as soon as their faces are embedded.
 
     Args:

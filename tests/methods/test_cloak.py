@@ -13,7 +13,9 @@ import skimage.data
 import afr_jax
 from afr_jax.core import parallel
 from afr_jax.core.perception import measures, ssim, ssimulacra2
+from afr_jax.data import photos as data_photos
 from afr_jax.methods.cloaking import budget, face_cloaks, fawkes, photo_cloaks
+from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import align, detect, embed
 
@@ -66,6 +68,20 @@ def _embeddings(surrogates, photos):
     return np.asarray(embed.embed_faces(toy, variables, faces), np.float64)
 
 
+def _least_apart(surrogates, photos, places):
+    """How far faces are from places, as they are or after JPEG, whichever is less."""
+    compressed = [
+        photo._replace(pixels=data_photos.through_jpeg(photo.pixels, quality=75))
+        for photo in photos
+    ]
+    return np.minimum(
+        *[
+            np.linalg.norm(_embeddings(surrogates, some) - places, axis=1)
+            for some in (photos, compressed)
+        ]
+    )
+
+
 def _check_budget(photo, pixels, faces):
     outside = np.ones(pixels.shape[:2], bool)
     for face in faces:
@@ -116,8 +132,7 @@ def test_faces_that_stay_near_to_the_person_have_relief(surrogates, monkeypatch)
     changed = [
         photo._replace(pixels=pixels) for photo, (pixels, _) in zip(photos, plain, strict=True)
     ]
-    moved = _embeddings(surrogates, changed) - _embeddings(surrogates, photos)
-    distances = np.linalg.norm(moved, axis=1)
+    distances = _least_apart(surrogates, changed, _embeddings(surrogates, photos))
     assert max(distances) > 1.05 * min(distances)
     reach = surrogates.extractors[0].reach
     monkeypatch.setattr(photo_cloaks, "_NEAR", distances.mean() / reach)
@@ -147,9 +162,8 @@ def test_relief_is_of_the_person_not_of_the_photo(surrogates, monkeypatch):
     changed = [
         photo._replace(pixels=pixels) for photo, (pixels, _) in zip(photos, finals, strict=True)
     ]
-    final = _embeddings(surrogates, changed)
-    from_person = np.linalg.norm(final - clean.mean(axis=0), axis=1)
-    from_own = np.linalg.norm(final - clean, axis=1)
+    from_person = _least_apart(surrogates, changed, clean.mean(axis=0))
+    from_own = _least_apart(surrogates, changed, clean)
     # The limit of the one that the two measures do not agree about most.
     number = int(np.argmax(np.abs(from_person - from_own)))
     limit = (from_person[number] + from_own[number]) / 2
@@ -157,6 +171,82 @@ def test_relief_is_of_the_person_not_of_the_photo(surrogates, monkeypatch):
     face = _cloak(surrogates, photos, config)[number][1][0]
     expected = limits.relief if from_person[number] < limit else limits
     assert face.budget == expected
+
+
+def test_faces_that_stay_near_are_searched_anew_within_the_relief(surrogates, monkeypatch):
+    limits = budget.Budget(0.002, relief=budget.Budget(0.008))
+    monkeypatch.setitem(budget.MODES, "low", limits)
+    monkeypatch.setattr(photo_cloaks, "_NEAR", 100.0)
+    config = dataclasses.replace(_CONFIG, mode="low")
+    asked, nothing = [], False
+    cloak_faces = face_cloaks.cloak_faces
+
+    def cloak(*arrays, limits, **options):
+        asked.append(limits)
+        change, distances = cloak_faces(*arrays, limits=limits, **options)
+        return (0 * change if nothing and len(asked) == 2 else change), distances
+
+    monkeypatch.setattr(face_cloaks, "cloak_faces", cloak)
+    ((wide, (face,)),) = _cloak(surrogates, [_photo()], config)
+    assert asked == [limits, limits.relief] and face.budget == limits.relief
+    # As a cloak of that budget alone.
+    monkeypatch.setitem(budget.MODES, "low", limits.relief)
+    ((alone, _),) = _cloak(surrogates, [_photo()], config)
+    np.testing.assert_array_equal(wide, alone)
+    # A search that ends with nothing leaves what was there, fitted to the wider limits.
+    monkeypatch.setitem(budget.MODES, "low", limits)
+    asked.clear()
+    nothing = True
+    ((kept, (face,)),) = _cloak(surrogates, [_photo()], config)
+    assert len(asked) == 2 and (kept != _photo().pixels).any()
+    assert face.budget.spent(_photo().pixels, kept, face.region, face.box) <= 1
+
+
+def test_faces_are_judged_where_the_detector_finds_them_in_the_file_and_after_jpeg(
+    surrogates, monkeypatch
+):
+    limits = budget.Budget(0.002, relief=budget.Budget(0.008))
+    monkeypatch.setitem(budget.MODES, "low", limits)
+    config, photo = dataclasses.replace(_CONFIG, mode="low"), _photo()
+    seen = []
+
+    def found_again(detector, pixels, box, landmarks):
+        assert detector == "detector" and np.isclose(box, photo.faces.boxes[0], atol=1).all()
+        seen.append(pixels)
+        return landmarks + offset
+
+    monkeypatch.setattr(photo_cloaks, "_found_again", found_again)
+    # By the landmarks that it had, the face is nearer than this; where it is found, it is not.
+    offset = np.float32([0, 0])
+    monkeypatch.setattr(photo_cloaks, "_NEAR", 0.0)
+    ((final, _),) = _cloak(surrogates, [photo], config, detector="detector")
+    np.testing.assert_array_equal(seen[0], final)
+    np.testing.assert_array_equal(seen[1], data_photos.through_jpeg(final, quality=75))
+    (apart,) = _least_apart(
+        surrogates, [photo._replace(pixels=final)], _embeddings(surrogates, [photo])
+    )
+    monkeypatch.setattr(photo_cloaks, "_NEAR", 1.01 * apart / surrogates.extractors[0].reach)
+    ((_, (near,)),) = _cloak(surrogates, [photo], config, detector="detector")
+    offset = np.float32([25, 25])
+    ((_, (far,)),) = _cloak(surrogates, [photo], config, detector="detector")
+    assert (near.budget, far.budget) == (limits.relief, limits)
+
+
+def test_a_face_is_found_again_where_a_tracker_finds_it():
+    detector = mtcnn.load_variables()
+    pixels = np.asarray(skimage.data.astronaut())
+    (whole,) = detect.detect_photos(detector, [pixels])
+    box = np.round(whole.boxes[0]).astype(int)
+    moved = whole.landmarks[0] + 5
+    found = photo_cloaks._found_again(detector, pixels, box, moved)
+    np.testing.assert_allclose(found, whole.landmarks[0], atol=1.5)
+    # Without a detector, without a face, and with a face elsewhere.
+    for asked in (
+        (None, pixels, box),
+        (detector, np.zeros_like(pixels), box),
+        (detector, pixels, box + np.array([60, 60, 60, 60])),
+    ):
+        np.testing.assert_array_equal(photo_cloaks._found_again(*asked, moved), moved)
 
 
 @pytest.mark.slow

@@ -255,7 +255,9 @@ def _cloak(
 
     def protect(faces: Sequence[photo_cloaks.PhotoFaces]) -> Sequence[published.OneProtected]:
         key = jax.random.key(config.seed)
-        return photo_cloaks.cloak_photos(key, against, faces, config=config.method)
+        return photo_cloaks.cloak_photos(
+            key, against, faces, config=config.method, detector=recognizer.detector
+        )
 
     samples = [person.published[0] for person in split.protected]
     paths, records = published.write_photos(

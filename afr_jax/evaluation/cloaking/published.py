@@ -127,6 +127,7 @@ def protect_fn(
             photo_cloaks.Surrogates(extractors, variables),
             faces,
             config=cells.cloak_method(cell.method, limit, num_steps=num_steps),
+            detector=recognizer.detector,
         )
 
     return protect

@@ -154,7 +154,7 @@ class Budget:
 
 
 # Of single faces in mode low: what mode mid allows, but still not told apart side by side.
-_RELIEF = Budget(0.016, ciede2000=4.5, chroma=0.4, flip=0.045, ssimulacra2=80.0)
+_RELIEF = Budget(0.016, ciede2000=4.5, chroma=0.4, flip=0.045, ssimulacra2=80.0, views=0.4)
 # In what people see. By its author, SSIMULACRA2 of 85 is not told apart in a flip test, of 80 not
 # side by side, and of 70 it is hard to notice without the original.
 MODES: dict[str, Budget] = {

@@ -196,6 +196,7 @@ def cloak_faces(
     *,
     surrogates: tuple[Surrogate, ...],
     config: CloakMethod,
+    limits: budget.Budget | None = None,
     report_fn: Callable[[int], None] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cloaks a batch of faces.
@@ -204,9 +205,10 @@ def cloak_faces(
         keys: `[B]`, one for each face: a face's result depends on its own key alone.
         variables: of each surrogate's module.
         faces: the batch; the crops' `own` embeddings and `budget` need not be filled in, they are
-            computed here and taken from the config.
+            computed here and taken from the limits.
         surrogates: static; compiled programs are shared by all batches of one shape.
         config: the method.
+        limits: of what a face's change may cost; by default the method's budget.
         report_fn: called with the number of steps taken, for progress.
 
     Returns:
@@ -215,7 +217,7 @@ def cloak_faces(
     """
     chex.assert_rank(faces.image, 4)
     chex.assert_equal_shape_prefix([keys, faces.image, faces.limit, faces.boxes], 1)
-    search, faces = config.search, _limited(faces, config.budget)
+    search, faces = config.search, _limited(faces, limits or config.budget)
     seen = _look(keys, variables, faces, surrogates, search)
     crops = [
         crop._replace(own=vector) for crop, vector in zip(faces.crops, seen.embeddings, strict=True)

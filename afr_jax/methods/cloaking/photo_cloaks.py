@@ -7,6 +7,7 @@ changes.
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from afr_jax.core import images, parallel
 from afr_jax.core.perception import measures, ssim
 from afr_jax.data import photos as data_photos
 from afr_jax.methods.cloaking import budget, face_cloaks
+from afr_jax.models import mtcnn
 from afr_jax.models.extractors import registry
 from afr_jax.recognition import align, detect, embed, match
 
@@ -40,6 +42,9 @@ _SHARPER = 0.5
 # A face is near to the person below this many times a surrogate's `reach`
 # (`experiments/results/fawkes_attempts.md`), as it is and after JPEG of this quality.
 _NEAR, _JPEG_QUALITY = 1.1, 75
+# Where a cloaked face is looked for again: the box with so many of its sides around it; a face from
+# this share of it on; and the overlap from which on it is the face.
+_AROUND, _SMALLEST_AGAIN, _SAME_FACE = 0.5, 0.4, 0.4
 # Rounds of enlarging changes so that their averages come out right (Irani and Peleg 1991).
 _BACK_PROJECTIONS = 4
 # The share of the limit of color difference that luma alone may take, and the largest change of
@@ -126,6 +131,7 @@ def cloak_photos(
     *,
     config: face_cloaks.CloakMethod,
     targets: Mapping[str, np.ndarray] | None = None,
+    detector: mtcnn.Variables | None = None,
     mesh: parallel.Mesh | None = None,
     report_fn: Callable[[int], None] | None = None,
 ) -> list[tuple[np.ndarray, list[CloakedFace]]]:
@@ -133,8 +139,8 @@ def cloak_photos(
 
     Faces of these photos that show the same person are moved away from what they have in common,
     so one call should have all photos of a person, and they influence each other. The budget may
-    have relief for faces that a surrogate still places near to the person in the final pixels, or
-    in these after JPEG.
+    have relief: faces that a surrogate still places near to the person in the final pixels, or in
+    these after JPEG, are cloaked once more within its limits.
 
     Args:
         key: of the run.
@@ -143,6 +149,8 @@ def cloak_photos(
         config: of the optimisation.
         targets: target embedding `[D]` by extractor name, the same for all faces; None to repel
             only.
+        detector: that finds faces again, as trackers do, where the budget has relief; without it
+            they are judged at the landmarks that they had.
         mesh: devices to spread faces over; by default all.
         report_fn: called with numbers of finished face steps, for progress.
 
@@ -158,13 +166,22 @@ def cloak_photos(
     plans = _introduce(key, surrogates, plans, config, mesh)
     deltas: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     distances: dict[int, dict[str, float]] = {}
-    for batch in _batches(plans, mesh.size):
-        some = [plans[i] for i in batch.indices]
-        found = _cloak_batch(key, surrogates, some, batch.size, config, mesh, report_fn)
-        names = [extractor.name for extractor in surrogates.extractors]
-        for i, delta, reached in zip(batch.indices, *jax.device_get(found), strict=False):
-            deltas[i] = _to_photo_size(plans[i], photos[plans[i].photo], delta, config)
-            distances[i] = dict(zip(names, map(float, reached), strict=True))
+    names = [extractor.name for extractor in surrogates.extractors]
+
+    def search(
+        numbers: Sequence[int], limits: budget.Budget, report_fn: Callable[[int], None] | None
+    ) -> None:
+        for batch in _batches([plans[i] for i in numbers], mesh.size):
+            indices = [numbers[i] for i in batch.indices]
+            some = [_within(plans[i], limits, config) for i in indices]
+            found = _cloak_batch(key, surrogates, some, batch.size, config, limits, mesh, report_fn)
+            for i, delta, reached in zip(indices, *jax.device_get(found), strict=False):
+                if i in deltas and not delta.any():
+                    continue  # Nothing met the wider limits; what met the others is left.
+                deltas[i] = _to_photo_size(plans[i], photos[plans[i].photo], delta, config)
+                distances[i] = dict(zip(names, map(float, reached), strict=True))
+
+    search(range(len(plans)), config.budget, report_fn)
     budgets = [config.budget] * len(plans)
     own = [[i for i, plan in enumerate(plans) if plan.photo == at] for at in range(len(photos))]
 
@@ -178,10 +195,12 @@ def cloak_photos(
         )
 
     finals = parallel.thread_map(fit, range(len(photos)))
-    if config.budget.relief is not None and plans:
-        near = np.flatnonzero(_are_near(surrogates, plans, photos, finals))
+    relief = config.budget.relief
+    if relief is not None and plans:
+        near = np.flatnonzero(_are_near(surrogates, detector, plans, photos, finals)).tolist()
+        search(near, relief, None)
         for i in near:
-            budgets[i] = config.budget.relief
+            budgets[i] = relief
         wider = sorted({plans[i].photo for i in near})
         for index, final in zip(wider, parallel.thread_map(fit, wider), strict=True):
             finals[index] = final
@@ -271,7 +290,6 @@ def _plan(
     canvas = align.cut_canvas(photo.pixels, region, factor=factor, bucket_sizes=sizes)
     side = canvas.image.shape[0]
     free = images.pad_to(_limit(photo, number, region, factor), (side, side))
-    luma, chroma = _color_limits(canvas.image, config)
     crops, pools = [], []
     for extractor, transform in zip(extractors, transforms, strict=True):
         moved = align.canvas_transform(transform, canvas)
@@ -284,8 +302,8 @@ def _plan(
     face = face_cloaks.Face(
         image=canvas.image,
         limit=free * config.linf_limit,
-        luma=free * luma,
-        chroma=free * chroma,
+        luma=free,
+        chroma=free,
         boxes=boxes,
         crops=tuple(crops),
         has_target=np.asarray(targets is not None, np.float32),
@@ -294,6 +312,13 @@ def _plan(
     )
     seed = (zlib.crc32(photo.name.encode("utf-8", "surrogateescape")), number)
     return _Plan(index, region, box, canvas, tuple(pools), face, seed)
+
+
+def _within(plan: _Plan, limits: budget.Budget, config: face_cloaks.CloakMethod) -> _Plan:
+    """A plan whose colors change no further at any pixel than some limits allow."""
+    face = plan.face
+    luma, chroma = _color_limits(plan.canvas.image, limits, config)
+    return plan._replace(face=face._replace(luma=face.luma * luma, chroma=face.chroma * chroma))
 
 
 class _Batch(NamedTuple):
@@ -330,6 +355,7 @@ def _cloak_batch(
     plans: list[_Plan],
     size: int,
     config: face_cloaks.CloakMethod,
+    limits: budget.Budget,
     mesh: parallel.Mesh,
     report_fn: Callable[[int], None] | None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -341,6 +367,7 @@ def _cloak_batch(
         faces,
         surrogates=statics,
         config=config,
+        limits=limits,
         report_fn=(lambda steps: report_fn(steps * len(plans))) if report_fn else None,
     )
 
@@ -422,23 +449,26 @@ def _introduce(
 
 def _are_near(
     surrogates: Surrogates,
+    detector: mtcnn.Variables | None,
     plans: Sequence[_Plan],
     photos: Sequence[PhotoFaces],
     finals: Sequence[np.ndarray],
 ) -> np.ndarray:
     """Which faces `[len(plans)]` a surrogate still places near to the person.
 
-    In the final photos, or in these after JPEG as services recompress what is uploaded.
+    In the final photos, or in these after JPEG, as services compress what is uploaded.
     """
     compressed = parallel.thread_map(
         lambda final: data_photos.through_jpeg(final, quality=_JPEG_QUALITY), finals
     )
-    landmarks = [photos[plan.photo].faces.landmarks[plan.seed[1]] for plan in plans]
+    known = [photos[plan.photo].faces.landmarks[plan.seed[1]] for plan in plans]
     faces = [
-        (pixels[plan.photo], points)
-        for pixels in ([photo.pixels for photo in photos], finals, compressed)
-        for plan, points in zip(plans, landmarks, strict=True)
+        (photos[plan.photo].pixels, landmarks) for plan, landmarks in zip(plans, known, strict=True)
     ]
+    for pixels in (finals, compressed):
+        some = [(pixels[plan.photo], plan.box, at) for plan, at in zip(plans, known, strict=True)]
+        again = parallel.thread_map(lambda face: _found_again(detector, *face), some)
+        faces += [(each, at) for (each, _, _), at in zip(some, again, strict=True)]
     near = np.zeros(len(plans), bool)
     for number, extractor in enumerate(surrogates.extractors):
         vectors = embed.embed_faces(extractor, surrogates.variables[number], faces)
@@ -447,6 +477,36 @@ def _are_near(
         apart = np.linalg.norm(np.stack(changed) - person[None], axis=-1).min(axis=0)
         near |= apart < _NEAR * extractor.reach
     return near
+
+
+def _found_again(
+    detector: mtcnn.Variables | None, pixels: np.ndarray, box: np.ndarray, landmarks: np.ndarray
+) -> np.ndarray:
+    """The landmarks `[5, 2]` where a detector finds a face again, or those that it had.
+
+    Args:
+        detector: or None.
+        pixels: `[H, W, 3]` uint8, of the photo as it is now.
+        box: `[4]` int (y0, x0, y1, x1) of the face.
+        landmarks: `[5, 2]` that it had.
+    """
+    if detector is None:
+        return landmarks
+    y0, x0, y1, x1 = np.concatenate(align.integer_bounds(_grown(box, _AROUND), pixels.shape))
+    # The levels that a tracker looks at, without the finest where the face is large.
+    settings = detect.DetectorOptions()
+    levels = math.log((box[2:] - box[:2]).min() * _SMALLEST_AGAIN / settings.min_face_px)
+    skipped = max(math.floor(-levels / math.log(settings.scale_factor)), 0)
+    settings = dataclasses.replace(
+        settings, min_face_px=settings.min_face_px / settings.scale_factor**skipped
+    )
+    around = np.ascontiguousarray(pixels[y0:y1, x0:x1])
+    found = detect.detect_faces(detector, around, options=settings)
+    shift = np.array([y0, x0], np.float32)
+    overlaps = detect.overlap(found.boxes + np.tile(shift, 2), box[None].astype(np.float32))[:, 0]
+    if overlaps.max(initial=0) < _SAME_FACE:
+        return landmarks
+    return found.landmarks[int(overlaps.argmax())] + shift
 
 
 def _limit(photo: PhotoFaces, number: int, region: np.ndarray, factor: int) -> np.ndarray:
@@ -485,10 +545,9 @@ def _limit(photo: PhotoFaces, number: int, region: np.ndarray, factor: int) -> n
 
 
 def _color_limits(
-    image: np.ndarray, config: face_cloaks.CloakMethod
+    image: np.ndarray, limits: budget.Budget, config: face_cloaks.CloakMethod
 ) -> tuple[np.ndarray | float, float]:
     """Largest change of luma `[S, S]` and of chroma at the pixels of a canvas, in [0, 1] units."""
-    limits = config.budget
     luma, chroma = config.linf_limit, 1.0
     if limits.ciede2000 is not None:
         tolerance = measures.gray_tolerance(np.round(image * 255).astype(np.uint8))

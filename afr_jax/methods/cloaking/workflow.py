@@ -235,6 +235,7 @@ class Workflow:
                 [item.task for item in found],
                 config=self.method,
                 targets=None if target is None else target.centroids,
+                detector=self.recognizer.detector,
                 report_fn=report_fn,
             )
         except Exception as error:  # One photo's trouble must not cost the others theirs.
