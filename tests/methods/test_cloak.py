@@ -187,8 +187,11 @@ def test_faces_that_stay_near_are_searched_anew_within_the_relief(surrogates, mo
         return (0 * change if nothing and len(asked) == 2 else change), distances
 
     monkeypatch.setattr(face_cloaks, "cloak_faces", cloak)
-    ((wide, (face,)),) = _cloak(surrogates, [_photo()], config)
+    counted = []
+    ((wide, (face,)),) = _cloak(surrogates, [_photo()], config, report_fn=counted.append)
     assert asked == [limits, limits.relief] and face.budget == limits.relief
+    # The second search shows how far it is by itself.
+    assert sum(counted) == config.num_steps
     # As a cloak of that budget alone.
     monkeypatch.setitem(budget.MODES, "low", limits.relief)
     ((alone, _),) = _cloak(surrogates, [_photo()], config)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax.typing import VariableDict
 
-from afr_jax.core import images, parallel
+from afr_jax.core import images, parallel, progress
 from afr_jax.core.perception import measures, ssim
 from afr_jax.data import photos as data_photos
 from afr_jax.methods.cloaking import budget, face_cloaks
@@ -198,7 +198,12 @@ def cloak_photos(
     relief = config.budget.relief
     if relief is not None and plans:
         near = np.flatnonzero(_are_near(surrogates, detector, plans, photos, finals)).tolist()
-        search(near, relief, None)
+        if near and report_fn is not None:
+            total = len(near) * config.num_steps
+            with progress.counter(total, description="face steps, wider limits") as again_fn:
+                search(near, relief, again_fn)
+        else:
+            search(near, relief, None)
         for i in near:
             budgets[i] = relief
         wider = sorted({plans[i].photo for i in near})
