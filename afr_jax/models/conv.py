@@ -1,4 +1,4 @@
-"""Convolutions whose gradients are fast on CPU, to be given to `flax.linen.Conv`.
+"""Convolutions that are fast on CPU, gradients above all, to be given to `flax.linen.Conv`.
 
 XLA:CPU computes the gradient with respect to a kernel as a convolution whose window is as large as
 the image, with images for channels. Whatever made its two inputs (BatchNorm, ReLU, the sum of a
@@ -12,6 +12,9 @@ of all pixels of a block. Accelerators keep the gradients of `jax.lax`.
 
 The gradient with respect to images is a convolution with the kernel turned, which XLA turns anew
 each time, slowly: where kernels stay as they are (`turn_kernels`) that is done once.
+
+Of images and other inputs of few channels the convolution itself is slow, too: it goes block by
+block (`in_blocks`).
 
 Only reverse mode differentiation is defined where the fast gradients are used.
 """
@@ -290,7 +293,6 @@ def in_blocks(
     rows, columns = block
     channels, features = kernel.shape[2:]
     if any(map(any, pads)):
-        images = backend.settle(images)
         images = jax.lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
     shape = (-1, images.shape[1] // rows, rows, images.shape[2] // columns, columns, channels)
     images = images.reshape(shape).transpose(0, 1, 3, 2, 4, 5)

@@ -105,7 +105,7 @@ class RNet(nn.Module):
     @nn.compact
     def __call__(self, crops: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Face probability `[B]` and box regression `[B, 4]` of crops `[B, 24, 24, 3]`."""
-        x = backend.settle(layers.PReLU(name="prelu_1")(_conv(28, 3, "conv_1")(crops)))
+        x = layers.PReLU(name="prelu_1")(_conv(28, 3, "conv_1")(crops))
         x = layers.max_pool(layers.pad_for_pool(x, 3, 2, _LOW), 3, 2)
         x = layers.PReLU(name="prelu_2")(_conv(48, 3, "conv_2")(x))
         x = layers.max_pool(x, 3, 2)
@@ -125,7 +125,7 @@ class ONet(nn.Module):
         The crops are `[B, 48, 48, 3]`; the landmarks are five x then five y, as shares of the
         crop's side.
         """
-        x = backend.settle(layers.PReLU(name="prelu_1")(_conv(32, 3, "conv_1")(crops)))
+        x = layers.PReLU(name="prelu_1")(_conv(32, 3, "conv_1")(crops))
         x = layers.max_pool(layers.pad_for_pool(x, 3, 2, _LOW), 3, 2)
         x = layers.PReLU(name="prelu_2")(_conv(64, 3, "conv_2")(x))
         x = layers.max_pool(x, 3, 2)
