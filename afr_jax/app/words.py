@@ -29,7 +29,9 @@ class ModeWords(NamedTuple):
 
 
 MODES = {
-    "low": ModeWords("Low", "On most faces hardly anything is seen, even when the two photos alternate.", 27, 82),
+    "low": ModeWords(
+        "Low", "Hardly anything is seen; on most faces, even when photos alternate.", 27, 82
+    ),
     "mid": ModeWords("Mid", "Hardly told apart side by side. The usual choice.", 83, 100),
     "high": ModeWords("High", "May be seen on smooth skin by who looks closely.", 100, 100),
 }
