@@ -1,5 +1,6 @@
 """Tables of cloaking: who misses whom, against which tracker, at which budget."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -297,26 +298,26 @@ def protection_second_draw() -> str:
 
 @table("protection_third_draw", "protection_third_draw.json")
 def protection_third_draw() -> str:
-    """The default cloak in mode mid on the people who were drawn last, with intervals."""
+    """The default cloak on the people who were drawn last, with intervals."""
     rows = markdown.result(_LAST_DRAW)["table"]
     kinds = [("nearest", "none"), ("nearest", "jpeg75"), ("knn_vote", "none")]
     kinds += [("linear_head", "none"), ("linear_head", "jpeg75")]
     lines = []
-    for extractor, name in _MODE_EXTRACTORS.items():
+    for mode, (extractor, name) in itertools.product(("low", "mid"), _MODE_EXTRACTORS.items()):
         cells = []
         for tracker, change in kinds:
             row = found(
                 rows,
                 method="fawkes",
-                budget="mid",
+                budget=mode,
                 tracker=tracker,
                 countermeasure=change,
                 extractor=extractor,
             )
             cells.append(markdown.percent_range(row["protection"], row["low"], row["high"]))
-        lines.append([markdown.bold(name, extractor in UNSEEN_BY_MODES), *cells])
+        lines.append([f"`{mode}`", markdown.bold(name, extractor in UNSEEN_BY_MODES), *cells])
     names = ("nearest, PNG", "JPEG 75", "vote, PNG", "linear head, PNG", "JPEG 75")
-    return markdown.render(("extractor", *names), lines, right=5)
+    return markdown.render(("mode", "extractor", *names), lines, right=5)
 
 
 @table("protection_frontier", "protection_frontier.json")
