@@ -71,7 +71,7 @@ def train_24_people() -> str:
 @table("detector_agreement", "detector_agreement.json")
 def detector_agreement() -> str:
     """The detector beside PyPI mtcnn."""
-    measured = markdown.result("detector_agreement")
+    measured = markdown.result("detector_agreement")["detector_agreement"]
     faces, error = measured["confident_faces"], measured["landmark_error"]
     lines = [
         ["photos", str(measured["num_photos"])],
