@@ -38,32 +38,24 @@ def benchmark_photos() -> str:
     return markdown.render(head, lines, right=3)
 
 
-@table("benchmark_folder", "benchmark_folder.json")
+@table("benchmark_folder", *_on_machines("benchmark_folder"))
 def benchmark_folder() -> str:
     """Detection in a folder of photos of all sizes."""
-    found = markdown.result("benchmark_folder")
     names = {"s, cold": "empty cache", "s, warm": "full cache"}
-    lines = [
-        [
-            f"{row['row']}, {names[row['quantity']]}",
-            *(spread(row[key]) for key in ("ours", "peer", "ratio")),
-        ]
-        for row in found["rows"]
-    ]
-    lines.append(
-        ["the same by YuNet, with decoding", spread(found["folder"]["yunet_seconds"]), "", ""]
-    )
-    for name in ("cold", "warm"):
-        run = found["folder"][name]
-        lines.append(
-            [
-                f"{run['programs']} programs, {name}: seconds of compilation or loading; memory",
-                f"{markdown.short(run['compile_seconds'])}; {run['peak_bytes'] / 1e6:.0f} MB",
-                "",
-                "",
-            ]
-        )
-    return markdown.render(("seconds", "ours", "PyPI `mtcnn`", "ratio"), lines, right=3)
+    lines = []
+    for machine, found in _by_machine("benchmark_folder"):
+        for row in found["rows"]:
+            cells = (spread(row[key]) for key in ("ours", "peer", "ratio"))
+            lines.append([f"{row['row']}, {names[row['quantity']]}", machine, *cells])
+        yunet = spread(found["folder"]["yunet_seconds"])
+        lines.append(["the same by YuNet, with decoding", machine, yunet, "", ""])
+        for name in ("cold", "warm"):
+            run = found["folder"][name]
+            seconds, megabytes = markdown.short(run["compile_seconds"]), run["peak_bytes"] / 1e6
+            what = f"{run['programs']} programs, {name}: seconds of compilation or loading; memory"
+            lines.append([what, machine, f"{seconds}; {megabytes:.0f} MB", "", ""])
+    head = ("seconds", "processor", "ours", "PyPI `mtcnn`", "ratio")
+    return markdown.render(head, lines, right=3)
 
 
 @table("benchmark_folder_cloaks", *_on_machines("benchmark_folder_cloaks"))
