@@ -23,7 +23,7 @@ from afr_jax.models.extractors import registry
 from afr_jax.recognition import match
 from afr_jax.training import trainer
 
-_TILE_PX = 256
+_TILE_PX = 128
 _GALLERY, _PROBES = 16_384, 256
 
 

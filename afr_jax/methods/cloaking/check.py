@@ -24,7 +24,6 @@ REENCODING = (
     "filters were not."
 )
 
-_JPEG_QUALITY = 75
 # Sides of the blocks of a JPEG file with halved chroma, and how far its enlargement reaches.
 _JPEG_BLOCK, _JPEG_BLUR = 16, 2
 # A face of the final photo is the face of the original if their boxes overlap this much.
@@ -252,7 +251,7 @@ def _judge(
     options: union.UnionOptions,
 ) -> tuple[list[dict[str, CloakVerdict]], list[bool]]:
     """Entries by extractor for each face, and whether it was found again in `final`."""
-    compressed = photos.through_jpeg(final, quality=_JPEG_QUALITY)
+    compressed = photos.through_jpeg(final, quality=photo_cloaks.JPEG_QUALITY)
     again, after = parallel.thread_stream(
         lambda version: _find_again(recognizer.detector, second, faces, version, options),
         (final, compressed),

@@ -40,8 +40,10 @@ _SHARPER = 0.5
 
 
 # A face is near to the person below this many times a surrogate's `reach`
-# (`experiments/results/fawkes_attempts.md`), as it is and after JPEG of this quality.
-_NEAR, _JPEG_QUALITY = 1.1, 75
+# (`experiments/results/fawkes_attempts.md`).
+_NEAR = 1.1
+# Of the JPEG after which cloaks are judged, too, as services compress what is uploaded.
+JPEG_QUALITY = 75
 # Where a cloaked face is looked for again: the box with so many of its sides around it; a face from
 # this share of it on; and the overlap from which on it is the face.
 _AROUND, _SMALLEST_AGAIN, _SAME_FACE = 0.5, 0.4, 0.4
@@ -461,10 +463,10 @@ def _are_near(
 ) -> np.ndarray:
     """Which faces `[len(plans)]` a surrogate still places near to the person.
 
-    In the final photos, or in these after JPEG, as services compress what is uploaded.
+    In the final photos, or in these after JPEG.
     """
     compressed = parallel.thread_map(
-        lambda final: data_photos.through_jpeg(final, quality=_JPEG_QUALITY), finals
+        lambda final: data_photos.through_jpeg(final, quality=JPEG_QUALITY), finals
     )
     known = [photos[plan.photo].faces.landmarks[plan.seed[1]] for plan in plans]
     faces = [
