@@ -13,8 +13,8 @@ of all pixels of a block. Accelerators keep the gradients of `jax.lax`.
 The gradient with respect to images is a convolution with the kernel turned, which XLA turns anew
 each time, slowly: where kernels stay as they are (`turn_kernels`) that is done once.
 
-Of images and other inputs of few channels the convolution itself is slow, too: it goes block by
-block (`in_blocks`).
+The convolution itself goes block by block where channels are few, as in images (`in_blocks`), and
+where there is much to multiply with fewer multiplications (`winograd`).
 
 Only reverse mode differentiation is defined where the fast gradients are used.
 """
@@ -32,6 +32,7 @@ import numpy as np
 from flax.typing import VariableDict
 
 from afr_jax.core import backend
+from afr_jax.models import winograd
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 # So few channels are those of images; with more taps a sum of them is no faster.
@@ -242,8 +243,9 @@ def fast_forward(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` that is fast at few channels on CPU, with JAX's own gradients.
 
-    For `flax.linen.Conv(conv_general_dilated=...)` of small networks: an epoch of patches against
-    R- and O-Net was no faster by the gradients of `Convolution`.
+    For `flax.linen.Conv(conv_general_dilated=...)` of small networks, of which some programs run
+    side by side: an epoch of patches against R- and O-Net was no faster by the gradients of
+    `Convolution`.
 
     Args:
         inputs: `[B, H, W, C]` float.
@@ -256,7 +258,8 @@ def fast_forward(
         `[B, H', W', D]`.
     """
     if jax.default_backend() == "cpu" and padding == "VALID":
-        return _forward_conv(inputs, kernel, tuple(window_strides), ((0, 0), (0, 0)))
+        strides = tuple(window_strides)
+        return _forward_conv(inputs, kernel, strides, ((0, 0), (0, 0)), is_on_one_core=True)
     return jax.lax.conv_general_dilated(inputs, kernel, window_strides, padding, **options)
 
 
@@ -312,12 +315,14 @@ def _forward_conv(
     kernel: jax.Array,
     strides: tuple[int, ...],
     padding: tuple[tuple[int, int], ...],
+    *,
+    is_on_one_core: bool = False,
 ) -> jax.Array:
-    """A convolution, in blocks where that is faster."""
-    sizes = [
-        size + sum(pads) - taps + 1
-        for size, pads, taps in zip(inputs.shape[1:3], padding, kernel.shape[:2], strict=True)
-    ]
+    """A convolution, in blocks or with fewer multiplications where that is faster."""
+    shape = kernel.shape
+    if _has_fewer_products(inputs, shape, strides, padding, is_on_one_core=is_on_one_core):
+        return winograd.convolve(inputs, kernel, padding)
+    sizes = _sizes(inputs.shape, kernel.shape, padding)
     channels, features = kernel.shape[2:]
     if channels <= _FEW_CHANNELS:
         block = 2, 2
@@ -326,11 +331,39 @@ def _forward_conv(
     else:
         block = 1, 1
     is_small = min(sizes) < _SMALLEST or kernel.shape[:2] != (3, 3)
-    if block == (1, 1) or is_small or max(strides) > 1 or min(map(min, padding)) < 0:
+    if block == (1, 1) or is_small or not _is_simple(strides, padding):
         return _plain(inputs, kernel, strides, padding)
     found = in_blocks(inputs, kernel, block, padding=padding).transpose(0, 1, 3, 2, 4, 5)
     height, width = (found.shape[axis] * found.shape[axis + 1] for axis in (1, 3))
     return found.reshape(-1, height, width, features)[:, : sizes[0], : sizes[1]]
+
+
+def _sizes(
+    images: tuple[int, ...], kernel: tuple[int, ...], padding: Sequence[tuple[int, int]]
+) -> list[int]:
+    """Rows and columns that a convolution with stride 1 makes."""
+    return [
+        size + sum(pads) - taps + 1
+        for size, pads, taps in zip(images[1:3], padding, kernel[:2], strict=True)
+    ]
+
+
+def _is_simple(strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> bool:
+    return max(strides) == 1 and min(map(min, padding)) >= 0
+
+
+def _has_fewer_products(
+    images: jax.Array,
+    kernel: tuple[int, ...],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    *,
+    is_on_one_core: bool = False,
+) -> bool:
+    """Whether a convolution is faster by `winograd`."""
+    sizes = _sizes(images.shape, kernel, padding)
+    saves = winograd.saves(kernel, len(images), sizes, is_on_one_core=is_on_one_core)
+    return saves and images.dtype == jnp.float32 and _is_simple(strides, padding)
 
 
 def _plain(
@@ -369,7 +402,11 @@ def _backward(
         by_inputs = _sum_of_taps(gradient, kernel, inputs.shape[1:3], strides, padding)
     elif is_few and not any(_BLOCK % stride for stride in strides):
         by_inputs = _by_blocks(gradient, kernel, inputs.shape[1:3], strides, padding)
-    elif max(strides) == 1 and (turned is not None or min(map(min, pads)) < 0):
+    elif max(strides) == 1 and (
+        turned is not None
+        or min(map(min, pads)) < 0
+        or _has_fewer_products(gradient, (*kernel.shape[:2], *kernel.shape[:1:-1]), strides, pads)
+    ):
         cut, pads = _cut(gradient, pads)
         by_inputs = _forward_conv(cut, _turn(kernel) if turned is None else turned, strides, pads)
     else:
@@ -471,6 +508,11 @@ def _kernel_gradient(
     padding: tuple[tuple[int, int], ...],
 ) -> jax.Array:
     """Gradient `[R, S, C, D]` for a kernel of R x S taps."""
+    shape = *taps, inputs.shape[-1], gradient.shape[-1]
+    is_float = inputs.dtype == gradient.dtype == jnp.float32
+    saves = winograd.saves_for_kernel(shape, len(inputs), gradient.shape[1:3])
+    if saves and is_float and _is_simple(strides, padding):
+        return winograd.kernel_gradient(inputs, gradient, padding)
     channels_first, images_last = backend.apart(
         lambda x, y: (x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3)), inputs, gradient
     )

@@ -259,7 +259,10 @@ def _first_pool(
                 inside_columns = (2 * jnp.arange(columns) + j)[None] < extent[:, 1:] - 2
                 inside = inside_rows[:, :, None] & inside_columns[:, None, :]
             pooled.append(jnp.where(inside[..., None], value, _LOW))
-        return functools.reduce(jnp.maximum, pooled)
+        largest = functools.reduce(jnp.maximum, pooled)
+        # Windows outside reach meaningless cells only, but `winograd` adds rows up: large numbers
+        # would take digits from their neighbors.
+        return jnp.where(largest == _LOW, 0.0, largest)
 
     per_channel = (leaf.reshape(1, 1, 1, -1) for leaf in (bias, slope))
     return backend.apart(pool, values, extent, *per_channel)

@@ -37,8 +37,8 @@ _CELL, _STRIDE = 12, 2
 # several to a tile.
 _TILE_PX = 128
 _TILE_CELLS = (_TILE_PX - 2 + 1) // 2 - 4
-# Levels of fewer than this share of a photo's pixels are averaged by sparse products: OpenCV goes
-# through the photo as slowly for a small level as for a large one.
+# Rows of levels of fewer than this share of a photo's pixels are averaged by sparse products: OpenCV
+# goes through the photo as slowly for a small level as for a large one.
 _SMALL_LEVEL = 1 / 8
 # OpenCV leaves out what a mean takes of a pixel up to this share.
 _LEAST_SHARE = 1e-3
@@ -434,12 +434,9 @@ def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A level of the pyramid `[h, w, 3]`, normalized, by averaging areas of a float image."""
     height, width, channels = image.shape
     if math.prod(size) < _SMALL_LEVEL * height * width:
-        level = _averages(size[0], height) @ image.reshape(height, -1)
-        level = level.reshape(size[0], width, channels).transpose(1, 0, 2).reshape(width, -1)
-        level = (_averages(size[1], width) @ level).reshape(*size[::-1], channels)
-        level = np.ascontiguousarray(level.transpose(1, 0, 2))
-    else:
-        level = np.asarray(cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA))
+        rows = _averages(size[0], height) @ image.reshape(height, -1)
+        image = rows.reshape(size[0], width, channels)
+    level = np.asarray(cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA))
     level -= 127.5
     level /= 128.0
     return level
