@@ -37,8 +37,8 @@ _CELL, _STRIDE = 12, 2
 # several to a tile.
 _TILE_PX = 128
 _TILE_CELLS = (_TILE_PX - 2 + 1) // 2 - 4
-# Rows of levels of fewer than this share of a photo's pixels are averaged by sparse products: OpenCV
-# goes through the photo as slowly for a small level as for a large one.
+# Rows of levels of fewer than this share of a photo's pixels are averaged by sparse products, as
+# OpenCV goes through the photo as slowly for a small level as for a large one.
 _SMALL_LEVEL = 1 / 8
 # OpenCV leaves out what a mean takes of a pixel up to this share.
 _LEAST_SHARE = 1e-3
