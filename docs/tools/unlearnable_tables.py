@@ -213,12 +213,18 @@ def _auc(spread: Mapping[str, float]) -> str:
     return f"{mean} ({low}-{high})"
 
 
-@table("unlearnable_speed", "unlearnable_speed_cpu.json", "unlearnable_speed_h200.json")
+@table(
+    "unlearnable_speed",
+    "unlearnable_speed_cpu.json",
+    "unlearnable_speed_cpu_epyc.json",
+    "unlearnable_speed_h200.json",
+)
 def unlearnable_speed() -> str:
     """The same algorithm beside plain PyTorch."""
     h200 = markdown.result("unlearnable_speed_h200")
     settings = {
-        "small ResNet, two CPU cores, batches of 128": markdown.result("unlearnable_speed_cpu"),
+        "small ResNet, Intel Xeon, batches of 128": markdown.result("unlearnable_speed_cpu"),
+        "small ResNet, AMD EPYC, batches of 128": markdown.result("unlearnable_speed_cpu_epyc"),
         "ResNet-18, H200, bfloat16, batches of 512": h200["beside PyTorch"],
     }
     lines = []
