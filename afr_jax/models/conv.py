@@ -269,6 +269,7 @@ def in_blocks(
     block: tuple[int, int],
     *,
     padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0)),
+    is_on_one_core: bool = False,
 ) -> jax.Array:
     """A convolution with stride 1, all pixels of a block at once.
 
@@ -280,6 +281,7 @@ def in_blocks(
         kernel: `[R, S, C, D]`.
         block: rows and columns of a block, (r, s).
         padding: (before, after) for rows and for columns, not negative.
+        is_on_one_core: as of `winograd.saves`.
 
     Returns:
         `[B, h, w, r, s, D]`: h x w blocks hold the convolution's H' x W' pixels; what is beyond
@@ -306,7 +308,11 @@ def in_blocks(
         taps = taps.at[i : i + kernel.shape[0], j : j + kernel.shape[1], :, i, j].set(kernel)
     taps = taps.reshape(seen[0], rows, seen[1], columns, channels, -1).transpose(0, 2, 1, 3, 4, 5)
     taps = taps.reshape(*seen, rows * columns * channels, -1)
-    found = _plain(images, taps, (1, 1), ((0, 0), (0, 0)))
+    none = (0, 0), (0, 0)
+    if _has_fewer_products(images, taps.shape, (1, 1), none, is_on_one_core=is_on_one_core):
+        found = winograd.convolve(images, taps, none)
+    else:
+        found = _plain(images, taps, (1, 1), none)
     return found.reshape(-1, *counts, rows, columns, features)
 
 
@@ -333,7 +339,8 @@ def _forward_conv(
     is_small = min(sizes) < _SMALLEST or kernel.shape[:2] != (3, 3)
     if block == (1, 1) or is_small or not _is_simple(strides, padding):
         return _plain(inputs, kernel, strides, padding)
-    found = in_blocks(inputs, kernel, block, padding=padding).transpose(0, 1, 3, 2, 4, 5)
+    found = in_blocks(inputs, kernel, block, padding=padding, is_on_one_core=is_on_one_core)
+    found = found.transpose(0, 1, 3, 2, 4, 5)
     height, width = (found.shape[axis] * found.shape[axis + 1] for axis in (1, 3))
     return found.reshape(-1, height, width, features)[:, : sizes[0], : sizes[1]]
 

@@ -27,7 +27,7 @@ _POINTS = (0, 1, -1, 2, -2)
 # With fewer channels, read and made, or multiplications in all, sums cost what products save; for a
 # kernel's gradient more are transposed.
 _SOME, _MANY, _MANY_FOR_KERNELS = 16, 32, 64
-_FEWEST_PRODUCTS, _FEWEST_ON_ONE_CORE = 1 << 26, 1 << 25
+_FEWEST_PRODUCTS, _FEWEST_ON_ONE_CORE = 1 << 26, 1 << 24
 
 
 @functools.cache

@@ -37,9 +37,6 @@ _CELL, _STRIDE = 12, 2
 # several to a tile.
 _TILE_PX = 128
 _TILE_CELLS = (_TILE_PX - 2 + 1) // 2 - 4
-# Rows of levels of fewer than this share of a photo's pixels are averaged by sparse products, as
-# OpenCV goes through the photo as slowly for a small level as for a large one.
-_SMALL_LEVEL = 1 / 8
 # OpenCV leaves out what a mean takes of a pixel up to this share.
 _LEAST_SHARE = 1e-3
 # Photos that are looked at side by side, as one leaves processors idle between its programs, and
@@ -431,12 +428,13 @@ def _tiles(
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A level of the pyramid `[h, w, 3]`, normalized, by averaging areas of a float image."""
+    """A level of the pyramid `[h, w, 3]`, normalized, by averaging areas of a float image.
+
+    Rows by a sparse product, as OpenCV goes through both axes at once and takes twice as long.
+    """
     height, width, channels = image.shape
-    if math.prod(size) < _SMALL_LEVEL * height * width:
-        rows = _averages(size[0], height) @ image.reshape(height, -1)
-        image = rows.reshape(size[0], width, channels)
-    level = np.asarray(cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA))
+    rows = (_averages(size[0], height) @ image.reshape(height, -1)).reshape(-1, width, channels)
+    level = np.asarray(cv2.resize(rows, size[::-1], interpolation=cv2.INTER_AREA))
     level -= 127.5
     level /= 128.0
     return level
@@ -573,14 +571,41 @@ def _survivors(
     kept = np.ones(len(boxes), bool)
     for group in np.unique(groups):
         index = np.flatnonzero(groups == group)
+        corners = np.ascontiguousarray(boxes[index].T)
         step = max(1, _OVERLAPS_AT_ONCE // max(len(index), 1))
         for start in range(0, len(index), step):
-            some = index[start : start + step]
-            better = index[: start + len(some)]
-            hit = overlap(boxes[some], boxes[better], of_smaller=of_smaller) > limit
-            hit &= better[None] < some[:, None]
-            kept[some] = ~hit.any(axis=1)
+            end = min(start + step, len(index))
+            some, better = corners[:, start:end], corners[:, :end]
+            hit = _overlaps(some, better, limit, of_smaller=of_smaller)
+            hit &= np.arange(end) < np.arange(start, end)[:, None]
+            kept[index[start:end]] = ~hit.any(axis=1)
     return np.flatnonzero(kept)
+
+
+def _overlaps(
+    corners: np.ndarray, others: np.ndarray, limit: float, *, of_smaller: bool
+) -> np.ndarray:
+    """Whether boxes `[4, N]` overlap others `[4, M]` by more than `limit`, `[N, M]`.
+
+    As `overlap` of their transposes, in place: to allocate arrays takes as long as their numbers.
+    """
+    whole = np.empty((corners.shape[1], others.shape[1]), corners.dtype)
+    sides = []
+    for low, high in ((0, 2), (1, 3)):
+        np.maximum(corners[low, :, None], others[low], out=whole)
+        side = np.minimum(corners[high, :, None], others[high])
+        side -= whole
+        sides.append(np.maximum(side, 0, out=side))
+    shared = np.multiply(*sides, out=sides[0])
+    area, other_area = ((b[2] - b[0]) * (b[3] - b[1]) for b in (corners, others))
+    if of_smaller:
+        np.minimum(area[:, None], other_area, out=whole)
+    else:
+        np.add(area[:, None], other_area, out=whole)
+        whole -= shared
+    with np.errstate(invalid="ignore"):  # Of two boxes without an area.
+        shared /= whole
+    return shared > limit
 
 
 def _take(candidates: _Candidates, index: np.ndarray) -> _Candidates:

@@ -105,6 +105,20 @@ def test_layers_with_much_to_multiply_take_it(padding, monkeypatch):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * float(other.std()))
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends keep JAX's")
+def test_blocks_of_few_channels_with_much_to_multiply_take_it(monkeypatch):
+    """P-Net's second layer, of four tiles: pairs of columns have channels enough."""
+    calls, convolve = [], winograd.convolve
+    monkeypatch.setattr(
+        winograd, "convolve", lambda *some: calls.append(some[1].shape) or convolve(*some)
+    )
+    images, kernel = normal(0, 4, 63, 64, 10), normal(1, 3, 3, 10, 16)
+    found = conv.fast_forward(images, kernel, (1, 1), "VALID")
+    assert calls == [(3, 2, 20, 32)]
+    expected = float64_convolution(images, kernel, ((0, 0), (0, 0)))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * expected.std())
+
+
 def test_little_to_multiply_and_other_types_are_left_to_jax():
     kernel = (3, 3, 64, 64)
     assert winograd.saves(kernel, 8, (17, 17)) and not winograd.saves(kernel, 1, (8, 8))

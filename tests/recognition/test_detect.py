@@ -124,13 +124,13 @@ def test_overlaps_in_memory_do_not_grow_with_the_square_of_the_boxes(monkeypatch
     boxes += np.arange(500, dtype=np.float32)[:, None]
     whole = detect._survivors(boxes, 0.3)
     sizes = []
-    overlap = detect.overlap
+    overlaps = detect._overlaps
 
     def measured(*some, **options):
-        sizes.append(overlap(*some, **options))
+        sizes.append(overlaps(*some, **options))
         return sizes[-1]
 
-    monkeypatch.setattr(detect, "overlap", measured)
+    monkeypatch.setattr(detect, "_overlaps", measured)
     monkeypatch.setattr(detect, "_OVERLAPS_AT_ONCE", 4000)
     np.testing.assert_array_equal(detect._survivors(boxes, 0.3), whole)
     assert max(found.size for found in sizes) <= 4000
