@@ -281,7 +281,8 @@ def in_blocks(
         kernel: `[R, S, C, D]`.
         block: rows and columns of a block, (r, s).
         padding: (before, after) for rows and for columns, not negative.
-        is_on_one_core: as of `winograd.saves`.
+        is_on_one_core: as of `winograd.saves`; then blocks, too, go with fewer multiplications, which
+            on two cores take as long or longer.
 
     Returns:
         `[B, h, w, r, s, D]`: h x w blocks hold the convolution's H' x W' pixels; what is beyond
@@ -309,7 +310,8 @@ def in_blocks(
     taps = taps.reshape(seen[0], rows, seen[1], columns, channels, -1).transpose(0, 2, 1, 3, 4, 5)
     taps = taps.reshape(*seen, rows * columns * channels, -1)
     none = (0, 0), (0, 0)
-    if _has_fewer_products(images, taps.shape, (1, 1), none, is_on_one_core=is_on_one_core):
+    saves = _has_fewer_products(images, taps.shape, (1, 1), none, is_on_one_core=is_on_one_core)
+    if is_on_one_core and saves:
         found = winograd.convolve(images, taps, none)
     else:
         found = _plain(images, taps, (1, 1), none)
