@@ -281,8 +281,8 @@ def in_blocks(
         kernel: `[R, S, C, D]`.
         block: rows and columns of a block, (r, s).
         padding: (before, after) for rows and for columns, not negative.
-        is_on_one_core: as of `winograd.saves`; then blocks, too, go with fewer multiplications, which
-            on two cores take as long or longer.
+        is_on_one_core: as of `winograd.saves`. Then blocks go with fewer multiplications, too; on
+            two cores they take as long or longer.
 
     Returns:
         `[B, h, w, r, s, D]`: h x w blocks hold the convolution's H' x W' pixels; what is beyond
