@@ -4,7 +4,9 @@ Who shows that elsewhere listens (`told_to`).
 """
 
 import contextlib
+import functools
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from typing import Any, TypeVar
@@ -82,19 +84,31 @@ def counter(
         interval_seconds: Time between two log lines.
 
     Yields:
-        A function to be called with the number of steps that were just taken.
+        A function to be called with the number of steps that were just taken, in any thread.
     """
     if not distributed.is_primary():
         yield lambda steps: None
     elif _listeners:
-        yield _Told(total, description, done).advance
+        yield _one_at_a_time(_Told(total, description, done).advance)
     elif sys.stderr.isatty():
         with tqdm.tqdm(total=total, desc=description, initial=done, unit=unit) as bar:
-            yield bar.update
+            yield _one_at_a_time(bar.update)
     else:
         lines = _Lines(total, description, done, interval_seconds)
-        yield lines.advance
+        yield _one_at_a_time(lines.advance)
         lines.end()
+
+
+def _one_at_a_time(advance_fn: Callable[[int], Any]) -> Callable[[int], Any]:
+    """The same function for several threads, which call it one after the other."""
+    lock = threading.Lock()
+
+    @functools.wraps(advance_fn)
+    def advance(steps: int) -> None:
+        with lock:
+            advance_fn(steps)
+
+    return advance
 
 
 @logging.skip_log_prefix

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from afr_jax.core import progress
+from afr_jax.core import parallel, progress
 
 
 class _Terminal(io.StringIO):
@@ -71,3 +71,17 @@ def test_listeners_hear_every_step_in_place_of_standard_error(batch_job):
     assert batch_job() == []
     list(progress.track(iter("abcdefgh"), description="photos", total=8))
     assert batch_job()
+
+
+def test_steps_are_counted_from_any_thread(batch_job):
+    inside, heard = [], []
+
+    def listen(description, count, total):
+        inside.append(count)
+        heard.append((count, len(inside)))
+        inside.pop()
+
+    with progress.told_to(listen), progress.counter(400, description="faces") as advance:
+        parallel.thread_map(lambda _: advance(1), range(400), width=8)
+    # In order, and never two at a time.
+    assert heard == [(count, 1) for count in range(401)]

@@ -1,6 +1,8 @@
 """Whole photos on arrays: regions, fading, neighbours, large faces, fitting to the budget."""
 
+import collections
 import dataclasses
+import threading
 
 import cv2
 import flax.linen as nn
@@ -112,6 +114,32 @@ def test_changes_stay_in_regions_and_budgets(surrogates, photo):
     ((pixels, faces),) = _cloak(surrogates, [photo])
     assert len(faces) == len(photo.faces.boxes)
     _check_budget(photo, pixels, faces)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices take whole batches")
+def test_on_a_cpu_faces_go_side_by_side_by_one_program_and_are_those_of_one_after_the_other(
+    surrogates, compiled, monkeypatch
+):
+    one = parallel.make_mesh(devices=jax.devices()[:1])
+    photos = [_photo(centres=((60, 60), (60, 140), (140, 60), (140, 140)), size=50)]
+    both, cloak_faces = threading.Barrier(2, timeout=300), face_cloaks.cloak_faces
+
+    def cloak(*arrays, **options):
+        both.wait()  # Breaks unless another face is begun before this one ends.
+        return cloak_faces(*arrays, **options)
+
+    jax.clear_caches()
+    compiled.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(face_cloaks, "cloak_faces", cloak)
+        counted = []
+        ((pixels, faces),) = _cloak(surrogates, photos, mesh=one, report_fn=counted.append)
+    assert sum(counted) == 4 * _CONFIG.num_steps
+    assert max(collections.Counter(compiled).values()) == 1, compiled
+    monkeypatch.setattr(photo_cloaks, "_FACES_AT_ONCE", 1)
+    ((expected, others),) = _cloak(surrogates, photos, mesh=one)
+    np.testing.assert_array_equal(pixels, expected)
+    assert [face.distances for face in faces] == [face.distances for face in others]
 
 
 def test_what_an_average_of_changes_leaves_of_the_budget_is_spent(surrogates):

@@ -47,6 +47,8 @@ JPEG_QUALITY = 75
 # Where a cloaked face is looked for again: the box with so many of its sides around it; a face from
 # this share of it on; and the overlap from which on it is the face.
 _AROUND, _SMALLEST_AGAIN, _SAME_FACE = 0.5, 0.4, 0.4
+# Faces that are cloaked side by side on a CPU: one alone leaves processors idle between its sums.
+_FACES_AT_ONCE = 2
 # Rounds of enlarging changes so that their averages come out right (Irani and Peleg 1991).
 _BACK_PROJECTIONS = 4
 # The share of the limit of color difference that luma alone may take, and the largest change of
@@ -154,7 +156,7 @@ def cloak_photos(
         detector: that finds faces again, as trackers do, where the budget has relief; without it
             they are judged at the landmarks that they had.
         mesh: devices to spread faces over; by default all.
-        report_fn: called with numbers of finished face steps, for progress.
+        report_fn: called with numbers of finished face steps, for progress, by any thread.
 
     Returns:
         For each photo its final pixels `[H, W, 3]` uint8 and what was done to each face, in order.
@@ -173,11 +175,20 @@ def cloak_photos(
     def search(
         numbers: Sequence[int], limits: budget.Budget, report_fn: Callable[[int], None] | None
     ) -> None:
-        for batch in _batches([plans[i] for i in numbers], mesh.size):
+        def cloak(batch: _Batch) -> tuple[np.ndarray, np.ndarray]:
+            some = [_within(plans[numbers[i]], limits, config) for i in batch.indices]
+            return jax.device_get(
+                _cloak_batch(key, surrogates, some, batch.size, config, limits, mesh, report_fn)
+            )
+
+        batches = _batches([plans[i] for i in numbers], mesh.size)
+        if mesh.size == 1 and jax.default_backend() == "cpu":
+            cloaked = parallel.thread_stream(cloak, batches, width=_FACES_AT_ONCE)
+        else:
+            cloaked = map(cloak, batches)
+        for batch, found in zip(batches, cloaked, strict=True):
             indices = [numbers[i] for i in batch.indices]
-            some = [_within(plans[i], limits, config) for i in indices]
-            found = _cloak_batch(key, surrogates, some, batch.size, config, limits, mesh, report_fn)
-            for i, delta, reached in zip(indices, *jax.device_get(found), strict=False):
+            for i, delta, reached in zip(indices, *found, strict=False):
                 if i in deltas and not delta.any():
                     continue  # Nothing met the wider limits; what met the others is left.
                 deltas[i] = _to_photo_size(plans[i], photos[plans[i].photo], delta, config)
