@@ -6,9 +6,7 @@ face canvases (`afr_jax.recognition.align.Canvas`); whole photos are in
 `afr_jax.methods.cloaking.photo_cloaks`.
 """
 
-import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
@@ -26,9 +24,6 @@ from afr_jax.models import conv
 from afr_jax.models.extractors import registry
 from afr_jax.perturb import loop, penalties, projections, stepping
 from afr_jax.recognition import align
-
-# Of several threads one compiles a program, and the others wait for it.
-_FIRST_CALLS = threading.Lock()
 
 
 class Surrogate(NamedTuple):
@@ -204,7 +199,7 @@ def cloak_faces(
     limits: budget.Budget | None = None,
     report_fn: Callable[[int], None] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cloaks a batch of faces; several threads may do so side by side.
+    """Cloaks a batch of faces; threads may do so side by side, as JAX compiles a program once.
 
     Args:
         keys: `[B]`, one for each face: a face's result depends on its own key alone.
@@ -223,31 +218,28 @@ def cloak_faces(
     chex.assert_rank(faces.image, 4)
     chex.assert_equal_shape_prefix([keys, faces.image, faces.limit, faces.boxes], 1)
     search, faces = config.search, _limited(faces, limits or config.budget)
-    with _FIRST_CALLS:
-        seen = _look(keys, variables, faces, surrogates, search)
-        turned = conv.turn_kernels(variables)
+    seen = _look(keys, variables, faces, surrogates, search)
     crops = [
         crop._replace(own=vector) for crop, vector in zip(faces.crops, seen.embeddings, strict=True)
     ]
     faces = faces._replace(crops=tuple(crops))
     length, reported = stepping.chunk_length(), 0
+    turned = conv.turn_kernels(variables)
 
     def advance(state: loop.State, steps: range) -> tuple[loop.State, None]:
         count = np.int32(len(steps))
-        with contextlib.nullcontext() if steps.start else _FIRST_CALLS:
-            state = _advance(
-                keys,
-                turned,
-                faces,
-                seen.references,
-                state,
-                count,
-                _pools(surrogates),
-                _extractors(surrogates),
-                search,
-                length=length,
-            )
-        return state, None
+        return _advance(
+            keys,
+            turned,
+            faces,
+            seen.references,
+            state,
+            count,
+            _pools(surrogates),
+            _extractors(surrogates),
+            search,
+            length=length,
+        ), None
 
     def report(count: int) -> None:
         nonlocal reported
