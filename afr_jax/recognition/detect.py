@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -320,17 +319,7 @@ def no_faces() -> Faces:
     )
 
 
-@typing.overload
-def overlap(boxes: np.ndarray, others: np.ndarray, *, of_smaller: bool = ...) -> np.ndarray: ...
-
-
-@typing.overload
-def overlap(boxes: jax.Array, others: jax.Array, *, of_smaller: bool = ...) -> jax.Array: ...
-
-
-def overlap(
-    boxes: parallel.AnyArray, others: parallel.AnyArray, *, of_smaller: bool = False
-) -> parallel.AnyArray:
+def overlap(boxes: np.ndarray, others: np.ndarray, *, of_smaller: bool = False) -> np.ndarray:
     """Intersection over union of every pair of boxes (or over the smaller area).
 
     Args:
@@ -339,20 +328,27 @@ def overlap(
         of_smaller: divide by the smaller of the two areas instead of the union.
 
     Returns:
-        `[N, M]` in [0, 1]; 0 where both areas vanish. Also takes and returns NumPy arrays.
+        `[N, M]` in [0, 1], float; 0 where both areas vanish.
     """
-    xp = np if isinstance(boxes, np.ndarray) else jnp
-    shared: Any = 1.0
+    dtype = np.result_type(boxes, others, np.float32)
+    boxes, others = (np.ascontiguousarray(each.T, dtype) for each in (boxes, others))
+    # In place: to allocate arrays takes as long as their numbers.
+    whole = np.empty((boxes.shape[1], others.shape[1]), dtype)
+    sides = []
     for low, high in ((0, 2), (1, 3)):
-        start = xp.maximum(boxes[:, None, low], others[None, :, low])
-        end = xp.minimum(boxes[:, None, high], others[None, :, high])
-        shared = xp.maximum(end - start, 0.0) * shared
-    area, other_area = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (boxes, others))
+        np.maximum(boxes[low, :, None], others[low], out=whole)
+        side = np.minimum(boxes[high, :, None], others[high])
+        side -= whole
+        sides.append(np.maximum(side, 0, out=side))
+    shared = np.multiply(*sides, out=sides[0])
+    area, other_area = ((each[2] - each[0]) * (each[3] - each[1]) for each in (boxes, others))
     if of_smaller:
-        whole = xp.minimum(area[:, None], other_area[None, :])
+        np.minimum(area[:, None], other_area, out=whole)
     else:
-        whole = area[:, None] + other_area[None, :] - shared
-    return xp.where(whole > 0, shared / xp.where(whole > 0, whole, 1.0), 0.0)
+        np.add(area[:, None], other_area, out=whole)
+        whole -= shared
+    np.maximum(whole, np.finfo(dtype).tiny, out=whole)
+    return np.divide(shared, whole, out=shared)
 
 
 def _propose(
@@ -571,41 +567,14 @@ def _survivors(
     kept = np.ones(len(boxes), bool)
     for group in np.unique(groups):
         index = np.flatnonzero(groups == group)
-        corners = np.ascontiguousarray(boxes[index].T)
         step = max(1, _OVERLAPS_AT_ONCE // max(len(index), 1))
         for start in range(0, len(index), step):
-            end = min(start + step, len(index))
-            some, better = corners[:, start:end], corners[:, :end]
-            hit = _overlaps(some, better, limit, of_smaller=of_smaller)
-            hit &= np.arange(end) < np.arange(start, end)[:, None]
-            kept[index[start:end]] = ~hit.any(axis=1)
+            some = index[start : start + step]
+            better = index[: start + len(some)]
+            hit = overlap(boxes[some], boxes[better], of_smaller=of_smaller) > limit
+            hit &= better[None] < some[:, None]
+            kept[some] = ~hit.any(axis=1)
     return np.flatnonzero(kept)
-
-
-def _overlaps(
-    corners: np.ndarray, others: np.ndarray, limit: float, *, of_smaller: bool
-) -> np.ndarray:
-    """Whether boxes `[4, N]` overlap others `[4, M]` by more than `limit`, `[N, M]`.
-
-    As `overlap` of their transposes, in place: to allocate arrays takes as long as their numbers.
-    """
-    whole = np.empty((corners.shape[1], others.shape[1]), corners.dtype)
-    sides = []
-    for low, high in ((0, 2), (1, 3)):
-        np.maximum(corners[low, :, None], others[low], out=whole)
-        side = np.minimum(corners[high, :, None], others[high])
-        side -= whole
-        sides.append(np.maximum(side, 0, out=side))
-    shared = np.multiply(*sides, out=sides[0])
-    area, other_area = ((b[2] - b[0]) * (b[3] - b[1]) for b in (corners, others))
-    if of_smaller:
-        np.minimum(area[:, None], other_area, out=whole)
-    else:
-        np.add(area[:, None], other_area, out=whole)
-        whole -= shared
-    with np.errstate(invalid="ignore"):  # Of two boxes without an area.
-        shared /= whole
-    return shared > limit
 
 
 def _take(candidates: _Candidates, index: np.ndarray) -> _Candidates:
