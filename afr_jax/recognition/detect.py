@@ -347,7 +347,8 @@ def overlap(boxes: np.ndarray, others: np.ndarray, *, of_smaller: bool = False) 
     else:
         np.add(area[:, None], other_area, out=whole)
         whole -= shared
-    np.maximum(whole, np.finfo(dtype).tiny, out=whole)
+    if min(area.min(initial=1), other_area.min(initial=1)) <= 0:
+        np.maximum(whole, np.finfo(dtype).tiny, out=whole)
     return np.divide(shared, whole, out=shared)
 
 
